@@ -1,0 +1,84 @@
+"""FLOPs of forward passes, and when selection pays: C1 and C2 as plain functions.
+
+The statements are derived for this project (the paper's text was not at hand); see docs/design.md.
+"""
+
+from torch import nn
+
+from earlysift.exits import Anatomy
+
+
+def forward_flops(anatomy: Anatomy, *, rows: int, length: int, labelled: int, depth: int | None = None) -> float:
+    """FLOPs of one forward pass with the head on labelled positions only.
+
+    ``2 * weights * positions`` for every matrix of the layers and the head, ``4 * rows * length^2 * width`` for the
+    attention of a layer. Embeddings, norms, biases and activations are left out (a few per cent).
+
+    Args:
+        anatomy: Where layers and head are (`earlysift.exits.find_anatomy`).
+        rows: Samples.
+        length: Positions per sample.
+        labelled: Labelled positions of all samples together (samples, where the head pools over positions).
+        depth: Layers that run; None runs all.
+
+    Returns:
+        FLOPs (a multiply-add counts two). A training step costs about three times this.
+
+    Example:
+        >>> from earlysift.exits import Family, find_anatomy
+        >>> model = nn.Module()
+        >>> model.blocks, model.head = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), nn.Linear(4, 10)
+        >>> anatomy = find_anatomy(model, Family("blocks", (("head",),), task="masked_lm"))
+        >>> forward_flops(anatomy, rows=1, length=8, labelled=2, depth=1)
+        1440.0
+    """
+    layers = list(anatomy.layers)[:depth]
+    matrices = [_matrix_weights(layer) for layer in layers]
+    attention = sum(4.0 * rows * length**2 * _width(layer) for layer in layers)
+    head = sum(_matrix_weights(anatomy.core.get_submodule(name)) for name in anatomy.head)
+    return 2.0 * sum(matrices) * rows * length + attention + 2.0 * head * labelled
+
+
+def relative_cost(forward_share: float, score_share: float, keep: float) -> float:
+    """Cost per trained sample, relative to uniform training (C1).
+
+    ``c = 1 + f p / keep``
+
+    Args:
+        forward_share: f, the forward pass's share of a training step's cost (about 1/3 by FLOPs).
+        score_share: p, cost of scoring a candidate relative to its full forward pass.
+        keep: b / R.
+
+    Returns:
+        c, at least 1.
+
+    Example:
+        >>> round(relative_cost(1 / 3, 0.15, 0.5), 3)
+        1.1
+    """
+    return 1.0 + forward_share * score_share / keep
+
+
+def payoff(gain: float, cost: float) -> float:
+    """Predicted progress per unit of cost (C2); sift only while it exceeds 1.
+
+    ``payoff = rho / c``
+
+    Args:
+        gain: rho, mean exact loss of the kept over mean exact loss of the pool.
+        cost: c, from `relative_cost`, or measured.
+
+    Example:
+        >>> payoff(1.21, 1.1) > 1
+        True
+    """
+    return gain / cost
+
+
+def _matrix_weights(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.ndim == 2)
+
+
+def _width(layer: nn.Module) -> int:
+    # The narrowest side of a layer's matrices is the width of its states (feed-forward layers are wider).
+    return min((min(p.shape) for p in layer.parameters() if p.ndim == 2), default=0)

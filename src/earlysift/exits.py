@@ -1,0 +1,513 @@
+"""The same model, shorter: where its layers and its head are, and context managers that leave parts of it out.
+
+`truncated` cuts the layer list in place and restores it whatever happens. The model's own forward then does everything
+else, in every precision, wrapped or compiled. A copy of the model would look cleaner and is wrong: with a forward bound
+to the instance (accelerate's mixed precision, ``model.compile()``) it silently runs all layers.
+
+Model families are rows of data in `FAMILIES`; a model of your own needs one row:
+
+    >>> Family(layers="blocks", heads=(("head",),), task="causal_lm").layers
+    'blocks'
+"""
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+Task = Literal["masked_lm", "causal_lm", "token_classification", "sequence_classification"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row of data: where a model keeps the parts that early exit needs.
+
+    Attributes:
+        layers: Path from the (unwrapped) model to its ``ModuleList`` or ``Sequential`` of layers.
+        heads: Alternatives for the modules between the last states ``(R, T, D)`` and the logits, in calling order; the
+            first alternative that the model has is used. Without any, the model's own logits are used, which holds all
+            positions' logits of a chunk at once.
+        task: What the labels mean; None reads it off the name of a transformers class.
+    """
+
+    layers: str
+    heads: tuple[tuple[str, ...], ...] = ()
+    task: Task | None = None
+
+
+_CLASSIFIERS = (("dropout", "classifier"), ("classifier",))
+
+FAMILIES: dict[str, Family] = {
+    "bert": Family("bert.encoder.layer", (("cls",), *_CLASSIFIERS)),
+    "roberta": Family("roberta.encoder.layer", (("lm_head",), *_CLASSIFIERS)),
+    "distilbert": Family(
+        "distilbert.transformer.layer",
+        (("vocab_transform", "activation", "vocab_layer_norm", "vocab_projector"), *_CLASSIFIERS),
+    ),
+    "electra": Family("electra.encoder.layer", (("generator_predictions", "generator_lm_head"), *_CLASSIFIERS)),
+    "modernbert": Family("model.layers", (("head", "decoder"), ("head", "drop", "classifier"))),
+    "deberta-v2": Family("deberta.encoder.layer", (("cls",), *_CLASSIFIERS)),
+    "gpt2": Family("transformer.h", (("lm_head",), *_CLASSIFIERS)),
+    "llama": Family("model.layers", (("lm_head",), ("dropout", "score"))),
+    "qwen3": Family("model.layers", (("lm_head",), ("dropout", "score"))),
+}
+
+_TASK_OF_CLASS_SUFFIX: dict[str, Task] = {
+    "ForMaskedLM": "masked_lm",
+    "ForCausalLM": "causal_lm",
+    "LMHeadModel": "causal_lm",
+    "ForTokenClassification": "token_classification",
+    "ForSequenceClassification": "sequence_classification",
+}
+
+
+class Problem(NamedTuple):
+    """One reason why a model cannot be sifted with, and what to do about it."""
+
+    reason: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.reason} {self.remedy}"
+
+
+class Anatomy(NamedTuple):
+    """Where the parts of one model are: its core without wrappers, layer list, head module names and task."""
+
+    core: nn.Module
+    layers: nn.ModuleList | nn.Sequential
+    head: tuple[str, ...]
+    task: Task
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile, DistributedDataParallel and PEFT wrappers.
+
+    Example:
+        >>> net = nn.Linear(2, 2)
+        >>> unwrap(torch.compile(net, backend="eager")) is net
+        True
+    """
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = cast(nn.Module, model._orig_mod)
+        elif isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif hasattr(model, "get_base_model"):
+            model = cast(Any, model).get_base_model()
+        else:
+            return model
+
+
+def is_known(model: nn.Module) -> bool:
+    """Whether `FAMILIES` has a row for the model.
+
+    Example:
+        >>> is_known(nn.Linear(2, 2))
+        False
+    """
+    return getattr(getattr(unwrap(model), "config", None), "model_type", None) in FAMILIES
+
+
+def find_anatomy(model: nn.Module, family: Family | None = None) -> Anatomy:
+    """Locate layers, head and task of a model.
+
+    Args:
+        model: The model, wrapped or not.
+        family: A row for a model that `FAMILIES` does not know.
+
+    Raises:
+        ValueError: With all problems found, if the model does not fit its row.
+    """
+    found = _anatomy_or_problems(model, family)
+    if isinstance(found, Anatomy):
+        return found
+    raise ValueError(problem_report(model, found))
+
+
+def check(model: nn.Module, *, depth: int = 1, family: Family | None = None, inputs: Any = None) -> list[Problem]:
+    """All problems that stand between a model and early-exit scoring, at once, before the first step.
+
+    Looks at the structure, and, given inputs, runs the truncated model on two rows: counts how often each layer is
+    called, whether rows stay apart, and whether the global random state is left alone.
+
+    Args:
+        model: The model, wrapped or not.
+        depth: Number of layers that should run.
+        family: A row for a model that `FAMILIES` does not know.
+        inputs: What the model is called with (a mapping of keyword arguments, or one argument); at least one row.
+
+    Returns:
+        The problems, each with reason and remedy; empty if there are none.
+
+    Example:
+        >>> for problem in check(nn.Linear(2, 2)):
+        ...     print(problem.reason)
+        The model family of Linear is unknown.
+    """
+    found = _anatomy_or_problems(model, family)
+    if not isinstance(found, Anatomy):
+        return found
+    problems = _depth_problems(found, depth)
+    if not problems and inputs is not None:
+        problems += _dry_run_problems(model, found, depth, inputs)
+    return problems
+
+
+def problem_report(model: nn.Module, problems: list[Problem]) -> str:
+    """One message that lists all problems of a model."""
+    lines = "\n".join(f"- {problem}" for problem in problems)
+    return f"{type(unwrap(model)).__name__} cannot be sifted with:\n{lines}"
+
+
+@contextmanager
+def truncated(
+    model: nn.Module,
+    depth: int,
+    *,
+    family: Family | None = None,
+    exit_head: nn.Module | None = None,
+    detach_exit: bool = False,
+) -> Iterator[None]:
+    """Inside this context the very same model has only its first ``depth`` layers.
+
+    Its own final norm and head follow the last of them. Not thread-safe, as the model itself is changed; restored on
+    exceptions, too.
+
+    Args:
+        model: The model, wrapped or not.
+        depth: Number of layers to keep, 1 to the number of layers (all of them: the full model).
+        family: A row for a model that `FAMILIES` does not know.
+        exit_head: Module put behind the last kept layer (see `ExitHead`).
+        detach_exit: Whether gradients of the exit stop at the exit head.
+
+    Raises:
+        ValueError: If the family is unknown or depth is out of range.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+        >>> model = nn.Module()
+        >>> model.blocks = net
+        >>> with truncated(model, 1, family=Family("blocks", task="masked_lm")):
+        ...     len(model.blocks)
+        1
+        >>> len(model.blocks)
+        3
+    """
+    anatomy = find_anatomy(model, family)
+    count = len(anatomy.layers)
+    if not 1 <= depth <= count:
+        raise ValueError(f"Expected depth in 1..{count} (the model's layers), got {depth}.")
+    with shortened(anatomy, depth, exit_head=exit_head, detach_exit=detach_exit):
+        yield
+
+
+@contextmanager
+def shortened(
+    anatomy: Anatomy, depth: int, *, exit_head: nn.Module | None = None, detach_exit: bool = False
+) -> Iterator[None]:
+    """`truncated` for a model whose anatomy is known already."""
+    all_layers = anatomy.layers._modules
+    kept = dict(list(all_layers.items())[:depth])
+    if exit_head is not None:
+        last = list(kept)[-1]
+        kept[last] = _ExitLayer(kept[last], exit_head, detach_exit)
+    hooked = _modules_with_capture_hooks(anatomy.core)
+    anatomy.layers._modules = kept
+    try:
+        yield
+    finally:
+        anatomy.layers._modules = all_layers
+        _drop_new_capture_hooks(anatomy.core, hooked)
+
+
+@contextmanager
+def headless(anatomy: Anatomy) -> Iterator[None]:
+    """Inside this context the model returns the states ``(R, T, D)`` that enter its head where its logits were.
+
+    The head modules are swapped in place for one that hands its input on, and restored whatever happens.
+    """
+    modules = anatomy.core._modules
+    heads = {name: modules[name] for name in anatomy.head}
+    modules.update(dict.fromkeys(heads, _HandOn()))
+    try:
+        yield
+    finally:
+        modules.update(heads)
+
+
+@contextmanager
+def scoring_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards every module has its own training flag back (a frozen one stays frozen)."""
+    flags = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags.items():
+            module.training = training
+
+
+def head_of(anatomy: Anatomy) -> Callable[[Tensor], Tensor]:
+    """The model's head as one function from states ``(n, D)`` to logits ``(n, V)``."""
+    modules = [anatomy.core.get_submodule(name) for name in anatomy.head]
+
+    def head(states: Tensor) -> Tensor:
+        for module in modules:
+            states = module(states)
+        return states
+
+    return head
+
+
+def call(model: nn.Module, inputs: Any) -> Tensor:
+    """The model's logits (or, inside `headless`, the states that enter its head) for inputs without labels.
+
+    No KV cache is allocated and no captured outputs are asked for, whatever the model's config says.
+
+    Args:
+        model: The model, wrapped or not.
+        inputs: A mapping of keyword arguments, or one argument.
+
+    Returns:
+        The first tensor of the output, by name ``logits`` where the output has names.
+    """
+    # DistributedDataParallel's forward would broadcast buffers and wait for a backward pass that never comes.
+    runnable = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    if isinstance(inputs, Mapping):
+        output = runnable(**inputs, **_quiet_arguments(unwrap(model)))
+    else:
+        output = runnable(inputs)
+    if isinstance(output, Mapping):
+        output = output["logits"]
+    elif hasattr(output, "logits"):
+        output = output.logits
+    elif isinstance(output, tuple | list):
+        output = output[0]
+    return cast(Tensor, output)
+
+
+class ExitHead(nn.Module):
+    """A norm and a small residual layer behind the exit, for models whose shared head ranks badly at the exit.
+
+    ``exit_head(h) = norm(h + down(gelu(up(h))))``; ``down`` starts at zero, so at first it is only a norm.
+
+    Train it on detached features with an optimizer of its own (give both to `Sifter`), or jointly with the model
+    (add `Sifter.exit_loss` to the loss). It belongs to the sifter, never to the model.
+
+    Args:
+        width: D, the width of the model's states.
+        hidden: Width of the residual layer; 0 leaves only the norm.
+        seed: Seed of the initial weights; the global random state is not drawn from.
+
+    Example:
+        >>> ExitHead(8, hidden=4)(torch.zeros(2, 3, 8)).shape
+        torch.Size([2, 3, 8])
+
+    Reference:
+        Norm and MLP exits: Chen et al., EE-LLM, 2023, arXiv 2312.04916.
+    """
+
+    def __init__(self, width: int, *, hidden: int = 0, seed: int = 0) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up: nn.Linear | None = None
+        if hidden:
+            # Default initialisation would draw from the global generator.
+            self.up = cast(nn.Linear, nn.utils.skip_init(nn.Linear, width, hidden))  # type: ignore[no-untyped-call]
+            self.down = cast(nn.Linear, nn.utils.skip_init(nn.Linear, hidden, width))  # type: ignore[no-untyped-call]
+            nn.init.normal_(self.up.weight, std=width**-0.5, generator=torch.Generator().manual_seed(seed))
+            for zero in (self.up.bias, self.down.weight, self.down.bias):
+                nn.init.zeros_(zero)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """States ``(..., D)`` to states ``(..., D)``."""
+        if self.up is not None:
+            states = states + self.down(nn.functional.gelu(self.up(states)))
+        return cast(Tensor, self.norm(states))
+
+
+class _HandOn(nn.Module):
+    def forward(self, states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return states
+
+
+class _ExitLayer(nn.Module):
+    """The last kept layer with the exit head behind it; stands in the layer list in that layer's place."""
+
+    def __init__(self, layer: nn.Module, exit_head: nn.Module, detach: bool) -> None:
+        super().__init__()
+        self.layer = layer
+        self.exit_head = exit_head
+        self.detach = detach
+
+    def __getattr__(self, name: str) -> Any:
+        # Some models read attributes of their layers (attention type and the like).
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._modules["layer"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.layer(*args, **kwargs)
+        states, *rest = output if isinstance(output, tuple) else (output,)
+        states = self.exit_head(states.detach() if self.detach else states)
+        return (states, *rest) if isinstance(output, tuple) else states
+
+
+def _anatomy_or_problems(model: nn.Module, family: Family | None) -> Anatomy | list[Problem]:
+    core = unwrap(model)
+    name = type(core).__name__
+    model_type = getattr(getattr(core, "config", None), "model_type", None)
+    row = family or FAMILIES.get(str(model_type))
+    if row is None:
+        return [
+            Problem(
+                f"The model family of {name} is unknown" + (f" (model_type {model_type!r})." if model_type else "."),
+                f"Pass a row: family=Family(layers='path.to.its.ModuleList', heads=(('lm_head',),), task='causal_lm'). "
+                f"Known families: {', '.join(FAMILIES)}.",
+            )
+        ]
+    problems = []
+    layers = _submodule(core, row.layers)
+    if not isinstance(layers, nn.ModuleList | nn.Sequential):
+        came = "nothing" if layers is None else type(layers).__name__
+        problems.append(
+            Problem(
+                f"Expected a ModuleList or Sequential of layers at '{row.layers}' of {name}, got {came}.",
+                "Give the path of the layer list in the family row; `model.named_modules()` lists the paths.",
+            )
+        )
+    suffix = next((s for s in _TASK_OF_CLASS_SUFFIX if name.endswith(s)), None)
+    task = row.task or (_TASK_OF_CLASS_SUFFIX[suffix] if suffix else None)
+    if task is None:
+        problems.append(
+            Problem(
+                f"What the labels of {name} mean is unknown.",
+                "Set the task in the family row: masked_lm, causal_lm, token_classification or sequence_classification.",
+            )
+        )
+    head: tuple[str, ...] = ()
+    if task != "sequence_classification":  # its head pools over positions, so the model's own logits are the way
+        head = next((h for h in row.heads if all(part in core._modules for part in h)), ())
+        if family is not None and row.heads and not head:
+            problems.append(
+                Problem(
+                    f"{name} has none of the heads {row.heads} named in its family row as direct submodules.",
+                    f"Its submodules are {tuple(core._modules)}; leave heads empty to use the model's own logits.",
+                )
+            )
+    if getattr(getattr(core, "config", None), "final_logit_softcapping", None):
+        head = ()  # the cap is applied behind the head, in the model's forward
+    if problems:
+        return problems
+    assert isinstance(layers, nn.ModuleList | nn.Sequential)
+    assert task is not None
+    return Anatomy(core, layers, head, task)
+
+
+def _submodule(model: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _depth_problems(anatomy: Anatomy, depth: int) -> list[Problem]:
+    count = len(anatomy.layers)
+    if 1 <= depth < count:
+        return []
+    return [
+        Problem(
+            f"Expected depth in 1..{count - 1} (an exit before the last of {count} layers), got {depth}.",
+            "Choose a smaller depth, or score='exact' for the loss of the full model.",
+        )
+    ]
+
+
+def _dry_run_problems(model: nn.Module, anatomy: Anatomy, depth: int, inputs: Any) -> list[Problem]:
+    calls = [0] * len(anatomy.layers)
+
+    def count_call(position: int) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            calls[position] += 1
+
+        return hook
+
+    handles = [layer.register_forward_hook(count_call(i)) for i, layer in enumerate(anatomy.layers)]
+    random_state = torch.get_rng_state()
+    rows = len(next(v for v in (inputs.values() if isinstance(inputs, Mapping) else [inputs]) if isinstance(v, Tensor)))
+    try:
+        with (
+            # Compiled code would not call hooks added after compilation; nothing is compiled before dynamo is loaded.
+            torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext(),
+            torch.no_grad(),
+            scoring_mode(model),
+            shortened(anatomy, depth),
+        ):
+            logits = call(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    problems = []
+    expected = [1] * depth + [0] * (len(calls) - depth)
+    if calls != expected:
+        problems.append(
+            Problem(
+                f"Expected each of the first {depth} layers to run once and no other, got calls {calls}.",
+                "The model does not loop over this list (ALBERT-like weight sharing, say): "
+                "give the path of the list that it loops over, or score with a callable of your own.",
+            )
+        )
+    if logits.size(0) != rows:
+        problems.append(
+            Problem(
+                f"Expected one row of output per candidate, got {logits.size(0)} rows for {rows} candidates.",
+                "Turn padding-free or packed batches off.",
+            )
+        )
+    if not torch.equal(torch.get_rng_state(), random_state):
+        torch.set_rng_state(random_state)
+        problems.append(
+            Problem(
+                "The model draws from the global random generator in evaluation mode, so scoring would change training.",
+                "Make its evaluation mode deterministic.",
+            )
+        )
+    return problems
+
+
+def _quiet_arguments(core: nn.Module) -> dict[str, bool]:
+    config = getattr(core, "config", None)
+    wanted = (
+        [name for name, value in vars(config).items() if name.startswith("output_") and value is True] if config else []
+    )
+    if getattr(config, "use_cache", False):
+        wanted.append("use_cache")
+    parameters = inspect.signature(core.forward).parameters
+    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return {name: False for name in wanted if open_ended or name in parameters}
+
+
+_CAPTURE_FLAG = "_output_capturing_hooks_installed"
+
+
+def _modules_with_capture_hooks(core: nn.Module) -> list[nn.Module]:
+    return [module for module in core.modules() if _CAPTURE_FLAG in vars(module)]
+
+
+def _drop_new_capture_hooks(core: nn.Module, hooked: list[nn.Module]) -> None:
+    # transformers 5 hooks its layers when hidden states are first asked for. If that happens while the model is
+    # short, the other layers never get hooks and later captures are incomplete: forget them, the next call installs all.
+    if len(_modules_with_capture_hooks(core)) == len(hooked):
+        return
+    for module in core.modules():
+        vars(module).pop(_CAPTURE_FLAG, None)
+        for key, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "__module__", "") == "transformers.utils.output_capturing":
+                del module._forward_hooks[key]

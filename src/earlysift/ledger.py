@@ -1,0 +1,124 @@
+"""The ledger: what every step spent and what it got, as JSON lines; and reference time.
+
+Reference time charges every operation at the median it was measured at in the same run: ``sum of count * median``. Two
+arms measured on a noisy machine then differ by what they did, not by when they ran.
+"""
+
+import json
+import time
+import warnings
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+_KEPT_TIMES = 10_000
+
+
+class Ledger:
+    """Times and counts of a run, a row per step.
+
+    Args:
+        path: JSON-lines file to append to; None keeps only the statistics.
+        device: Device to wait for before a clock is read. None reads the host's clock only, which on an accelerator
+            measures launches, not work.
+
+    Example:
+        >>> ledger = Ledger()
+        >>> ledger.begin(0)
+        >>> with ledger.timed("train"):
+        ...     pass
+        >>> ledger.note(trained=8)
+        >>> sorted(ledger.end())
+        ['step', 'train_ms', 'trained']
+    """
+
+    def __init__(self, path: Path | str | None = None, *, device: torch.device | None = None) -> None:
+        self._path = Path(path) if path is not None else None
+        self._device = device
+        self._row: dict[str, Any] = {}
+        self._times_ms: dict[str, deque[float]] = {}
+
+    def begin(self, step: int) -> None:
+        """Open the row of a step; a row still open is ended first."""
+        self.end()
+        self._row = {"step": step}
+
+    def note(self, **values: Any) -> None:
+        """Put values into the open row."""
+        self._row.update(values)
+
+    @contextmanager
+    def timed(self, operation: str) -> Iterator[None]:
+        """Add the time spent inside to ``{operation}_ms`` of the open row (not if an exception ends it)."""
+        started = self._now_ms()
+        yield
+        spent_ms = self._now_ms() - started
+        name = f"{operation}_ms"
+        self._row[name] = self._row.get(name, 0.0) + spent_ms
+        self._times_ms.setdefault(operation, deque(maxlen=_KEPT_TIMES)).append(spent_ms)
+
+    def end(self) -> dict[str, Any]:
+        """Write the open row, if any, and return it."""
+        row, self._row = self._row, {}
+        if row and self._path is not None:
+            line = json.dumps({key: _rounded(value) for key, value in row.items()}, allow_nan=False)
+            try:
+                with self._path.open("a", encoding="utf-8") as file:
+                    file.write(line + "\n")
+            except OSError as error:
+                # A full disk must not end a training run: the run goes on without the rows.
+                warnings.warn(f"The ledger {self._path} cannot be written ({error}); it ends here.", stacklevel=2)
+                self._path = None
+        return row
+
+    def medians_ms(self) -> dict[str, float]:
+        """Median time of each operation, in ms."""
+        return {operation: median(times) for operation, times in self._times_ms.items()}
+
+    def times_ms(self, operation: str) -> list[float]:
+        """The measured times of an operation (the latest 10,000), in ms."""
+        return list(self._times_ms.get(operation, ()))
+
+    def _now_ms(self) -> float:
+        if self._device is not None and self._device.type != "cpu":
+            torch.accelerator.synchronize(self._device)
+        return time.perf_counter() * 1e3
+
+
+def reference_ms(counts: Mapping[str, int], medians_ms: Mapping[str, float]) -> float:
+    """Reference time of a run: every operation charged at its median.
+
+    Args:
+        counts: How often each operation was done.
+        medians_ms: Median time of each, measured in the same run.
+
+    Returns:
+        Milliseconds.
+
+    Raises:
+        ValueError: If an operation was never measured.
+
+    Example:
+        >>> reference_ms({"train": 10, "score": 5}, {"train": 100.0, "score": 8.0})
+        1040.0
+
+    Reference:
+        Reference system time: Kaddour et al., No Train No Gain, 2023, arXiv 2307.06440.
+    """
+    missing = sorted(set(counts) - set(medians_ms))
+    if missing:
+        raise ValueError(
+            f"Expected a measured median for every operation, none for {missing}. Measure them in this run."
+        )
+    return sum(count * medians_ms[operation] for operation, count in counts.items())
+
+
+def _rounded(value: Any) -> Any:
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.6g}") if value - value == 0 else None  # JSON knows neither nan nor inf

@@ -1,0 +1,228 @@
+"""Per-sample losses and entropies: hidden states and labels in, one float32 number per sample out.
+
+Only labelled positions are ever put through the head, a chunk at a time, so that no (positions, vocabulary) matrix of a
+pool exists. For masked language modelling this is the design, not an optimisation: a dense BERT head costs more than
+three layers.
+
+Letters in shapes: R samples in the pool, T positions, D width of the hidden states, V vocabulary, C classes, N labelled
+positions of all samples together.
+
+The place of samples that have no loss: a sample without any labelled position gets ``-inf`` (it ranks below every
+finite score and is counted as unlabelled); a sample whose loss is not finite keeps its ``nan`` or ``inf`` (it ranks
+below everything and is counted as non-finite). `earlysift.selectors` gives both their order.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORED_LABEL = -100
+UNLABELLED = -torch.inf
+
+Head = Callable[[Tensor], Tensor]
+Reduction = Literal["mean", "sum"]
+Problem = Literal["single_label", "multi_label", "regression"]
+
+
+def token_losses(
+    hidden: Tensor,
+    labels: Tensor,
+    head: Head,
+    *,
+    causal: bool = False,
+    reduction: Reduction = "mean",
+    chunk_tokens: int = 1024,
+) -> Tensor:
+    r"""Cross entropy of every sample over its labelled positions.
+
+    ``loss_i = mean over {t : labels[i, t] != -100} of -log softmax(head(hidden[i, t]))[labels[i, t]]``
+
+    Serves masked language modelling and token classification (``causal=False``) and causal language modelling
+    (``causal=True``: the state at position t predicts the label at t + 1).
+
+    Args:
+        hidden: States that enter the head, ``(R, T, D)``, any floating dtype.
+        labels: Class ids, ``(R, T)``; -100 marks positions without a label.
+        head: Maps ``(n, D)`` to logits ``(n, V)``.
+        causal: Whether position t predicts label t + 1.
+        reduction: Mean or sum over the labelled positions of a sample.
+        chunk_tokens: Positions that pass through the head at once; bounds memory at ``chunk_tokens * V`` floats.
+
+    Returns:
+        float32 ``(R,)``; ``-inf`` for samples without a labelled position.
+
+    Raises:
+        ValueError: If the shapes of ``hidden`` and ``labels`` do not belong together.
+
+    Example:
+        >>> import torch
+        >>> hidden, head = torch.zeros(2, 3, 4), torch.nn.Linear(4, 10, bias=False)
+        >>> labels = torch.tensor([[-100, 7, -100], [-100, -100, -100]])
+        >>> token_losses(hidden, labels, head)
+        tensor([2.3026,   -inf], grad_fn=<WhereBackward0>)
+    """
+    return _reduce_tokens(hidden, labels, head, _cross_entropy, causal, reduction, chunk_tokens)
+
+
+def token_entropies(
+    hidden: Tensor,
+    labels: Tensor,
+    head: Head,
+    *,
+    causal: bool = False,
+    reduction: Reduction = "mean",
+    chunk_tokens: int = 1024,
+) -> Tensor:
+    r"""Entropy of the predicted distribution of every sample over its labelled positions, in nats.
+
+    ``entropy_i = mean over labelled t of -sum_v p_v log p_v,  p = softmax(head(hidden[i, t]))``
+
+    Labels only say *where* to look, not what is right. Arguments, returns and errors as in `token_losses`.
+
+    Example:
+        >>> import torch
+        >>> head = torch.nn.Linear(4, 10, bias=False)
+        >>> with torch.no_grad():
+        ...     token_entropies(torch.zeros(1, 3, 4), torch.tensor([[1, -100, 2]]), head)
+        tensor([2.3026])
+    """
+    return _reduce_tokens(hidden, labels, head, _entropy, causal, reduction, chunk_tokens)
+
+
+def class_losses(logits: Tensor, labels: Tensor, *, problem: Problem | None = None) -> Tensor:
+    """Loss of every sample in sequence (or image) classification and regression.
+
+    Single label: cross entropy. Multi label: mean over classes of the binary cross entropy. Regression: mean over
+    outputs of the squared error.
+
+    Args:
+        logits: ``(R, C)``, any floating dtype.
+        labels: Class ids ``(R,)``; 0/1 indicators ``(R, C)``; or targets ``(R,)`` / ``(R, C)``. Class id -100, or a row
+            of labels that are all -100, marks an unlabelled sample.
+        problem: The kind of labels; found by `classification_problem` when None.
+
+    Returns:
+        float32 ``(R,)``; ``-inf`` for unlabelled samples.
+
+    Example:
+        >>> import torch
+        >>> class_losses(torch.zeros(2, 4), torch.tensor([3, -100]))
+        tensor([1.3863,   -inf])
+    """
+    problem = problem or classification_problem(logits, labels)
+    logits = logits.float()
+    if problem == "single_label":
+        losses = F.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL, reduction="none")
+        return torch.where(labels == IGNORED_LABEL, UNLABELLED, losses)
+    targets = labels.reshape(logits.shape).float()
+    if problem == "multi_label":
+        losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    else:
+        losses = F.mse_loss(logits, targets, reduction="none")
+    unlabelled = (targets == IGNORED_LABEL).all(dim=-1)
+    return torch.where(unlabelled, UNLABELLED, losses.mean(dim=-1))
+
+
+def class_entropies(logits: Tensor, labels: Tensor, *, problem: Problem | None = None) -> Tensor:
+    """Entropy of the predicted class distribution of every sample, in nats (mean over classes when multi label).
+
+    Arguments and returns as in `class_losses`; labels only tell which samples are labelled.
+
+    Raises:
+        ValueError: For regression, which predicts no distribution.
+
+    Example:
+        >>> import torch
+        >>> class_entropies(torch.zeros(1, 4), torch.tensor([3]))
+        tensor([1.3863])
+    """
+    problem = problem or classification_problem(logits, labels)
+    if problem == "regression":
+        raise ValueError(
+            "Entropy needs a predicted distribution, and a regression output has none. "
+            "Use the loss-based score (score='loss') for regression."
+        )
+    logits = logits.float()
+    if problem == "single_label":
+        return torch.where(labels == IGNORED_LABEL, UNLABELLED, _entropy(logits, labels))
+    entropy = F.softplus(logits) - logits * torch.sigmoid(logits)  # of Bernoulli(sigmoid(logit))
+    unlabelled = (labels.reshape(logits.shape) == IGNORED_LABEL).all(dim=-1)
+    return torch.where(unlabelled, UNLABELLED, entropy.mean(dim=-1))
+
+
+def classification_problem(logits: Tensor, labels: Tensor) -> Problem:
+    """Which kind of classification the labels belong to, by the rule transformers uses.
+
+    One output is a regression; whole-number labels ``(R,)`` are class ids; everything else is multi label.
+
+    Raises:
+        ValueError: If labels fit none of them.
+    """
+    if logits.ndim != 2:
+        raise ValueError(
+            f"Expected logits (R, C) for classification, got shape {tuple(logits.shape)}. "
+            "Set the task in the family row if the model predicts per position."
+        )
+    if logits.shape[1] == 1:
+        return "regression"
+    if labels.ndim == 1 and not labels.is_floating_point():
+        return "single_label"
+    if labels.shape == logits.shape:
+        return "multi_label"
+    raise ValueError(
+        f"Labels of shape {tuple(labels.shape)} and dtype {labels.dtype} do not fit logits {tuple(logits.shape)}. "
+        f"Expected whole numbers ({logits.shape[0]},) or indicators {tuple(logits.shape)}."
+    )
+
+
+def labelled_positions(labels: Tensor, *, causal: bool = False) -> Tensor:
+    """Which positions carry a label, as the head sees them: bool ``(R, T)``, or ``(R, T - 1)`` when causal."""
+    return (labels[:, 1:] if causal else labels) != IGNORED_LABEL
+
+
+def _reduce_tokens(
+    hidden: Tensor,
+    labels: Tensor,
+    head: Head,
+    measure: Callable[[Tensor, Tensor], Tensor],
+    causal: bool,
+    reduction: Reduction,
+    chunk_tokens: int,
+) -> Tensor:
+    if hidden.ndim != 3 or labels.shape != hidden.shape[:2]:
+        raise ValueError(
+            f"Expected hidden states (R, T, D) and labels (R, T), got {tuple(hidden.shape)} and {tuple(labels.shape)}. "
+            "Give one label per position, -100 where there is none."
+        )
+    if causal:
+        hidden, labels = hidden[:, :-1], labels[:, 1:]
+    labelled = labels != IGNORED_LABEL
+    values = torch.cat(
+        [measure(head(h).float(), y) for h, y in _chunks(hidden[labelled], labels[labelled], chunk_tokens)]
+    )
+    # A scatter to distinct places and a sum along rows: the result depends neither on the chunk size nor, as atomic
+    # adds would on a GPU, on the order in which threads arrive.
+    per_position = torch.zeros(labels.shape, dtype=torch.float32, device=hidden.device)
+    per_position = per_position.masked_scatter(labelled, values)
+    counts = labelled.sum(dim=1)
+    total = per_position.sum(dim=1)
+    reduced = total / counts.clamp(min=1) if reduction == "mean" else total
+    return torch.where(counts == 0, UNLABELLED, reduced)
+
+
+def _chunks(states: Tensor, labels: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    # At least one (possibly empty) chunk, so that a pool without labels needs no case of its own.
+    for start in range(0, max(len(labels), 1), size):
+        yield states[start : start + size], labels[start : start + size]
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def _entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    log_p = F.log_softmax(logits, dim=-1)
+    return -(log_p.exp() * log_p).sum(dim=-1)

@@ -1,0 +1,169 @@
+"""Pools: batches of R candidates in any structure that training loops use, and rows taken out of them.
+
+A pool is a tensor, a mapping (dict, BatchEncoding), a tuple or list, or a nesting of these. Every tensor in it has the
+candidates in its first dimension; strings, numbers, None and zero-dimensional tensors are passed through; a list of
+plain objects (texts, ids) of length R is indexed like a tensor. torch nested tensors are indexed by component.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LABELS_KEY = "labels"
+_PACKED_KEYS = ("cu_seq_lens_q", "cu_seqlens", "cu_seqlens_q", "seq_idx")
+
+
+def pool_size(pool: Any) -> int:
+    """The number of candidates R.
+
+    Raises:
+        ValueError: If the pool holds no tensor, its tensors disagree on the first dimension, or it is one packed row.
+
+    Example:
+        >>> import torch
+        >>> pool_size({"input_ids": torch.zeros(8, 4), "labels": torch.zeros(8)})
+        8
+    """
+    sizes = {path: tensor.size(0) for path, tensor in _tensors(pool) if tensor.ndim > 0}
+    if not sizes:
+        raise ValueError(
+            f"Expected a pool of tensors with the candidates in the first dimension, got {type(pool).__name__} without any. "
+            "Collate the samples into tensors before sifting."
+        )
+    packed = isinstance(pool, Mapping) and (
+        any(key in pool for key in _PACKED_KEYS)
+        or (set(sizes.values()) == {1} and "position_ids" in pool and "attention_mask" not in pool)
+    )
+    if packed:
+        raise ValueError(
+            "The pool is one packed (padding-free) row, so its samples cannot be told apart by row. "
+            "Turn padding-free collation or packing off, or pad to a fixed length."
+        )
+    if len(set(sizes.values())) > 1:
+        listing = ", ".join(f"{path}: {size}" for path, size in sizes.items())
+        raise ValueError(
+            f"Expected all tensors of the pool to have the same first dimension (candidates), got {listing}. "
+            "Give the model what is shared between samples by other means than the pool."
+        )
+    return next(iter(sizes.values()))
+
+
+def take(pool: Any, indices: Tensor | slice) -> Any:
+    """The rows ``indices`` of every tensor, in the same structure.
+
+    Args:
+        pool: A pool of R candidates.
+        indices: int64 ``(b,)``, or a slice.
+
+    Returns:
+        The same structure with ``(b, ...)`` tensors.
+
+    Example:
+        >>> import torch
+        >>> take({"x": torch.arange(4), "text": ["a", "b", "c", "d"]}, torch.tensor([1, 3]))
+        {'x': tensor([1, 3]), 'text': ['b', 'd']}
+    """
+    size = pool_size(pool)
+    return _map_rows(pool, lambda rows: _take_rows(rows, indices), size)
+
+
+def inputs_and_labels(pool: Any) -> tuple[Any, Tensor]:
+    """Split a pool into what the model is called with and the labels.
+
+    A mapping gives its ``labels`` entry; a pair ``(inputs, labels)`` its second item.
+
+    Raises:
+        ValueError: If there are no labels.
+
+    Example:
+        >>> import torch
+        >>> inputs, labels = inputs_and_labels((torch.zeros(2, 3), torch.tensor([0, 1])))
+        >>> labels
+        tensor([0, 1])
+    """
+    if isinstance(pool, Mapping) and isinstance(pool.get(LABELS_KEY), Tensor):
+        return {key: value for key, value in pool.items() if key != LABELS_KEY}, pool[LABELS_KEY]
+    if isinstance(pool, tuple | list) and len(pool) == 2 and isinstance(pool[1], Tensor):
+        return pool[0], pool[1]
+    came = f"keys {sorted(map(str, pool))}" if isinstance(pool, Mapping) else type(pool).__name__
+    raise ValueError(
+        f"Expected a mapping with '{LABELS_KEY}' or a pair (inputs, labels), got {came}. "
+        f"Add '{LABELS_KEY}' to the batch, or pass a scorer of your own: score=lambda model, pool: ..."
+    )
+
+
+def length(inputs: Any) -> int:
+    """Positions per sample: the second dimension of the first tensor that has one, else 1.
+
+    Example:
+        >>> import torch
+        >>> length({"input_ids": torch.zeros(8, 4)})
+        4
+    """
+    return next((tensor.size(1) for _, tensor in _tensors(inputs) if tensor.ndim > 1), 1)
+
+
+def trim_padding(batch: Any) -> Any:
+    """Cut the positions that ``attention_mask`` marks as padding in every row, at the end or the start.
+
+    After selection the longest row may be gone; then what is left of the padding is dead weight. Tensors whose second
+    dimension equals the mask's are cut; everything else stays. A batch without a mask comes back as it is.
+
+    Example:
+        >>> import torch
+        >>> mask = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0]])
+        >>> trim_padding({"input_ids": torch.ones(2, 4), "attention_mask": mask})["input_ids"].shape
+        torch.Size([2, 2])
+    """
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        return batch
+    used = mask.any(dim=0).nonzero()
+    if len(used) == 0:
+        return batch
+    start, stop, length = int(used[0]), int(used[-1]) + 1, mask.size(1)
+
+    def cut(rows: Any) -> Any:
+        if isinstance(rows, Tensor) and rows.ndim > 1 and rows.size(1) == length:
+            return rows[:, start:stop]
+        return rows
+
+    return _map_rows(batch, cut, mask.size(0))
+
+
+def _tensors(pool: Any, path: str = "pool") -> Iterator[tuple[str, Tensor]]:
+    if isinstance(pool, Tensor):
+        yield path, pool
+    elif isinstance(pool, Mapping):
+        for key, value in pool.items():
+            yield from _tensors(value, f"{path}[{key!r}]")
+    elif isinstance(pool, tuple | list):
+        for position, value in enumerate(pool):
+            yield from _tensors(value, f"{path}[{position}]")
+
+
+def _map_rows(pool: Any, function: Callable[[Any], Any], size: int) -> Any:
+    if isinstance(pool, Tensor):
+        return pool if pool.ndim == 0 else function(pool)
+    if isinstance(pool, Mapping):
+        items = {key: _map_rows(value, function, size) for key, value in pool.items()}
+        return items if type(pool) is dict else type(pool)(items)  # type: ignore[call-arg]
+    if isinstance(pool, tuple | list):
+        if len(pool) == size and not any(True for _ in _tensors(pool)):
+            return function(pool)  # a column of plain objects, one a candidate
+        items_in_order = [_map_rows(value, function, size) for value in pool]
+        return type(pool)(*items_in_order) if hasattr(pool, "_fields") else type(pool)(items_in_order)
+    return pool
+
+
+def _take_rows(rows: Any, indices: Tensor | slice) -> Any:
+    if isinstance(rows, Tensor):
+        if rows.is_nested:
+            parts = rows.unbind()
+            chosen = parts[indices] if isinstance(indices, slice) else [parts[i] for i in indices.tolist()]
+            return torch.nested.nested_tensor(list(chosen), layout=rows.layout)
+        return rows[indices] if isinstance(indices, slice) else rows.index_select(0, indices.to(rows.device))
+    positions = range(len(rows))[indices] if isinstance(indices, slice) else indices.tolist()
+    return type(rows)(rows[i] for i in positions)

@@ -1,0 +1,60 @@
+"""Step to intensity: the share of steps that select, between 0 (uniform training) and 1 (every step selects).
+
+A schedule is any callable ``int -> float``; it has no state, so a resumed run needs none. At intensity x a step selects
+with probability x, drawn from the step's own seed; a step that does not select keeps a uniform part of the pool and is
+not scored, so it costs nothing extra.
+"""
+
+from collections.abc import Callable
+
+Schedule = Callable[[int], float]
+
+
+def constant(value: float = 1.0) -> Schedule:
+    """The same intensity at every step.
+
+    Example:
+        >>> constant(1.0)(10)
+        1.0
+    """
+    return lambda step: value
+
+
+def warmup(steps: int, then: Schedule | None = None) -> Schedule:
+    """Uniform training for the first ``steps`` steps, then another schedule (always select if None), by absolute step.
+
+    Greedy selection from the first step can leave a model at chance: early scores carry no signal (THEORY, section 6).
+
+    Args:
+        steps: Number of uniform steps.
+        then: Schedule for the steps after them.
+
+    Example:
+        >>> [warmup(2)(step) for step in range(4)]
+        [0.0, 0.0, 1.0, 1.0]
+    """
+    after = then or constant()
+    return lambda step: 0.0 if step < steps else after(step)
+
+
+def anneal(start: int, end: int, before: Schedule | None = None) -> Schedule:
+    """Another schedule up to ``start`` (always select if None), falling linearly to uniform training at ``end``.
+
+    Greedy selection has a floor above the minimum (T1): it must end before the floor binds.
+
+    Args:
+        start: First step of the fall.
+        end: First step of uniform training.
+        before: Schedule whose intensity is scaled down.
+
+    Raises:
+        ValueError: If ``end`` is not after ``start``.
+
+    Example:
+        >>> [anneal(2, 4)(step) for step in range(6)]
+        [1.0, 1.0, 1.0, 0.5, 0.0, 0.0]
+    """
+    if end <= start:
+        raise ValueError(f"Annealing must end after it starts, got start = {start} and end = {end}.")
+    first = before or constant()
+    return lambda step: first(step) * min(1.0, max(0.0, (end - step) / (end - start)))

@@ -1,0 +1,254 @@
+"""Scorers: (model, pool) to one score per candidate, shape ``(R,)``, larger meaning more worth training on.
+
+A scorer is any callable ``(model, pool) -> Tensor (R,)``; a lambda is a full citizen. Those here run under ``no_grad`` (never
+``inference_mode``, whose tensors poison caches that models build lazily), in evaluation mode with every module's own
+flag restored, a chunk of rows at a time, in bfloat16 where the hardware has it, and draw from no global generator.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+
+from earlysift import exits, losses, pools
+from earlysift.exits import Anatomy, Family
+from earlysift.losses import Reduction
+
+Scorer = Callable[[nn.Module, Any], Tensor]
+
+AUTO_DTYPE = "auto"
+
+
+def early_exit_loss(
+    model: nn.Module,
+    pool: Any,
+    *,
+    depth: int = 1,
+    family: Family | None = None,
+    exit_head: nn.Module | None = None,
+    reduction: Reduction = "mean",
+    chunk_rows: int | None = None,
+    dtype: torch.dtype | str | None = AUTO_DTYPE,
+) -> Tensor:
+    """Loss of every candidate at the exit after ``depth`` layers: loss-based SIFT.
+
+    Args:
+        model: The model, wrapped or not; left as it was.
+        pool: Pool of R candidates with labels.
+        depth: Layers that run; the model's own final norm and head follow.
+        family: A row for a model that `earlysift.exits.FAMILIES` does not know.
+        exit_head: Module behind the exit, if any.
+        reduction: Mean or sum over the labelled positions of a sample.
+        chunk_rows: Candidates that run at once; bounds memory. None runs the whole pool at once.
+        dtype: Autocast dtype while scoring; ``"auto"`` is bfloat16 where the hardware computes in it, None leaves
+            autocast as it is.
+
+    Returns:
+        float32 ``(R,)``, ``-inf`` for unlabelled samples.
+
+    Example:
+        >>> import torch
+        >>> from earlysift.exits import Family
+        >>> model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), nn.Linear(4, 3))
+        >>> pool = (torch.zeros(5, 4), torch.tensor([0, 1, 2, 0, 1]))
+        >>> early_exit_loss(model, pool, family=Family("0", task="sequence_classification")).shape
+        torch.Size([5])
+
+    Reference:
+        Das et al., SIFT, ICML 2024, arXiv 2402.07052 (loss-based early exit).
+    """
+    return _scores(
+        model,
+        pool,
+        losses.token_losses,
+        losses.class_losses,
+        depth=depth,
+        family=family,
+        exit_head=exit_head,
+        reduction=reduction,
+        chunk_rows=chunk_rows,
+        dtype=dtype,
+    )
+
+
+def early_exit_entropy(
+    model: nn.Module,
+    pool: Any,
+    *,
+    depth: int = 1,
+    family: Family | None = None,
+    exit_head: nn.Module | None = None,
+    reduction: Reduction = "mean",
+    chunk_rows: int | None = None,
+    dtype: torch.dtype | str | None = AUTO_DTYPE,
+) -> Tensor:
+    """Entropy of every candidate's prediction at the exit after ``depth`` layers: entropy-based SIFT.
+
+    Arguments and returns as in `early_exit_loss`; the labels only tell which positions count.
+
+    Reference:
+        Das et al., SIFT, ICML 2024, arXiv 2402.07052 (entropy-based early exit).
+    """
+    return _scores(
+        model,
+        pool,
+        losses.token_entropies,
+        losses.class_entropies,
+        depth=depth,
+        family=family,
+        exit_head=exit_head,
+        reduction=reduction,
+        chunk_rows=chunk_rows,
+        dtype=dtype,
+    )
+
+
+def exact_loss(
+    model: nn.Module,
+    pool: Any,
+    *,
+    family: Family | None = None,
+    reduction: Reduction = "mean",
+    chunk_rows: int | None = None,
+    dtype: torch.dtype | str | None = AUTO_DTYPE,
+) -> Tensor:
+    """Loss of every candidate under the full model: what early exit approximates, at full forward cost.
+
+    Arguments and returns as in `early_exit_loss`.
+    """
+    return _scores(
+        model,
+        pool,
+        losses.token_losses,
+        losses.class_losses,
+        depth=None,
+        family=family,
+        exit_head=None,
+        reduction=reduction,
+        chunk_rows=chunk_rows,
+        dtype=dtype,
+    )
+
+
+def random_scores(pool: Any, *, generator: Generator) -> Tensor:
+    """Uniform random scores: greedy selection on them is uniform sampling.
+
+    Example:
+        >>> import torch
+        >>> random_scores(torch.zeros(3, 2), generator=torch.Generator().manual_seed(0)).shape
+        torch.Size([3])
+    """
+    return torch.rand(pools.pool_size(pool), generator=generator, device=generator.device)
+
+
+def training_loss(
+    model: nn.Module,
+    batch: Any,
+    *,
+    depth: int | None = None,
+    family: Family | None = None,
+    exit_head: nn.Module | None = None,
+    detach_exit: bool = False,
+    weights: Tensor | None = None,
+    chunk_tokens: int = 1 << 30,
+) -> Tensor:
+    """Differentiable loss of a batch, through the head on labelled positions only.
+
+    Equal to the model's own loss (the mean over all labelled positions, or over samples in classification) to rounding,
+    without the logits of positions that carry no label. With ``depth`` it is the loss of the early exit, to be trained
+    jointly.
+
+    Args:
+        model: The model, wrapped or not, in training mode.
+        batch: Batch of b samples with labels.
+        depth: Exit after this many layers; None is the full model.
+        family: A row for a model that `earlysift.exits.FAMILIES` does not know.
+        exit_head: Module behind the exit, if any.
+        detach_exit: Whether gradients of the exit stop at the exit head.
+        weights: Weight of every sample, ``(b,)`` (unbiased selection); None weighs every labelled position alike.
+        chunk_tokens: Positions that pass through the head at once.
+
+    Returns:
+        A float32 scalar.
+    """
+    anatomy = exits.find_anatomy(model, family)
+    inputs, labels = pools.inputs_and_labels(batch)
+    with ExitStack() as stack:
+        if depth is not None:
+            stack.enter_context(exits.shortened(anatomy, depth, exit_head=exit_head, detach_exit=detach_exit))
+        if anatomy.task == "sequence_classification":
+            per_sample = losses.class_losses(exits.call(model, inputs), labels)
+            counts = torch.isfinite(per_sample).float()
+        else:
+            with exits.headless(anatomy):
+                hidden = exits.call(model, inputs)
+            causal = anatomy.task == "causal_lm"
+            per_sample = losses.token_losses(
+                hidden,
+                labels,
+                exits.head_of(anatomy),
+                causal=causal,
+                reduction="sum",
+                chunk_tokens=chunk_tokens,
+            )
+            counts = losses.labelled_positions(labels, causal=causal).sum(dim=1).float()
+    per_sample = torch.where(counts > 0, per_sample, 0.0)
+    if weights is not None:
+        per_sample = per_sample * weights
+    return per_sample.sum() / counts.sum().clamp(min=1)
+
+
+def scoring_dtype(device: torch.device) -> torch.dtype | None:
+    """bfloat16 where the device computes in it natively, else None (autocast left as it is)."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
+    if device.type == "cpu":
+        able = torch.cpu.get_capabilities()
+        return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else None
+    return None
+
+
+def _scores(
+    model: nn.Module,
+    pool: Any,
+    per_token: Callable[..., Tensor],
+    per_class: Callable[..., Tensor],
+    *,
+    depth: int | None,
+    family: Family | None,
+    exit_head: nn.Module | None,
+    reduction: Reduction,
+    chunk_rows: int | None,
+    dtype: torch.dtype | str | None,
+) -> Tensor:
+    anatomy = exits.find_anatomy(model, family)
+    size = pools.pool_size(pool)
+    rows = chunk_rows or size
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(exits.scoring_mode(model))
+        stack.enter_context(_precision(anatomy, dtype))
+        if depth is not None:
+            stack.enter_context(exits.shortened(anatomy, depth, exit_head=exit_head))
+        scores = []
+        for start in range(0, size, rows):
+            inputs, labels = pools.inputs_and_labels(pools.take(pool, slice(start, start + rows)))
+            if anatomy.task == "sequence_classification":
+                scores.append(per_class(exits.call(model, inputs), labels))
+                continue
+            with exits.headless(anatomy):
+                hidden = exits.call(model, inputs)
+            causal = anatomy.task == "causal_lm"
+            scores.append(per_token(hidden, labels, exits.head_of(anatomy), causal=causal, reduction=reduction))
+        return torch.cat(scores)
+
+
+def _precision(anatomy: Anatomy, dtype: torch.dtype | str | None) -> AbstractContextManager[Any]:
+    device = next(anatomy.core.parameters()).device
+    chosen = scoring_dtype(device) if dtype == AUTO_DTYPE else dtype
+    if chosen is None:
+        return nullcontext()
+    assert isinstance(chosen, torch.dtype)
+    return torch.autocast(device.type, dtype=chosen)

@@ -1,0 +1,461 @@
+"""`Sifter`: the one stateful object. Pools in, smaller batches of the same structure out."""
+
+import hashlib
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+
+from earlysift import costs, exits, losses, pools, schedules, scorers, selectors
+from earlysift.exits import Anatomy, ExitHead, Family
+from earlysift.ledger import Ledger
+from earlysift.losses import Reduction
+from earlysift.schedules import Schedule
+from earlysift.scorers import Scorer
+from earlysift.selectors import Selection, Selector
+
+STATE_VERSION = 1
+_SCORES = ("loss", "entropy", "exact", "uniform")
+_SCHEDULE_SAMPLES = (0, 1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)
+
+
+class Sifter:
+    """Keep the samples of a pool that matter: score through an early exit, select, hand out the smaller batch.
+
+    The model is not modified and the loop stays yours. A step is one call of `sift`; all randomness is derived from
+    (seed, step, rank), so a resumed run makes the same picks.
+
+    Args:
+        model: Any supported Transformer, or a module with a `Family` row; in training mode.
+        keep: b / R, in (0, 1]. The number kept is fixed by the first pool. 1.0 hands pools through untouched.
+        depth: Layers that run for a score, 1 to one less than the model has.
+        score: ``"loss"``, ``"entropy"``, ``"exact"``, ``"uniform"``, or a scorer ``(model, pool) -> (R,)``.
+        select: Selector ``(scores, kept, generator) -> Selection``.
+        schedule: Step to share of steps that select; None selects at every step.
+        family: A row for a model that `earlysift.exits.FAMILIES` does not know.
+        reduction: Mean or sum over a sample's labelled positions.
+        drop_outliers: Share of the largest finite scores taken out of candidacy, in [0, 1).
+        probe_every: Steps between fidelity probes (one exact scoring of a pool, charged as ``probe``); 0 never probes.
+        trim: Whether to cut padding that no kept row needs; shapes then vary.
+        seed: Seed of the selection.
+        chunk_rows: Candidates scored at once; None is the number kept, so that scoring never needs more memory than
+            the training step.
+        dtype: Autocast dtype while scoring, see `earlysift.scorers.early_exit_loss`.
+        exit_head: An `ExitHead` for models whose shared head ranks badly at the exit.
+        exit_optimizer: Its optimizer, for training it on detached features within `sift`. Without one, train it
+            jointly: put its parameters into your optimizer and add `exit_loss` to your loss.
+        ledger: Where times and counts go; None keeps them in memory.
+
+    Raises:
+        ValueError: If an argument is out of range, or with all problems of the model at once.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), nn.Linear(4, 3))
+        >>> sifter = Sifter(model, keep=0.5, family=Family("0", task="sequence_classification"))
+        >>> inputs, labels = sifter.sift((torch.randn(8, 4), torch.zeros(8, dtype=torch.long)))
+        >>> inputs.shape, labels.shape
+        (torch.Size([4, 4]), torch.Size([4]))
+
+    Reference:
+        Das et al., SIFT, ICML 2024, arXiv 2402.07052.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        keep: float = 0.5,
+        depth: int = 1,
+        score: str | Scorer = "loss",
+        select: Selector = selectors.greedy,
+        schedule: Schedule | None = None,
+        family: Family | None = None,
+        reduction: Reduction = "mean",
+        drop_outliers: float = 0.0,
+        probe_every: int = 100,
+        trim: bool = False,
+        seed: int = 0,
+        chunk_rows: int | None = None,
+        dtype: torch.dtype | str | None = scorers.AUTO_DTYPE,
+        exit_head: ExitHead | None = None,
+        exit_optimizer: torch.optim.Optimizer | None = None,
+        ledger: Ledger | None = None,
+    ) -> None:
+        if not 0 < keep <= 1:
+            raise ValueError(
+                f"keep must be in (0, 1], got {keep}. It is the share of the pool that is trained on; 0.5 is usual."
+            )
+        if not 0 <= drop_outliers < 1:
+            raise ValueError(
+                f"drop_outliers must be in [0, 1), got {drop_outliers}. It is a share of the pool; 0 is off."
+            )
+        if isinstance(score, str) and score not in _SCORES:
+            raise ValueError(f"score must be one of {', '.join(_SCORES)} or a callable, got {score!r}.")
+        needs_exit = score in ("loss", "entropy") or exit_head is not None
+        if needs_exit:
+            problems = exits.check(model, depth=depth, family=family)
+            if problems:
+                raise ValueError(exits.problem_report(model, problems))
+        if exit_optimizer is not None and exit_head is None:
+            raise ValueError("An exit_optimizer came without an exit_head. Pass both, or neither.")
+        self.model = model
+        self.keep = keep
+        self.depth = depth
+        self.score = score
+        self.select = select
+        self.schedule = schedule or schedules.constant()
+        self.family = family
+        self.reduction = reduction
+        self.drop_outliers = drop_outliers
+        self.probe_every = probe_every
+        self.trim = trim
+        self.seed = seed
+        self.chunk_rows = chunk_rows
+        self.dtype = dtype
+        self.exit_head = exit_head
+        self.exit_optimizer = exit_optimizer
+        self.ledger = ledger or Ledger()
+        self.selection: Selection | None = None
+        self._checked = not needs_exit
+        self._anatomy: Anatomy | None = None
+        if needs_exit or score == "exact" or family is not None or exits.is_known(model):
+            self._anatomy = exits.find_anatomy(model, family)
+        self._step = 0
+        self._kept: int | None = None
+        self._counts = dict.fromkeys(("candidates", "scored", "trained", "unlabelled", "non_finite"), 0)
+        self._fidelity: dict[str, float] = {}
+
+    @property
+    def step(self) -> int:
+        """Number of pools sifted so far."""
+        return self._step
+
+    @property
+    def weights(self) -> Tensor:
+        """Weights ``(b,)`` of the latest batch: 1 unless the selector is unbiased."""
+        if self.selection is None:
+            raise ValueError("There are no weights before the first call of sift.")
+        return self.selection.weights
+
+    def sift(self, pool: Any) -> Any:
+        """Keep b of the R candidates of a pool.
+
+        Args:
+            pool: A batch of R candidates: a mapping (dict, BatchEncoding), tuple, list, tensor, or nesting of these.
+
+        Returns:
+            The same structure with ``(b, ...)`` tensors; `weights` holds its weights.
+
+        Raises:
+            ValueError: If the pool is malformed, too small, without labels, or without enough finite scores. The
+                sifter's state is then unchanged.
+        """
+        size = pools.pool_size(pool)
+        kept = size if self.keep == 1 else self._kept or max(1, round(self.keep * size))
+        if size < kept:
+            raise ValueError(
+                f"Expected a pool of at least {kept} candidates (the number kept, fixed by the first pool), got {size}. "
+                "Drop ragged last batches: DataLoader(..., drop_last=True)."
+            )
+        self.ledger.begin(self._step)
+        if self.keep == 1:
+            device = next(self.model.parameters()).device
+            everything = Selection(torch.arange(size, device=device), torch.ones(size, device=device))
+            self._commit(pool, pool, everything, {})
+            return pool
+        if not self.model.training:
+            raise ValueError(
+                "The model is in evaluation mode, which a training step does not expect. "
+                "Call model.train() before the loop and after every evaluation."
+            )
+        self._check_on(pool)
+        generator = self._generator()
+        selects = torch.rand((), generator=generator).item() < self.schedule(self._step)
+        probes = self._anatomy is not None and self.probe_every > 0 and self._step % self.probe_every == 0
+        scores = None
+        news: dict[str, float] = {}
+        if (selects or probes) and self.score != "uniform":
+            scores = self._scores(pool, kept)
+            news = {"scored": size, **self._counted_losses(scores, kept)}
+        if selects and scores is not None:
+            with self.ledger.timed("select"):
+                guarded = selectors.drop_outliers(scores, self.drop_outliers, kept)
+                selection = self.select(guarded, kept, generator)
+        else:
+            selection = selectors.uniform_subset(size, kept, generator)
+        if probes and scores is not None:
+            self._fidelity = self._probe(pool, scores, kept)
+            news |= self._fidelity
+        if self.exit_optimizer is not None and scores is not None:
+            with self.ledger.timed("exit"):
+                self._train_exit(pools.take(pool, slice(0, kept)))
+        with self.ledger.timed("gather"):
+            batch = pools.take(pool, selection.indices)
+            if self.trim:
+                batch = pools.trim_padding(batch)
+        self._kept = kept
+        self._commit(pool, batch, selection, news)
+        return batch
+
+    def exit_loss(self, batch: Any) -> Tensor:
+        """Loss of the early exit on a batch, with gradients: add ``weight * exit_loss(batch)`` to train it jointly.
+
+        Costs a forward and backward pass of ``depth`` layers.
+
+        Args:
+            batch: What `sift` returned.
+
+        Returns:
+            A float32 scalar, mean over the labelled positions (samples, in classification).
+        """
+        return scorers.training_loss(self.model, batch, depth=self.depth, family=self.family, exit_head=self.exit_head)
+
+    def stats(self) -> dict[str, float]:
+        """Numbers for a logger: counts so far, the latest fidelity probe, and median times in ms."""
+        times_ms = {f"sift/{name}_ms": value for name, value in self.ledger.medians_ms().items()}
+        counts = {f"sift/{name}": float(value) for name, value in self._counts.items()}
+        fidelity = {f"sift/{name}": value for name, value in self._fidelity.items()}
+        return {"sift/step": float(self._step), **counts, **fidelity, **times_ms}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs to make the same picks; JSON-like but for the exit head's tensors."""
+        state: dict[str, Any] = {
+            "version": STATE_VERSION,
+            "config": self._config(),
+            "step": self._step,
+            "kept": self._kept,
+            "counts": dict(self._counts),
+            "fidelity": dict(self._fidelity),
+        }
+        if self.exit_head is not None:
+            state["exit_head"] = self.exit_head.state_dict()
+        if self.exit_optimizer is not None:
+            state["exit_optimizer"] = self.exit_optimizer.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where another sifter of the same configuration was saved.
+
+        Raises:
+            ValueError: If the state is of another version or configuration; lists what differs. Nothing is loaded then.
+        """
+        version = state.get("version")
+        if version != STATE_VERSION:
+            raise ValueError(
+                f"Expected a Sifter state of version {STATE_VERSION}, got {version!r}. Use the release that wrote it."
+            )
+        ours, theirs = self._config(), state["config"]
+        differing = [
+            f"{key}: saved {theirs.get(key)!r}, now {ours.get(key)!r}"
+            for key in sorted(ours.keys() | theirs.keys())
+            if ours.get(key) != theirs.get(key)
+        ]
+        if differing:
+            raise ValueError(
+                "The saved Sifter was configured otherwise (" + "; ".join(differing) + "). "
+                "Build the Sifter as it was saved, or start a new one."
+            )
+        if self.exit_head is not None:
+            self.exit_head.load_state_dict(state["exit_head"])
+        if self.exit_optimizer is not None:
+            self.exit_optimizer.load_state_dict(state["exit_optimizer"])
+        self._step = state["step"]
+        self._kept = state["kept"]
+        self._counts = dict(state["counts"])
+        self._fidelity = dict(state["fidelity"])
+
+    def _config(self) -> dict[str, Any]:
+        # Functions have no value to save: a schedule is known by samples, a callable by its name.
+        return {
+            "keep": self.keep,
+            "depth": self.depth,
+            "score": _name(self.score),
+            "select": _name(self.select),
+            "schedule": [float(self.schedule(step)) for step in _SCHEDULE_SAMPLES],
+            "reduction": self.reduction,
+            "drop_outliers": self.drop_outliers,
+            "probe_every": self.probe_every,
+            "trim": self.trim,
+            "seed": self.seed,
+            "dtype": str(self.dtype),
+            "exit_head": self.exit_head is not None,
+            "exit_optimizer": self.exit_optimizer is not None,
+        }
+
+    def _generator(self) -> Generator:
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        rank = torch.distributed.get_rank() if distributed else 0
+        digest = hashlib.sha256(f"earlysift {self.seed} {self._step} {rank}".encode()).digest()
+        return Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+
+    def _check_on(self, pool: Any) -> None:
+        if self._checked:
+            return
+        inputs, _ = pools.inputs_and_labels(pools.take(pool, slice(0, 2)))
+        problems = exits.check(self.model, depth=self.depth, family=self.family, inputs=inputs)
+        if problems:
+            raise ValueError(exits.problem_report(self.model, problems))
+        self._checked = True
+
+    def _scores(self, pool: Any, kept: int) -> Tensor:
+        with self.ledger.timed("score"):
+            scores = self._scorer(kept)(self.model, pool)
+        size = pools.pool_size(pool)
+        if scores.shape != (size,):
+            raise ValueError(
+                f"Expected scores of shape ({size},), one per candidate, got {tuple(scores.shape)}. "
+                "A scorer returns one number per row of the pool."
+            )
+        return scores.detach()
+
+    def _scorer(self, kept: int) -> Scorer:
+        if callable(self.score):
+            return self.score
+        common: dict[str, Any] = {
+            "family": self.family,
+            "reduction": self.reduction,
+            "chunk_rows": self.chunk_rows or kept,
+            "dtype": self.dtype,
+        }
+        if self.score == "exact":
+            return lambda model, pool: scorers.exact_loss(model, pool, **common)
+        exit_score = scorers.early_exit_loss if self.score == "loss" else scorers.early_exit_entropy
+        return lambda model, pool: exit_score(model, pool, depth=self.depth, exit_head=self.exit_head, **common)
+
+    def _probe(self, pool: Any, scores: Tensor, kept: int) -> dict[str, float]:
+        with self.ledger.timed("probe"):
+            exact = scorers.exact_loss(
+                self.model,
+                pool,
+                family=self.family,
+                reduction=self.reduction,
+                chunk_rows=self.chunk_rows or kept,
+                dtype=self.dtype,
+            )
+            return fidelity(scores, exact, kept)
+
+    def _train_exit(self, rows: Any) -> None:
+        assert self.exit_head is not None
+        assert self.exit_optimizer is not None
+        with exits.scoring_mode(self.model), torch.enable_grad():
+            loss = scorers.training_loss(
+                self.model,
+                rows,
+                depth=self.depth,
+                family=self.family,
+                exit_head=self.exit_head,
+                detach_exit=True,
+            )
+        parameters = [p for p in self.exit_head.parameters() if p.requires_grad]
+        # Only the exit head's gradients: the model's own .grad fields belong to the user's loop.
+        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+            parameter.grad = gradient
+        self.exit_optimizer.step()
+        self.exit_optimizer.zero_grad()
+
+    def _counted_losses(self, scores: Tensor, kept: int) -> dict[str, int]:
+        is_unlabelled = scores == losses.UNLABELLED
+        is_broken = ~(torch.isfinite(scores) | is_unlabelled)
+        unlabelled, broken = torch.stack([is_unlabelled.sum(), is_broken.sum()]).tolist()
+        size = len(scores)
+        if unlabelled == size:
+            raise ValueError(
+                f"None of the {size} candidates has a labelled position (all labels are {losses.IGNORED_LABEL}). "
+                "Check the collator: training on this pool would give a loss of nan."
+            )
+        if size - broken < kept:
+            raise ValueError(
+                f"Expected at least {kept} candidates with a finite score, got {size - broken} of {size} at step "
+                f"{self._step}: {broken} are nan or inf. Look for nan in the inputs, or for weights that have diverged."
+            )
+        if broken and not self._counts["non_finite"]:
+            warnings.warn(
+                f"{broken} of {size} scores are nan or inf at step {self._step}; such candidates are never selected. "
+                "Sifter.stats() goes on counting them.",
+                stacklevel=3,
+            )
+        if size - broken - unlabelled < kept and not self._counts["unlabelled"]:
+            warnings.warn(
+                f"Only {size - broken - unlabelled} of {size} candidates have a labelled position, fewer than the {kept} "
+                f"kept, at step {self._step}; the batch is filled up with unlabelled ones.",
+                stacklevel=3,
+            )
+        return {"unlabelled": unlabelled, "non_finite": broken}
+
+    def _commit(self, pool: Any, batch: Any, selection: Selection, news: dict[str, float]) -> None:
+        news = {"candidates": pools.pool_size(pool), "trained": len(selection.indices), **news}
+        for name in self._counts:
+            self._counts[name] += int(news.get(name, 0))
+        self.ledger.note(**news)
+        if self._anatomy is not None:
+            self.ledger.note(**_work(self._anatomy, batch, "trained", passes=3))
+            if news.get("scored"):
+                depth = None if self.score == "exact" else self.depth
+                self.ledger.note(**_work(self._anatomy, pool, "scored", depth=depth))
+        self.selection = selection
+        self._step += 1
+
+
+def _work(anatomy: Anatomy, batch: Any, name: str, *, depth: int | None = None, passes: int = 1) -> dict[str, float]:
+    """Positions and FLOPs that a batch costs, as ledger entries (``passes``: 3 for forward and backward)."""
+    inputs, labels = pools.inputs_and_labels(batch)
+    rows = len(labels)
+    if anatomy.task == "sequence_classification":
+        length, labelled = pools.length(inputs), rows
+    else:
+        length = labels.size(1)
+        labelled = int(losses.labelled_positions(labels, causal=anatomy.task == "causal_lm").sum())
+    flops = costs.forward_flops(anatomy, rows=rows, length=length, labelled=labelled, depth=depth)
+    return {f"{name}_tokens": rows * length, f"{name}_flops": passes * flops}
+
+
+def fidelity(scores: Tensor, exact: Tensor, kept: int) -> dict[str, float]:
+    """How well scores rank like exact losses, and what greedy selection on them gains.
+
+    Args:
+        scores: ``(R,)``.
+        exact: Exact losses of the same candidates, ``(R,)``.
+        kept: Number that would be kept, b.
+
+    Returns:
+        ``rank_correlation`` (Spearman, over candidates finite in both), ``overlap`` of the two kept sets (share of b), and
+        ``gain`` (rho: mean exact loss of the kept over that of the pool).
+
+    Example:
+        >>> import torch
+        >>> fidelity(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([1.0, 2.0, 3.0, 6.0]), 2)
+        {'rank_correlation': 1.0, 'overlap': 1.0, 'gain': 1.5}
+    """
+    finite = torch.isfinite(scores) & torch.isfinite(exact)
+    scores, exact = scores[finite], exact[finite]
+    kept = min(kept, len(scores))
+    if kept == 0:
+        return {}
+    chosen = selectors.greedy(scores, kept).indices
+    best = selectors.greedy(exact, kept).indices
+    return {
+        "rank_correlation": _pearson(_ranks(scores), _ranks(exact)),
+        "overlap": torch.isin(chosen, best).double().mean().item(),
+        "gain": (exact[chosen].double().mean() / exact.double().mean()).item(),
+    }
+
+
+def _ranks(values: Tensor) -> Tensor:
+    # Ties share the mean of their ranks.
+    _, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
+    last = counts.cumsum(0)
+    ranks: Tensor = (2 * last - counts - 1).double() / 2
+    return ranks[inverse]
+
+
+def _pearson(x: Tensor, y: Tensor) -> float:
+    x, y = x - x.mean(), y - y.mean()
+    norm = (x.square().sum() * y.square().sum()).sqrt()
+    return (x @ y / norm).clamp(-1, 1).item() if norm > 0 else 0.0
+
+
+def _name(function: str | Callable[..., Any]) -> str:
+    return function if isinstance(function, str) else getattr(function, "__qualname__", type(function).__qualname__)
