@@ -279,10 +279,8 @@ def call(model: nn.Module, inputs: Any) -> Tensor:
     """
     # DistributedDataParallel's forward would broadcast buffers and wait for a backward pass that never comes.
     runnable = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    if isinstance(inputs, Mapping):
-        output = runnable(**inputs, **_quiet_arguments(unwrap(model)))
-    else:
-        output = runnable(inputs)
+    named = isinstance(inputs, Mapping)
+    output = runnable(**inputs, **_quiet_arguments(unwrap(model))) if named else runnable(inputs)
     if isinstance(output, Mapping):
         output = output["logits"]
     elif hasattr(output, "logits"):
@@ -389,7 +387,7 @@ def _anatomy_or_problems(model: nn.Module, family: Family | None) -> Anatomy | l
         problems.append(
             Problem(
                 f"What the labels of {name} mean is unknown.",
-                "Set the task in the family row: masked_lm, causal_lm, token_classification or sequence_classification.",
+                "Set task= in the family row: masked_lm, causal_lm, token_classification or sequence_classification.",
             )
         )
     head: tuple[str, ...] = ()
@@ -475,7 +473,7 @@ def _dry_run_problems(model: nn.Module, anatomy: Anatomy, depth: int, inputs: An
         torch.set_rng_state(random_state)
         problems.append(
             Problem(
-                "The model draws from the global random generator in evaluation mode, so scoring would change training.",
+                "The model draws from the global random generator in evaluation mode: scoring would change training.",
                 "Make its evaluation mode deterministic.",
             )
         )
@@ -503,7 +501,7 @@ def _modules_with_capture_hooks(core: nn.Module) -> list[nn.Module]:
 
 def _drop_new_capture_hooks(core: nn.Module, hooked: list[nn.Module]) -> None:
     # transformers 5 hooks its layers when hidden states are first asked for. If that happens while the model is
-    # short, the other layers never get hooks and later captures are incomplete: forget them, the next call installs all.
+    # short, the other layers never get hooks and later captures are incomplete: forget them, the next call adds all.
     if len(_modules_with_capture_hooks(core)) == len(hooked):
         return
     for module in core.modules():

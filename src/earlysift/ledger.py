@@ -44,9 +44,10 @@ class Ledger:
         self._times_ms: dict[str, deque[float]] = {}
 
     def begin(self, step: int) -> None:
-        """Open the row of a step; a row still open is ended first."""
-        self.end()
-        self._row = {"step": step}
+        """Open the row of a step, if it is not open yet; the row of another step is ended first."""
+        if self._row.get("step") != step:
+            self.end()
+            self._row = {"step": step}
 
     def note(self, **values: Any) -> None:
         """Put values into the open row."""

@@ -29,7 +29,7 @@ def pool_size(pool: Any) -> int:
     sizes = {path: tensor.size(0) for path, tensor in _tensors(pool) if tensor.ndim > 0}
     if not sizes:
         raise ValueError(
-            f"Expected a pool of tensors with the candidates in the first dimension, got {type(pool).__name__} without any. "
+            f"Expected tensors with the candidates in the first dimension, got {type(pool).__name__} without any. "
             "Collate the samples into tensors before sifting."
         )
     packed = isinstance(pool, Mapping) and (

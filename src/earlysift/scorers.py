@@ -1,8 +1,9 @@
 """Scorers: (model, pool) to one score per candidate, shape ``(R,)``, larger meaning more worth training on.
 
-A scorer is any callable ``(model, pool) -> Tensor (R,)``; a lambda is a full citizen. Those here run under ``no_grad`` (never
-``inference_mode``, whose tensors poison caches that models build lazily), in evaluation mode with every module's own
-flag restored, a chunk of rows at a time, in bfloat16 where the hardware has it, and draw from no global generator.
+A scorer is any callable ``(model, pool) -> Tensor (R,)``; a lambda is a full citizen. Those here run under ``no_grad``
+(never ``inference_mode``, whose tensors poison caches that models build lazily), in evaluation mode with every
+module's own flag restored, a chunk of rows at a time, in bfloat16 where the hardware has it, and draw from no global
+generator.
 """
 
 from collections.abc import Callable

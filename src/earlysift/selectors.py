@@ -1,7 +1,7 @@
 """Scores to selection: which b of the R candidates are trained on, and with what weights.
 
-A selector is any callable ``(scores (R,), kept, generator) -> Selection``; a lambda is a full citizen. All selectors here
-keep exactly ``kept`` candidates, so shapes stay static and every rank of a distributed run keeps the same number.
+A selector is any callable ``(scores (R,), kept, generator) -> Selection``; a lambda is a full citizen. All selectors
+here keep exactly ``kept`` candidates, so shapes stay static and every rank of a distributed run keeps the same number.
 
 The order of candidates, wherever one is needed: finite scores, largest first; then unlabelled samples (``-inf``,
 harmless); then non-finite scores (``nan``, ``+inf``). Ties keep the order of the pool.
@@ -74,7 +74,8 @@ def proportional(scores: Tensor, kept: int, generator: Generator, *, uniform_sha
         tensor([1., 1.])
 
     Reference:
-        Katharopoulos and Fleuret, 2018, arXiv 1803.00942 (weights); T7 in our notation. Systematic sampling: Madow, 1949.
+        Katharopoulos and Fleuret, 2018, arXiv 1803.00942 (weights); T7 in our notation.
+        Madow, 1949 (systematic sampling).
     """
     _check(scores, kept)
     if not 0 < uniform_share <= 1:

@@ -157,7 +157,7 @@ class Sifter:
         kept = size if self.keep == 1 else self._kept or max(1, round(self.keep * size))
         if size < kept:
             raise ValueError(
-                f"Expected a pool of at least {kept} candidates (the number kept, fixed by the first pool), got {size}. "
+                f"Expected at least {kept} candidates (the number kept, fixed by the first pool), got {size}. "
                 "Drop ragged last batches: DataLoader(..., drop_last=True)."
             )
         self.ledger.begin(self._step)
@@ -201,7 +201,7 @@ class Sifter:
         return batch
 
     def exit_loss(self, batch: Any) -> Tensor:
-        """Loss of the early exit on a batch, with gradients: add ``weight * exit_loss(batch)`` to train it jointly.
+        """Differentiable loss of the early exit on a batch: add a share of it to your loss to train the exit jointly.
 
         Costs a forward and backward pass of ``depth`` layers.
 
@@ -379,8 +379,8 @@ class Sifter:
             )
         if size - broken - unlabelled < kept and not self._counts["unlabelled"]:
             warnings.warn(
-                f"Only {size - broken - unlabelled} of {size} candidates have a labelled position, fewer than the {kept} "
-                f"kept, at step {self._step}; the batch is filled up with unlabelled ones.",
+                f"Only {size - broken - unlabelled} of {size} candidates have a labelled position, fewer than the "
+                f"{kept} kept, at step {self._step}; the batch is filled up with unlabelled ones.",
                 stacklevel=3,
             )
         return {"unlabelled": unlabelled, "non_finite": broken}
@@ -421,8 +421,8 @@ def fidelity(scores: Tensor, exact: Tensor, kept: int) -> dict[str, float]:
         kept: Number that would be kept, b.
 
     Returns:
-        ``rank_correlation`` (Spearman, over candidates finite in both), ``overlap`` of the two kept sets (share of b), and
-        ``gain`` (rho: mean exact loss of the kept over that of the pool).
+        ``rank_correlation`` (Spearman, over candidates finite in both), ``overlap`` of the two kept sets (share of
+        b), and ``gain`` (rho: mean exact loss of the kept over that of the pool).
 
     Example:
         >>> import torch

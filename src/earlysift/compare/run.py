@@ -1,0 +1,201 @@
+"""`earlysift compare`: data, calibration, arms x seeds, results. Start reading here."""
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from earlysift.compare import folder
+from earlysift.compare.arms import ARMS
+from earlysift.compare.calibrate import calibration_rounds, measure_operations, step_cost_ms, summary
+from earlysift.compare.settings import Settings
+from earlysift.compare.trial import Point, run_trial, unigram_plateau, validation_set
+from earlysift.compare.verdict import compare_arms, verdict
+from earlysift.pretrain.corpus import read_corpus
+from earlysift.pretrain.tokens import Blocks, load_blocks
+from earlysift.report.page import write_report
+
+RESULTS_VERSION = 1
+_VERSIONED = ("earlysift", "torch", "transformers", "tokenizers")
+
+OnProgress = Callable[[str, int, int], None]
+"""Called with the name of a piece of work, how much of it is done, and how much there is."""
+
+
+def compare(settings: Settings, on_progress: OnProgress = lambda name, done, total: None) -> dict[str, Any]:
+    """Run every arm on every seed at an equal budget of reference time, and write the run folder.
+
+    The arms of a seed take turns between evaluations, so that a noisy machine disturbs them alike and an interruption
+    leaves curves that can be compared. After every turn results.json is written, whole or not at all.
+
+    Args:
+        settings: The comparison.
+        on_progress: Called as work proceeds.
+
+    Returns:
+        The content of results.json; ``complete`` is false if Ctrl-C ended the run early.
+
+    Raises:
+        ValueError: If settings, data or the run to resume do not fit.
+        FileExistsError: If the run folder holds another run.
+    """
+    previous = folder.open_folder(settings.out, settings.identity(), resume=settings.resume, force=settings.force)
+    on_progress("read text", 0, 2)
+    corpus = read_corpus(settings.data)
+    on_progress("read text", 1, 2)
+    blocks = load_blocks(corpus, vocab_size=settings.vocab_size, length=settings.length)
+    on_progress("read text", 2, 2)
+    results = previous or _new_results(settings, corpus.name, blocks)
+    results["complete"] = False
+    results["config"]["seeds"] = settings.seeds
+    try:
+        if not results["operations_ms"]:
+            results["operations_ms"] = _calibrate(settings, blocks, on_progress)
+            _plan(results, settings)
+            _save(settings.out, results, settings)
+        for seed in range(settings.seeds):
+            _run_seed(results, settings, blocks, seed, on_progress)
+        results["complete"] = True
+    except KeyboardInterrupt:
+        results["complete"] = False
+    results["measured_ms"] = _measured_ms(settings.out)
+    _save(settings.out, results, settings)
+    write_report(settings.out)
+    return results
+
+
+def _new_results(settings: Settings, data_name: str, blocks: Blocks) -> dict[str, Any]:
+    return {
+        "version": RESULTS_VERSION,
+        "complete": False,
+        "created": datetime.now().isoformat(timespec="seconds"),
+        "config": json.loads(json.dumps(settings.identity())),
+        "machine": _machine(),
+        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in _VERSIONED}},
+        "commit": _commit(),
+        "data": {
+            "name": data_name,
+            "train_blocks": len(blocks.train),
+            "validation_blocks": len(blocks.validation),
+            "length": settings.length,
+            "vocab_size": blocks.vocab_size,
+        },
+        "unigram": unigram_plateau(blocks, validation_set(blocks, settings)),
+        "operations_ms": {},
+        "arms": {},
+    }
+
+
+def _calibrate(settings: Settings, blocks: Blocks, on_progress: OnProgress) -> dict[str, dict[str, float]]:
+    total = calibration_rounds()
+    rounds = iter(range(1, total + 1))
+    return measure_operations(settings, blocks, lambda: on_progress("calibrate", next(rounds), total))
+
+
+def _plan(results: dict[str, Any], settings: Settings) -> None:
+    """How many steps the budget buys each arm."""
+    for name in settings.arms:
+        cost_ms = step_cost_ms(name, results["operations_ms"])
+        results["arms"][name] = {
+            "label": ARMS[name].label,
+            "description": ARMS[name].description,
+            "step_cost_ms": cost_ms,
+            "steps": max(settings.evaluations, int(settings.budget * 1e3 / cost_ms)),
+            "runs": [],
+        }
+
+
+def _run_seed(results: dict[str, Any], settings: Settings, blocks: Blocks, seed: int, on_progress: OnProgress) -> None:
+    arms = results["arms"]
+    if all(any(run["seed"] == seed and run["finished"] for run in arm["runs"]) for arm in arms.values()):
+        return  # finished before a resume
+    (settings.out / folder.LEDGERS).mkdir(exist_ok=True)
+    turns: dict[str, Iterator[tuple[Point, Point]]] = {}
+    for name, arm in arms.items():
+        arm["runs"] = [run for run in arm["runs"] if run["seed"] != seed]
+        arm["runs"].append({"seed": seed, "finished": False, "curve": [], "fidelity": []})
+        ledger_path = settings.out / folder.LEDGERS / f"{name}-seed{seed}.jsonl"
+        ledger_path.unlink(missing_ok=True)
+        turns[name] = run_trial(
+            ARMS[name],
+            blocks=blocks,
+            settings=settings,
+            seed=seed,
+            steps=arm["steps"],
+            step_cost_ms=arm["step_cost_ms"],
+            ledger_path=ledger_path,
+            on_step=_progress_of(f"seed {seed} {arm['label']}", arm["steps"], on_progress),
+        )
+    while turns:
+        for name in list(turns):
+            run = arms[name]["runs"][-1]
+            point = next(turns[name], None)
+            if point is None:
+                run["finished"] = True
+                del turns[name]
+                continue
+            run["curve"].append(point[0])
+            run["fidelity"].append(point[1])
+            last = run["curve"][-1]
+            run.update(final_accuracy=last["accuracy"], final_loss=last["loss"], wall_s=last["wall_s"])
+        _save(settings.out, results, settings)
+
+
+def _progress_of(name: str, total: int, on_progress: OnProgress) -> Callable[[int], None]:
+    return lambda done: on_progress(name, done, total)
+
+
+def _save(out: Path, results: dict[str, Any], settings: Settings) -> None:
+    finished = {
+        name: {**arm, "runs": [r for r in arm["runs"] if r["finished"]]} for name, arm in results["arms"].items()
+    }
+    if finished.get("uniform", {}).get("runs"):
+        results.update(compare_arms(finished, settings.target))
+    results["verdict"] = verdict(results)
+    folder.write_whole(out / folder.RESULTS, json.dumps(results, indent=1, allow_nan=False) + "\n")
+
+
+def _measured_ms(out: Path) -> dict[str, dict[str, float]]:
+    """Times of the operations in the arms' own steps, beside the calibration that they were charged by."""
+    times_ms: dict[str, list[float]] = {}
+    for path in sorted((out / folder.LEDGERS).glob("*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            for key, value in json.loads(line).items():
+                if key.endswith("_ms"):
+                    times_ms.setdefault(f"{path.stem.split('-')[0]}: {key[:-3]}", []).append(value)
+    return {name: summary(values) for name, values in times_ms.items() if len(values) > 1}
+
+
+def _machine() -> dict[str, Any]:
+    memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 if hasattr(os, "sysconf") else None
+    capabilities = torch.cpu.get_capabilities()
+    return {
+        "cpu": str(capabilities.get("cpu_name", platform.processor())),
+        "bfloat16": bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": memory_gib and round(memory_gib, 1),
+        "system": platform.platform(),
+    }
+
+
+def _commit() -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,1 @@
+"""Text, tokenizer, masking and models for pretraining, on datasets, tokenizers and transformers."""

@@ -1,0 +1,391 @@
+"""Text in, split documents out: files, folders, or the standard library of the running Python."""
+
+import csv
+import gzip
+import hashlib
+import importlib
+import json
+import os
+import platform
+import re
+import sysconfig
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+_VALIDATION_ONE_IN = 20
+# A plain text document ends at the first blank line after the first number of characters, or, in a text
+# with hardly a blank line, at the first line end after the second: else a novel would be one document.
+_DOCUMENT_CHARACTERS = 2_000
+_DOCUMENT_CHARACTERS_WITHOUT_BLANK_LINE = 20_000
+_ENOUGH_DOCUMENTS = 100  # one in 20 misses validation altogether with odds of 0.95 ** 100, under 1 in 150
+
+_TEXT_SUFFIXES = frozenset({".txt", ".text", ".md", ".rst", ".tex", ".py"})
+# An empty field is a missing one, but the words "NA", "null" and "None" are text.
+_CSV = {"keep_default_na": False, "na_values": [""]}
+# Suffix -> what `datasets.load_dataset` is to be told. Tab-separated files know no quotes: in SST-2 and its
+# like a lone quote mark would silently swallow every line up to the next one.
+_TABLES: dict[str, tuple[str, dict[str, Any]]] = {
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+    ".csv": ("csv", _CSV),
+    ".tsv": ("csv", {**_CSV, "sep": "\t", "quoting": csv.QUOTE_NONE}),
+    ".parquet": ("parquet", {}),
+}
+_STDLIB_SUFFIXES = frozenset({".py", ".txt", ".rst"})
+_NOT_STDLIB = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
+_ABOUT_THE_DATA = re.compile(r"(readme|licen[cs]e)(?![a-z])", re.IGNORECASE)
+# "train.txt", "train-00000-of-00002.parquet", "dev/a.txt"; but not "trainspotting.txt" or "developers.md".
+_PART_NAMES = {
+    "train": re.compile(r"train(ing)?(?![a-z])", re.IGNORECASE),
+    "validation": re.compile(r"(valid|validation|val|dev)(?![a-z])", re.IGNORECASE),
+    "test": re.compile(r"test(ing)?(?![a-z])", re.IGNORECASE),
+}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents in two parts.
+
+    >>> corpus = Corpus("two lines", train=["To be, or not to be"], validation=["that is the question"])
+    >>> len(corpus.fingerprint)
+    64
+    """
+
+    name: str
+    train: list[str]
+    validation: list[str]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The sha256, in hex, of the documents, their borders and their split; the name does not count."""
+        digest = hashlib.sha256()
+        for part in (self.train, self.validation):
+            digest.update(len(part).to_bytes(8))
+            for document in part:
+                encoded = document.encode()
+                digest.update(len(encoded).to_bytes(8))
+                digest.update(encoded)
+        return digest.hexdigest()
+
+
+def optional_package(name: str, *, extra: str) -> Any:
+    """Import a package that only some uses need.
+
+    Args:
+        name: the package, as it is imported.
+        extra: the extra of earlysift that installs it.
+
+    Returns:
+        The module.
+
+    Raises:
+        ImportError: the package is not installed; the message names the extra.
+    """
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"this needs the package {name!r}, which is not installed: pip install 'earlysift[{extra}]'"
+        ) from error
+
+
+def read_corpus(path: Path | None) -> Corpus:
+    """Read the documents of a file or folder and split them into training and validation part.
+
+    Files may be plain text (.txt .text .md .rst .tex .py), JSON lines, CSV, TSV or Parquet, the first four
+    kinds also as .gz or .zst. A table's text is its column `text`, else its only column of strings. Plain
+    text is cut at blank lines into documents of about two thousand characters.
+
+    In a folder, read with all below it, files or folders whose name begins with the word train, and with
+    validation, valid, val or dev, are the two parts, and nothing else counts. Without a validation file, one
+    document in twenty, chosen by the hash of its text, is held out of the training files or, if no file is
+    named so, of all files. README and LICENSE files, and hidden ones, are passed over.
+
+    Args:
+        path: the file or folder; None for the standard library of the running Python.
+
+    Returns:
+        The corpus, named like the path; the same text gives the same split everywhere.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: no text, not UTF-8, a damaged archive or table, or nothing left for validation.
+    """
+    if path is None:
+        return stdlib_corpus()
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path}: expected a text file or a folder of text files, but nothing is there; check the path, "
+            "or give none to use the standard library of this Python"
+        )
+    train_files, validation_files = _files_by_part(path) if path.is_dir() else ([path], [])
+    train = _read_documents(train_files, where=path)
+    if validation_files:
+        validation = _read_documents(validation_files, where=path)
+    else:
+        train, validation = _split_by_content(train, where=path)
+    return Corpus(path.resolve().name, train, validation)
+
+
+def stdlib_corpus() -> Corpus:
+    """Read the standard library of the running Python: text that every machine has, some 12 MB.
+
+    Returns:
+        One document per .py, .txt and .rst file, tests left out, in the order of the paths. One file in
+        twenty, chosen by the hash of its path, is held out for validation.
+
+    Raises:
+        FileNotFoundError: this Python came without the source of its standard library.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    parts: dict[bool, list[str]] = {True: [], False: []}
+    for name in _stdlib_files(root):
+        try:
+            document = _decode((root / name).read_bytes(), root / name)
+        except ValueError:  # a few sources declare another encoding
+            continue
+        if document.strip():
+            parts[_held_out(name)].append(document)
+    if not all(parts.values()):
+        raise FileNotFoundError(
+            f"{root}: expected the source files of Python's standard library, found too few of them; give "
+            "the path of a text file or folder instead"
+        )
+    name = f"Python {platform.python_version()} standard library"
+    return Corpus(name, train=parts[False], validation=parts[True])
+
+
+def _stdlib_files(root: Path) -> list[str]:
+    files = []
+    for folder, subfolders, names in os.walk(root):
+        # Not to descend is what makes this fast: site-packages may hold far more than the library itself.
+        subfolders[:] = [name for name in subfolders if name not in _NOT_STDLIB]
+        files += [Path(folder, name) for name in names if Path(name).suffix in _STDLIB_SUFFIXES]
+    return sorted(file.relative_to(root).as_posix() for file in files)
+
+
+def _held_out(key: str) -> bool:
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) % _VALIDATION_ONE_IN == 0
+
+
+def _split_by_content(documents: list[str], *, where: Path) -> tuple[list[str], list[str]]:
+    """Split documents by their text alone, so that a copy of a document never sits in both parts."""
+    train: list[str] = []
+    validation: list[str] = []
+    for document in documents:
+        (validation if _held_out(document) else train).append(document)
+    if not train or not validation:
+        empty = "validation" if train else "training"
+        raise ValueError(
+            f"{where}: too little text to hold out one document in {_VALIDATION_ONE_IN}: of {len(documents)} "
+            f"found, none fell to {empty}; give {_ENOUGH_DOCUMENTS} documents or more (of plain text some "
+            f"{_ENOUGH_DOCUMENTS * _DOCUMENT_CHARACTERS:,} characters), or a folder with a train.* and a "
+            "validation.* file"
+        )
+    return train, validation
+
+
+def _files_by_part(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Return the files of the training and of the validation part; the second list may be empty."""
+    parts: dict[str, list[Path]] = {part: [] for part in (*_PART_NAMES, "unnamed")}
+    for file in sorted(folder.rglob("*")):
+        relative = file.relative_to(folder)
+        hidden = any(name.startswith(".") for name in relative.parts)
+        if file.is_file() and not hidden and not _ABOUT_THE_DATA.match(file.name) and _format(file):
+            parts[_part(relative)].append(file)
+    train, validation = parts["train"], parts["validation"]
+    if validation and not train:
+        raise ValueError(
+            f"{folder}: found a validation file ({validation[0].name}), but no file named train*; name the "
+            "training files so"
+        )
+    files = train or sorted(parts["unnamed"] + parts["test"])
+    if not files:
+        raise ValueError(f"{folder}: expected files of text, found none; {_supported()}")
+    return files, validation
+
+
+def _part(relative: Path) -> str:
+    """Return the part that a file belongs to: by its own name, else by that of the nearest folder."""
+    for name in reversed(relative.parts):
+        for part, pattern in _PART_NAMES.items():
+            if pattern.match(name):
+                return part
+    return "unnamed"
+
+
+def _format(path: Path) -> str:
+    """Return the suffix that tells a file's format, that of its compression set aside; empty if unknown."""
+    name = path.with_suffix("") if path.suffix.lower() in _DECOMPRESS else path
+    suffix = name.suffix.lower()
+    return suffix if suffix in _TEXT_SUFFIXES or suffix in _TABLES else ""
+
+
+def _supported() -> str:
+    formats = " ".join(sorted(_TEXT_SUFFIXES) + list(_TABLES))
+    return f"supported are {formats}, each also compressed ({' '.join(_DECOMPRESS)})"
+
+
+def _read_documents(files: Sequence[Path], *, where: Path) -> list[str]:
+    documents = [document for file in files for document in _read_file(file) if document.strip()]
+    if not documents:
+        names = ", ".join(file.name for file in files[:3])
+        raise ValueError(f"{where}: expected text, found none in {names}; is the file empty?")
+    return documents
+
+
+def _read_file(path: Path) -> list[str]:
+    suffix = _format(path)
+    if not suffix:
+        raise ValueError(f"{path}: expected a file of text, got one of unknown format; {_supported()}")
+    raw = _decompressed(path)
+    if suffix in _TABLES:
+        return _table_documents(raw, suffix, path)
+    return list(_plain_documents(_decode(raw, path)))
+
+
+def _plain_documents(text: str) -> Iterator[str]:
+    lines: list[str] = []
+    characters = 0
+    for line in text.split("\n"):
+        lines.append(line)
+        characters += len(line) + 1
+        blank = not line.strip()
+        if characters >= (_DOCUMENT_CHARACTERS if blank else _DOCUMENT_CHARACTERS_WITHOUT_BLANK_LINE):
+            yield "\n".join(lines).strip()
+            lines, characters = [], 0
+    yield "\n".join(lines).strip()
+
+
+def _decode(raw: bytes, path: Path) -> str:
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: expected UTF-8 text, but byte {error.start} ({raw[error.start]:#04x}) is not; convert "
+            f"the file, for instance: iconv -f latin1 -t utf-8 {path.name}"
+        ) from error
+    return text.removeprefix("\ufeff").replace("\r\n", "\n")
+
+
+def _decompressed(path: Path) -> bytes:
+    raw = path.read_bytes()
+    decompress = _DECOMPRESS.get(path.suffix.lower())
+    if decompress is None:
+        return raw
+    try:
+        return decompress(raw)
+    except (EOFError, OSError, zlib.error) as error:
+        raise ValueError(
+            f"{path}: the archive ends too early or is damaged ({error}); download or compress it again"
+        ) from error
+
+
+def _unzstd(raw: bytes) -> bytes:
+    """Decompress all frames of a .zst file.
+
+    The package's own readers take a file that breaks off for one that ends, so each frame is asked.
+    """
+    zstandard = optional_package("zstandard", extra="data")
+    decompressor = zstandard.ZstdDecompressor()
+    chunk_bytes = 1 << 20  # a finished frame hands its rest back as a copy: keep that small
+    pieces: list[bytes] = []
+    frame = None
+    for start in range(0, len(raw), chunk_bytes):
+        rest = raw[start : start + chunk_bytes]
+        while rest:
+            frame = frame or decompressor.decompressobj()
+            try:
+                pieces.append(frame.decompress(rest))
+            except zstandard.ZstdError as error:
+                raise EOFError(str(error)) from error
+            rest = frame.unused_data if frame.eof else b""
+            frame = None if frame.eof else frame
+    if frame is not None:
+        raise EOFError("the last frame is not complete")
+    return b"".join(pieces)
+
+
+_DECOMPRESS: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.decompress, ".zst": _unzstd}
+
+
+def _table_documents(raw: bytes, suffix: str, path: Path) -> list[str]:
+    kind, options = _TABLES[suffix]
+    text = "" if kind == "parquet" else _decode(raw, path)
+    if kind != "parquet" and not text.strip():
+        return []
+    datasets = optional_package("datasets", extra="data")
+    # A copy under a plain name: `datasets` knows no .zst, takes [ and * in a path for a pattern, and its
+    # own cache would keep every corpus ever read.
+    with tempfile.TemporaryDirectory(prefix="earlysift-") as folder, _silent(datasets):
+        copy = Path(folder) / f"table{suffix}"
+        copy.write_bytes(raw)
+        try:
+            table = datasets.load_dataset(
+                kind,
+                data_files=str(copy),
+                split="train",
+                cache_dir=folder,
+                keep_in_memory=True,
+                **options,
+            )
+        except Exception as error:  # it raises nearly anything, StopIteration included
+            cause = error.__cause__ or error
+            reason = (kind == "json" and _bad_json_line(text)) or f"{type(cause).__name__}: {cause}"
+            reason = reason.splitlines()[0]
+            raise ValueError(
+                f"{path}: expected {_EXPECTED[kind]}, but {reason}; mend or leave out what is broken"
+            ) from error
+    column = _text_column(table.features, path)
+    return [value for value in table.select_columns(column)[:][column] if value is not None]
+
+
+_EXPECTED = {
+    "json": "one JSON object a line",
+    "csv": "a table with a header line",
+    "parquet": "a complete Parquet file",
+}
+
+
+def _text_column(features: Any, path: Path) -> str:
+    types = {name: getattr(feature, "dtype", "nested") for name, feature in features.items()}
+    strings = [name for name, dtype in types.items() if dtype in ("string", "large_string")]
+    candidates = ["text"] if "text" in types else strings
+    if len(candidates) != 1 or candidates[0] not in strings:
+        found = ", ".join(f"{name} ({dtype})" for name, dtype in types.items())
+        raise ValueError(
+            f"{path}: expected a column of strings named 'text', or just one column of strings; found the "
+            f"columns {found}; rename the column that holds the text to 'text'"
+        )
+    return candidates[0]
+
+
+def _bad_json_line(text: str) -> str:
+    """Say where JSON lines, or one JSON list, are malformed; empty if they are not."""
+    for number, line in enumerate([text] if text.lstrip().startswith("[") else text.split("\n")):
+        try:
+            json.loads(line if line.strip() else "null")
+        except json.JSONDecodeError as error:
+            return f"line {number + error.lineno} is malformed ({error.msg}, column {error.colno})"
+    return ""
+
+
+@contextmanager
+def _silent(datasets: Any) -> Iterator[None]:
+    """Keep `datasets` from printing, and leave its global settings as they were."""
+    bars = not datasets.are_progress_bars_disabled()
+    verbosity = datasets.logging.get_verbosity()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        if bars:
+            datasets.enable_progress_bars()

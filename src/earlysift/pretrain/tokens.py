@@ -1,0 +1,298 @@
+"""Documents in, blocks of token ids of one length out; made once, then read from a cache."""
+
+import hashlib
+import io
+import json
+import os
+import tempfile
+import warnings
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from earlysift.pretrain.corpus import Corpus, optional_package
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # in BERT's order, so with ids 0 to 4
+
+_CACHE_FORMAT = 1  # count up when the same corpus would give other blocks
+_SHORTEST_LENGTH = 8
+_SMALLEST_VOCABULARY = 100
+_LARGEST_ALPHABET = 1_000  # as BERT's; with no limit, rare scripts fill a small vocabulary with lone letters
+_BATCH_CHARACTERS = 1_000_000  # an encoding takes some 100 bytes a token while it lives
+_DIGEST_BYTES = 32
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A corpus as blocks of token ids, each [CLS] text [SEP].
+
+    `train` is (N, length) and `validation` (M, length), both int32; every id is below `vocab_size`.
+    `special` gives the ids of [PAD], [UNK], [CLS], [SEP] and [MASK], and `tokenizer_json` the tokenizer
+    itself, as the text of a tokenizer.json; it is empty in blocks that were made by hand.
+    """
+
+    train: torch.Tensor
+    validation: torch.Tensor
+    vocab_size: int
+    special: dict[str, int]
+    tokenizer_json: str = ""
+
+
+def load_blocks(
+    corpus: Corpus,
+    *,
+    vocab_size: int,
+    length: int,
+    cache: Path | None = None,
+    tokenizer_file: Path | None = None,
+) -> Blocks:
+    """Turn a corpus into blocks of `length` tokens, or read them from the cache.
+
+    Per part, the documents are joined in their order with [SEP] between them and cut into blocks; a last
+    block that would not be full is dropped. The order of the blocks is that of the text: to shuffle is the
+    sampler's work.
+
+    Args:
+        corpus: the documents.
+        vocab_size: size of the vocabulary that is trained on the training part; the result may be smaller if
+            the text is short. Not used with a tokenizer file.
+        length: tokens a block, [CLS] and [SEP] included.
+        cache: folder for finished blocks; None for earlysift/blocks in the user's cache folder.
+        tokenizer_file: a BERT vocab.txt, or a tokenizer.json that has BERT's special tokens.
+
+    Returns:
+        The blocks; the same arguments and version of tokenizers give the same blocks everywhere.
+
+    Raises:
+        ValueError: a length or vocabulary too small, a text too short for one block in each part, or a
+            tokenizer file that cannot be used.
+        FileNotFoundError: the tokenizer file is not there.
+    """
+    if length < _SHORTEST_LENGTH:
+        raise ValueError(
+            f"expected blocks of {_SHORTEST_LENGTH} tokens or more, got length={length}; [CLS] and [SEP] "
+            "take two of them: 64 or 128 is usual"
+        )
+    content = None if tokenizer_file is None else _tokenizer_content(tokenizer_file)
+    key = json.dumps([_CACHE_FORMAT, corpus.fingerprint, vocab_size if content is None else content, length])
+    folder = _user_cache() if cache is None else cache
+    entry = folder / f"{hashlib.sha256(key.encode()).hexdigest()}.blocks"
+    blocks = _read_entry(entry)
+    if blocks is None:
+        if content is None:
+            tokenizer = train_tokenizer(corpus.train, vocab_size)
+        else:
+            tokenizer = _given_tokenizer(content, tokenizer_file)
+        blocks = _encode(corpus, tokenizer, length)
+        _write_entry(entry, blocks)
+    return blocks
+
+
+def train_tokenizer(documents: Sequence[str], vocab_size: int) -> "Tokenizer":
+    """Train an uncased WordPiece tokenizer like BERT's.
+
+    The same documents give the same tokenizer. The library alone does not: it numbers the letters inside
+    words (##a, ##b) in the order of a hash table that is seeded anew each time, with one thread too, and
+    breaks ties between equally frequent pieces by these numbers. So these letters get their numbers here.
+
+    Args:
+        documents: the texts.
+        vocab_size: the largest number of entries, special tokens included; a short text gives fewer.
+
+    Returns:
+        The tokenizer, with [PAD] [UNK] [CLS] [SEP] [MASK] as ids 0 to 4.
+
+    Raises:
+        ValueError: the vocabulary is too small.
+    """
+    if vocab_size < _SMALLEST_VOCABULARY:
+        raise ValueError(
+            f"expected a vocabulary of {_SMALLEST_VOCABULARY} entries or more, got vocab_size={vocab_size}; "
+            "the letters alone take most of that: 4096 suits a small model"
+        )
+    tokenizers = optional_package("tokenizers", extra="hf")
+    draft = _wordpiece({}, lowercase=True)
+    # Both forms of every letter, at the start of a word and inside, take at most half of the vocabulary.
+    limit = min(_LARGEST_ALPHABET, (vocab_size - len(SPECIAL_TOKENS)) // 4)
+    alphabet = _alphabet(documents, draft, limit)
+    trainer = tokenizers.trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[
+            *SPECIAL_TOKENS,
+            *(f"##{letter}" for letter in alphabet if _inside_word(letter, draft)),
+        ],
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),
+        show_progress=False,
+    )
+    draft.train_from_iterator(documents, trainer)
+    # Made anew, since to the draft the ##letters are special tokens as well.
+    return _wordpiece(draft.get_vocab(), lowercase=True)
+
+
+def _wordpiece(vocabulary: dict[str, int], *, lowercase: bool) -> "Tokenizer":
+    tokenizers = optional_package("tokenizers", extra="hf")
+    tokenizer: Tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=lowercase)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    if vocabulary:
+        tokenizer.decoder = tokenizers.decoders.WordPiece()
+        tokenizer.add_special_tokens([token for token in SPECIAL_TOKENS if token in vocabulary])
+    return tokenizer
+
+
+def _alphabet(documents: Sequence[str], tokenizer: "Tokenizer", limit: int) -> list[str]:
+    """Return the most frequent letters of the normalized documents, the most frequent first."""
+    raw = Counter[str]()
+    for document in documents:
+        raw.update(document)
+    counts = Counter[str]()
+    for character, count in raw.items():
+        for letter in tokenizer.normalizer.normalize_str(character):
+            counts[letter] += count
+    letters = [letter for letter in counts if not letter.isspace()]
+    return sorted(letters, key=lambda letter: (-counts[letter], letter))[:limit]
+
+
+def _inside_word(letter: str, tokenizer: "Tokenizer") -> bool:
+    """Tell whether a letter can follow another in a word, unlike punctuation or a Chinese character."""
+    word = tokenizer.normalizer.normalize_str(f"a{letter}")
+    return len(tokenizer.pre_tokenizer.pre_tokenize_str(word)) == 1
+
+
+def _tokenizer_content(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{path}: expected a BERT vocab.txt or a tokenizer.json, but nothing is there; check the path, "
+            "or give none to train a tokenizer on the corpus"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: expected a BERT vocab.txt or a tokenizer.json, but byte {error.start} is not UTF-8 text"
+        ) from error
+
+
+def _given_tokenizer(content: str, path: Path | None) -> "Tokenizer":
+    if content.lstrip().startswith("{"):
+        tokenizer = _from_json(content, path)
+    else:
+        tokens = [line.rstrip("\r") for line in content.rstrip("\r\n").split("\n")]
+        cased = any(token != token.lower() for token in tokens if not token.startswith("["))
+        tokenizer = _wordpiece({token: index for index, token in enumerate(tokens)}, lowercase=not cased)
+    missing = [token for token in SPECIAL_TOKENS if tokenizer.token_to_id(token) is None]
+    if missing:
+        raise ValueError(
+            f"{path}: expected a vocabulary with BERT's special tokens {' '.join(SPECIAL_TOKENS)}, but "
+            f"{' '.join(missing)} is missing; give a BERT vocab.txt or tokenizer.json, or none to train one"
+        )
+    return tokenizer
+
+
+def _from_json(content: str, path: Path | None) -> "Tokenizer":
+    tokenizers = optional_package("tokenizers", extra="hf")
+    try:
+        tokenizer: Tokenizer = tokenizers.Tokenizer.from_str(content)
+    except Exception as error:  # the library raises plain Exception
+        raise ValueError(
+            f"{path}: expected a tokenizer.json of the tokenizers library, but it cannot be read ({error}); "
+            "save it again with tokenizer.save()"
+        ) from error
+    tokenizer.no_truncation()  # a saved tokenizer may cut and pad what it is given
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _encode(corpus: Corpus, tokenizer: "Tokenizer", length: int) -> Blocks:
+    # A text that speaks of "[MASK]" must not get the id of a mask.
+    tokenizer.encode_special_tokens = True
+    vocabulary = tokenizer.get_vocab()
+    special = {token: vocabulary[token] for token in SPECIAL_TOKENS}
+    train, validation = (
+        _pack(documents, tokenizer, special, length) for documents in (corpus.train, corpus.validation)
+    )
+    for part, blocks in (("training", train), ("validation", validation)):
+        if not len(blocks):
+            raise ValueError(
+                f"{corpus.name}: expected a {part} text of {length - 2} tokens or more, enough for one "
+                f"block, but it is shorter; give more text, or a shorter length than {length}"
+            )
+    vocab_size = 1 + max(vocabulary.values())  # a vocab.txt with a line twice has gaps
+    return Blocks(train, validation, vocab_size, special, tokenizer.to_str())
+
+
+def _pack(documents: list[str], tokenizer: "Tokenizer", special: dict[str, int], length: int) -> torch.Tensor:
+    """Return the documents as blocks, (N, length) int32, N = 0 if they do not fill one."""
+    ids = array("i")
+    for batch in _batches(documents):
+        for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
+            if ids and encoding.ids:
+                ids.append(special["[SEP]"])
+            ids.extend(encoding.ids)
+    body = length - 2
+    count = len(ids) // body
+    blocks = torch.empty(count, length, dtype=torch.int32)
+    blocks[:, 0] = special["[CLS]"]
+    blocks[:, -1] = special["[SEP]"]
+    if count:
+        blocks[:, 1:-1] = torch.frombuffer(ids, dtype=torch.int32)[: count * body].view(count, body)
+    return blocks
+
+
+def _batches(documents: list[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document)
+        if characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    yield batch
+
+
+def _user_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "earlysift" / "blocks"
+
+
+def _read_entry(entry: Path) -> Blocks | None:
+    """Return the blocks of a cache entry, None if there is no sound one."""
+    try:
+        raw = entry.read_bytes()
+    except OSError:
+        return None
+    digest, content = raw[:_DIGEST_BYTES], raw[_DIGEST_BYTES:]
+    # torch.load alone takes a file with a flipped bit for sound.
+    if hashlib.sha256(content).digest() != digest:
+        warnings.warn(f"{entry}: this cache entry is damaged; it is made anew", stacklevel=3)
+        return None
+    fields: dict[str, Any] = torch.load(io.BytesIO(content), weights_only=True)
+    return Blocks(**fields)
+
+
+def _write_entry(entry: Path, blocks: Blocks) -> None:
+    """Write a cache entry in one step, so that no other process ever reads half of it."""
+    buffer = io.BytesIO()
+    torch.save(vars(blocks), buffer)
+    content = buffer.getvalue()
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=entry.parent, prefix=".unfinished-") as folder:
+            unfinished = Path(folder) / entry.name
+            unfinished.write_bytes(hashlib.sha256(content).digest() + content)
+            unfinished.replace(entry)
+    except OSError as error:
+        warnings.warn(
+            f"{entry.parent}: cannot write to this cache folder ({error}); going on without it, so that the "
+            "next run encodes the text again. Name a folder that can be written to, or set XDG_CACHE_HOME",
+            stacklevel=3,
+        )
