@@ -39,7 +39,7 @@ class Settings:
     """Tokens per sample."""
     vocab_size: int = 4096
     """Size of the WordPiece vocabulary trained on the training part."""
-    learning_rate: float = 2e-3
+    learning_rate: float = 1.5e-3
     """Peak learning rate, in every arm."""
     warmup: float = 0.1
     """Share of an arm's steps with rising learning rate."""

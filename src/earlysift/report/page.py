@@ -70,7 +70,8 @@ METHOD = {
     "middle of its schedule.",
     "Evaluation": "Accuracy and loss come from held-out data in its untouched distribution, never from "
     "selected samples.",
-    "Costs": "Every cost is charged: time spent on choosing samples counts as much as time spent on training.",
+    "Costs": "Every cost of training is charged: reading candidates, scoring them and selecting count as much as "
+    "the training step itself. Evaluations, and the fidelity measured at them, are the same for all arms and free.",
     "Speed-up": "Uniform's reference time to the target over this arm's. Above 1× the arm was faster.",
 }
 

@@ -1,0 +1,38 @@
+# Every target works from a clean clone with only Python >= 3.11 and make. Exact versions are in constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.PHONY: demo test lint bench docs clean
+
+demo: .venv/runtime.stamp  ## train a 12-layer BERT uniformly and with SIFT on text that every machine has
+	$(BIN)/earlysift compare --out runs/demo --force
+
+test: .venv/dev.stamp  ## all tests
+	$(BIN)/python -m pytest
+
+lint: .venv/dev.stamp  ## style and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: .venv/runtime.stamp  ## cost of scoring for BERT base on this machine (a quarter of an hour on two cores)
+	$(BIN)/python benchmarks/run.py score
+
+docs: .venv/runtime.stamp  ## docs/results.md again, from the committed results
+	$(BIN)/python benchmarks/results_page.py
+
+# torch comes first and under the constraint: what depends on it would otherwise bring the newest one.
+.venv/runtime.stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) pip
+	$(PIP) torch
+	$(PIP) --editable '.[all]'
+	touch $@
+
+.venv/dev.stamp: .venv/runtime.stamp
+	$(PIP) --group dev
+	touch $@
+
+clean:
+	rm -rf .venv
