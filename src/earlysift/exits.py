@@ -439,7 +439,8 @@ def _dry_run_problems(model: nn.Module, anatomy: Anatomy, depth: int, inputs: An
 
     handles = [layer.register_forward_hook(count_call(i)) for i, layer in enumerate(anatomy.layers)]
     random_state = torch.get_rng_state()
-    rows = len(next(v for v in (inputs.values() if isinstance(inputs, Mapping) else [inputs]) if isinstance(v, Tensor)))
+    values = inputs.values() if isinstance(inputs, Mapping) else [inputs]
+    rows = next((len(value) for value in values if isinstance(value, Tensor)), None)
     try:
         with (
             # Compiled code would not call hooks added after compilation; nothing is compiled before dynamo is loaded.
@@ -462,7 +463,7 @@ def _dry_run_problems(model: nn.Module, anatomy: Anatomy, depth: int, inputs: An
                 "give the path of the list that it loops over, or score with a callable of your own.",
             )
         )
-    if logits.size(0) != rows:
+    if rows is not None and logits.size(0) != rows:
         problems.append(
             Problem(
                 f"Expected one row of output per candidate, got {logits.size(0)} rows for {rows} candidates.",

@@ -83,15 +83,28 @@ def inputs_and_labels(pool: Any) -> tuple[Any, Tensor]:
         >>> labels
         tensor([0, 1])
     """
-    if isinstance(pool, Mapping) and isinstance(pool.get(LABELS_KEY), Tensor):
-        return {key: value for key, value in pool.items() if key != LABELS_KEY}, pool[LABELS_KEY]
-    if isinstance(pool, tuple | list) and len(pool) == 2 and isinstance(pool[1], Tensor):
+    if has_labels(pool):
+        if isinstance(pool, Mapping):
+            return {key: value for key, value in pool.items() if key != LABELS_KEY}, pool[LABELS_KEY]
         return pool[0], pool[1]
     came = f"keys {sorted(map(str, pool))}" if isinstance(pool, Mapping) else type(pool).__name__
     raise ValueError(
         f"Expected a mapping with '{LABELS_KEY}' or a pair (inputs, labels), got {came}. "
         f"Add '{LABELS_KEY}' to the batch, or pass a scorer of your own: score=lambda model, pool: ..."
     )
+
+
+def has_labels(pool: Any) -> bool:
+    """Whether `inputs_and_labels` can split the pool.
+
+    Example:
+        >>> import torch
+        >>> has_labels({"input_ids": torch.zeros(8, 4)})
+        False
+    """
+    if isinstance(pool, Mapping):
+        return isinstance(pool.get(LABELS_KEY), Tensor)
+    return isinstance(pool, tuple | list) and len(pool) == 2 and isinstance(pool[1], Tensor)
 
 
 def length(inputs: Any) -> int:

@@ -181,7 +181,7 @@ def training_loss(
             stack.enter_context(exits.shortened(anatomy, depth, exit_head=exit_head, detach_exit=detach_exit))
         if anatomy.task == "sequence_classification":
             per_sample = losses.class_losses(exits.call(model, inputs), labels)
-            counts = torch.isfinite(per_sample).float()
+            counts = (per_sample != losses.UNLABELLED).float()
         else:
             with exits.headless(anatomy):
                 hidden = exits.call(model, inputs)

@@ -184,6 +184,11 @@ class Sifter:
             with self.ledger.timed("select"):
                 guarded = selectors.drop_outliers(scores, self.drop_outliers, kept)
                 selection = self.select(guarded, kept, generator)
+            if len(selection.indices) != kept:
+                raise ValueError(
+                    f"Expected the selector to keep {kept} candidates, got {len(selection.indices)}. "
+                    "A fixed number keeps shapes static and ranks in step."
+                )
         else:
             selection = selectors.uniform_subset(size, kept, generator)
         if probes and scores is not None:
@@ -390,7 +395,7 @@ class Sifter:
         for name in self._counts:
             self._counts[name] += int(news.get(name, 0))
         self.ledger.note(**news)
-        if self._anatomy is not None:
+        if self._anatomy is not None and pools.has_labels(batch):
             self.ledger.note(**_work(self._anatomy, batch, "trained", passes=3))
             if news.get("scored"):
                 depth = None if self.score == "exact" else self.depth
