@@ -1,7 +1,7 @@
 """Write docs/results.md from the committed results: ``python benchmarks/results_page.py`` (or ``make docs``).
 
 Every number of the page comes from a file under benchmarks/results: ``compare_*.json`` (the results.json of a run of
-``earlysift compare``) and ``score_*.json`` (from ``benchmarks/run.py score``). Each names hardware, versions and commit.
+``earlysift compare``) and ``score_*.json`` (from ``benchmarks/run.py score``); each names hardware and commit.
 """
 
 import json
@@ -12,6 +12,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+_DEMO_START, _DEMO_END = "<!-- demo -->", "<!-- /demo -->"
 
 _INTRODUCTION = """# Results
 
@@ -23,7 +24,12 @@ masked-token accuracy on held-out text under one fixed uniform mask.
 
 
 def main() -> int:
-    """Write the page."""
+    """Write the page, and the demo's result into the README."""
+    readme = ROOT / "README.md"
+    if readme.is_file():
+        before, _, rest = readme.read_text(encoding="utf-8").partition(_DEMO_START)
+        _, _, after = rest.partition(_DEMO_END)
+        readme.write_text(f"{before}{_DEMO_START}\n{demo_section()}\n{_DEMO_END}{after}", encoding="utf-8")
     parts = [_INTRODUCTION]
     parts += [_comparison(path) for path in sorted(RESULTS.glob("compare_*.json"))]
     parts += [_scoring(path) for path in sorted(RESULTS.glob("score_*.json"))]
@@ -62,6 +68,18 @@ def fidelity_line(results: dict[str, Any]) -> str:
             f"(lowest {min(means):.3f})"
         )
     return "; ".join(parts)
+
+
+def demo_section() -> str:
+    """Table and verdict of the committed ``make demo`` result, for the README."""
+    results = json.loads((RESULTS / "compare_demo.json").read_text(encoding="utf-8"))
+    machine, versions = results["machine"], results["versions"]
+    return f"""> {results["verdict"]}
+
+{comparison_table(results)}
+
+{machine["cpu"]}, {machine["cores"]} cores; torch {versions["torch"]}, transformers {versions["transformers"]}; commit
+{results["commit"]}. A model that ignores context reaches {100 * results["unigram"]["accuracy"]:.2f} %."""
 
 
 def _comparison(path: Path) -> str:

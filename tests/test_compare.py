@@ -1,6 +1,7 @@
 """`earlysift compare` end to end, on tiny models and real text, through the real command line."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -10,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from earlysift import cli
-from earlysift.compare import folder
 from earlysift.compare.arms import ARMS
 from earlysift.compare.settings import Settings, from_file
 from earlysift.compare.trial import learning_rate_factor
@@ -24,7 +24,7 @@ TINY = [
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "words.txt"
-    words = "the model reads a pool of samples and keeps those that matter for the next step of training".split()
+    words = ["the", "model", "reads", "a", "pool", "of", "samples", "and", "keeps", "those", "that", "matter", "most"]
     paragraphs = (" ".join(words[(i * j) % len(words)] for j in range(60)) for i in range(1, 900))
     path.write_text("\n\n".join(paragraphs), encoding="utf-8")
     return path
@@ -184,21 +184,6 @@ def test_ctrl_c_leaves_a_readable_partial_result_and_resume_finishes_it(text, tm
     assert results_of(out)["complete"] is True
 
 
-def test_disk_full_while_writing_leaves_the_previous_file_whole(tmp_path):
-    path = tmp_path / "results.json"
-    folder.write_whole(path, "old")
-    # A limit on file size stops the write in the middle for real, for root, too.
-    code = (
-        "import resource, signal, sys; from pathlib import Path; from earlysift.compare import folder\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
-        "folder.write_whole(Path(sys.argv[1]), 'new' * 10_000)"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False)
-    assert "File too large" in done.stderr
-    assert path.read_text() == "old"
-    assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
-
-
 def test_missing_data_is_one_clear_line_and_exit_code_2(tmp_path, capsys):
     code = cli.main(["compare", "--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out"), *TINY])
     error = capsys.readouterr().err
@@ -224,9 +209,8 @@ def test_missing_data_is_one_clear_line_and_exit_code_2(tmp_path, capsys):
     ],
 )
 def test_settings_out_of_range_are_refused_with_what_was_expected(values, message):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=re.escape(message)):
         Settings(**values)
-    assert message in str(error.value)
 
 
 def test_all_problems_of_the_settings_come_at_once():
@@ -249,9 +233,8 @@ def test_config_file_gives_defaults_and_the_command_line_has_the_last_word(tmp_p
 def test_bad_config_files_are_refused_with_a_way_out(tmp_path, content, message):
     path = tmp_path / "settings.toml"
     path.write_text(content)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=re.escape(message)):
         from_file(path)
-    assert message in str(error.value)
     with pytest.raises(FileNotFoundError, match="found none"):
         from_file(tmp_path / "none.toml")
 

@@ -33,7 +33,7 @@ def make_results(evaluations: int = 30) -> dict:
         "version": 1,
         "complete": True,
         "created": "2026-11-22T10:00:00",
-        "config": {"data": "wikitext-2", "seeds": 3, "budget_s": BUDGET_S, "batch": 32, "keep": 0.5, "depth": 1},
+        "config": {"data": "wikitext-2", "seeds": 3, "budget": BUDGET_S, "batch": 32, "keep": 0.5, "depth": 1},
         "machine": {"cpu": "Intel Xeon Platinum 8481C", "cores": 2, "memory_gib": 15.6},
         "versions": {"python": "3.11.2", "torch": "2.13.0", "transformers": "5.19.0", "earlysift": "0.1.0"},
         "commit": "abc1234",

@@ -1,13 +1,12 @@
-"""The run folder: what may be written where, and files that are whole or not there."""
+"""The run folder: what may be written where, and what a resumed run finds there."""
 
 import json
-import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
-RESULTS = "results.json"
+from earlysift.report.page import RESULTS, read_results
+
 LEDGERS = "ledgers"
 
 
@@ -40,36 +39,6 @@ def open_folder(folder: Path, identity: dict[str, object], *, resume: bool, forc
         _require_same(previous.get("config", {}), identity)
     folder.mkdir(parents=True, exist_ok=True)
     return previous
-
-
-def read_results(folder: Path) -> dict[str, Any]:
-    """The results of a run folder.
-
-    Raises:
-        ValueError: If they are damaged.
-    """
-    path = folder / RESULTS
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({error}). Start again with --force.") from error
-    assert isinstance(results, dict)
-    return results
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is either the new one, whole, or the previous one, untouched (disk full, killed)."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def _require_same(saved: dict[str, Any], now: dict[str, object]) -> None:

@@ -18,11 +18,11 @@ from earlysift.compare.calibrate import calibration_rounds, measure_operations, 
 from earlysift.compare.settings import Settings
 from earlysift.compare.trial import Point, run_trial, unigram_plateau, validation_set
 from earlysift.compare.verdict import compare_arms, verdict
+from earlysift.files import write_whole
 from earlysift.pretrain.corpus import read_corpus
 from earlysift.pretrain.tokens import Blocks, load_blocks
-from earlysift.report.page import write_report
+from earlysift.report.page import RESULTS, RESULTS_VERSION, write_report
 
-RESULTS_VERSION = 1
 _VERSIONED = ("earlysift", "torch", "transformers", "tokenizers")
 
 OnProgress = Callable[[str, int, int], None]
@@ -159,7 +159,8 @@ def _save(out: Path, results: dict[str, Any], settings: Settings) -> None:
     if finished.get("uniform", {}).get("runs"):
         results.update(compare_arms(finished, settings.target))
     results["verdict"] = verdict(results)
-    folder.write_whole(out / folder.RESULTS, json.dumps(results, indent=1, allow_nan=False) + "\n")
+    text = json.dumps(results, indent=1, allow_nan=False) + "\n"
+    write_whole(out / RESULTS, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def _measured_ms(out: Path) -> dict[str, dict[str, float]]:

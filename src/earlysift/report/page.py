@@ -7,13 +7,13 @@ what. Every string of the results is escaped where it enters the page.
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from earlysift.files import write_whole
 from earlysift.report.figures import (
     Results,
     arm_colors,
@@ -28,6 +28,7 @@ from earlysift.report.figures import (
     to_svg,
 )
 
+RESULTS = "results.json"
 RESULTS_VERSION = 1
 MISSING = "–"
 
@@ -179,17 +180,18 @@ def write_report(run_folder: Path) -> Path:
         FileNotFoundError: The folder holds no results.
         ValueError: The results are damaged, or of a version that this code does not know.
     """
-    results = _read(run_folder / "results.json")
+    results = read_results(run_folder)
     curves = curves_figure(results)
     # A path among the results may hold bytes that are no UTF-8 (lone surrogates); they must not cost the page.
     page = render(results).encode("utf-8", errors="xmlcharrefreplace")
-    _replace(run_folder / "curves.png", lambda part: save_png(curves, part))
-    _replace(run_folder / "report.html", lambda part: part.write_bytes(page))
+    write_whole(run_folder / "curves.png", lambda part: save_png(curves, part))
+    write_whole(run_folder / "report.html", lambda part: part.write_bytes(page))
     return run_folder / "report.html"
 
 
-def _read(path: Path) -> Results:
-    """Parse the results file and check its version."""
+def read_results(run_folder: Path) -> Results:
+    """The content of `results.json`, checked for damage and version; raises what `write_report` does."""
+    path = run_folder / RESULTS
     if not path.is_file():
         raise FileNotFoundError(
             f"expected the results of a comparison in {path}, found no such file; "
@@ -210,22 +212,12 @@ def _read(path: Path) -> Results:
     return dict(results)
 
 
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write beside `path`, then put the file in place whole; a failure leaves the previous one as it was."""
-    part = path.with_name(f"{path.name}.part")
-    try:
-        write(part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def _facts(results: Results) -> str:
     """One line under the headline: how much was run, where and when. What is not known is left out."""
     arms = sections(results, "arms").values()
     facts = (
         ("seeds per arm: {}", max((len(arm.get("runs") or []) for arm in arms), default=0)),
-        ("{:,g} s of reference time for each", number(section(results, "config").get("budget_s"))),
+        ("{:,g} s of reference time for each", number(section(results, "config").get("budget"))),
         ("{}", section(results, "machine").get("cpu")),
         ("{}", results.get("created")),
     )

@@ -1,0 +1,70 @@
+"""What the documents say is true: blocks run, the file map is complete, numbers come from committed results."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def results_page():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        spec = importlib.util.spec_from_file_location("results_page", ROOT / "benchmarks" / "results_page.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
+
+
+def test_readme_has_one_python_block_and_it_runs():
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len(blocks) == 1
+    done = subprocess.run([sys.executable, "-c", blocks[0]], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "sift/rank_correlation" in done.stdout
+
+
+def test_file_map_names_every_source_file_and_no_other():
+    named = set(re.findall(r"^((?:src|benchmarks)/\S+\.py)  ", README, flags=re.MULTILINE))
+    files = {str(path.relative_to(ROOT)) for folder in ("src", "benchmarks") for path in (ROOT / folder).rglob("*.py")}
+    packages = {name for name in files if name.endswith("__init__.py")} - {"src/earlysift/__init__.py"}
+    assert named == files - packages
+
+
+def test_results_page_is_what_the_committed_results_give(results_page, tmp_path, monkeypatch):
+    monkeypatch.setattr(results_page, "ROOT", tmp_path)  # write elsewhere; results are still read from the repository
+    (tmp_path / "docs").mkdir()
+    results_page.main()
+    assert (tmp_path / "docs" / "results.md").read_text() == (ROOT / "docs" / "results.md").read_text()
+
+
+def test_readme_shows_the_committed_demo_result(results_page):
+    assert results_page.demo_section() in README
+
+
+def test_links_between_documents_lead_somewhere():
+    for name in ("README.md", "CONTRIBUTING.md", "docs/design.md", "docs/log.md", "docs/results.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        for target in re.findall(r"\]\((?!https?://)([^)#]+)", text):
+            assert ((ROOT / name).parent / target).exists(), f"{name} links to {target}"
+
+
+def test_contributing_is_short_and_names_the_three_commands():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) < 50
+    assert all(f"make {target}" in text for target in ("test", "lint", "demo"))
+
+
+def test_benchmark_runs_at_smoke_size():
+    command = [sys.executable, str(ROOT / "benchmarks" / "run.py"), "score", "--smoke"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("| score, depth 1 |") == 1
