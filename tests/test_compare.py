@@ -47,7 +47,7 @@ def ledger_of(out, arm, seed=0):
 
 def test_run_folder_holds_results_ledgers_figure_and_page(finished):
     names = {path.name for path in finished.iterdir()}
-    assert names == {"results.json", "ledgers", "curves.png", "report.html"}
+    assert names == {"config.json", "results.json", "ledgers", "curves.png", "report.html"}
     assert {path.name for path in (finished / "ledgers").iterdir()} == {
         f"{arm}-seed{seed}.jsonl" for arm in ARMS for seed in range(2)
     }
@@ -84,7 +84,9 @@ def test_ledger_counts_what_each_arm_read_scored_and_trained(finished):
         assert {row["candidates"] for row in rows} == {pool}
         assert {row["trained"] for row in rows} == {8}
         assert sum(row.get("scored", 0) for row in rows) == (0 if name == "uniform" else 16 * len(rows))
-        assert all(row["train_ms"] > 0 and row["read_ms"] > 0 and row["trained_flops"] > 0 for row in rows)
+        assert all(
+            row["step_ms"] > row["train_ms"] > 0 and row["wait_ms"] > 0 and row["trained_flops"] > 0 for row in rows
+        )
 
 
 def test_exit_scoring_is_charged_fewer_flops_than_exact_scoring(finished):
@@ -224,6 +226,11 @@ def test_config_file_gives_defaults_and_the_command_line_has_the_last_word(tmp_p
     assert (from_file(path).keep, from_file(path).depth) == (0.25, 2)
     command = cli._parse(["compare", "--config", str(path), "--depth", "3"])
     assert (command.keep, command.depth, command.arms) == (0.25, 3, ("uniform", "sift"))
+
+
+def test_config_of_a_run_folder_gives_the_same_settings_again(finished):
+    again = from_file(finished / "config.json")
+    assert json.loads(json.dumps(again.identity())) == results_of(finished)["config"]
 
 
 @pytest.mark.parametrize(

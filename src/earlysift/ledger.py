@@ -34,13 +34,14 @@ class Ledger:
         ...     pass
         >>> ledger.note(trained=8)
         >>> sorted(ledger.end())
-        ['step', 'train_ms', 'trained']
+        ['step', 'step_ms', 'train_ms', 'trained']
     """
 
     def __init__(self, path: Path | str | None = None, *, device: torch.device | None = None) -> None:
         self._path = Path(path) if path is not None else None
         self._device = device
         self._row: dict[str, Any] = {}
+        self._began_ms = 0.0
         self._times_ms: dict[str, deque[float]] = {}
 
     def begin(self, step: int) -> None:
@@ -48,6 +49,7 @@ class Ledger:
         if self._row.get("step") != step:
             self.end()
             self._row = {"step": step}
+            self._began_ms = self._now_ms()
 
     def note(self, **values: Any) -> None:
         """Put values into the open row."""
@@ -64,8 +66,10 @@ class Ledger:
         self._times_ms.setdefault(operation, deque(maxlen=_KEPT_TIMES)).append(spent_ms)
 
     def end(self) -> dict[str, Any]:
-        """Write the open row, if any, and return it."""
+        """Write the open row, if any, and return it; ``step_ms`` is the time since it was opened."""
         row, self._row = self._row, {}
+        if row:
+            row["step_ms"] = self._now_ms() - self._began_ms
         if row and self._path is not None:
             line = json.dumps({key: _rounded(value) for key, value in row.items()}, allow_nan=False)
             try:

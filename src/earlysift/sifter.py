@@ -46,7 +46,9 @@ class Sifter:
         exit_head: An `ExitHead` for models whose shared head ranks badly at the exit.
         exit_optimizer: Its optimizer, for training it on detached features within `sift`. Without one, train it
             jointly: put its parameters into your optimizer and add `exit_loss` to your loss.
-        ledger: Where times and counts go; None keeps them in memory.
+        ledger: Where times and counts go; None keeps them in memory. A step's row lasts from one call of `sift` to the
+            next, so ``step_ms`` holds training and waiting for data, too; time them apart with
+            ``sifter.ledger.timed("train")`` and ``timed("wait")``.
 
     Raises:
         ValueError: If an argument is out of range, or with all problems of the model at once.

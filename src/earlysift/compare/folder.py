@@ -7,6 +7,7 @@ from typing import Any
 
 from earlysift.report.page import RESULTS, read_results
 
+CONFIG = "config.json"
 LEDGERS = "ledgers"
 
 
@@ -31,7 +32,7 @@ def open_folder(folder: Path, identity: dict[str, object], *, resume: bool, forc
             "or choose another --out."
         )
     if occupied and force:
-        for name in (RESULTS, "report.html", "curves.png"):
+        for name in (RESULTS, CONFIG, "report.html", "curves.png"):
             (folder / name).unlink(missing_ok=True)
         shutil.rmtree(folder / LEDGERS, ignore_errors=True)
     previous = read_results(folder) if occupied and resume else None

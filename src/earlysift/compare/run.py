@@ -55,6 +55,8 @@ def compare(settings: Settings, on_progress: OnProgress = lambda name, done, tot
     results = previous or _new_results(settings, corpus.name, blocks)
     results["complete"] = False
     results["config"]["seeds"] = settings.seeds
+    _save(settings.out, results, settings)  # first of all, as it marks the folder as a comparison's
+    _write_json(settings.out / folder.CONFIG, results["config"])
     try:
         if not results["operations_ms"]:
             results["operations_ms"] = _calibrate(settings, blocks, on_progress)
@@ -159,8 +161,12 @@ def _save(out: Path, results: dict[str, Any], settings: Settings) -> None:
     if finished.get("uniform", {}).get("runs"):
         results.update(compare_arms(finished, settings.target))
     results["verdict"] = verdict(results)
-    text = json.dumps(results, indent=1, allow_nan=False) + "\n"
-    write_whole(out / RESULTS, lambda part: part.write_text(text, encoding="utf-8"))
+    _write_json(out / RESULTS, results)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def _measured_ms(out: Path) -> dict[str, dict[str, float]]:

@@ -1,6 +1,7 @@
 """What a comparison is made of. One dataclass is the command line, the config file and the API."""
 
 import dataclasses
+import json
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ class Settings:
     """Text to train on: a file or folder of text, JSON lines, CSV/TSV or parquet, plain, .gz or .zst.
     Without it: the standard library of the running Python, which every machine has."""
     out: Path = Path("runs/compare")
-    """Run folder: settings, ledgers, results.json, curves.png, report.html."""
+    """Run folder: config.json, ledgers, results.json, curves.png, report.html."""
     arms: tuple[str, ...] = ("uniform", "sift", "exact")
     """Arms to compare; uniform is always needed."""
     seeds: int = 1
@@ -52,7 +53,8 @@ class Settings:
     force: bool = False
     """Delete what an earlier comparison left in the run folder."""
     config: Path | None = None
-    """TOML file with any of these settings; the command line has the last word."""
+    """TOML or JSON file with any of these settings (the config.json of a run folder, say); the command line has the
+    last word."""
 
     def __post_init__(self) -> None:
         problems = [message for bad, message in self._rules() if bad]
@@ -92,24 +94,25 @@ class Settings:
 
 
 def from_file(path: Path) -> Settings:
-    """Settings from a TOML file.
+    """Settings from a TOML or JSON file.
 
     Raises:
-        ValueError: If the file is not TOML or has a key that is not a setting.
+        ValueError: If the file is neither or has a key that is not a setting.
         FileNotFoundError: If there is no such file.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"Expected a TOML file with settings at {path}, found none.")
+        raise FileNotFoundError(f"Expected a TOML or JSON file with settings at {path}, found none.")
+    kind, parse = ("JSON", json.loads) if path.suffix == ".json" else ("TOML", tomllib.loads)
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a TOML file: {error}.") from error
+        values = parse(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not a {kind} file: {error}.") from error
     fields = {field.name for field in dataclasses.fields(Settings)}
     unknown = sorted(set(values) - fields)
     if unknown:
         raise ValueError(f"{path} has unknown settings {unknown}; known are {', '.join(sorted(fields))}.")
     for name in ("data", "out"):
-        if name in values:
+        if values.get(name) is not None:
             values[name] = Path(values[name])
     if "arms" in values:
         values["arms"] = tuple(values["arms"])

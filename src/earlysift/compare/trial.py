@@ -117,7 +117,7 @@ def run_trial(
             return
         started = time.perf_counter()
         ledger.begin(step)
-        with ledger.timed("read"):
+        with ledger.timed("wait"):
             pool = stream.read(step * rows, rows)
         batch = sifter.sift(pool)
         with ledger.timed("train"):
