@@ -3,8 +3,11 @@
 The statements are derived for this project (the paper's text was not at hand); see docs/design.md.
 """
 
+from typing import Any
+
 from torch import nn
 
+from earlysift import losses, pools
 from earlysift.exits import Anatomy
 
 
@@ -37,6 +40,29 @@ def forward_flops(anatomy: Anatomy, *, rows: int, length: int, labelled: int, de
     attention = sum(4.0 * rows * length**2 * _width(layer) for layer in layers)
     head = sum(_matrix_weights(anatomy.core.get_submodule(name)) for name in anatomy.head)
     return 2.0 * sum(matrices) * rows * length + attention + 2.0 * head * labelled
+
+
+def batch_work(
+    anatomy: Anatomy, batch: Any, name: str, *, depth: int | None = None, passes: int = 1
+) -> dict[str, float]:
+    """Positions and FLOPs of running a labelled batch, as entries for the ledger.
+
+    Args:
+        anatomy: Where layers and head are.
+        batch: Batch or pool with labels.
+        name: What is done with it: the entries are ``{name}_tokens`` and ``{name}_flops``.
+        depth: Layers that run; None runs all.
+        passes: Forward passes that the work amounts to: 1 for scoring, 3 for training.
+    """
+    inputs, labels = pools.inputs_and_labels(batch)
+    rows = len(labels)
+    if anatomy.task == "sequence_classification":
+        length, labelled = pools.length(inputs), rows
+    else:
+        length = labels.size(1)
+        labelled = int(losses.labelled_positions(labels, causal=anatomy.task == "causal_lm").sum())
+    flops = forward_flops(anatomy, rows=rows, length=length, labelled=labelled, depth=depth)
+    return {f"{name}_tokens": rows * length, f"{name}_flops": passes * flops}
 
 
 def relative_cost(forward_share: float, score_share: float, keep: float) -> float:

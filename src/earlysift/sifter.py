@@ -10,6 +10,7 @@ from torch import Generator, Tensor, nn
 
 from earlysift import costs, exits, losses, pools, schedules, scorers, selectors
 from earlysift.exits import Anatomy, ExitHead, Family
+from earlysift.fidelity import fidelity
 from earlysift.ledger import Ledger
 from earlysift.losses import Reduction
 from earlysift.schedules import Schedule
@@ -398,70 +399,12 @@ class Sifter:
             self._counts[name] += int(news.get(name, 0))
         self.ledger.note(**news)
         if self._anatomy is not None and pools.has_labels(batch):
-            self.ledger.note(**_work(self._anatomy, batch, "trained", passes=3))
+            self.ledger.note(**costs.batch_work(self._anatomy, batch, "trained", passes=3))
             if news.get("scored"):
                 depth = None if self.score == "exact" else self.depth
-                self.ledger.note(**_work(self._anatomy, pool, "scored", depth=depth))
+                self.ledger.note(**costs.batch_work(self._anatomy, pool, "scored", depth=depth))
         self.selection = selection
         self._step += 1
-
-
-def _work(anatomy: Anatomy, batch: Any, name: str, *, depth: int | None = None, passes: int = 1) -> dict[str, float]:
-    """Positions and FLOPs that a batch costs, as ledger entries (``passes``: 3 for forward and backward)."""
-    inputs, labels = pools.inputs_and_labels(batch)
-    rows = len(labels)
-    if anatomy.task == "sequence_classification":
-        length, labelled = pools.length(inputs), rows
-    else:
-        length = labels.size(1)
-        labelled = int(losses.labelled_positions(labels, causal=anatomy.task == "causal_lm").sum())
-    flops = costs.forward_flops(anatomy, rows=rows, length=length, labelled=labelled, depth=depth)
-    return {f"{name}_tokens": rows * length, f"{name}_flops": passes * flops}
-
-
-def fidelity(scores: Tensor, exact: Tensor, kept: int) -> dict[str, float]:
-    """How well scores rank like exact losses, and what greedy selection on them gains.
-
-    Args:
-        scores: ``(R,)``.
-        exact: Exact losses of the same candidates, ``(R,)``.
-        kept: Number that would be kept, b.
-
-    Returns:
-        ``rank_correlation`` (Spearman, over candidates finite in both), ``overlap`` of the two kept sets (share of
-        b), and ``gain`` (rho: mean exact loss of the kept over that of the pool).
-
-    Example:
-        >>> import torch
-        >>> fidelity(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([1.0, 2.0, 3.0, 6.0]), 2)
-        {'rank_correlation': 1.0, 'overlap': 1.0, 'gain': 1.5}
-    """
-    finite = torch.isfinite(scores) & torch.isfinite(exact)
-    scores, exact = scores[finite], exact[finite]
-    kept = min(kept, len(scores))
-    if kept == 0:
-        return {}
-    chosen = selectors.greedy(scores, kept).indices
-    best = selectors.greedy(exact, kept).indices
-    return {
-        "rank_correlation": _pearson(_ranks(scores), _ranks(exact)),
-        "overlap": torch.isin(chosen, best).double().mean().item(),
-        "gain": (exact[chosen].double().mean() / exact.double().mean()).item(),
-    }
-
-
-def _ranks(values: Tensor) -> Tensor:
-    # Ties share the mean of their ranks.
-    _, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
-    last = counts.cumsum(0)
-    ranks: Tensor = (2 * last - counts - 1).double() / 2
-    return ranks[inverse]
-
-
-def _pearson(x: Tensor, y: Tensor) -> float:
-    x, y = x - x.mean(), y - y.mean()
-    norm = (x.square().sum() * y.square().sum()).sqrt()
-    return (x @ y / norm).clamp(-1, 1).item() if norm > 0 else 0.0
 
 
 def _name(function: str | Callable[..., Any]) -> str:

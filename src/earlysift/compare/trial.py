@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from earlysift import exits, losses, scorers
 from earlysift.compare.arms import Arm
 from earlysift.compare.settings import Settings
+from earlysift.fidelity import fidelity
 from earlysift.ledger import Ledger
 from earlysift.pretrain.models import build_bert
 from earlysift.pretrain.stream import Stream, mask, seeded
 from earlysift.pretrain.tokens import Blocks
-from earlysift.sifter import Sifter, fidelity
+from earlysift.sifter import Sifter
 
 Point = dict[str, float]
 _CLIP = 1.0
@@ -140,7 +141,7 @@ def evaluate(model: nn.Module, validation: dict[str, Tensor], settings: Settings
     """Masked-token accuracy and loss on the untouched distribution, and fidelity of the exit on the same samples.
 
     Returns:
-        ``accuracy`` and ``loss``, means over all masked tokens; and what `earlysift.sifter.fidelity` returns.
+        ``accuracy`` and ``loss``, means over all masked tokens; and what `earlysift.fidelity.fidelity` returns.
     """
     anatomy = exits.find_anatomy(model)
     head = exits.head_of(anatomy)
