@@ -104,16 +104,6 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-def is_known(model: nn.Module) -> bool:
-    """Whether `FAMILIES` has a row for the model.
-
-    Example:
-        >>> is_known(nn.Linear(2, 2))
-        False
-    """
-    return getattr(getattr(unwrap(model), "config", None), "model_type", None) in FAMILIES
-
-
 def find_anatomy(model: nn.Module, family: Family | None = None) -> Anatomy:
     """Locate layers, head and task of a model.
 

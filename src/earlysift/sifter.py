@@ -3,6 +3,7 @@
 import hashlib
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
@@ -124,7 +125,8 @@ class Sifter:
         self.selection: Selection | None = None
         self._checked = not needs_exit
         self._anatomy: Anatomy | None = None
-        if needs_exit or score == "exact" or family is not None or exits.is_known(model):
+        # With a scorer of the user's own, a model that we cannot take apart only lacks probes and FLOPs.
+        with nullcontext() if needs_exit or score == "exact" else suppress(ValueError):
             self._anatomy = exits.find_anatomy(model, family)
         self._step = 0
         self._kept: int | None = None
@@ -177,7 +179,7 @@ class Sifter:
         self._check_on(pool)
         generator = self._generator()
         selects = torch.rand((), generator=generator).item() < self.schedule(self._step)
-        probes = self._anatomy is not None and self.probe_every > 0 and self._step % self.probe_every == 0
+        probes = self._probes_on(pool)
         scores = None
         news: dict[str, float] = {}
         if (selects or probes) and self.score != "uniform":
@@ -298,6 +300,10 @@ class Sifter:
         rank = torch.distributed.get_rank() if distributed else 0
         digest = hashlib.sha256(f"earlysift {self.seed} {self._step} {rank}".encode()).digest()
         return Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+
+    def _probes_on(self, pool: Any) -> bool:
+        due = self.probe_every > 0 and self._step % self.probe_every == 0
+        return due and self._anatomy is not None and pools.has_labels(pool)
 
     def _check_on(self, pool: Any) -> None:
         if self._checked:
