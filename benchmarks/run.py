@@ -40,7 +40,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("benchmark", choices=("score",))
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 16], help="training batch sizes b")
-    parser.add_argument("--rounds", type=int, default=7, help="timed rounds (one warm-up round comes before)")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds (one warm-up round comes before)")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes and two rounds: does it run?")
     parser.add_argument("--out", type=Path, help="JSON file (default: benchmarks/results/score_<device>_<date>.json)")
     given = parser.parse_args()
