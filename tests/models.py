@@ -1,0 +1,273 @@
+"""Tiny random models of every family and task, and batches for them.
+
+Weights are drawn wide (and norms and biases off their usual ones and zeros), so that a cut model, a wrong head or a
+left-out norm shows in the loss. Nothing here draws from the global random state.
+"""
+
+import copy
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+
+from earlysift.exits import Family
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # third-party imports may warn; tests are about what happens after them
+    import transformers
+
+torch.set_num_threads(1)  # models this small only lose by more, a lot of it on a busy machine
+
+VOCABULARY, WIDTH, LAYERS, HEADS, CLASSES, PAD = 101, 32, 4, 4, 5, 0
+TASKS = ("masked_lm", "causal_lm", "token_classification", "sequence_classification")
+
+_COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": WIDTH,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+    "pad_token_id": PAD,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_ROTARY = {"num_key_value_heads": 2}
+
+# What a family's config needs besides _COMMON, and where its dropouts are.
+_CONFIGS: dict[str, dict[str, Any]] = {
+    "bert": {},
+    "roberta": {},
+    "distilbert": {"hidden_dim": 48},
+    "electra": {"embedding_size": 16},
+    "modernbert": {"local_attention": 8, "global_attn_every_n_layers": 3, "cls_token_id": 1, "sep_token_id": 2},
+    "deberta-v2": {
+        "relative_attention": True,
+        "pos_att_type": "c2p|p2c",
+        "conv_kernel_size": 3,
+        "position_buckets": 4,
+        "max_relative_positions": 16,
+    },
+    "gpt2": {},
+    "llama": _ROTARY,
+    "qwen3": _ROTARY | {"head_dim": 8},
+}
+_DROPOUTS = (
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "classifier_dropout",
+    "dropout",
+    "attention_dropout",
+    "seq_classif_dropout",
+    "embedding_dropout",
+    "mlp_dropout",
+    "resid_pdrop",
+    "embd_pdrop",
+    "attn_pdrop",
+    "pooler_dropout",
+    "summary_last_dropout",
+)
+_CLASSES_OF_FAMILY = {
+    "bert": "Bert",
+    "roberta": "Roberta",
+    "distilbert": "DistilBert",
+    "electra": "Electra",
+    "modernbert": "ModernBert",
+    "deberta-v2": "DebertaV2",
+    "gpt2": "GPT2",
+    "llama": "Llama",
+    "qwen3": "Qwen3",
+}
+_CAUSAL = ("gpt2", "llama", "qwen3")
+_SUFFIXES = {
+    "masked_lm": "ForMaskedLM",
+    "causal_lm": "ForCausalLM",
+    "token_classification": "ForTokenClassification",
+    "sequence_classification": "ForSequenceClassification",
+}
+
+
+class Block(nn.Module):
+    """A pre-norm Transformer layer."""
+
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.attention = nn.MultiheadAttention(width, HEADS, dropout=dropout, batch_first=True)
+        self.feed_forward = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 48), nn.GELU(), nn.Dropout(dropout), nn.Linear(48, width)
+        )
+
+    def forward(self, states: Tensor, ignored: Tensor | None, causal: Tensor | None) -> Tensor:
+        normed = self.norm(states)
+        attended, _ = self.attention(
+            normed, normed, normed, key_padding_mask=ignored, attn_mask=causal, need_weights=False
+        )
+        states = states + attended
+        return states + self.feed_forward(states)
+
+
+class PlainTransformer(nn.Module):
+    """A Transformer as users write it: no config, no output class; takes token ids, or features ``(R, T, D)``."""
+
+    def __init__(self, task: str, *, layers: int = LAYERS, dropout: float = 0.0, norm: type[nn.Module] = nn.LayerNorm):
+        super().__init__()
+        self.task = task
+        self.embed = nn.Embedding(VOCABULARY, WIDTH)
+        self.place = nn.Parameter(torch.zeros(64, WIDTH))
+        self.blocks = nn.ModuleList(Block(WIDTH, dropout) for _ in range(layers))
+        self.norm = norm(WIDTH)
+        self.head = nn.Linear(WIDTH, VOCABULARY if task.endswith("lm") else CLASSES)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        states = input_ids if input_ids.is_floating_point() else self.embed(input_ids)
+        length = states.size(1)
+        states = states + self.place[:length]
+        causal = torch.ones(length, length, dtype=torch.bool, device=states.device).triu(1)
+        for block in self.blocks:
+            states = block(
+                states,
+                None if attention_mask is None else attention_mask == 0,
+                causal if "causal" in self.task else None,
+            )
+        if isinstance(self.norm, nn.BatchNorm1d):
+            states = self.norm(states.transpose(1, 2)).transpose(1, 2)
+        else:
+            states = self.norm(states)
+        return self.head(states.mean(dim=1) if self.task == "sequence_classification" else states)
+
+
+def widen(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Random weights, wide enough that every part of the model shows in its loss."""
+    generator = Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim > 1:
+                parameter.copy_(0.3 * noise)
+            else:
+                parameter.add_(0.2 * noise)
+    return model
+
+
+def build(
+    family: str, task: str, *, layers: int = LAYERS, dropout: float = 0.0, seed: int = 0, **config: Any
+) -> nn.Module:
+    """A model of a family for a task, in training mode."""
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(seed)
+        if family == "plain":
+            return widen(PlainTransformer(task, layers=layers, dropout=dropout, **config), seed).train()
+        name = _CLASSES_OF_FAMILY[family]
+        suffix = "LMHeadModel" if (family, task) == ("gpt2", "causal_lm") else _SUFFIXES[task]
+        values = _COMMON | {"num_labels": CLASSES} | _CONFIGS[family] | {"num_hidden_layers": layers} | config
+        made = getattr(transformers, f"{name}Config")(**values)
+        for dropout_name in _DROPOUTS:
+            if dropout_name == "classifier_dropout" or isinstance(getattr(made, dropout_name, None), float):
+                setattr(made, dropout_name, dropout)
+        return widen(getattr(transformers, name + suffix)(made), seed).train()
+
+
+BUILDERS: dict[tuple[str, str], Callable[..., nn.Module]] = {
+    (family, task): partial(build, family, task)
+    for family in (*_CONFIGS, "plain")
+    for task in TASKS
+    if family == "plain" or task not in ("masked_lm", "causal_lm") or (task == "causal_lm") == (family in _CAUSAL)
+}
+
+
+def task_of(model: nn.Module) -> str:
+    """The task that the model was built for."""
+    name = type(model).__name__
+    return (
+        model.task
+        if isinstance(model, PlainTransformer)
+        else next(
+            task
+            for task in TASKS
+            if name.endswith(_SUFFIXES[task]) or (task == "causal_lm" and name.endswith("LMHeadModel"))
+        )
+    )
+
+
+def row_of(model: nn.Module) -> Family | None:
+    """The family row to pass along with the model: None where the library knows the family."""
+    return Family("blocks", (("head",),), task_of(model)) if isinstance(model, PlainTransformer) else None
+
+
+def shorter(model: nn.Module, depth: int) -> nn.Module:
+    """A model of the same class that really has ``depth`` layers, with copies of the same weights."""
+    if isinstance(model, PlainTransformer):
+        short = build("plain", model.task, layers=depth, norm=type(model.norm))
+    else:
+        config = copy.deepcopy(model.config)
+        config.num_hidden_layers = depth
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:depth]
+        with torch.random.fork_rng(devices=[]):
+            short = type(model)(config)
+    assert sum(p.numel() for p in short.parameters()) < sum(p.numel() for p in model.parameters())
+    weights = model.state_dict()
+    short.load_state_dict({name: weights[name] for name in short.state_dict()})
+    return short.train(model.training)
+
+
+def batch_for(model: nn.Module, task: str, rows: int, length: int, generator: Generator) -> dict[str, Tensor]:
+    """Token ids with padding on the right, and labels of which a part is ignored.
+
+    Lengths of the samples vary, the first one has no padding; every sample has at least one labelled position.
+    """
+
+    def draw(low: int, high: int, *shape: int) -> Tensor:
+        return torch.randint(low, high, shape, generator=generator)
+
+    lengths = draw(length // 2, length + 1, rows)
+    lengths[0] = length
+    mask = (torch.arange(length) < lengths[:, None]).long()
+    inputs = torch.where(mask == 1, draw(3, VOCABULARY, rows, length), PAD)
+    if task == "sequence_classification":
+        return {"input_ids": inputs, "attention_mask": mask, "labels": draw(0, CLASSES, rows)}
+    if task == "causal_lm":
+        labels = inputs.clone()
+        ignored = mask == 0
+        ignored[:, : length // 4] |= draw(0, 2, rows, 1) == 1  # a prompt without loss in some rows
+    else:
+        labels = draw(0, VOCABULARY if task == "masked_lm" else CLASSES, rows, length)
+        ignored = (mask == 0) | (draw(0, 3, rows, length) > 0)
+        ignored[:, 1] = False
+    return {"input_ids": inputs, "attention_mask": mask, "labels": labels.masked_fill(ignored, -100)}
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in what a model returned."""
+    return output if isinstance(output, Tensor) else output.logits
+
+
+def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The loss of a training step as users write it: the model's own where it has one."""
+    if not isinstance(model, PlainTransformer):
+        return model(**batch).loss
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    logits, labels = model(**inputs), batch["labels"]
+    if model.task == "causal_lm":
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    return nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten())
+
+
+def sample_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Loss of every sample from the full logits of the model: mean cross entropy over its labelled positions."""
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    with torch.no_grad():
+        logits = logits_of(model(**inputs)).float()
+    labels, task = batch["labels"], task_of(model)
+    if task == "sequence_classification":
+        return nn.functional.cross_entropy(logits, labels, reduction="none")
+    if task == "causal_lm":
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    losses = nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+    return losses.sum(dim=1) / (labels != -100).sum(dim=1)

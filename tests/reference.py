@@ -1,0 +1,161 @@
+"""Slow twins: the fast functions as plain loops, with the same signatures, in the notation of the theory.
+
+f_i is the exact loss of candidate i, g_i its approximate loss (the score), R the number of candidates, b the number
+kept, rho the selection gain: mean f over the kept, over mean f of the pool.
+"""
+
+import math
+
+import torch
+from torch import Generator, Tensor
+
+from earlysift.losses import Head, Problem, Reduction
+from earlysift.selectors import Selection
+
+
+def token_losses(
+    hidden: Tensor,
+    labels: Tensor,
+    head: Head,
+    *,
+    causal: bool = False,
+    reduction: Reduction = "mean",
+    chunk_tokens: int = 1024,
+) -> Tensor:
+    """f_i = mean (or sum) over the labelled t of -log p_t[y_t]."""
+    return _over_positions(hidden, labels, head, _surprise, causal, reduction)
+
+
+def token_entropies(
+    hidden: Tensor,
+    labels: Tensor,
+    head: Head,
+    *,
+    causal: bool = False,
+    reduction: Reduction = "mean",
+    chunk_tokens: int = 1024,
+) -> Tensor:
+    """g_i = mean (or sum) over the labelled t of -sum_v p_t[v] log p_t[v]."""
+    return _over_positions(hidden, labels, head, lambda z, y: _shannon(z), causal, reduction)
+
+
+def class_losses(logits: Tensor, labels: Tensor, *, problem: Problem | None = None) -> Tensor:
+    """f_i of one prediction per sample."""
+    f = []
+    for z, y in zip(logits.double().tolist(), labels.tolist(), strict=True):
+        kind = problem or _kind(z, labels)
+        if kind == "single_label":
+            f.append(-math.inf if y == -100 else _surprise(z, y))
+            continue
+        ys = y if isinstance(y, list) else [y]
+        if all(target == -100 for target in ys):
+            f.append(-math.inf)
+        elif kind == "multi_label":
+            f.append(sum(_binary(zc, yc) for zc, yc in zip(z, ys, strict=True)) / len(z))
+        else:
+            f.append(sum((zc - yc) ** 2 for zc, yc in zip(z, ys, strict=True)) / len(z))
+    return torch.tensor(f)
+
+
+def class_entropies(logits: Tensor, labels: Tensor, *, problem: Problem | None = None) -> Tensor:
+    """g_i of one predicted distribution per sample."""
+    g = []
+    for z, y in zip(logits.double().tolist(), labels.tolist(), strict=True):
+        kind = problem or _kind(z, labels)
+        if kind == "regression":
+            raise ValueError("Entropy needs a predicted distribution.")
+        if all(target == -100 for target in (y if isinstance(y, list) else [y])):
+            g.append(-math.inf)
+        elif kind == "single_label":
+            g.append(_shannon(z))
+        else:
+            g.append(sum(_shannon([zc, 0.0]) for zc in z) / len(z))
+    return torch.tensor(g)
+
+
+def ranking(scores: Tensor) -> Tensor:
+    """All i, by falling g_i; then the unlabelled; then the non-finite. Ties in the order of the pool."""
+    g = scores.tolist()
+
+    def place(i: int) -> tuple[int, float]:
+        if math.isfinite(g[i]):
+            return 0, -g[i]
+        return (1, 0.0) if g[i] == -math.inf else (2, 0.0)
+
+    return torch.tensor(sorted(range(len(g)), key=place), dtype=torch.int64)
+
+
+def greedy(scores: Tensor, kept: int, generator: Generator | None = None) -> Selection:
+    """The b candidates with the largest g_i, weights 1."""
+    return Selection(torch.tensor(sorted(ranking(scores).tolist()[:kept])), torch.ones(kept))
+
+
+def fidelity(scores: Tensor, exact: Tensor, kept: int) -> dict[str, float]:
+    """Spearman's r of g and f, the common share of the two kept sets, and rho."""
+    both = [
+        (g, f) for g, f in zip(scores.tolist(), exact.tolist(), strict=True) if math.isfinite(g) and math.isfinite(f)
+    ]
+    g, f = [pair[0] for pair in both], [pair[1] for pair in both]
+    b = min(kept, len(both))
+    if b == 0:
+        return {}
+    kept_by_g = sorted(range(len(g)), key=lambda i: -g[i])[:b]
+    kept_by_f = sorted(range(len(f)), key=lambda i: -f[i])[:b]
+    return {
+        "rank_correlation": _correlation(_midranks(g), _midranks(f)),
+        "overlap": len(set(kept_by_g) & set(kept_by_f)) / b,
+        "gain": (sum(f[i] for i in kept_by_g) / b) / (sum(f) / len(f)),
+    }
+
+
+def _over_positions(hidden, labels, head, measure, causal, reduction) -> Tensor:
+    f = []
+    for i in range(hidden.size(0)):
+        values = []
+        for t in range(hidden.size(1)):
+            target = t + 1 if causal else t
+            if target >= labels.size(1) or int(labels[i, target]) == -100:
+                continue
+            z = head(hidden[i, t].unsqueeze(0))[0].double().tolist()
+            values.append(measure(z, int(labels[i, target])))
+        if not values:
+            f.append(-math.inf)
+        else:
+            f.append(sum(values) / (len(values) if reduction == "mean" else 1))
+    return torch.tensor(f)
+
+
+def _log_partition(z: list[float]) -> float:
+    largest = max(z)
+    return largest + math.log(sum(math.exp(zv - largest) for zv in z))
+
+
+def _surprise(z: list[float], y: int) -> float:
+    return _log_partition(z) - z[y]
+
+
+def _shannon(z: list[float]) -> float:
+    log_p = [zv - _log_partition(z) for zv in z]
+    return -sum(math.exp(lp) * lp for lp in log_p if lp > -math.inf)
+
+
+def _binary(z: float, y: float) -> float:
+    # p(1) = 1 / (1 + exp(-z))
+    return y * _log_partition([0.0, -z]) + (1 - y) * _log_partition([0.0, z])
+
+
+def _kind(z: list[float], labels: Tensor) -> Problem:
+    if len(z) == 1:
+        return "regression"
+    return "single_label" if labels.ndim == 1 and not labels.is_floating_point() else "multi_label"
+
+
+def _midranks(values: list[float]) -> list[float]:
+    return [sum(v < x for v in values) + (sum(v == x for v in values) - 1) / 2 for x in values]
+
+
+def _correlation(x: list[float], y: list[float]) -> float:
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    xy = sum((a - mean_x) * (c - mean_y) for a, c in zip(x, y, strict=True))
+    norm = math.sqrt(sum((a - mean_x) ** 2 for a in x) * sum((c - mean_y) ** 2 for c in y))
+    return xy / norm if norm > 0 else 0.0

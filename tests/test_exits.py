@@ -1,0 +1,809 @@
+"""Exits: the cut model equals a really shorter one, exactly `depth` layers run, and everything is put back."""
+
+import copy
+import gc
+import itertools
+import warnings
+from contextlib import contextmanager, nullcontext
+
+import pytest
+import torch
+from torch import Generator, nn
+
+import models
+from earlysift import exits, scorers
+from earlysift.exits import ExitHead, Family, check, find_anatomy, truncated
+from models import BUILDERS, LAYERS, WIDTH, build, logits_of, loss_of, row_of, sample_losses, shorter
+
+ALL = [pytest.param(family, task, id=f"{family}-{task}") for family, task in BUILDERS]
+WITH_HEAD = [pytest.param(*key, id="-".join(key)) for key in BUILDERS if key[1] != "sequence_classification"]
+TRANSFORMERS = [pytest.param(*key, id="-".join(key)) for key in BUILDERS if key[0] != "plain"]
+FEW = [
+    pytest.param("bert", "masked_lm", id="bert"),
+    pytest.param("modernbert", "masked_lm", id="modernbert"),
+    pytest.param("gpt2", "causal_lm", id="gpt2"),
+    pytest.param("llama", "causal_lm", id="llama"),
+    pytest.param("plain", "masked_lm", id="plain"),
+]
+
+
+def batch_of(model, rows=6, length=12, seed=1):
+    return models.batch_for(model, models.task_of(model), rows, length, Generator().manual_seed(seed))
+
+
+def inputs_of(model, **arguments):
+    return {key: value for key, value in batch_of(model, **arguments).items() if key != "labels"}
+
+
+CALLS = []
+
+
+# An operator, so that compiled code counts, too, without a break in its graphs.
+@torch.library.custom_op("earlysift_tests::count_call", mutates_args=())
+def count_call(states: torch.Tensor, position: int) -> torch.Tensor:
+    CALLS[position] += 1
+    return states.clone()
+
+
+count_call.register_fake(lambda states, position: torch.empty_like(states))
+count_call.register_autograd(lambda context, gradient: (gradient, None))
+
+
+@contextmanager
+def layer_calls(model, family=None):
+    """Counts how often each layer of a model runs, compiled or not."""
+    layers = find_anatomy(model, family).layers
+    CALLS[:] = [0] * len(layers)
+
+    def hook_at(position):
+        def hook(module, args, output):
+            if isinstance(output, tuple):
+                return (count_call(output[0], position), *output[1:])
+            return count_call(output, position)
+
+        return hook
+
+    handles = [layer.register_forward_hook(hook_at(i)) for i, layer in enumerate(layers)]
+    try:
+        yield CALLS
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def structure(model):
+    """Names, identities and training flags of all modules, and the hooks on them."""
+    return [
+        (
+            name,
+            id(module),
+            module.training,
+            list(module._modules),
+            list(module._forward_hooks),
+            list(module._forward_pre_hooks),
+        )
+        for name, module in model.named_modules()
+    ]
+
+
+# The same model, shorter
+
+
+@pytest.mark.parametrize(("family", "task"), ALL)
+def test_cut_model_equals_a_really_shorter_one(family, task):
+    model = build(family, task)
+    batch = batch_of(model)
+    losses = [loss_of(model, batch)]
+    for depth in (1, 2, 3):
+        with truncated(model, depth, family=row_of(model)):
+            losses.append(loss_of(model, batch))
+        assert torch.equal(losses[-1], loss_of(shorter(model, depth), batch))
+    losses.append(loss_of(model, batch))
+    assert torch.equal(losses[0], losses[-1])
+    assert min(abs(a - b) for a, b in itertools.pairwise(losses)) > 1e-3  # weights wide enough to see a difference
+
+
+@pytest.mark.parametrize(("family", "task"), FEW)
+def test_cut_model_has_the_gradients_of_a_really_shorter_one(family, task):
+    model = build(family, task)
+    batch = batch_of(model)
+    short = shorter(model, 2)
+    with truncated(model, 2, family=row_of(model)):
+        loss_of(model, batch).backward()
+    loss_of(short, batch).backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    for name, parameter in short.named_parameters():
+        assert torch.equal(gradients.pop(name), parameter.grad), name
+    assert gradients == {}
+
+
+def test_all_layers_are_the_full_model():
+    model = build("bert", "masked_lm")
+    batch = batch_of(model)
+    with truncated(model, LAYERS):
+        assert torch.equal(loss_of(model, batch), model(**batch).loss)
+
+
+def test_cuts_nest():
+    model = build("plain", "masked_lm")
+    with truncated(model, 3, family=row_of(model)):
+        with truncated(model, 1, family=row_of(model)):
+            assert len(model.blocks) == 1
+        assert len(model.blocks) == 3
+    assert len(model.blocks) == LAYERS
+
+
+# Exactly `depth` layers run
+
+
+def expected_calls(depth, times=1):
+    return [times] * depth + [0] * (LAYERS - depth)
+
+
+@pytest.mark.parametrize(("family", "task"), ALL)
+def test_scoring_runs_exactly_depth_layers(family, task):
+    model = build(family, task)
+    for depth in (1, 3):
+        with layer_calls(model, row_of(model)) as calls:
+            scorers.early_exit_loss(model, batch_of(model), depth=depth, family=row_of(model), dtype=None)
+        assert calls == expected_calls(depth)
+
+
+@pytest.mark.parametrize(("family", "task"), ALL)
+def test_scoring_runs_exactly_depth_layers_in_bfloat16_autocast(family, task):
+    model = build(family, task)
+    batch = batch_of(model)
+    exact = scorers.early_exit_loss(model, batch, depth=2, family=row_of(model), dtype=None)
+    with layer_calls(model, row_of(model)) as calls:
+        scores = scorers.early_exit_loss(model, batch, depth=2, family=row_of(model), dtype=torch.bfloat16)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            users = scorers.early_exit_loss(model, batch, depth=2, family=row_of(model), dtype=None)
+    assert calls == expected_calls(2, times=2)
+    assert scores.dtype == users.dtype == torch.float32
+    assert torch.equal(scores, users)
+    assert not torch.equal(scores, exact)
+    torch.testing.assert_close(scores, exact, rtol=0.1, atol=0.3)
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "how"),
+    [
+        ("bert", "masked_lm", "torch.compile(model)"),
+        ("bert", "sequence_classification", "model.compile()"),
+        ("modernbert", "masked_lm", "torch.compile(model)"),
+        ("gpt2", "causal_lm", "model.compile()"),
+        ("llama", "causal_lm", "torch.compile(model)"),
+        ("llama", "causal_lm", "model.compile()"),
+        ("plain", "masked_lm", "torch.compile(model)"),
+        ("plain", "masked_lm", "model.compile()"),
+    ],
+)
+def test_scoring_runs_exactly_depth_layers_when_compiled(family, task, how):
+    torch.compiler.reset()
+    model = build(family, task)
+    row, batch = row_of(model), batch_of(model)
+    reference = sample_losses(shorter(model, 2).eval(), batch)
+    full_logits = logits_of(model(**inputs_of(model)))
+    if how == "torch.compile(model)":
+        compiled = torch.compile(model, backend="eager")
+    else:
+        model.compile(backend="eager")
+        compiled = model
+    with layer_calls(model, row) as calls:
+        for _ in range(2):
+            assert check(compiled, depth=2, family=row, inputs=inputs_of(model)) == []
+            calls[:] = [0] * LAYERS
+            scores = scorers.early_exit_loss(compiled, batch, depth=2, family=row, dtype=None)
+            assert calls == expected_calls(2)
+            torch.testing.assert_close(scores, reference, rtol=1e-5, atol=1e-5)
+            calls[:] = [0] * LAYERS
+            logits = logits_of(compiled(**inputs_of(model)))  # and all of them when training
+            assert calls == [1] * LAYERS
+            torch.testing.assert_close(logits, full_logits, rtol=1e-5, atol=1e-5)
+            assert logits.requires_grad
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "with_exit_head"),
+    [("bert", "masked_lm", False), ("llama", "causal_lm", True), ("plain", "masked_lm", True)],
+)
+def test_compiled_scoring_and_training_make_no_new_graphs_after_the_first_step(family, task, with_exit_head):
+    torch.compiler.reset()
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model = build(family, task)
+    row, batch = row_of(model), batch_of(model)
+    compiled = torch.compile(model, backend=backend)
+    exit_head = ExitHead(WIDTH, hidden=4) if with_exit_head else None
+    made = []
+    for _ in range(4):
+        scorers.early_exit_loss(compiled, batch, depth=2, family=row, exit_head=exit_head, dtype=None)
+        logits_of(compiled(**{key: value for key, value in batch.items() if key != "labels"})).sum().backward()
+        made.append(len(graphs))
+    assert made[1:] == [made[0]] * 3 != [0] * 3
+    torch.compiler.reset()
+
+
+def test_scoring_runs_exactly_depth_layers_prepared_by_accelerate_in_bfloat16():
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)
+    try:
+        model = build("llama", "causal_lm")
+        batch = batch_of(model)
+        reference = sample_losses(shorter(model, 2).eval(), batch)
+        prepared = accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
+        assert "forward" in vars(exits.unwrap(prepared))  # bound to the instance: what a copy would run in full
+        with layer_calls(prepared) as calls:
+            assert check(prepared, depth=2, inputs=inputs_of(model)) == []
+            assert calls == expected_calls(2)
+            scores = scorers.early_exit_loss(prepared, batch, depth=2, dtype=None)
+        assert calls == expected_calls(2, times=2)
+        assert not torch.equal(scores, reference)  # it was bfloat16
+        torch.testing.assert_close(scores, reference, rtol=0.1, atol=0.3)
+    finally:
+        AcceleratorState._reset_state(True)
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    """A gloo process group of this process alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    gc.collect()  # reducers must go before their group
+    torch.distributed.destroy_process_group()
+
+
+def distributed(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return nn.parallel.DistributedDataParallel(model)
+
+
+def test_scoring_runs_exactly_depth_layers_in_distributed_data_parallel(process_group):
+    model = build("bert", "masked_lm")
+    batch = batch_of(model)
+    reference = sample_losses(shorter(model, 2).eval(), batch)
+    wrapped = distributed(model)
+    with layer_calls(wrapped) as calls:
+        assert check(wrapped, depth=2, inputs=inputs_of(model)) == []
+        calls[:] = [0] * LAYERS
+        scores = scorers.early_exit_loss(wrapped, batch, depth=2, dtype=None)
+    assert calls == expected_calls(2)
+    torch.testing.assert_close(scores, reference, rtol=1e-5, atol=1e-5)
+
+
+def synchronizations(wrapped):
+    """A list that grows by one for every bucket of gradients that DistributedDataParallel reduces."""
+    seen = []
+
+    def hook(state, bucket):
+        seen.append(bucket.index())
+        future = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    wrapped.register_comm_hook(None, hook)
+    return seen
+
+
+def test_scoring_leaves_the_synchronization_of_gradients_alone(process_group):
+    model = build("bert", "masked_lm")
+    batch = batch_of(model)
+    wrapped = distributed(model)
+    seen = synchronizations(wrapped)
+    scorers.early_exit_loss(wrapped, batch, depth=2, dtype=None)
+    assert seen == []
+    for _ in range(2):
+        wrapped(**batch).loss.backward()
+        scorers.early_exit_loss(wrapped, batch, depth=2, dtype=None)
+    assert seen == [0, 0]
+
+
+def test_training_loss_synchronizes_gradients_in_distributed_data_parallel(process_group):
+    model = build("bert", "masked_lm")
+    batch = batch_of(model)
+    wrapped = distributed(model)
+    seen = synchronizations(wrapped)
+    scorers.training_loss(wrapped, batch).backward()
+    assert seen == [0]
+
+
+def test_joint_loss_synchronizes_gradients_once_in_distributed_data_parallel(process_group):
+    model = build("bert", "masked_lm")
+    batch = batch_of(model)
+    wrapped = distributed(model)
+    seen = synchronizations(wrapped)
+    (wrapped(**batch).loss + 0.3 * scorers.training_loss(wrapped, batch, depth=2)).backward()
+    assert seen == [0]
+
+
+def sharded(model):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (1,))
+    for layer in find_anatomy(model).layers:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+def test_scoring_runs_exactly_depth_layers_of_a_sharded_model_and_leaves_its_gradients_exact(process_group):
+    plain, model = build("bert", "masked_lm"), sharded(build("bert", "masked_lm"))
+    batch = batch_of(plain)
+    with layer_calls(model) as calls:
+        scores = scorers.early_exit_loss(model, batch, depth=2, dtype=None)
+    assert calls == expected_calls(2)
+    assert torch.equal(scores, scorers.early_exit_loss(plain, batch, depth=2, dtype=None))
+    model(**batch).loss.backward()
+    plain(**batch).loss.backward()
+    for parameter, expected in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(parameter.grad.full_tensor(), expected.grad)
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+def test_layers_left_out_of_the_first_pass_of_a_sharded_model_stay_part_of_it(process_group):
+    def roots(model):
+        model(**batch)
+        return [
+            name
+            for name, part in model.named_modules()
+            if getattr(part, "_get_fsdp_state", None) and part._get_fsdp_state()._is_root
+        ]
+
+    batch = batch_of(build("bert", "masked_lm"))
+    assert roots(sharded(build("bert", "masked_lm"))) == [""]
+    model = sharded(build("bert", "masked_lm"))
+    scorers.early_exit_loss(model, batch, depth=2, dtype=None)
+    assert roots(model) == [""]  # else they lose the overlap of communication with computation
+
+
+# Everything is put back
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("end", ["exception", "normal"])
+@pytest.mark.parametrize("part", ["truncated", "truncated with exit head", "headless", "scoring_mode"])
+@pytest.mark.parametrize(("family", "task"), [*FEW, pytest.param("distilbert", "masked_lm", id="distilbert")])
+def test_model_is_put_back(family, task, part, end):
+    model = build(family, task)
+    row = row_of(model)
+    find_anatomy(model, row).layers[1].eval()  # a frozen part
+    before, weights = structure(model), copy.deepcopy(model.state_dict())
+    context = {
+        "truncated": lambda: truncated(model, 2, family=row),
+        "truncated with exit head": lambda: truncated(model, 2, family=row, exit_head=ExitHead(WIDTH)),
+        "headless": lambda: exits.headless(find_anatomy(model, row)),
+        "scoring_mode": lambda: exits.scoring_mode(model),
+    }[part]
+
+    def enter():
+        with context():
+            assert structure(model) != before
+            if end == "exception":
+                raise Interrupted
+
+    with pytest.raises(Interrupted) if end == "exception" else nullcontext():
+        enter()
+    assert structure(model) == before
+    assert list(model.state_dict()) == list(weights)
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("where", ["layer", "head", "labels"])
+def test_model_is_put_back_when_scoring_fails_midway(where):
+    model = build("bert", "masked_lm")
+    batch = batch_of(model)
+
+    def fail(*_):
+        raise Interrupted
+
+    if where == "labels":
+        batch["labels"] = torch.full_like(batch["labels"], models.VOCABULARY + 7)  # no such class
+    else:
+        part = model.cls if where == "head" else find_anatomy(model).layers[0]
+        part.register_forward_hook(fail)
+    before, weights = structure(model), copy.deepcopy(model.state_dict())
+    with pytest.raises(IndexError if where == "labels" else Interrupted):
+        scorers.early_exit_loss(model, batch, depth=2)
+    assert structure(model) == before
+    assert list(model.state_dict()) == list(weights)
+    assert torch.is_grad_enabled()
+    assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("depth", [0, -1, LAYERS + 1])
+def test_depth_out_of_range_is_refused_with_the_range(depth):
+    model = build("bert", "masked_lm")
+    with (
+        pytest.raises(ValueError, match=rf"Expected depth in 1\.\.{LAYERS} \(the model's layers\), got {depth}\."),
+        truncated(model, depth),
+    ):
+        pass
+    with pytest.raises(ValueError, match="depth"):
+        scorers.early_exit_loss(model, batch_of(model), depth=depth)
+
+
+# All problems at once, before the first step
+
+
+class Looping(nn.Module):
+    """Shares weights: runs its few blocks as often as its config says, as ALBERT does."""
+
+    def __init__(self, blocks=2, runs=6):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(blocks))
+        self.runs = runs
+
+    def forward(self, states):
+        for run in range(self.runs):
+            states = self.blocks[run % len(self.blocks)](states)
+        return states
+
+
+def test_shared_layers_are_refused_by_their_calls():
+    problems = check(Looping(), family=Family("blocks", task="token_classification"), inputs=torch.zeros(2, 3, WIDTH))
+    assert len(problems) == 1
+    assert problems[0].reason == "Expected each of the first 1 layers to run once and no other, got calls [6, 0]."
+    assert "the list that it loops over, or score with a callable of your own" in problems[0].remedy
+
+
+def albert(groups, layers=4):
+    from transformers import AlbertConfig, AlbertForMaskedLM
+
+    config = AlbertConfig(
+        vocab_size=models.VOCABULARY,
+        embedding_size=16,
+        hidden_size=WIDTH,
+        num_hidden_layers=layers,
+        num_hidden_groups=groups,
+        num_attention_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=64,
+    )
+    with torch.random.fork_rng(devices=[]):
+        return AlbertForMaskedLM(config).train()
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_albert_is_refused_with_a_problem_and_left_as_it_was(groups):
+    model = albert(groups, layers=8)
+    row = Family("albert.encoder.albert_layer_groups", (("predictions",),))
+    before = structure(model)
+    inputs = {"input_ids": torch.randint(3, models.VOCABULARY, (2, 8), generator=Generator().manual_seed(0))}
+    assert len(check(model, depth=1, family=row, inputs=inputs)) == 1
+    assert structure(model) == before
+
+
+@pytest.mark.parametrize("known_type", [False, True])
+def test_unknown_family_tells_how_to_pass_a_row(known_type):
+    model = albert(1) if known_type else nn.Linear(2, 2)
+    (problem,) = check(model)
+    name = "AlbertForMaskedLM is unknown (model_type 'albert')." if known_type else "Linear is unknown."
+    assert problem.reason == f"The model family of {name}"
+    row = "Pass a row: family=Family(layers='path.to.its.ModuleList', heads=(('lm_head',),), task='causal_lm')."
+    assert problem.remedy == f"{row} Known families: {', '.join(exits.FAMILIES)}."
+    with pytest.raises(ValueError, match="cannot be sifted with:\n- The model family of"), truncated(model, 1):
+        pass
+
+
+def test_check_returns_all_problems_of_a_structure_at_once():
+    problems = check(build("plain", "masked_lm"), family=Family("layers", (("decoder",),)))
+    assert [problem.reason for problem in problems] == [
+        "Expected a ModuleList or Sequential of layers at 'layers' of PlainTransformer, got nothing.",
+        "What the labels of PlainTransformer mean is unknown.",
+        "PlainTransformer has none of the heads (('decoder',),) named in its family row as direct submodules.",
+    ]
+    assert all(problem.remedy.endswith(".") for problem in problems)
+    message = exits.problem_report(build("plain", "masked_lm"), problems)
+    assert message.startswith("PlainTransformer cannot be sifted with:\n- Expected a ModuleList")
+    assert message.count("\n- ") == 3
+
+
+def test_a_path_to_something_else_than_layers_is_refused():
+    (problem,) = check(build("plain", "masked_lm"), family=Family("norm", (("head",),), "masked_lm"))
+    assert problem.reason.endswith("at 'norm' of PlainTransformer, got LayerNorm.")
+
+
+class Troubled(nn.Module):
+    """Loops over its blocks too often, draws random numbers in evaluation mode, and melts rows together."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, states):
+        for _ in range(2):
+            for block in self.blocks:
+                states = block(states)
+        return nn.functional.dropout(states, 0.5, training=True).reshape(1, -1, WIDTH)
+
+
+def test_check_returns_all_problems_of_a_dry_run_at_once():
+    model = Troubled()
+    before, state = structure(model), torch.get_rng_state()
+    problems = check(model, depth=2, family=Family("blocks", task="masked_lm"), inputs=torch.zeros(2, 3, WIDTH))
+    assert len(problems) == 3
+    assert problems[0].reason == "Expected each of the first 2 layers to run once and no other, got calls [2, 2, 0]."
+    assert problems[1].reason == "Expected one row of output per candidate, got 1 rows for 2 candidates."
+    assert problems[2].reason.startswith("The model draws from the global random generator in evaluation mode")
+    assert structure(model) == before
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("depth", [0, LAYERS, LAYERS + 1])
+def test_check_refuses_an_exit_that_is_none(depth):
+    (problem,) = check(build("bert", "masked_lm"), depth=depth)
+    assert problem.reason == f"Expected depth in 1..3 (an exit before the last of 4 layers), got {depth}."
+    assert "score='exact'" in problem.remedy
+
+
+@pytest.mark.parametrize(("family", "task"), ALL)
+def test_check_finds_no_problem_and_changes_nothing(family, task):
+    model = build(family, task, dropout=0.1)
+    before, state = structure(model), torch.get_rng_state()
+    assert check(model, depth=2, family=row_of(model), inputs=inputs_of(model, rows=2)) == []
+    assert structure(model) == before
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_check_with_a_shared_number_among_the_inputs_finds_no_problem():
+    class Tempered(models.PlainTransformer):
+        def forward(self, temperature, input_ids, attention_mask=None):
+            return super().forward(input_ids, attention_mask) / temperature
+
+    model = Tempered("masked_lm")
+    inputs = {"temperature": torch.tensor(2.0), **inputs_of(build("plain", "masked_lm"), rows=2)}
+    assert check(model, family=Family("blocks", (), "masked_lm"), inputs=inputs) == []
+
+
+def test_check_with_inputs_in_a_tuple_finds_no_problem_and_leaves_no_hooks():
+    class Paired(models.PlainTransformer):
+        def forward(self, pair):
+            return super().forward(*pair)
+
+    model = Paired("masked_lm")
+    inputs = inputs_of(build("plain", "masked_lm"), rows=2)
+    before = structure(model)
+    problems = []
+    try:
+        problems = check(
+            model, family=Family("blocks", (), "masked_lm"), inputs=(inputs["input_ids"], inputs["attention_mask"])
+        )
+    finally:
+        assert structure(model) == before
+    assert problems == []
+
+
+def test_wrappers_are_looked_through():
+    class Adapted(nn.Module):
+        """Wraps a model as PEFT does."""
+
+        def __init__(self, base):
+            super().__init__()
+            self.base = base
+
+        def get_base_model(self):
+            return self.base
+
+        def forward(self, *args, **kwargs):
+            return self.base(*args, **kwargs)
+
+    model = build("bert", "masked_lm")
+    batch = batch_of(model)
+    wrapped = torch.compile(Adapted(model), backend="eager")
+    assert exits.unwrap(wrapped) is model
+    assert find_anatomy(wrapped).core is model
+    expected = scorers.early_exit_loss(model, batch, dtype=None)
+    assert torch.equal(scorers.early_exit_loss(Adapted(model), batch, dtype=None), expected)
+
+
+# Pitfalls of transformers
+
+
+@pytest.mark.parametrize(("family", "task"), TRANSFORMERS)
+def test_hidden_states_first_asked_for_in_a_cut_model_are_complete_later(family, task):
+    model, other, same = build(family, task), build(family, task), build(family, task)
+    inputs = inputs_of(model)
+    expected = model(**inputs, output_hidden_states=True).hidden_states
+    assert len(expected) == LAYERS + 1
+    for model, exit_head in ((other, None), (same, ExitHead(WIDTH))):
+        with truncated(model, 1, exit_head=exit_head):
+            assert len(model(**inputs, output_hidden_states=True).hidden_states) == 2
+        later = model(**inputs, output_hidden_states=True).hidden_states
+        assert len(later) == LAYERS + 1
+        assert all(torch.equal(state, wanted) for state, wanted in zip(later, expected, strict=True))
+
+
+def test_hidden_states_are_captured_through_cuts_before_and_after_and_user_hooks_stay():
+    model = build("llama", "causal_lm")
+    seen = []
+    model.model.layers[3].register_forward_hook(lambda *_: seen.append("user"))
+    for _ in range(2):
+        assert len(model(**inputs_of(model), output_hidden_states=True).hidden_states) == LAYERS + 1
+        with truncated(model, 2):
+            assert len(model(**inputs_of(model), output_hidden_states=True).hidden_states) == 3
+    assert seen == ["user", "user"]
+
+
+def test_scoring_a_model_whose_config_asks_for_hidden_states_captures_none():
+    model = build("llama", "causal_lm", output_hidden_states=True)
+    outputs = []
+    model.register_forward_hook(lambda module, args, output: outputs.append(output))
+    scorers.early_exit_loss(model, batch_of(model), dtype=None)
+    assert [output.hidden_states for output in outputs] == [None]
+    assert len(model(**inputs_of(model)).hidden_states) == LAYERS + 1
+
+
+@pytest.mark.parametrize(
+    ("family", "task"), [("gpt2", "causal_lm"), ("llama", "causal_lm"), ("llama", "sequence_classification")]
+)
+def test_scoring_allocates_no_cache(family, task):
+    model = build(family, task)
+    outputs = []
+    model.register_forward_hook(lambda module, args, output: outputs.append(output))
+    model.eval()(**inputs_of(model))
+    assert outputs.pop().past_key_values is not None  # as it would be without care
+    model.train()
+    scorers.early_exit_loss(model, batch_of(model), dtype=None)
+    scorers.exact_loss(model, batch_of(model), dtype=None)
+    check(model, inputs=inputs_of(model))
+    assert [output.past_key_values for output in outputs] == [None] * 3
+
+
+def test_what_the_pool_says_itself_is_not_said_twice():
+    model = build("gpt2", "causal_lm")
+    pool = batch_of(model)
+    expected = scorers.early_exit_loss(model, pool, dtype=None)
+    assert torch.equal(scorers.early_exit_loss(model, {**pool, "use_cache": False}, dtype=None), expected)
+
+
+@pytest.mark.parametrize(
+    "container", [lambda logits: (logits, None), lambda logits: [logits], lambda logits: {"logits": logits}]
+)
+def test_models_that_return_tuples_or_dicts_are_scored_alike(container):
+    class Contained(models.PlainTransformer):
+        def forward(self, input_ids, attention_mask=None):
+            return container(super().forward(input_ids, attention_mask))
+
+    model, contained = build("plain", "masked_lm"), Contained("masked_lm")
+    contained.load_state_dict(model.state_dict())
+    expected = scorers.early_exit_loss(model, batch_of(model), family=row_of(model), dtype=None)
+    assert torch.equal(scorers.early_exit_loss(contained, batch_of(model), family=row_of(model), dtype=None), expected)
+
+
+def test_a_cap_behind_the_head_is_part_of_the_loss():
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    config = Gemma2Config(**models._COMMON | models._ROTARY | {"head_dim": 8, "final_logit_softcapping": 2.0})
+    with torch.random.fork_rng(devices=[]):
+        model = models.widen(Gemma2ForCausalLM(config))
+    row = Family("model.layers", (("lm_head",),))
+    batch = batch_of(model)
+    scores = scorers.early_exit_loss(model, batch, depth=2, family=row, dtype=None)
+    torch.testing.assert_close(scores, sample_losses(shorter(model, 2).eval(), batch), rtol=1e-5, atol=1e-5)
+
+
+# Heads
+
+
+@pytest.mark.parametrize(("family", "task"), WITH_HEAD)
+def test_states_through_the_head_are_the_logits(family, task):
+    model = build(family, task)
+    anatomy = find_anatomy(model, row_of(model))
+    assert anatomy.head
+    assert anatomy.task == task
+    logits = logits_of(model(**inputs_of(model)))
+    with exits.headless(anatomy):
+        states = exits.call(model, inputs_of(model))
+    assert states.shape[:2] == logits.shape[:2]
+    assert states.shape != logits.shape
+    torch.testing.assert_close(exits.head_of(anatomy)(states), logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(exits.head_of(anatomy)(states.flatten(0, 1)), logits.flatten(0, 1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "task"), [key for key in BUILDERS if key[1] == "sequence_classification"])
+def test_heads_that_pool_over_positions_are_left_in_place(family, task):
+    model = build(family, task)
+    assert find_anatomy(model, row_of(model)).head == ()
+
+
+def test_a_row_without_heads_uses_the_logits_of_the_model():
+    model = build("plain", "causal_lm")
+    batch = batch_of(model)
+    bare = scorers.early_exit_loss(model, batch, family=Family("blocks", (), "causal_lm"), dtype=None)
+    torch.testing.assert_close(bare, scorers.early_exit_loss(model, batch, family=row_of(model), dtype=None))
+
+
+def test_every_family_row_is_tested():
+    assert {family for family, _ in BUILDERS} - {"plain"} == set(exits.FAMILIES)
+
+
+# The exit head
+
+
+@pytest.mark.parametrize("hidden", [0, 16])
+def test_exit_head_draws_from_no_global_generator(hidden):
+    state = torch.get_rng_state()
+    one, same, other = (ExitHead(WIDTH, hidden=hidden, seed=seed) for seed in (3, 3, 4))
+    assert torch.equal(torch.get_rng_state(), state)
+    weights = [head.state_dict() for head in (one, same, other)]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    assert all(torch.equal(value, weights[2][name]) for name, value in weights[0].items()) == (hidden == 0)
+
+
+@pytest.mark.parametrize("hidden", [0, 16])
+def test_exit_head_starts_as_the_identity_up_to_the_norm(hidden):
+    states = torch.randn(3, 5, WIDTH, generator=Generator().manual_seed(0))
+    expected = nn.functional.layer_norm(states, (WIDTH,))
+    assert torch.equal(ExitHead(WIDTH, hidden=hidden)(states), expected)
+    assert all(torch.isfinite(parameter).all() for parameter in ExitHead(WIDTH, hidden=hidden).parameters())
+
+
+@pytest.mark.parametrize("hidden", [0, 16])
+def test_every_weight_of_the_exit_head_can_be_trained(hidden):
+    head = ExitHead(WIDTH, hidden=hidden)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
+    states = torch.randn(64, WIDTH, generator=Generator().manual_seed(0))
+    before = copy.deepcopy(head.state_dict())
+    for _ in range(3):
+        optimizer.zero_grad()
+        (head(states) - states.roll(1, dims=1)).square().mean().backward()
+        optimizer.step()
+    assert all(not torch.equal(value, before[name]) for name, value in head.state_dict().items())
+
+
+@pytest.mark.parametrize(("family", "task"), ALL)
+def test_exit_head_stands_behind_the_last_kept_layer(family, task):
+    model = build(family, task)
+    batch = batch_of(model)
+    row = row_of(model)
+    exit_head = ExitHead(WIDTH, hidden=8)
+    models.widen(exit_head, seed=5)
+    with layer_calls(model, row) as calls:
+        scores = scorers.early_exit_loss(model, batch, depth=2, family=row, exit_head=exit_head, dtype=None)
+    assert calls == expected_calls(2)
+    short = shorter(model, 2).eval()
+
+    def through(module, args, output):
+        states, *rest = output if isinstance(output, tuple) else (output,)
+        return (exit_head(states), *rest) if isinstance(output, tuple) else exit_head(states)
+
+    find_anatomy(short, row).layers[1].register_forward_hook(through)
+    torch.testing.assert_close(scores, sample_losses(short, batch), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(scores, scorers.early_exit_loss(model, batch, depth=2, family=row, dtype=None), atol=1e-3)
+
+
+def test_exit_head_with_dropout_is_quiet_while_scoring():
+    model = build("bert", "masked_lm")
+    exit_head = nn.Sequential(nn.LayerNorm(WIDTH), nn.Dropout(0.5)).train()
+    state = torch.get_rng_state()
+    first, second = (scorers.early_exit_loss(model, batch_of(model), exit_head=exit_head, dtype=None) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(first, second)
+    assert all(module.training for module in exit_head.modules())
+
+
+@pytest.mark.parametrize("detach", [False, True])
+@pytest.mark.parametrize(("family", "task"), FEW)
+def test_detached_exit_trains_the_exit_head_and_not_the_trunk(family, task, detach):
+    model = build(family, task)
+    row = row_of(model)
+    exit_head = ExitHead(WIDTH, hidden=8)
+    loss = scorers.training_loss(model, batch_of(model), depth=2, family=row, exit_head=exit_head, detach_exit=detach)
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in exit_head.parameters())
+    layers = find_anatomy(model, row).layers
+    trunk = [parameter.grad for parameter in layers[:2].parameters()]
+    assert all((gradient is None) == detach for gradient in trunk)
+    assert all(parameter.grad is None for parameter in layers[2:].parameters())

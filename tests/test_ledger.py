@@ -1,0 +1,163 @@
+"""The ledger: a valid JSON line per step, whatever happens, and reference time from measured medians."""
+
+import json
+import math
+import warnings
+from statistics import median
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from earlysift import Ledger, Sifter
+from earlysift.ledger import reference_ms
+
+laws = settings(deadline=None, derandomize=True, database=None, max_examples=100)
+
+
+def rows_of(path):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_every_step_is_a_row(tmp_path):
+    path = tmp_path / "steps.jsonl"
+    ledger = Ledger(path)
+    for step in range(3):
+        ledger.begin(step)
+        with ledger.timed("train"):
+            pass
+        ledger.note(trained=8, note="a \u2028 line\nbreak and \u00fc")
+    assert len(rows_of(path)) == 2  # the last one is still open
+    last = ledger.end()
+    rows = rows_of(path)
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert all(row["trained"] == 8 and row["note"] == "a \u2028 line\nbreak and \u00fc" for row in rows)
+    assert all(row["train_ms"] >= 0 and row["step_ms"] >= row["train_ms"] - 1e-3 for row in rows)
+    assert last["step"] == 2
+    assert ledger.end() == {}
+    assert len(rows_of(path)) == 3
+
+
+def test_a_step_begun_twice_is_one_row(tmp_path):
+    path = tmp_path / "steps.jsonl"
+    ledger = Ledger(path)
+    ledger.begin(0)
+    ledger.note(first=1)
+    ledger.begin(0)
+    ledger.note(second=2)
+    ledger.begin(1)
+    (row,) = rows_of(path)
+    assert (row["step"], row["first"], row["second"]) == (0, 1, 2)
+
+
+values = st.floats() | st.integers(-(2**60), 2**60) | st.text() | st.booleans() | st.none()
+
+
+@laws
+@given(row=st.dictionaries(st.text(), values))
+def test_any_number_or_text_gives_a_valid_row(tmp_path_factory, row):
+    path = tmp_path_factory.mktemp("ledger") / "steps.jsonl"
+    ledger = Ledger(path)
+    ledger.begin(0)
+    ledger.note(**row)
+    ledger.end()
+    (written,) = rows_of(path)
+    for key, value in row.items():
+        if key in ("step", "step_ms"):
+            continue
+        if isinstance(value, float):
+            assert written[key] == (pytest.approx(value, rel=1e-5, abs=1e-300) if math.isfinite(value) else None)
+        else:
+            assert written[key] == value
+
+
+def test_rows_are_appended_to_those_of_an_earlier_run(tmp_path):
+    path = tmp_path / "steps.jsonl"
+    for _ in range(2):
+        ledger = Ledger(str(path))
+        ledger.begin(0)
+        ledger.end()
+    assert len(rows_of(path)) == 2
+
+
+@pytest.mark.parametrize("path", ["/dev/full", "/dev/null/steps.jsonl"])
+def test_a_ledger_that_cannot_be_written_warns_once_and_goes_on(path):
+    ledger = Ledger(path)
+    ledger.begin(0)
+    ledger.note(trained=8)
+    with pytest.warns(UserWarning, match=f"The ledger {path} cannot be written .*; it ends here") as caught:
+        assert ledger.end()["trained"] == 8
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(1, 4):
+            ledger.begin(step)
+            with ledger.timed("train"):
+                pass
+            assert ledger.end()["step"] == step
+    assert len(ledger.times_ms("train")) == 3
+
+
+def test_a_full_disk_does_not_end_a_training_run():
+    model = torch.nn.Sequential(
+        torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)), torch.nn.Linear(4, 3)
+    )
+    from earlysift import Family
+
+    sifter = Sifter(model, family=Family("0", task="sequence_classification"), ledger=Ledger("/dev/full"))
+    pool = torch.randn(8, 4, generator=torch.Generator().manual_seed(0)), torch.arange(8).remainder(3)
+    with pytest.warns(UserWarning, match="cannot be written") as caught:
+        batches = [sifter.sift(pool) for _ in range(4)]
+    assert len(caught) == 1
+    assert len(batches[3][1]) == 4
+    assert sifter.step == 4
+
+
+def test_times_add_up_within_a_step_and_medians_go_over_all():
+    ledger = Ledger()
+    for step in range(5):
+        ledger.begin(step)
+        for _ in range(2):
+            with ledger.timed("score"):
+                pass
+        row = ledger.end()
+        assert row["score_ms"] == pytest.approx(sum(ledger.times_ms("score")[-2:]))
+    times = ledger.times_ms("score")
+    assert len(times) == 10
+    assert min(times) >= 0
+    assert ledger.medians_ms() == {"score": median(times)}
+    assert ledger.times_ms("never") == []
+
+
+def test_operations_that_fail_are_not_measured():
+    ledger = Ledger()
+    ledger.begin(0)
+    with pytest.raises(ZeroDivisionError), ledger.timed("train"):
+        _ = 1 / 0
+    assert ledger.medians_ms() == {}
+    assert "train_ms" not in ledger.end()
+
+
+def test_memory_of_times_is_bounded():
+    ledger = Ledger()
+    ledger.begin(0)
+    for _ in range(10_050):
+        with ledger.timed("train"):
+            pass
+    assert len(ledger.times_ms("train")) == 10_000
+
+
+@laws
+@given(counts=st.dictionaries(st.text(max_size=3), st.integers(0, 10**6)), data=st.data())
+def test_reference_time_charges_every_operation_at_its_median(counts, data):
+    medians = {operation: data.draw(st.floats(0, 1e6)) for operation in counts} | {"never done": 1e9}
+    assert reference_ms(counts, medians) == pytest.approx(sum(counts[name] * medians[name] for name in counts))
+
+
+def test_operations_that_were_never_measured_are_named():
+    with pytest.raises(ValueError, match=r"none for \['score', 'wait'\]\. Measure them in this run"):
+        reference_ms({"train": 1, "wait": 2, "score": 0}, {"train": 1.0})

@@ -1,0 +1,346 @@
+"""Per-sample losses and entropies: equal to their slow twins, independent of chunks and padding, small in memory."""
+
+import inspect
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Generator, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import models
+import reference
+from earlysift import fidelity, losses, scorers, selectors
+
+R, T, D, V, C = 7, 13, 16, 101, 5
+INF, NAN = float("inf"), float("nan")
+TWINS = {
+    "token_losses": losses,
+    "token_entropies": losses,
+    "class_losses": losses,
+    "class_entropies": losses,
+    "greedy": selectors,
+    "ranking": selectors,
+    "fidelity": fidelity,
+}
+
+
+def linear(width=D, classes=V, seed=0):
+    head = nn.Linear(width, classes)
+    generator = Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return head.requires_grad_(False)
+
+
+def states_and_labels(seed=0, rows=R, length=T, share=0.4):
+    generator = Generator().manual_seed(seed)
+    hidden = torch.randn(rows, length, D, generator=generator)
+    labels = torch.randint(V, (rows, length), generator=generator)
+    labels[torch.rand(rows, length, generator=generator) > share] = -100
+    labels[:, 1] = 3
+    labels[2] = -100  # a sample without labels
+    return hidden, labels
+
+
+def close(actual, expected, tolerance=1e-6):
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_twins_have_the_signatures_of_the_fast_functions(name):
+    assert inspect.signature(getattr(reference, name)) == inspect.signature(getattr(TWINS[name], name))
+
+
+def test_every_public_twin_is_compared():
+    public = {n for n, f in inspect.getmembers(reference, inspect.isfunction) if f.__module__ == reference.__name__}
+    assert {name for name in public if not name.startswith("_")} == set(TWINS)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 3, 1024])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("name", ["token_losses", "token_entropies"])
+def test_token_functions_equal_their_twins(name, causal, reduction, chunk_tokens):
+    hidden, labels = states_and_labels()
+    arguments = {"causal": causal, "reduction": reduction, "chunk_tokens": chunk_tokens}
+    fast = getattr(losses, name)(hidden, labels, linear(), **arguments)
+    assert fast.dtype == torch.float32
+    assert fast.shape == (R,)
+    close(fast, getattr(reference, name)(hidden, labels, linear(), **arguments), 2e-6 if reduction == "sum" else 1e-6)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("name", ["token_losses", "token_entropies"])
+def test_chunk_size_changes_nothing(name, causal):
+    hidden, labels = states_and_labels(seed=1)
+    function = getattr(losses, name)
+    whole = function(hidden, labels, linear(), causal=causal)
+    for chunk_tokens in (1, 2, 3, 5, 17, 64):
+        close(function(hidden, labels, linear(), causal=causal, chunk_tokens=chunk_tokens), whole, 5e-7)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_padding_on_the_right_changes_nothing(causal):
+    hidden, labels = states_and_labels(seed=2)
+    padded = F.pad(hidden, (0, 0, 0, 9), value=50.0), F.pad(labels, (0, 9), value=-100)
+    close(
+        losses.token_losses(*padded, linear(), causal=causal),
+        losses.token_losses(hidden, labels, linear(), causal=causal),
+    )
+
+
+def test_padding_on_the_left_changes_nothing():
+    hidden, labels = states_and_labels(seed=2)
+    labels[:, 0] = -100  # what the first position is asked depends on what stands before it when causal
+    padded = F.pad(hidden, (0, 0, 9, 0), value=50.0), F.pad(labels, (9, 0), value=-100)
+    for causal in (False, True):
+        expected = losses.token_losses(hidden, labels, linear(), causal=causal)
+        close(losses.token_losses(*padded, linear(), causal=causal), expected)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_samples_do_not_see_each_other(causal):
+    hidden, labels = states_and_labels(seed=3)
+    together = losses.token_losses(hidden, labels, linear(), causal=causal)
+    alone = [losses.token_losses(hidden[i : i + 1], labels[i : i + 1], linear(), causal=causal) for i in range(R)]
+    close(together, torch.cat(alone))
+    order = torch.randperm(R, generator=Generator().manual_seed(0))
+    assert torch.equal(losses.token_losses(hidden[order], labels[order], linear(), causal=causal), together[order])
+
+
+@pytest.mark.parametrize("name", ["token_losses", "token_entropies"])
+def test_bfloat16_states_give_float32_no_worse_than_plain_pytorch(name):
+    hidden, labels = states_and_labels(seed=4)
+    head = linear().bfloat16()
+    ours = getattr(losses, name)(hidden.bfloat16(), labels, head)
+    assert ours.dtype == torch.float32
+    exact_head = linear().bfloat16().double()
+    truth = getattr(reference, name)(hidden.bfloat16().double(), labels, exact_head)
+    log_p = F.log_softmax(head(hidden.bfloat16()), dim=-1)
+    labelled = labels != -100
+    per_position = (
+        -log_p.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+        if "losses" in name
+        else -(log_p.exp() * log_p).sum(-1)
+    )
+    plain = (per_position * labelled).sum(dim=1) / labelled.sum(dim=1).bfloat16()
+    has_labels = labelled.any(dim=1)
+    error_of_plain = (plain.float() - truth)[has_labels].abs().max()
+    assert error_of_plain > 0
+    assert (ours - truth)[has_labels].abs().max() <= error_of_plain + 1e-6
+
+
+@pytest.mark.parametrize("name", ["token_losses", "token_entropies"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_sample_without_labels_is_minus_infinity(name, reduction):
+    hidden, labels = states_and_labels()
+    scores = getattr(losses, name)(hidden, labels, linear(), reduction=reduction)
+    assert scores[2] == -INF
+    assert torch.isfinite(scores[[0, 1, 3, 4, 5, 6]]).all()
+    nothing = getattr(losses, name)(hidden, torch.full_like(labels, -100), linear(), reduction=reduction)
+    assert torch.equal(nothing, torch.full((R,), -INF))
+
+
+def test_one_position_has_no_next_label():
+    hidden, labels = torch.randn(3, 1, D, generator=Generator().manual_seed(0)), torch.tensor([[1], [2], [3]])
+    assert torch.equal(losses.token_losses(hidden, labels, linear(), causal=True), torch.full((3,), -INF))
+    assert torch.isfinite(losses.token_losses(hidden, labels, linear())).all()
+
+
+@pytest.mark.parametrize("name", ["token_losses", "token_entropies"])
+def test_nan_stays_nan_and_stays_with_its_sample(name):
+    hidden, labels = states_and_labels()
+    clean = getattr(losses, name)(hidden, labels, linear())
+    hidden[4, 1] = NAN  # labelled
+    hidden[5, int((labels[5] == -100).nonzero()[0])] = NAN  # not labelled
+    scores = getattr(losses, name)(hidden, labels, linear())
+    assert torch.isnan(scores[4])
+    others = [0, 1, 2, 3, 5, 6]
+    assert torch.equal(scores[others], clean[others])
+
+
+def test_infinite_loss_stays_infinite():
+    hidden, labels = states_and_labels()
+    head = linear()
+    head.bias[3] = -INF  # every sample but the third has label 3 at position 1
+    scores = losses.token_losses(hidden, labels, head)
+    assert torch.equal(scores, torch.tensor([INF, INF, -INF, INF, INF, INF, INF]))
+
+
+def test_impossible_classes_add_nothing_to_the_entropy():
+    hidden, labels = states_and_labels()
+    head = linear()
+    head.bias[7] = -INF
+    close(losses.token_entropies(hidden, labels, head), reference.token_entropies(hidden, labels, head))
+    logits = torch.tensor([[1.0, 2.0, -INF]])
+    close(losses.class_entropies(logits, torch.tensor([0])), reference.class_entropies(logits, torch.tensor([0])))
+
+
+def test_gradients_are_those_of_the_plain_loss():
+    hidden, labels = states_and_labels(seed=5)
+    head = linear().requires_grad_(True)
+    ours = losses.token_losses(hidden.requires_grad_(True), labels, head, reduction="sum", chunk_tokens=3)
+    got = torch.autograd.grad(ours[labels.ne(-100).any(dim=1)].sum(), [hidden, *head.parameters()])
+    plain = F.cross_entropy(head(hidden).flatten(0, 1), labels.flatten(), reduction="sum")
+    for gradient, expected in zip(got, torch.autograd.grad(plain, [hidden, *head.parameters()]), strict=True):
+        close(gradient, expected, 1e-5)
+
+
+def kinds(rows=R, seed=0):
+    generator = Generator().manual_seed(seed)
+    single = torch.randn(rows, C, generator=generator), torch.randint(C, (rows,), generator=generator)
+    multi = torch.randn(rows, C, generator=generator), torch.randint(2, (rows, C), generator=generator).float()
+    one = torch.randn(rows, 1, generator=generator), torch.randn(rows, generator=generator)
+    column = torch.randn(rows, 1, generator=generator), torch.randn(rows, 1, generator=generator)
+    several = torch.randn(rows, C, generator=generator), torch.randn(rows, C, generator=generator)
+    return {
+        "single_label": (*single, None),
+        "multi_label": (*multi, None),
+        "multi_label_whole_numbers": (multi[0], multi[1].long(), None),
+        "regression": (*one, None),
+        "regression_column": (*column, None),
+        "regression_of_several": (*several, "regression"),
+    }
+
+
+@pytest.mark.parametrize("unlabelled", [False, True])
+@pytest.mark.parametrize("kind", kinds())
+def test_class_losses_equal_their_twin(kind, unlabelled):
+    logits, labels, problem = kinds()[kind]
+    if unlabelled:
+        labels[3] = -100
+    fast = losses.class_losses(logits, labels, problem=problem)
+    assert fast.dtype == torch.float32
+    assert fast.shape == (R,)
+    assert (fast == -INF).tolist() == [unlabelled and row == 3 for row in range(R)]
+    close(fast, reference.class_losses(logits, labels, problem=problem))
+
+
+@pytest.mark.parametrize("unlabelled", [False, True])
+@pytest.mark.parametrize("kind", [kind for kind in kinds() if "label" in kind])
+def test_class_entropies_equal_their_twin(kind, unlabelled):
+    logits, labels, problem = kinds()[kind]
+    if unlabelled:
+        labels[3] = -100
+    fast = losses.class_entropies(logits, labels, problem=problem)
+    assert (fast == -INF).tolist() == [unlabelled and row == 3 for row in range(R)]
+    close(fast, reference.class_entropies(logits, labels, problem=problem))
+
+
+@pytest.mark.parametrize("function", [losses.class_losses, losses.class_entropies])
+@pytest.mark.parametrize("kind", ["single_label", "multi_label"])
+def test_class_functions_keep_nan_and_return_float32_from_bfloat16(function, kind):
+    logits, labels, _ = kinds()[kind]
+    logits[2, 1] = NAN
+    scores = function(logits.bfloat16(), labels)
+    assert scores.dtype == torch.float32
+    assert torch.isnan(scores).tolist() == [row == 2 for row in range(R)]
+    close(scores, function(logits, labels), 3e-2)
+
+
+def test_confident_classes_have_no_entropy():
+    certain = torch.tensor([[200.0, -200.0, -200.0]])
+    assert losses.class_entropies(certain, torch.tensor([0])).item() == 0
+    assert losses.class_entropies(certain, torch.tensor([[1.0, 0.0, 0.0]])).item() == 0
+    even = losses.class_entropies(torch.zeros(1, 4), torch.tensor([[1.0, 0.0, 0.0, 1.0]]))
+    assert even.item() == pytest.approx(math.log(2))
+
+
+def test_labelled_positions_are_those_the_head_is_asked_about():
+    labels = torch.tensor([[5, -100, 7], [-100, -100, -100]])
+    assert losses.labelled_positions(labels).tolist() == [[True, False, True], [False, False, False]]
+    assert losses.labelled_positions(labels, causal=True).tolist() == [[False, True], [False, False]]
+
+
+class LargestVocabularyTensor(TorchDispatchMode):
+    """Records the most rows of logits that any operation gives back."""
+
+    def __init__(self, vocabulary):
+        super().__init__()
+        self.vocabulary, self.rows = vocabulary, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, torch.Tensor) and leaf.ndim and leaf.size(-1) == self.vocabulary:
+                self.rows = max(self.rows, leaf.numel() // self.vocabulary)
+        return output
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("name", ["token_losses", "token_entropies"])
+def test_no_more_than_a_chunk_of_logits_ever_exists(name, causal):
+    hidden, labels = states_and_labels(rows=11, share=1.0)
+    labelled = int(losses.labelled_positions(labels, causal=causal).sum())
+    with LargestVocabularyTensor(V) as seen:
+        getattr(losses, name)(hidden, labels, linear(), causal=causal, chunk_tokens=16)
+    assert seen.rows == 16 < labelled
+
+
+def test_only_labelled_positions_pass_through_the_head():
+    hidden, labels = states_and_labels()
+    passed = []
+    head = linear()
+    losses.token_losses(hidden, labels, lambda states: passed.append(len(states)) or head(states), chunk_tokens=4)
+    assert sum(passed) == int((labels != -100).sum())
+    assert max(passed) <= 4
+
+
+# Chunks of 1024 positions; more labelled positions than that, in rows that are scored at once.
+@pytest.mark.parametrize("family", ["bert", "modernbert", "gpt2", "llama", "plain"])
+def test_scoring_a_pool_never_holds_its_logits(family):
+    task = "causal_lm" if family in ("gpt2", "llama") else "masked_lm"
+    model = models.build(family, task)
+    inputs = torch.randint(3, V, (40, 40), generator=Generator().manual_seed(0))
+    pool = {"input_ids": inputs, "labels": inputs}
+    # The embedding and the tied output weights are (V, D): the vocabulary is never their last dimension but transposed.
+    with LargestVocabularyTensor(V) as seen:
+        scorers.early_exit_loss(model, pool, family=models.row_of(model), dtype=None)
+    assert 0 < seen.rows <= 1024
+
+
+@pytest.mark.parametrize(
+    ("hidden", "labels", "message"),
+    [
+        (
+            (2, 3),
+            (2, 3),
+            r"Expected hidden states \(R, T, D\) and labels \(R, T\), got \(2, 3\) and \(2, 3\)\. Give one label",
+        ),
+        ((2, 3, 4), (2,), r"got \(2, 3, 4\) and \(2,\)"),
+        ((2, 3, 4), (3, 2), r"got \(2, 3, 4\) and \(3, 2\)"),
+    ],
+)
+@pytest.mark.parametrize("name", ["token_losses", "token_entropies"])
+def test_shapes_that_do_not_belong_together_are_named(name, hidden, labels, message):
+    with pytest.raises(ValueError, match=message):
+        getattr(losses, name)(torch.zeros(hidden), torch.zeros(labels, dtype=torch.long), linear(4))
+
+
+def test_a_misspelt_reduction_is_refused():
+    hidden, labels = states_and_labels()
+    with pytest.raises(ValueError, match="reduction"):
+        losses.token_losses(hidden, labels, linear(), reduction="avg")
+
+
+def test_logits_per_position_are_refused_with_the_way_out():
+    with pytest.raises(
+        ValueError, match=r"Expected logits \(R, C\) for classification, got shape \(2, 3, 4\)\. Set the task"
+    ):
+        losses.class_losses(torch.zeros(2, 3, 4), torch.zeros(2, dtype=torch.long))
+
+
+def test_labels_that_fit_no_kind_are_refused_with_what_would_fit():
+    with pytest.raises(
+        ValueError, match=r"Labels of shape \(2, 3\) and dtype torch\.int64 do not fit logits \(2, 4\)\. Expected"
+    ):
+        losses.class_losses(torch.zeros(2, 4), torch.zeros(2, 3, dtype=torch.long))
+
+
+def test_regression_has_no_entropy_and_says_what_to_use():
+    with pytest.raises(ValueError, match=r"regression output has none\. Use the loss-based score \(score='loss'\)"):
+        losses.class_entropies(torch.zeros(2, 1), torch.zeros(2))

@@ -1,0 +1,894 @@
+"""The sifter: same picks wherever a run is cut, clear words about bad input, and no state changed by it."""
+
+import copy
+import functools
+import io
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Generator, nn
+
+import earlysift
+import models
+from earlysift import ExitHead, Family, Ledger, Sifter, anneal, constant, scorers, selectors, warmup
+from earlysift.fidelity import fidelity
+from earlysift.selectors import Selection, greedy, percentile, proportional
+from models import LAYERS, WIDTH, build, loss_of, row_of
+
+INF, NAN = float("inf"), float("nan")
+
+
+def pools_for(model, count, rows=8, length=10, seed=7):
+    generator = Generator().manual_seed(seed)
+    return [models.batch_for(model, models.task_of(model), rows, length, generator) for _ in range(count)]
+
+
+def features(rows=8, seed=0):
+    """A pool of features in which single candidates can be broken."""
+    generator = Generator().manual_seed(seed)
+    return torch.randn(rows, 6, WIDTH, generator=generator), torch.randint(models.CLASSES, (rows,), generator=generator)
+
+
+def classifier(**options):
+    model = build("plain", "sequence_classification", **options)
+    return model, row_of(model)
+
+
+def sifter_of(model, **options):
+    return Sifter(model, **{"keep": 0.5, "family": row_of(model), "dtype": None, "probe_every": 0} | options)
+
+
+def values(state):
+    """A state dict as comparable values."""
+    if isinstance(state, torch.Tensor):
+        return state.tolist()
+    if isinstance(state, dict):
+        return {key: values(value) for key, value in state.items()}
+    return [values(value) for value in state] if isinstance(state, list | tuple) else state
+
+
+def picks(sifter, pools):
+    chosen = []
+    for pool in pools:
+        sifter.sift(pool)
+        chosen.append(sifter.selection.indices.tolist())
+    return chosen
+
+
+# What comes out
+
+
+def test_kept_are_those_with_the_largest_exit_losses():
+    for family, task in (("bert", "masked_lm"), ("llama", "causal_lm"), ("gpt2", "sequence_classification")):
+        model = build(family, task)
+        (pool,) = pools_for(model, 1)
+        sifter = sifter_of(model, depth=2)
+        batch = sifter.sift(pool)
+        scores = scorers.early_exit_loss(model, pool, depth=2, dtype=None)
+        kept = scores.argsort(descending=True)[:4].sort().values
+        assert torch.equal(sifter.selection.indices, kept)
+        assert list(batch) == list(pool)
+        assert all(torch.equal(batch[key], pool[key][kept]) for key in pool)
+        assert sifter.weights.tolist() == [1.0] * 4
+
+
+@pytest.mark.parametrize(("keep", "kept"), [(0.5, 4), (0.1, 1), (0.01, 1), (0.74, 6), (0.999, 8), (1.0, 8), (1, 8)])
+def test_the_number_kept_is_the_share_of_the_first_pool(keep, kept):
+    model, _ = classifier()
+    sifter = sifter_of(model, keep=keep)
+    assert len(sifter.sift(features(8))[1]) == kept
+    if keep < 1:
+        assert len(sifter.sift(features(11))[1]) == kept  # static shapes, whatever comes later
+
+
+def test_weights_are_those_of_the_latest_batch():
+    model, _ = classifier()
+    sifter = sifter_of(model, select=proportional)
+    with pytest.raises(ValueError, match="no weights before the first call of sift"):
+        _ = sifter.weights
+    pool = features(16)
+    batch = sifter.sift(pool)
+    assert sifter.weights.shape == (8,)
+    assert sifter.weights.dtype == torch.float32
+    assert len(set(sifter.weights.tolist())) > 1
+    assert 0.5 - 1e-6 <= sifter.weights.min() <= sifter.weights.max() <= 5 + 1e-6
+    scorers.training_loss(model, batch, family=row_of(model), weights=sifter.weights).backward()
+    everything = sifter_of(model, keep=1.0)
+    everything.sift(pool)
+    assert everything.weights.tolist() == [1.0] * 16
+
+
+def test_weighted_batches_are_unbiased_over_steps():
+    model, row = classifier()
+    pool = features(12)
+    exact = scorers.exact_loss(model, pool, family=row, dtype=None)
+    sifter = sifter_of(model, select=proportional, keep=0.34, score=lambda model, pool: exact)
+    values = torch.linspace(-1, 2, 12)
+    means = []
+    for _ in range(400):
+        sifter.sift(pool)
+        means.append((sifter.weights * values[sifter.selection.indices]).mean())
+    means = torch.stack(means)
+    assert (means.mean() - values.mean()).abs() <= 4 * means.std() / 20
+
+
+def test_trimmed_batches_are_as_long_as_their_longest_row_and_train():
+    model = build("bert", "masked_lm")
+    (pool,) = pools_for(model, 1, length=12)
+    pool["attention_mask"][:, 9:] = 0
+    pool["labels"][:, 9:] = -100
+    batch = sifter_of(model, trim=True).sift(pool)
+    assert batch["input_ids"].shape == batch["labels"].shape == (4, int(batch["attention_mask"].sum(dim=1).max()))
+    assert batch["input_ids"].size(1) <= 9
+    loss_of(model, batch).backward()
+
+
+def test_outliers_are_taken_out_of_candidacy():
+    model, row = classifier()
+    pool = features(16)
+    order = scorers.early_exit_loss(model, pool, family=row, dtype=None).argsort(descending=True)
+    sifter = sifter_of(model, keep=0.25, drop_outliers=0.125)
+    sifter.sift(pool)
+    assert set(sifter.selection.indices.tolist()) == set(order[2:6].tolist())
+
+
+# Scores
+
+
+@pytest.mark.parametrize(
+    ("score", "scorer"),
+    [
+        ("loss", lambda model, pool: scorers.early_exit_loss(model, pool, depth=2, family=row_of(model), dtype=None)),
+        (
+            "entropy",
+            lambda model, pool: scorers.early_exit_entropy(model, pool, depth=2, family=row_of(model), dtype=None),
+        ),
+        ("exact", lambda model, pool: scorers.exact_loss(model, pool, family=row_of(model), dtype=None)),
+    ],
+)
+@pytest.mark.parametrize(("family", "task"), [("bert", "masked_lm"), ("plain", "causal_lm")])
+def test_scores_by_name_and_by_callable_pick_alike(family, task, score, scorer):
+    model = build(family, task)
+    pools = pools_for(model, 3, rows=20)
+    by_name = picks(sifter_of(model, depth=2, score=score), pools)
+    assert by_name == picks(sifter_of(model, depth=2, score=scorer), pools)
+    assert by_name != picks(sifter_of(model, score="uniform"), pools)
+
+
+def test_a_lambda_is_a_full_citizen_with_any_model_and_without_labels():
+    model = nn.Linear(3, 1)
+    pool = {"x": torch.arange(24.0).reshape(8, 3)}
+    sifter = Sifter(model, keep=0.5, score=lambda model, pool: -pool["x"][:, 0])
+    assert sifter.sift(pool)["x"][:, 0].tolist() == [0, 3, 6, 9]
+    known = build("bert", "masked_lm")
+    tokens = {"input_ids": torch.randint(3, 100, (8, 6), generator=Generator().manual_seed(0))}
+    sifter = Sifter(known, keep=0.5, score=lambda model, pool: pool["input_ids"][:, 0].float(), probe_every=1)
+    kept = sifter.sift(tokens)["input_ids"][:, 0]
+    assert sorted(kept.tolist()) == sorted(tokens["input_ids"][:, 0].tolist())[4:]
+
+
+def test_a_lambda_may_return_whole_numbers_and_scores_with_gradients():
+    model = nn.Linear(3, 1)
+    pool = {"x": torch.arange(24.0).reshape(8, 3), "labels": torch.arange(8)}
+    sifter = Sifter(model, score=lambda model, pool: model(pool["x"])[:, 0] * 0 + pool["labels"])
+    assert sifter.sift(pool)["labels"].tolist() == [4, 5, 6, 7]
+    assert not sifter.weights.requires_grad
+    sifter = Sifter(model, score=lambda model, pool: pool["labels"])
+    assert sifter.sift(pool)["labels"].tolist() == [4, 5, 6, 7]
+
+
+def test_a_lambda_selector_is_a_full_citizen():
+    model, _ = classifier()
+    last = lambda scores, kept, generator: Selection(  # noqa: E731
+        torch.arange(len(scores) - kept, len(scores)), torch.full((kept,), 0.5)
+    )
+    sifter = sifter_of(model, select=last)
+    sifter.sift(features(8))
+    assert sifter.selection.indices.tolist() == [4, 5, 6, 7]
+    assert sifter.weights.tolist() == [0.5] * 4
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_scores_in_chunks_of_any_size_pick_alike(seed):
+    model = build("bert", "masked_lm")
+    pools = pools_for(model, 2, rows=12, seed=seed)
+    chosen = [picks(sifter_of(model, chunk_rows=rows), pools) for rows in (None, 1, 5, 100)]
+    assert chosen == [chosen[0]] * 4
+
+
+# Schedules
+
+
+def test_uniform_steps_of_a_warm_up_score_nothing():
+    model = build("bert", "masked_lm")
+    calls = []
+    handle = model.bert.encoder.layer[0].register_forward_hook(lambda *_: calls.append(1))
+    ledger = Ledger()
+    sifter = sifter_of(model, schedule=warmup(3), ledger=ledger, exit_head=ExitHead(WIDTH))
+    pools = pools_for(model, 5, rows=20)
+    sifter.sift(pools[0])
+    calls.clear()  # the first pool also runs the check of the model
+    for pool in pools[1:3]:
+        sifter.sift(pool)
+    assert calls == []
+    assert sifter.stats()["sift/scored"] == 0
+    assert ledger.times_ms("score") == []
+    for pool in pools[3:]:
+        sifter.sift(pool)
+    assert len(calls) == 4  # two steps, a chunk of the number kept at a time
+    assert sifter.stats()["sift/scored"] == 40
+    assert len(ledger.times_ms("score")) == 2
+    handle.remove()
+
+
+def test_steps_that_do_not_select_are_uniform_and_differ_from_each_other():
+    model, _ = classifier()
+    pool = features(20)
+    chosen = picks(sifter_of(model, schedule=constant(0.0)), [pool] * 200)
+    counts = torch.zeros(20)
+    for indices in chosen:
+        assert len(set(indices)) == 10
+        counts[indices] += 1
+    assert len({tuple(indices) for indices in chosen}) == 200
+    assert (counts / 200 - 0.5).abs().max() < 4 * (0.25 / 200) ** 0.5
+
+
+@pytest.mark.parametrize("intensity", [0.0, 0.3, 1.0])
+def test_intensity_is_the_share_of_steps_that_select(intensity):
+    model, row = classifier()
+    pool = features(20)
+    greedily = greedy(scorers.early_exit_loss(model, pool, family=row, dtype=None), 10).indices.tolist()
+    chosen = picks(sifter_of(model, schedule=constant(intensity)), [pool] * 300)
+    share = sum(indices == greedily for indices in chosen) / 300
+    assert abs(share - intensity) <= 4 * (0.25 / 300) ** 0.5 * (0 < intensity < 1)
+
+
+# Probes
+
+
+def test_probes_measure_fidelity_when_due():
+    model = build("bert", "masked_lm")
+    ledger = Ledger()
+    sifter = sifter_of(model, probe_every=2, ledger=ledger)
+    pools = pools_for(model, 4, rows=20)
+    seen = []
+    for pool in pools:
+        sifter.sift(pool)
+        seen.append(
+            {
+                key[5:]: sifter.stats()[key]
+                for key in sifter.stats()
+                if key[5:] in ("rank_correlation", "overlap", "gain")
+            }
+        )
+    for step in (0, 2):
+        scores = scorers.early_exit_loss(model, pools[step], dtype=None)
+        exact = scorers.exact_loss(model, pools[step], dtype=None)
+        assert seen[step] == pytest.approx(fidelity(scores, exact, 10), abs=1e-6)
+        assert seen[step + 1] == seen[step]
+        assert -1 < seen[step]["rank_correlation"] < 1
+        assert 0 < seen[step]["overlap"] <= 1
+        assert seen[step]["gain"] > 0
+    assert len(ledger.times_ms("probe")) == 2
+
+
+def test_probes_of_exact_scores_are_perfect_and_of_reversed_ones_the_opposite():
+    model, row = classifier()
+    perfect, reversed_ = (
+        sifter_of(
+            model,
+            probe_every=1,
+            score=lambda model, pool, sign=sign: sign * scorers.exact_loss(model, pool, family=row, dtype=None),
+        )
+        for sign in (1, -1)
+    )
+    for sifter in (perfect, reversed_):
+        sifter.sift(features(16))
+    assert perfect.stats()["sift/rank_correlation"] == pytest.approx(1)
+    assert perfect.stats()["sift/overlap"] == 1
+    assert perfect.stats()["sift/gain"] > 1
+    assert reversed_.stats()["sift/rank_correlation"] == pytest.approx(-1)
+    assert reversed_.stats()["sift/overlap"] == 0
+    assert reversed_.stats()["sift/gain"] < 1
+
+
+def test_no_probes_no_fidelity():
+    model, _ = classifier()
+    sifter = sifter_of(model, probe_every=0)
+    picks(sifter, [features()] * 3)
+    assert not any("gain" in key or "probe" in key for key in sifter.stats())
+
+
+def test_stats_are_numbers_by_name():
+    model = build("bert", "masked_lm")
+    sifter = sifter_of(model, probe_every=1)
+    picks(sifter, pools_for(model, 3))
+    stats = sifter.stats()
+    assert all(isinstance(value, float) and key.startswith("sift/") for key, value in stats.items())
+    assert stats["sift/step"] == 3
+    assert (stats["sift/candidates"], stats["sift/scored"], stats["sift/trained"]) == (24, 24, 12)
+    assert (stats["sift/unlabelled"], stats["sift/non_finite"]) == (0, 0)
+    assert {"sift/score_ms", "sift/select_ms", "sift/gather_ms", "sift/probe_ms"} <= set(stats)
+
+
+def test_ledger_has_a_row_for_every_step_with_its_work(tmp_path):
+    model = build("bert", "masked_lm")
+    path = tmp_path / "steps.jsonl"
+    sifter = sifter_of(model, ledger=Ledger(path), schedule=lambda step: step % 2, probe_every=0)
+    pools = pools_for(model, 4)
+    batches = [sifter.sift(pool) for pool in pools]
+    sifter.ledger.end()
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    for row, batch, scored in zip(rows, batches, (False, True, False, True), strict=True):
+        assert (row["candidates"], row["trained"], row["trained_tokens"]) == (8, 4, batch["input_ids"].numel())
+        assert ("scored_flops" in row) == ("score_ms" in row) == scored
+        assert row["trained_flops"] > (row["scored_flops"] if scored else 0)
+
+
+# Determinism and resuming
+
+
+@pytest.mark.parametrize("select", [greedy, proportional, percentile])
+def test_picks_are_the_same_for_a_seed_and_differ_between_seeds(select):
+    model, _ = classifier()
+    pools = [features(20, seed) for seed in range(6)]
+    chosen = {
+        seed: picks(sifter_of(model, select=select, seed=seed, schedule=constant(0.5)), pools) for seed in range(4)
+    }
+    for seed, indices in chosen.items():
+        assert picks(sifter_of(model, select=select, seed=seed, schedule=constant(0.5)), pools) == indices
+        assert all(indices != other for at, other in chosen.items() if at != seed)
+
+
+def test_picks_of_a_step_do_not_depend_on_the_steps_before():
+    model, _ = classifier()
+    pools = [features(20, seed) for seed in range(4)]
+    whole = sifter_of(model, select=proportional)
+    all_picks = picks(whole, pools)
+    late = sifter_of(model, select=proportional)
+    state = late.state_dict()
+    late.load_state_dict({**state, "step": 3, "kept": 10})
+    assert picks(late, pools[3:]) == all_picks[3:]
+
+
+def through_json(state):
+    return json.loads(json.dumps(state))
+
+
+def through_torch(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+RUNS = {
+    "greedy": {},
+    "proportional": {"select": proportional},
+    "schedule": {"schedule": anneal(2, 7, before=warmup(1)), "select": percentile},
+    "warned": {"probe_every": 3, "drop_outliers": 0.1},
+    "exit head": {"exit": True, "select": proportional, "probe_every": 2},
+}
+
+
+class Run:
+    """A training run with dropout that can be saved and built anew from what was saved."""
+
+    def __init__(self, exit=False, **options):
+        self.model = build("bert", "masked_lm", dropout=0.1)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
+        if exit:
+            head = ExitHead(WIDTH, hidden=8)
+            options |= {"exit_head": head, "exit_optimizer": torch.optim.AdamW(head.parameters(), lr=1e-2)}
+        self.sifter = sifter_of(self.model, **options)
+        torch.manual_seed(11)
+        self.trace = []
+
+    def go(self, pools):
+        for pool in pools:
+            batch = self.sifter.sift(pool)
+            loss = loss_of(self.model, batch)
+            loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.trace.append((self.sifter.selection.indices.tolist(), self.sifter.weights.tolist(), loss.item()))
+        return self
+
+    def save(self, through):
+        users = copy.deepcopy((self.model.state_dict(), self.optimizer.state_dict(), torch.get_rng_state()))
+        return through(self.sifter.state_dict()), users
+
+    def load(self, saved):
+        state, (weights, optimizer, random_state) = saved
+        self.sifter.load_state_dict(state)
+        self.model.load_state_dict(weights)
+        self.optimizer.load_state_dict(optimizer)
+        torch.set_rng_state(random_state)
+        return self
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_cut_anywhere_goes_on_as_if_it_had_not_been(name):
+    pools = pools_for(build("bert", "masked_lm"), 8, rows=12)
+    pools[1]["labels"][0] = -100
+    unbroken = Run(**RUNS[name]).go(pools)
+    for cut in (0, 1, 3, 7):
+        through = through_torch if "exit" in RUNS[name] or cut % 2 else through_json
+        first = Run(**RUNS[name]).go(pools[:cut])
+        saved = first.save(through)
+        second = Run(**RUNS[name]).load(saved).go(pools[cut:])
+        assert first.trace + second.trace == unbroken.trace
+        assert values(second.sifter.state_dict()) == values(unbroken.sifter.state_dict())
+        assert values(second.model.state_dict()) == values(unbroken.model.state_dict())
+
+
+def test_state_is_small_and_json_without_an_exit_head():
+    model, _ = classifier()
+    sifter = sifter_of(model, probe_every=1)
+    picks(sifter, [features()] * 3)
+    state = sifter.state_dict()
+    assert through_json(state) == state
+    assert len(json.dumps(state)) < 2000
+    assert state["version"] == 1
+    assert state["step"] == 3
+
+
+def test_saved_state_is_not_changed_by_going_on():
+    model, _ = classifier()
+    sifter = sifter_of(model, probe_every=1)
+    sifter.sift(features())
+    state = sifter.state_dict()
+    before = copy.deepcopy(state)
+    sifter.sift(features(seed=1))
+    assert state == before
+    sifter.load_state_dict(state)
+    sifter.sift(features(seed=1))
+    assert state == before
+
+
+OTHERWISE = {
+    "keep": {"keep": 0.25},
+    "depth": {"depth": 2},
+    "score": {"score": "entropy"},
+    "select": {"select": percentile},
+    "schedule": {"schedule": warmup(50)},
+    "reduction": {"reduction": "sum"},
+    "drop_outliers": {"drop_outliers": 0.1},
+    "probe_every": {"probe_every": 7},
+    "trim": {"trim": True},
+    "seed": {"seed": 1},
+    "dtype": {"dtype": torch.bfloat16},
+    "exit_head": {"exit_head": ExitHead(WIDTH)},
+}
+
+
+@pytest.mark.parametrize("key", OTHERWISE)
+def test_state_of_another_configuration_is_refused_with_the_difference(key):
+    model, _ = classifier()
+    saved = sifter_of(model)
+    saved.sift(features())
+    other = sifter_of(model, **OTHERWISE[key])
+    before = copy.deepcopy(values(other.state_dict()))
+    with pytest.raises(
+        ValueError, match=rf"configured otherwise \({key}: saved .*, now .*\)\. Build the Sifter as it was"
+    ):
+        other.load_state_dict(saved.state_dict())
+    assert values(other.state_dict()) == before
+
+
+def test_all_differences_of_a_configuration_are_listed_at_once():
+    model, _ = classifier()
+    state = sifter_of(model, keep=0.25, seed=3).state_dict()
+    with pytest.raises(ValueError, match=r"\(keep: saved 0\.25, now 0\.5; seed: saved 3, now 0\)"):
+        sifter_of(model).load_state_dict(state)
+
+
+@pytest.mark.parametrize("version", [0, 2, None, "1"])
+def test_state_of_another_version_is_refused(version):
+    model, _ = classifier()
+    sifter = sifter_of(model)
+    before = copy.deepcopy(sifter.state_dict())
+    with pytest.raises(ValueError, match=rf"Expected a Sifter state of version 1, got {version!r}\. Use the release"):
+        sifter.load_state_dict({**before, "version": version, "step": 9})
+    assert sifter.state_dict() == before
+
+
+def test_options_given_to_a_selector_are_part_of_the_configuration():
+    model, _ = classifier()
+    saved = sifter_of(model, select=functools.partial(proportional, uniform_share=0.2)).state_dict()
+    sifter_of(model, select=functools.partial(proportional, uniform_share=0.2)).load_state_dict(saved)
+    for select in (functools.partial(proportional, uniform_share=0.9), functools.partial(percentile, beta=3.0)):
+        with pytest.raises(ValueError, match="select: saved"):
+            sifter_of(model, select=select).load_state_dict(saved)
+
+
+def test_state_with_an_exit_head_of_another_shape_is_refused_and_nothing_loaded():
+    model, _ = classifier()
+    saved = sifter_of(model, exit_head=ExitHead(WIDTH, hidden=8))
+    models.widen(saved.exit_head)
+    saved.sift(features())
+    other = sifter_of(model, exit_head=ExitHead(WIDTH, hidden=16))
+    before = copy.deepcopy(values(other.state_dict()))
+    with pytest.raises((ValueError, RuntimeError)):
+        other.load_state_dict(saved.state_dict())
+    assert values(other.state_dict()) == before
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("keep", [0, 0.0, -0.5, 1.0001, 2, NAN, INF])
+def test_keep_out_of_range_is_refused(keep):
+    model, row = classifier()
+    with pytest.raises(ValueError, match=rf"keep must be in \(0, 1\], got {keep}\. It is the share of the pool"):
+        Sifter(model, keep=keep, family=row)
+
+
+@pytest.mark.parametrize("score", ["loss", "entropy"])
+@pytest.mark.parametrize("depth", [0, -1, LAYERS, LAYERS + 3])
+def test_depth_out_of_range_is_refused(depth, score):
+    model, row = classifier()
+    message = rf"PlainTransformer cannot be sifted with:\n- Expected depth in 1\.\.3 .* got {depth}\. Choose a smaller"
+    with pytest.raises(ValueError, match=message):
+        Sifter(model, depth=depth, family=row, score=score)
+
+
+@pytest.mark.parametrize("drop", [-0.1, 1.0, NAN])
+def test_outlier_share_out_of_range_is_refused(drop):
+    model, row = classifier()
+    with pytest.raises(ValueError, match=rf"drop_outliers must be in \[0, 1\), got {drop}\."):
+        Sifter(model, drop_outliers=drop, family=row)
+
+
+def test_unknown_score_is_refused_with_the_known_ones():
+    model, row = classifier()
+    with pytest.raises(ValueError, match="score must be one of loss, entropy, exact, uniform or a callable, got 'los'"):
+        Sifter(model, score="los", family=row)
+
+
+@pytest.mark.parametrize("score", ["loss", "entropy", "exact"])
+def test_unknown_family_is_refused_with_the_way_out(score):
+    with pytest.raises(
+        ValueError, match=r"Linear cannot be sifted with:\n- .* is unknown\. Pass a row: family=Family\("
+    ):
+        Sifter(nn.Linear(2, 2), score=score)
+
+
+def test_all_problems_of_a_model_come_at_once():
+    model, _ = classifier()
+    with pytest.raises(ValueError, match=r"(?s)- Expected a ModuleList.*\n- What the labels.*\n- .* none of the heads"):
+        Sifter(model, family=Family("layers", (("decoder",),)))
+
+
+def test_exit_optimizer_without_exit_head_is_refused():
+    model, row = classifier()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="An exit_optimizer came without an exit_head"):
+        Sifter(model, family=row, exit_optimizer=optimizer)
+
+
+def broken_pools():
+    """Pools that must be refused, with the message and options of the sifter."""
+    inputs, labels = features()
+    nan = inputs.clone()
+    nan[:5] = NAN
+    infinite = inputs.clone()
+    infinite[2:] = INF
+    wide = {"input_ids": inputs, "attention_mask": torch.ones(8, 6), "labels": labels}
+    return {
+        "smaller than the kept": (features(3), r"at least 4 candidates .* got 3\. Drop ragged last batches", {}),
+        "empty": (features(0), r"at least 4 candidates .* got 0\.", {}),
+        "first dimensions differ": (
+            {**wide, "attention_mask": torch.ones(7, 6)},
+            r"pool\['input_ids'\]: 8, pool\['attention_mask'\]: 7, pool\['labels'\]: 8\.",
+            {},
+        ),
+        "no tensors": ({"text": ["a"] * 8}, "Collate the samples into tensors", {}),
+        "packed": ({**wide, "cu_seq_lens_q": torch.arange(9)}, "packed", {}),
+        "labels absent": ({"input_ids": inputs}, r"'labels' or a pair .* got keys \['input_ids'\]\. Add 'labels'", {}),
+        "no labels at all": (inputs, "Add 'labels' to the batch, or pass a scorer of your own", {}),
+        "labels all ignored": (
+            (inputs, torch.full_like(labels, -100)),
+            r"None of the 8 candidates has a labelled position \(all labels are -100\)\. Check the collator",
+            {},
+        ),
+        "too many nan": (
+            (nan, labels),
+            r"Expected at least 4 candidates with a finite score, got 3 of 8 at step 1: 5 are nan or inf\. Look",
+            {},
+        ),
+        "too many infinite": ((infinite, labels), r"got 2 of 8 at step 1: 6 are nan or inf", {}),
+        "scores of another shape": (
+            (inputs, labels),
+            r"Expected scores of shape \(8,\), one per candidate, got \(8, 1\)\. A scorer returns one number",
+            {"score": lambda model, pool: torch.zeros(8, 1) if pool[0] is inputs else torch.zeros(8)},
+        ),
+        "one score for all": (
+            (inputs, labels),
+            r"Expected scores of shape \(8,\), one per candidate, got \(\)\.",
+            {"score": lambda model, pool: torch.tensor(0.0) if pool[0] is inputs else torch.zeros(8)},
+        ),
+        "negative scores for proportional selection": (
+            (inputs, labels),
+            r"Proportional selection needs scores >= 0, got -1\.",
+            {"select": proportional, "score": lambda model, pool: torch.full((8,), -float(pool[0] is inputs))},
+        ),
+        "a selector that keeps another number": (
+            (inputs, labels),
+            r"Expected the selector to keep 4 candidates, got 3\.",
+            {
+                "select": lambda scores, kept, generator: greedy(scores, kept - int(scores[0])),
+                "score": lambda model, pool: torch.full((8,), float(pool[0] is inputs)),
+            },
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", broken_pools())
+def test_bad_pools_are_refused_and_change_nothing(name):
+    pool, message, options = broken_pools()[name]
+    model, _ = classifier()
+    good = [features(seed=9), features(seed=10)]
+
+    def new():
+        head = ExitHead(WIDTH, hidden=4)
+        optimizer = torch.optim.Adam(head.parameters(), lr=0.1)
+        return sifter_of(model, probe_every=1, exit_head=head, exit_optimizer=optimizer, **options)
+
+    sifter, untouched = new(), new()
+    sifter.sift(good[0])
+    before, selection = copy.deepcopy(values(sifter.state_dict())), sifter.selection
+    untouched.load_state_dict(copy.deepcopy(sifter.state_dict()))
+    with pytest.raises(ValueError, match=message):
+        sifter.sift(pool)
+    assert values(sifter.state_dict()) == before
+    assert sifter.selection is selection
+    assert model.training
+    assert picks(sifter, good[1:]) == picks(untouched, good[1:])
+    assert values(sifter.state_dict()) == values(untouched.state_dict())
+
+
+def test_bad_first_pools_are_refused_and_change_nothing():
+    model, _ = classifier()
+    for name in ("first dimensions differ", "labels absent", "labels all ignored", "no tensors", "packed"):
+        pool, message, options = broken_pools()[name]
+        sifter = sifter_of(model, **options)
+        before = sifter.state_dict()
+        with pytest.raises(ValueError, match=message):
+            sifter.sift(pool)
+        assert sifter.state_dict() == before
+        assert len(sifter.sift(features(12))[1]) == 6  # the number kept was not fixed by what was refused
+
+
+def test_model_in_evaluation_mode_is_refused_and_nothing_changed():
+    model, _ = classifier()
+    sifter = sifter_of(model)
+    sifter.sift(features())
+    before = sifter.state_dict()
+    model.eval()
+    with pytest.raises(ValueError, match=r"The model is in evaluation mode.*Call model\.train\(\) before the loop"):
+        sifter.sift(features())
+    assert sifter.state_dict() == before
+    assert not model.training
+    model.train()
+    sifter.sift(features())
+    assert sifter.step == 2
+
+
+def test_model_that_does_not_loop_over_its_list_is_refused_at_the_first_pool():
+    class Shared(models.PlainTransformer):
+        def forward(self, input_ids):
+            for _ in range(3):
+                input_ids = self.blocks[0](input_ids, None, None)
+            return self.head(input_ids.mean(dim=1))
+
+    model = Shared("sequence_classification")
+    sifter = sifter_of(model)
+    before = sifter.state_dict()
+    with pytest.raises(ValueError, match=r"Shared cannot be sifted with:\n- .* got calls \[3, 0, 0, 0\]\."):
+        sifter.sift(features())
+    assert sifter.state_dict() == before
+
+
+@pytest.mark.parametrize("broken", [NAN, INF, -INF])
+@pytest.mark.parametrize("select", [greedy, proportional, percentile])
+def test_broken_candidates_are_never_selected_but_counted_and_warned_about_once(select, broken):
+    model, _ = classifier()
+    sifter = sifter_of(model, select=select)
+    pools = [features(16, seed=step) for step in range(5)]
+    for step, (inputs, _) in enumerate(pools):
+        inputs[step, 2] = inputs[15 - step, 0] = broken
+    with pytest.warns(
+        UserWarning, match=r"2 of 16 scores are nan or inf at step 0; such candidates are never"
+    ) as caught:
+        batches = [sifter.sift(pool)[0] for pool in pools]
+    assert all(torch.isfinite(batch).all() and len(batch) == 8 for batch in batches)
+    assert len(caught) == 1
+    assert sifter.stats()["sift/non_finite"] == 10
+
+
+def test_broken_scores_of_a_lambda_are_never_selected():
+    model = nn.Linear(3, 1)
+    scores = torch.tensor([NAN, 1.0, INF, 2.0, -INF, 3.0, 0.5, NAN])
+    sifter = Sifter(model, score=lambda model, pool: scores)
+    with pytest.warns(UserWarning, match="3 of 8 scores are nan or inf"):
+        sifter.sift({"x": torch.zeros(8, 3)})
+    assert sifter.selection.indices.tolist() == [1, 3, 5, 6]
+    assert (sifter.stats()["sift/non_finite"], sifter.stats()["sift/unlabelled"]) == (3, 1)
+
+
+def test_exit_head_is_not_trained_on_broken_candidates():
+    model, _ = classifier()
+    head = ExitHead(WIDTH, hidden=4)
+    sifter = sifter_of(model, exit_head=head, exit_optimizer=torch.optim.SGD(head.parameters(), lr=0.1))
+    inputs, labels = features(16)
+    inputs[1] = NAN
+    with pytest.warns(UserWarning, match="1 of 16 scores are nan or inf"):
+        sifter.sift((inputs, labels))
+    assert all(torch.isfinite(parameter).all() for parameter in head.parameters())
+    assert torch.isfinite(sifter.sift(features(16, seed=1))[0]).all()
+
+
+def test_batches_are_filled_up_with_unlabelled_candidates_only_in_need_with_one_warning():
+    model = build("bert", "masked_lm")
+    sifter = sifter_of(model)
+    few, enough = pools_for(model, 2)
+    few["labels"][:6] = -100
+    enough["labels"][:4] = -100
+    message = r"Only 2 of 8 candidates have a labelled position, fewer than the 4 kept"
+    with pytest.warns(UserWarning, match=message) as caught:
+        chosen = picks(sifter, [few] * 3)
+    assert all({6, 7} < set(indices) for indices in chosen)
+    assert len(caught) == 1
+    sifter.sift(enough)
+    assert sifter.selection.indices.tolist() == [4, 5, 6, 7]
+    assert sifter.stats()["sift/unlabelled"] == 22
+
+
+def test_misspelt_options_are_refused():
+    model, row = classifier()
+    with pytest.raises(ValueError, match="reduction"):
+        Sifter(model, family=row, reduction="average")
+    with pytest.raises(ValueError, match="bf16"):
+        Sifter(model, family=row, dtype="bf16")
+
+
+# The exit head
+
+
+def test_joint_exit_loss_trains_trunk_and_exit_head_and_nothing_above_the_exit():
+    for family, task in (("bert", "masked_lm"), ("plain", "sequence_classification")):
+        model = build(family, task)
+        head = ExitHead(WIDTH, hidden=4)
+        sifter = sifter_of(model, depth=2, exit_head=head)
+        batch = sifter.sift(pools_for(model, 1)[0])
+        loss = sifter.exit_loss(batch)
+        assert loss.shape == ()
+        assert loss.dtype == torch.float32
+        loss.backward()
+        layers = sifter._anatomy.layers
+        assert all(parameter.grad is not None for parameter in layers[:2].parameters())
+        assert all(parameter.grad is None for parameter in layers[2:].parameters())
+        assert all(parameter.grad is not None for parameter in head.parameters())
+        assert sum(p.grad.abs().sum() for p in layers[:2].parameters()) > 0
+
+
+def test_exit_loss_without_an_exit_head_is_the_loss_of_the_cut_model():
+    model = build("bert", "masked_lm")
+    sifter = sifter_of(model, depth=2)
+    batch = sifter.sift(pools_for(model, 1)[0])
+    with earlysift.truncated(model, 2):
+        expected = loss_of(model, batch)
+    torch.testing.assert_close(sifter.exit_loss(batch), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_trained_exit_head_learns_and_never_touches_the_model():
+    model, _ = classifier()
+    head = ExitHead(WIDTH, hidden=16)
+    sifter = sifter_of(model, exit_head=head, exit_optimizer=torch.optim.AdamW(head.parameters(), lr=3e-2))
+    weights = copy.deepcopy(model.state_dict())
+    pool = features(32)
+    before = sifter.exit_loss(pool).item()
+    for _ in range(40):
+        sifter.sift(pool)
+    assert sifter.exit_loss(pool).item() < 0.7 * before
+    assert values(model.state_dict()) == values(weights)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert len(sifter.ledger.times_ms("exit")) == 40
+
+
+def test_frozen_parts_of_the_exit_head_stay_frozen():
+    model, _ = classifier()
+    head = ExitHead(WIDTH, hidden=4)
+    head.norm.requires_grad_(False)
+    sifter = sifter_of(model, exit_head=head, exit_optimizer=torch.optim.SGD(head.down.parameters(), lr=1.0))
+    before = copy.deepcopy(head.state_dict())
+    sifter.sift(features())
+    changed = {name for name, value in head.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"down.weight", "down.bias"}
+
+
+# Several processes
+
+
+RANK = """
+import hashlib, json, sys, warnings
+import torch, models
+from torch import nn
+from earlysift import Sifter, constant
+rank, store = int(sys.argv[1]), sys.argv[2]
+torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+model = models.build("bert", "masked_lm")
+wrapped = nn.parallel.DistributedDataParallel(model)
+optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
+generator = torch.Generator().manual_seed(100 + rank)
+sifter = Sifter(wrapped, keep=0.5, schedule=constant(0.5), probe_every=2)
+picks = []
+for _ in range(6):
+    pool = models.batch_for(model, "masked_lm", 12, 8, generator)
+    batch = sifter.sift(pool)
+    picks.append(sifter.selection.indices.tolist())
+    wrapped(**batch).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+weights = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()
+print(json.dumps({"picks": picks, "weights": weights, "state": sifter.state_dict()}))
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_ranks_keep_the_same_number_pick_their_own_and_stay_in_step(tmp_path):
+    source, tests = Path(earlysift.__file__).parents[1], Path(models.__file__).parent
+    environment = {**os.environ, "PYTHONPATH": f"{source}{os.pathsep}{tests}", "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(rank), str(tmp_path / "store")],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [rank.communicate(timeout=120) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], outputs
+    first, second = (json.loads(out.splitlines()[-1]) for out, _ in outputs)
+    assert {len(indices) for indices in first["picks"] + second["picks"]} == {6}
+    assert first["picks"] != second["picks"]
+    assert first["weights"] == second["weights"]
+    assert first["state"]["config"] == second["state"]["config"]
+
+
+# Devices
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_weights_and_batch_are_on_the_device_of_the_pool():
+    model = build("plain", "sequence_classification").cuda()
+    pool = tuple(tensor.cuda() for tensor in features())
+    for select in (greedy, proportional, percentile):
+        for intensity in (1.0, 0.0):
+            sifter = sifter_of(model, select=select, schedule=constant(intensity))
+            batch = sifter.sift(pool)
+            assert {tensor.device for tensor in batch} == {pool[0].device}
+            assert sifter.weights.device == pool[0].device, (select, intensity)
+            scorers.training_loss(model, batch, family=row_of(model), weights=sifter.weights).backward()
+
+
+def test_no_warning_is_given_without_a_reason():
+    model = build("bert", "masked_lm")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sifter = sifter_of(model, probe_every=1, drop_outliers=0.1, select=selectors.proportional)
+        assert len(picks(sifter, pools_for(model, 3))) == 3
