@@ -259,7 +259,8 @@ def snapshot():
         "live threads": threading.active_count(),
         "attributes": attributes(
             torch, torch.Tensor, torch.nn.Module, torch.nn.functional, torch.nn.Linear,
-            torch.optim, torch.optim.Optimizer, torch.utils.data, torch.utils.data.DataLoader, torch.utils.data.dataloader._BaseDataLoaderIter,
+            torch.optim, torch.optim.Optimizer, torch.utils.data,
+            torch.utils.data.DataLoader, torch.utils.data.dataloader._BaseDataLoaderIter,
             torch.distributed, random, warnings, logging, os,
         ),
     }
