@@ -246,7 +246,7 @@ def test_padding_that_no_row_needs_is_cut(side):
 
 
 def test_gaps_between_positions_in_use_are_no_padding():
-    batch = {"input_ids": torch.ones(1, 5), "attention_mask": torch.tensor([[1, 0, 0, 1, 0]])}
+    batch = {"input_ids": torch.ones(1, 5).long(), "attention_mask": torch.tensor([[1, 0, 0, 1, 0]])}
     assert trim_padding(batch)["input_ids"].shape == (1, 4)
 
 
@@ -281,3 +281,11 @@ def test_models_take_trimmed_batches_and_their_loss_is_the_same(key):
     assert trimmed["input_ids"].size(1) < 12
     expected = models.loss_of(model, batch)
     torch.testing.assert_close(models.loss_of(model, trimmed), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_multi_label_targets_as_wide_as_the_text_is_long_are_not_cut():
+    mask = torch.tensor([[1, 1, 0, 0]])
+    batch = {"input_ids": torch.ones(1, 4).long(), "attention_mask": mask, "labels": torch.ones(1, 4)}
+    trimmed = trim_padding(batch)
+    assert trimmed["input_ids"].shape == (1, 2)
+    assert trimmed["labels"].shape == (1, 4)

@@ -37,7 +37,7 @@ def forward_flops(anatomy: Anatomy, *, rows: int, length: int, labelled: int, de
     """
     layers = list(anatomy.layers)[:depth]
     matrices = [_matrix_weights(layer) for layer in layers]
-    attention = sum(4.0 * rows * length**2 * _width(layer) for layer in layers)
+    attention = sum(4.0 * rows * length**2 * _attention_width(anatomy, layer) for layer in layers)
     head = sum(_matrix_weights(anatomy.core.get_submodule(name)) for name in anatomy.head)
     return 2.0 * sum(matrices) * rows * length + attention + 2.0 * head * labelled
 
@@ -105,6 +105,11 @@ def _matrix_weights(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters() if parameter.ndim == 2)
 
 
-def _width(layer: nn.Module) -> int:
+def _attention_width(anatomy: Anatomy, layer: nn.Module) -> int:
+    config: Any = getattr(anatomy.core, "config", None)
+    heads: int | None = getattr(config, "num_attention_heads", None)
+    if heads:
+        head_dim: int | None = getattr(config, "head_dim", None)
+        return heads * head_dim if head_dim else int(config.hidden_size)
     # The narrowest side of a layer's matrices is the width of its states (feed-forward layers are wider).
     return min((min(p.shape) for p in layer.parameters() if p.ndim == 2), default=0)

@@ -190,9 +190,6 @@ def truncated(
         3
     """
     anatomy = find_anatomy(model, family)
-    count = len(anatomy.layers)
-    if not 1 <= depth <= count:
-        raise ValueError(f"Expected depth in 1..{count} (the model's layers), got {depth}.")
     with shortened(anatomy, depth, exit_head=exit_head, detach_exit=detach_exit):
         yield
 
@@ -202,6 +199,12 @@ def shortened(
     anatomy: Anatomy, depth: int, *, exit_head: nn.Module | None = None, detach_exit: bool = False
 ) -> Iterator[None]:
     """`truncated` for a model whose anatomy is known already."""
+    count = len(anatomy.layers)
+    if not 1 <= depth <= count:
+        raise ValueError(f"Expected depth in 1..{count} (the model's layers), got {depth}.")
+    if hasattr(anatomy.core, "_get_fsdp_state"):
+        # FSDP2 finds out at the first pass which modules are the model's: it must not be a cut one.
+        cast(Any, anatomy.core)._get_fsdp_state()._lazy_init()
     all_layers = anatomy.layers._modules
     kept = dict(list(all_layers.items())[:depth])
     if exit_head is not None:
@@ -255,7 +258,7 @@ def head_of(anatomy: Anatomy) -> Callable[[Tensor], Tensor]:
     return head
 
 
-def call(model: nn.Module, inputs: Any) -> Tensor:
+def call(model: nn.Module, inputs: Any, *, synchronized: bool = False) -> Tensor:
     """The model's logits (or, inside `headless`, the states that enter its head) for inputs without labels.
 
     No KV cache is allocated and no captured outputs are asked for, whatever the model's config says.
@@ -263,14 +266,16 @@ def call(model: nn.Module, inputs: Any) -> Tensor:
     Args:
         model: The model, wrapped or not.
         inputs: A mapping of keyword arguments, or one argument.
+        synchronized: Whether a backward pass follows that DistributedDataParallel must synchronize.
 
     Returns:
         The first tensor of the output, by name ``logits`` where the output has names.
     """
     # DistributedDataParallel's forward would broadcast buffers and wait for a backward pass that never comes.
-    runnable = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    around = not synchronized and isinstance(model, nn.parallel.DistributedDataParallel)
+    runnable = cast(nn.Module, model.module) if around else model
     named = isinstance(inputs, Mapping)
-    output = runnable(**inputs, **_quiet_arguments(unwrap(model))) if named else runnable(inputs)
+    output = runnable(**{**inputs, **_quiet_arguments(unwrap(model))}) if named else runnable(inputs)
     if isinstance(output, Mapping):
         output = output["logits"]
     elif hasattr(output, "logits"):
@@ -430,7 +435,7 @@ def _dry_run_problems(model: nn.Module, anatomy: Anatomy, depth: int, inputs: An
     handles = [layer.register_forward_hook(count_call(i)) for i, layer in enumerate(anatomy.layers)]
     random_state = torch.get_rng_state()
     values = inputs.values() if isinstance(inputs, Mapping) else [inputs]
-    rows = next((len(value) for value in values if isinstance(value, Tensor)), None)
+    rows = next((len(value) for value in values if isinstance(value, Tensor) and value.ndim > 0), None)
     try:
         with (
             # Compiled code would not call hooks added after compilation; nothing is compiled before dynamo is loaded.
@@ -440,6 +445,13 @@ def _dry_run_problems(model: nn.Module, anatomy: Anatomy, depth: int, inputs: An
             shortened(anatomy, depth),
         ):
             logits = call(model, inputs)
+    except Exception as error:  # whatever a model does when it misses its layers
+        return [
+            Problem(
+                f"The model fails when only the first {depth} of its layers are there: {error!r}.",
+                "Give the path of the list that it loops over, or score with a callable of your own.",
+            )
+        ]
     finally:
         for handle in handles:
             handle.remove()

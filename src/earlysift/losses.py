@@ -197,6 +197,8 @@ def _reduce_tokens(
             f"Expected hidden states (R, T, D) and labels (R, T), got {tuple(hidden.shape)} and {tuple(labels.shape)}. "
             "Give one label per position, -100 where there is none."
         )
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction must be mean or sum, got {reduction!r}.")
     if causal:
         hidden, labels = hidden[:, :-1], labels[:, 1:]
     labelled = labels != IGNORED_LABEL
@@ -224,5 +226,5 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    log_p = F.log_softmax(logits, dim=-1)
-    return -(log_p.exp() * log_p).sum(dim=-1)
+    terms: Tensor = torch.special.entr(F.softmax(logits, dim=-1))  # 0 log 0 = 0: classes of logit -inf add nothing
+    return terms.sum(dim=-1)

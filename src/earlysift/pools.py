@@ -5,6 +5,7 @@ candidates in its first dimension; strings, numbers, None and zero-dimensional t
 plain objects (texts, ids) of length R is indexed like a tensor. torch nested tensors are indexed by component.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -127,7 +128,7 @@ def trim_padding(batch: Any) -> Any:
     Example:
         >>> import torch
         >>> mask = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0]])
-        >>> trim_padding({"input_ids": torch.ones(2, 4), "attention_mask": mask})["input_ids"].shape
+        >>> trim_padding({"input_ids": torch.ones(2, 4).long(), "attention_mask": mask})["input_ids"].shape
         torch.Size([2, 2])
     """
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
@@ -139,8 +140,10 @@ def trim_padding(batch: Any) -> Any:
     start, stop, length = int(used[0]), int(used[-1]) + 1, mask.size(1)
 
     def cut(rows: Any) -> Any:
-        if isinstance(rows, Tensor) and rows.ndim > 1 and rows.size(1) == length:
-            return rows[:, start:stop]
+        # Real numbers in two dimensions are multi-label targets, whose classes may happen to be as many as positions.
+        targets = isinstance(rows, Tensor) and rows.ndim == 2 and rows.is_floating_point() and rows is not mask
+        if isinstance(rows, Tensor) and rows.ndim > 1 and rows.size(1) == length and not targets:
+            return rows[:, start:stop].contiguous()  # models call view on labels
         return rows
 
     return _map_rows(batch, cut, mask.size(0))
@@ -162,9 +165,11 @@ def _map_rows(pool: Any, function: Callable[[Any], Any], size: int) -> Any:
         return pool if pool.ndim == 0 else function(pool)
     if isinstance(pool, Mapping):
         items = {key: _map_rows(value, function, size) for key, value in pool.items()}
+        if isinstance(pool, defaultdict):
+            return defaultdict(pool.default_factory, items)
         return items if type(pool) is dict else type(pool)(items)  # type: ignore[call-arg]
     if isinstance(pool, tuple | list):
-        if len(pool) == size and not any(True for _ in _tensors(pool)):
+        if len(pool) == size and not hasattr(pool, "_fields") and not any(True for _ in _tensors(pool)):
             return function(pool)  # a column of plain objects, one a candidate
         items_in_order = [_map_rows(value, function, size) for value in pool]
         return type(pool)(*items_in_order) if hasattr(pool, "_fields") else type(pool)(items_in_order)

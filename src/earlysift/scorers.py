@@ -15,7 +15,7 @@ from torch import Generator, Tensor, nn
 
 from earlysift import exits, losses, pools
 from earlysift.exits import Anatomy, Family
-from earlysift.losses import Reduction
+from earlysift.losses import Problem, Reduction
 
 Scorer = Callable[[nn.Module, Any], Tensor]
 
@@ -180,11 +180,12 @@ def training_loss(
         if depth is not None:
             stack.enter_context(exits.shortened(anatomy, depth, exit_head=exit_head, detach_exit=detach_exit))
         if anatomy.task == "sequence_classification":
-            per_sample = losses.class_losses(exits.call(model, inputs), labels)
+            logits = exits.call(model, inputs, synchronized=depth is None)
+            per_sample = losses.class_losses(logits, labels, problem=_problem(anatomy))
             counts = (per_sample != losses.UNLABELLED).float()
         else:
             with exits.headless(anatomy):
-                hidden = exits.call(model, inputs)
+                hidden = exits.call(model, inputs, synchronized=depth is None)
             causal = anatomy.task == "causal_lm"
             per_sample = losses.token_losses(
                 hidden,
@@ -199,6 +200,18 @@ def training_loss(
     if weights is not None:
         per_sample = per_sample * weights
     return per_sample.sum() / counts.sum().clamp(min=1)
+
+
+_PROBLEM_OF_CONFIG: dict[str, Problem] = {
+    "regression": "regression",
+    "single_label_classification": "single_label",
+    "multi_label_classification": "multi_label",
+}
+
+
+def _problem(anatomy: Anatomy) -> Problem | None:
+    # What the model's config says goes before what labels look like: regression of several outputs looks multi label.
+    return _PROBLEM_OF_CONFIG.get(str(getattr(getattr(anatomy.core, "config", None), "problem_type", None)))
 
 
 def scoring_dtype(device: torch.device) -> torch.dtype | None:
@@ -231,13 +244,15 @@ def _scores(
         stack.enter_context(torch.no_grad())
         stack.enter_context(exits.scoring_mode(model))
         stack.enter_context(_precision(anatomy, dtype))
+        if exit_head is not None:
+            stack.enter_context(exits.scoring_mode(exit_head))
         if depth is not None:
             stack.enter_context(exits.shortened(anatomy, depth, exit_head=exit_head))
         scores = []
         for start in range(0, size, rows):
             inputs, labels = pools.inputs_and_labels(pools.take(pool, slice(start, start + rows)))
             if anatomy.task == "sequence_classification":
-                scores.append(per_class(exits.call(model, inputs), labels))
+                scores.append(per_class(exits.call(model, inputs), labels, problem=_problem(anatomy)))
                 continue
             with exits.headless(anatomy):
                 hidden = exits.call(model, inputs)
@@ -251,5 +266,6 @@ def _precision(anatomy: Anatomy, dtype: torch.dtype | str | None) -> AbstractCon
     chosen = scoring_dtype(device) if dtype == AUTO_DTYPE else dtype
     if chosen is None:
         return nullcontext()
-    assert isinstance(chosen, torch.dtype)
+    if not isinstance(chosen, torch.dtype):
+        raise ValueError(f"dtype must be a torch.dtype, 'auto' or None, got {dtype!r}.")
     return torch.autocast(device.type, dtype=chosen)

@@ -157,7 +157,7 @@ def drop_outliers(scores: Tensor, fraction: float, kept: int) -> Tensor:
     """
     finite = int(torch.isfinite(scores).sum())
     dropped = max(0, min(int(fraction * finite), finite - kept))
-    guarded = scores.clone()
+    guarded = scores.clone() if scores.is_floating_point() else scores.double()
     guarded[ranking(scores)[:dropped]] = -torch.inf
     return guarded
 

@@ -4,6 +4,7 @@ import hashlib
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -96,6 +97,10 @@ class Sifter:
             raise ValueError(
                 f"drop_outliers must be in [0, 1), got {drop_outliers}. It is a share of the pool; 0 is off."
             )
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction must be mean or sum, got {reduction!r}.")
+        if dtype is not None and dtype != scorers.AUTO_DTYPE and not isinstance(dtype, torch.dtype):
+            raise ValueError(f"dtype must be a torch.dtype, 'auto' or None, got {dtype!r}.")
         if isinstance(score, str) and score not in _SCORES:
             raise ValueError(f"score must be one of {', '.join(_SCORES)} or a callable, got {score!r}.")
         needs_exit = score in ("loss", "entropy") or exit_head is not None
@@ -126,7 +131,8 @@ class Sifter:
         self._checked = not needs_exit
         self._anatomy: Anatomy | None = None
         # With a scorer of the user's own, a model that we cannot take apart only lacks probes and FLOPs.
-        with nullcontext() if needs_exit or score == "exact" else suppress(ValueError):
+        required = needs_exit or score == "exact" or family is not None
+        with nullcontext() if required else suppress(ValueError):
             self._anatomy = exits.find_anatomy(model, family)
         self._step = 0
         self._kept: int | None = None
@@ -195,13 +201,16 @@ class Sifter:
                     "A fixed number keeps shapes static and ranks in step."
                 )
         else:
-            selection = selectors.uniform_subset(size, kept, generator)
+            device = next(self.model.parameters()).device
+            selection = Selection(*(t.to(device) for t in selectors.uniform_subset(size, kept, generator)))
         if probes and scores is not None:
             self._fidelity = self._probe(pool, scores, kept)
             news |= self._fidelity
         if self.exit_optimizer is not None and scores is not None:
             with self.ledger.timed("exit"):
-                self._train_exit(pools.take(pool, slice(0, kept)))
+                # Uniform, as pools come shuffled; without what would poison the head.
+                healthy = (torch.isfinite(scores) | (scores == losses.UNLABELLED)).nonzero().squeeze(1)
+                self._train_exit(pools.take(pool, healthy[:kept]))
         with self.ledger.timed("gather"):
             batch = pools.take(pool, selection.indices)
             if self.trim:
@@ -291,7 +300,7 @@ class Sifter:
             "trim": self.trim,
             "seed": self.seed,
             "dtype": str(self.dtype),
-            "exit_head": self.exit_head is not None,
+            "exit_head": self.exit_head and {n: list(v.shape) for n, v in self.exit_head.state_dict().items()},
             "exit_optimizer": self.exit_optimizer is not None,
         }
 
@@ -409,9 +418,14 @@ class Sifter:
             if news.get("scored"):
                 depth = None if self.score == "exact" else self.depth
                 self.ledger.note(**costs.batch_work(self._anatomy, pool, "scored", depth=depth))
+            if "rank_correlation" in news:
+                self.ledger.note(**costs.batch_work(self._anatomy, pool, "probed"))
         self.selection = selection
         self._step += 1
 
 
 def _name(function: str | Callable[..., Any]) -> str:
+    if isinstance(function, partial):
+        options = [*map(repr, function.args), *(f"{key}={value!r}" for key, value in function.keywords.items())]
+        return f"{_name(function.func)}({', '.join(options)})"
     return function if isinstance(function, str) else getattr(function, "__qualname__", type(function).__qualname__)
