@@ -100,7 +100,7 @@ def _comparison(path: Path) -> str:
 
 {comparison_table(results)}
 
-Means over {results["config"]["seeds"]} seeds, smallest to largest in brackets. A model that ignores context reaches
+Seeds: {results["config"]["seeds"]}; means, smallest to largest in brackets. A model that ignores context reaches
 {100 * unigram["accuracy"]:.2f} % accuracy and a loss of {unigram["loss"]:.3f}.
 
 - Command: `{_command(results)}` ([{path.name}](../benchmarks/results/{path.name}))
@@ -131,7 +131,7 @@ Scoring a pool of 2b beside a training step of b (labelled-tokens-only head, bf1
 
 def _command(results: dict[str, Any]) -> str:
     config = results["config"]
-    data = "" if config["data"] is None else f" --data {Path(config['data']).name}"
+    data = "" if config["data"] is None else f" --data {config['data']}"
     threads = f"OMP_NUM_THREADS={results['machine']['threads']} "
     return f"{threads}earlysift compare --seeds {config['seeds']} --budget {config['budget']:g}{data}"
 
@@ -144,7 +144,7 @@ def _spread(values: list[float], form: str) -> str:
 def _to_target(runs: list[dict[str, Any]]) -> str:
     times = [run["reference_s_to_target"] for run in runs if run["reference_s_to_target"] is not None]
     mean = f"{statistics.fmean(times):.0f} s" if times else "never"
-    return mean if len(times) == len(runs) else f"{mean} ({len(times)} of {len(runs)} seeds)"
+    return mean if len(times) in (len(runs), 0) else f"{mean} ({len(times)} of {len(runs)} seeds)"
 
 
 def _speedup(name: str, entry: dict[str, Any]) -> str:

@@ -134,7 +134,8 @@ def table(result: dict[str, Any]) -> str:
     """The result as a Markdown table."""
     lines = []
     for batch, entries in result["batches"].items():
-        lines += [f"\nb = {batch}, pool {round(int(batch) / result['keep'])}, {result['shape']}\n"]
+        shape = ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in result["shape"].items())
+        lines += [f"\nb = {batch}, pool {round(int(batch) / result['keep'])}; {shape}\n"]
         lines += ["| operation | median ms | 20-80 % | of a train step | predicted (FLOPs) |", "|---|---|---|---|---|"]
         for name, entry in entries.items():
             predicted = "" if entry["predicted_ratio"] is None else f"{entry['predicted_ratio']:.3f}"
