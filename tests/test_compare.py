@@ -1,5 +1,6 @@
 """`earlysift compare` end to end, on tiny models and real text, through the real command line."""
 
+import html
 import json
 import re
 import signal
@@ -52,7 +53,7 @@ def test_run_folder_holds_results_ledgers_figure_and_page(finished):
         f"{arm}-seed{seed}.jsonl" for arm in ARMS for seed in range(2)
     }
     assert results_of(finished)["complete"] is True
-    assert results_of(finished)["verdict"] in (finished / "report.html").read_text()
+    assert html.escape(results_of(finished)["verdict"]) in (finished / "report.html").read_text()
 
 
 def test_every_arm_spends_the_same_budget_of_reference_time(finished):
