@@ -107,6 +107,7 @@ Seeds: {results["config"]["seeds"]}; means, smallest to largest in brackets. A m
 - Data: {results["data"]["train_blocks"]} training and {results["data"]["validation_blocks"]} validation blocks of
   {results["data"]["length"]} tokens, vocabulary {results["data"]["vocab_size"]}.
 - Cost of the operations: {costs}.
+- {_measured(results)}
 - Exit {results["config"]["depth"]} against exact loss, SIFT arm, on the validation set: {fidelity_line(results)}.
 - Machine: {machine["cpu"]}, {machine["cores"]} cores, {machine["threads"]} thread(s), {machine["memory_gib"]} GiB.
   {versions}; commit {results["commit"]}.
@@ -127,6 +128,14 @@ Scoring a pool of 2b beside a training step of b (labelled-tokens-only head, bf1
 
 {result["hardware"]}, {result["threads"]} threads; {versions}; commit {result["commit"]}.
 """
+
+
+def _measured(results: dict[str, Any]) -> str:
+    score_ms, train_ms = (results["measured_ms"][f"sift: {name}"]["median"] for name in ("score", "train"))
+    return (
+        f"Beside the calibration, medians of the SIFT arm's own steps: score {score_ms:.1f} ms, train {train_ms:.1f} ms "
+        f"(ratio {score_ms / train_ms:.3f})."
+    )
 
 
 def _command(results: dict[str, Any]) -> str:
