@@ -133,7 +133,7 @@ Scoring a pool of 2b beside a training step of b (labelled-tokens-only head, bf1
 def _measured(results: dict[str, Any]) -> str:
     score_ms, train_ms = (results["measured_ms"][f"sift: {name}"]["median"] for name in ("score", "train"))
     return (
-        f"Beside the calibration, medians of the SIFT arm's own steps: score {score_ms:.1f} ms, train {train_ms:.1f} ms "
+        f"Beside the calibration, medians of SIFT's own steps: score {score_ms:.1f} ms, train {train_ms:.1f} ms "
         f"(ratio {score_ms / train_ms:.3f})."
     )
 
