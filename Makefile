@@ -16,7 +16,7 @@ lint: .venv/dev.stamp  ## style and types
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-bench: .venv/runtime.stamp  ## cost of scoring for BERT base on this machine (a quarter of an hour on two cores)
+bench: .venv/runtime.stamp  ## cost of scoring for BERT base on this machine (some minutes on two cores)
 	$(BIN)/python benchmarks/run.py score
 
 docs: .venv/runtime.stamp  ## docs/results.md again, from the committed results

@@ -8,25 +8,25 @@ ratios within the run, and the FLOP prediction (C1) beside them.
 import argparse
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from datetime import date
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import transformers
 from rich.progress import track
 from torch import Tensor, nn
 
 from earlysift import costs, exits, scorers
+from earlysift.compare import environment
+from earlysift.compare.calibrate import summary
+from earlysift.pretrain.masking import mask_tokens
 from earlysift.pretrain.models import build_bert
+from earlysift.seeds import seeded
 
 Pool = dict[str, Tensor]
 _KEEP, _MASKED = 0.5, 0.15
@@ -119,11 +119,10 @@ def measure_score(shape: dict[str, int], batch: int, rounds: int) -> dict[str, A
     base = times_ms["train step"]
     entries = {}
     for name, times in times_ms.items():
+        summarized = summary(times)
         ratios = [time_ms / step_ms for time_ms, step_ms in zip(times, base, strict=True)]
         entries[name] = {
-            "median_ms": statistics.median(times),
-            "low_ms": _percentiles(times)[0],
-            "high_ms": _percentiles(times)[1],
+            **{f"{name}_ms": summarized[name] for name in ("median", "low", "high")},
             "ratio_to_train_step": statistics.median(ratios),
             "predicted_ratio": predicted.get(name),
         }
@@ -189,12 +188,12 @@ def _predicted_ratios(model: nn.Module, shape: dict[str, int], batch: int) -> di
 
 
 def _masked_pool(shape: dict[str, int], rows: int, device: torch.device) -> Pool:
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(shape["vocab_size"], (rows, shape["length"]), generator=generator)
-    count = round(_MASKED * shape["length"])
-    chosen = torch.rand(ids.shape, generator=generator).topk(count, dim=1).indices
-    labels = torch.full_like(ids, -100).scatter(1, chosen, ids.gather(1, chosen))
-    return {"input_ids": ids.to(device), "labels": labels.to(device)}
+    generator = seeded("benchmark")
+    ids = torch.randint(5, shape["vocab_size"], (rows, shape["length"]), generator=generator)
+    pool = mask_tokens(
+        ids, mask_id=4, vocab_size=shape["vocab_size"], first_ordinary_id=5, generator=generator, share=_MASKED
+    )
+    return {name: value.to(device) for name, value in pool.items()}
 
 
 def _timed_ms(operation: Callable[[], Any], device: torch.device) -> float:
@@ -207,25 +206,14 @@ def _timed_ms(operation: Callable[[], Any], device: torch.device) -> float:
     return (time.perf_counter() - started) * 1e3
 
 
-def _percentiles(times_ms: list[float]) -> tuple[float, float]:
-    quantiles = statistics.quantiles(times_ms, n=5, method="inclusive")
-    return quantiles[0], quantiles[3]
-
-
 def _environment() -> dict[str, Any]:
-    describe = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(describe, capture_output=True, text=True, cwd=Path(__file__).parent, check=False).stdout
+    machine = environment.machine()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "hardware": gpu or f"{torch.cpu.get_capabilities().get('cpu_name')}, {os.cpu_count()} cores",
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "earlysift": metadata.version("earlysift"),
-        },
-        "commit": commit.strip() or None,
+        "hardware": gpu or f"{machine['cpu']}, {machine['cores']} cores",
+        "threads": machine["threads"],
+        "versions": environment.versions(),
+        "commit": environment.commit(),
     }
 
 

@@ -187,6 +187,25 @@ def test_ctrl_c_leaves_a_readable_partial_result_and_resume_finishes_it(text, tm
     assert results_of(out)["complete"] is True
 
 
+def test_force_with_data_that_cannot_be_read_keeps_the_earlier_run(finished, tmp_path, capsys):
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    missing = str(tmp_path / "typo.txt")
+    assert cli.main(["compare", "--data", missing, "--out", str(finished), "--force", *TINY]) == 2
+    assert "typo.txt" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
+
+
+def test_force_replaces_the_earlier_run_and_leaves_other_files(finished, text, tmp_path):
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", str(finished), str(copy)], check=True)
+    (copy / "notes.txt").write_text("mine")
+    arguments = ["compare", "--data", str(text), "--out", str(copy), "--force", *TINY]
+    assert cli.main([*arguments, "--arms", "uniform", "sift"]) == 0
+    assert set(results_of(copy)["arms"]) == {"uniform", "sift"}
+    assert {path.name for path in (copy / "ledgers").iterdir()} == {"uniform-seed0.jsonl", "sift-seed0.jsonl"}
+    assert (copy / "notes.txt").read_text() == "mine"
+
+
 def test_missing_data_is_one_clear_line_and_exit_code_2(tmp_path, capsys):
     code = cli.main(["compare", "--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out"), *TINY])
     error = capsys.readouterr().err

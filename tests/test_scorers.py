@@ -358,7 +358,8 @@ def test_scorers_leave_the_pool_as_it_was():
 def test_random_scores_come_from_the_given_generator_alone():
     state = torch.get_rng_state()
     first, same, other = (
-        scorers.random_scores(torch.zeros(50, 2), generator=Generator().manual_seed(seed)) for seed in (0, 0, 1)
+        scorers.random_scores(nn.Identity(), torch.zeros(50, 2), generator=Generator().manual_seed(seed))
+        for seed in (0, 0, 1)
     )
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(first, same)

@@ -893,3 +893,16 @@ def test_no_warning_is_given_without_a_reason():
         warnings.simplefilter("error")
         sifter = sifter_of(model, probe_every=1, drop_outliers=0.1, select=selectors.proportional)
         assert len(picks(sifter, pools_for(model, 3))) == 3
+
+
+def test_flops_of_a_scorer_of_ones_own_are_not_guessed():
+    model = build("bert", "masked_lm").train()
+    ids = torch.randint(5, 90, (8, 12), generator=Generator().manual_seed(0))
+    pool = {"input_ids": ids, "labels": ids}
+    ledger = Ledger()
+    sifter = Sifter(model, score=lambda model, pool: torch.arange(8.0), probe_every=0, ledger=ledger)
+    sifter.sift(pool)
+    row = ledger.end()
+    assert row["scored"] == 8
+    assert "scored_flops" not in row
+    assert row["trained_flops"] > 0

@@ -19,6 +19,7 @@ FLOORS = {
     "selectors": 0,
     "schedules": 0,
     "files": 0,
+    "seeds": 0,
     "scorers": 1,
     "costs": 1,
     "fidelity": 1,

@@ -95,6 +95,20 @@ class Ledger:
         return time.perf_counter() * 1e3
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    r"""The rows of a ledger's file; a last line that a full disk or a kill cut off is left out.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "ledger.jsonl"
+        >>> _ = path.write_text('{"step": 0}\n{"st')
+        >>> read_rows(path)
+        [{'step': 0}]
+    """
+    *whole, _ = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in whole]
+
+
 def reference_ms(counts: Mapping[str, int], medians_ms: Mapping[str, float]) -> float:
     """Reference time of a run: every operation charged at its median.
 

@@ -133,12 +133,12 @@ def exact_loss(
     )
 
 
-def random_scores(pool: Any, *, generator: Generator) -> Tensor:
-    """Uniform random scores: greedy selection on them is uniform sampling.
+def random_scores(model: nn.Module, pool: Any, *, generator: Generator) -> Tensor:
+    """Uniform random scores, whatever the model: greedy selection on them is uniform sampling.
 
     Example:
         >>> import torch
-        >>> random_scores(torch.zeros(3, 2), generator=torch.Generator().manual_seed(0)).shape
+        >>> random_scores(nn.Identity(), torch.zeros(3, 2), generator=torch.Generator().manual_seed(0)).shape
         torch.Size([3])
     """
     return torch.rand(pools.pool_size(pool), generator=generator, device=generator.device)

@@ -1,6 +1,5 @@
 """`Sifter`: the one stateful object. Pools in, smaller batches of the same structure out."""
 
-import hashlib
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
@@ -17,6 +16,7 @@ from earlysift.ledger import Ledger
 from earlysift.losses import Reduction
 from earlysift.schedules import Schedule
 from earlysift.scorers import Scorer
+from earlysift.seeds import seeded
 from earlysift.selectors import Selection, Selector
 
 STATE_VERSION = 1
@@ -307,8 +307,7 @@ class Sifter:
     def _generator(self) -> Generator:
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         rank = torch.distributed.get_rank() if distributed else 0
-        digest = hashlib.sha256(f"earlysift {self.seed} {self._step} {rank}".encode()).digest()
-        return Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+        return seeded(self.seed, "sift", self._step, rank)
 
     def _probes_on(self, pool: Any) -> bool:
         due = self.probe_every > 0 and self._step % self.probe_every == 0
@@ -337,28 +336,25 @@ class Sifter:
     def _scorer(self, kept: int) -> Scorer:
         if callable(self.score):
             return self.score
-        common: dict[str, Any] = {
+        if self.score == "exact":
+            return self._exact_scorer(kept)
+        exit_score = scorers.early_exit_loss if self.score == "loss" else scorers.early_exit_entropy
+        return partial(exit_score, depth=self.depth, exit_head=self.exit_head, **self._scoring_options(kept))
+
+    def _exact_scorer(self, kept: int) -> Scorer:
+        return partial(scorers.exact_loss, **self._scoring_options(kept))
+
+    def _scoring_options(self, kept: int) -> dict[str, Any]:
+        return {
             "family": self.family,
             "reduction": self.reduction,
             "chunk_rows": self.chunk_rows or kept,
             "dtype": self.dtype,
         }
-        if self.score == "exact":
-            return lambda model, pool: scorers.exact_loss(model, pool, **common)
-        exit_score = scorers.early_exit_loss if self.score == "loss" else scorers.early_exit_entropy
-        return lambda model, pool: exit_score(model, pool, depth=self.depth, exit_head=self.exit_head, **common)
 
     def _probe(self, pool: Any, scores: Tensor, kept: int) -> dict[str, float]:
         with self.ledger.timed("probe"):
-            exact = scorers.exact_loss(
-                self.model,
-                pool,
-                family=self.family,
-                reduction=self.reduction,
-                chunk_rows=self.chunk_rows or kept,
-                dtype=self.dtype,
-            )
-            return fidelity(scores, exact, kept)
+            return fidelity(scores, self._exact_scorer(kept)(self.model, pool), kept)
 
     def _train_exit(self, rows: Any) -> None:
         assert self.exit_head is not None
@@ -415,7 +411,7 @@ class Sifter:
         self.ledger.note(**news)
         if self._anatomy is not None and pools.has_labels(batch):
             self.ledger.note(**costs.batch_work(self._anatomy, batch, "trained", passes=3))
-            if news.get("scored"):
+            if news.get("scored") and not callable(self.score):  # what a scorer of one's own costs is unknown
                 depth = None if self.score == "exact" else self.depth
                 self.ledger.note(**costs.batch_work(self._anatomy, pool, "scored", depth=depth))
             if "rank_correlation" in news:

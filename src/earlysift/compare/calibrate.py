@@ -12,7 +12,8 @@ from earlysift.ledger import Ledger, reference_ms
 from earlysift.pretrain.stream import Stream
 from earlysift.pretrain.tokens import Blocks
 
-_ROUNDS, _WARMUP_ROUNDS = 24, 3
+_WARMUP_ROUNDS = 3
+ROUNDS = 24 + _WARMUP_ROUNDS
 
 
 def measure_operations(settings: Settings, blocks: Blocks, on_round: Callable[[], None]) -> dict[str, dict[str, float]]:
@@ -64,7 +65,7 @@ def measure_operations(settings: Settings, blocks: Blocks, on_round: Callable[[]
         "train": train,
     }
     times_ms: dict[str, list[float]] = {name: [] for name in operations}
-    for number in range(_WARMUP_ROUNDS + _ROUNDS):
+    for number in range(ROUNDS):
         for name, operation in operations.items():
             started = time.perf_counter()
             operation()
@@ -72,11 +73,6 @@ def measure_operations(settings: Settings, blocks: Blocks, on_round: Callable[[]
                 times_ms[name].append((time.perf_counter() - started) * 1e3)
         on_round()
     return {name: summary(times) for name, times in times_ms.items()}
-
-
-def calibration_rounds() -> int:
-    """How often ``on_round`` is called."""
-    return _WARMUP_ROUNDS + _ROUNDS
 
 
 def summary(times_ms: list[float]) -> dict[str, float]:

@@ -12,7 +12,9 @@ LEDGERS = "ledgers"
 
 
 def open_folder(folder: Path, identity: dict[str, object], *, resume: bool, force: bool) -> dict[str, Any] | None:
-    """Make the run folder ready; returns the results so far when a run is resumed.
+    """See whether a run may go into a folder, and make it; returns the results so far when a run is resumed.
+
+    Nothing is deleted; `clear` does that when the new run is sure to start.
 
     Raises:
         FileExistsError: If the folder holds another run (or other files) and neither resume nor force is given.
@@ -31,15 +33,18 @@ def open_folder(folder: Path, identity: dict[str, object], *, resume: bool, forc
             f"The folder {folder} holds another run. Go on with it by --resume, replace it by --force, "
             "or choose another --out."
         )
-    if occupied and force:
-        for name in (RESULTS, CONFIG, "report.html", "curves.png"):
-            (folder / name).unlink(missing_ok=True)
-        shutil.rmtree(folder / LEDGERS, ignore_errors=True)
     previous = read_results(folder) if occupied and resume else None
     if previous is not None:
         _require_same(previous.get("config", {}), identity)
     folder.mkdir(parents=True, exist_ok=True)
     return previous
+
+
+def clear(folder: Path) -> None:
+    """Delete what an earlier comparison left in the folder, and nothing else."""
+    for name in (RESULTS, CONFIG, "report.html", "curves.png"):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / LEDGERS, ignore_errors=True)
 
 
 def _require_same(saved: dict[str, Any], now: dict[str, object]) -> None:

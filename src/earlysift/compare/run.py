@@ -1,29 +1,22 @@
 """`earlysift compare`: data, calibration, arms x seeds, results. Start reading here."""
 
 import json
-import os
-import platform
-import subprocess
 from collections.abc import Callable, Iterator
 from datetime import datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from earlysift.compare import folder
+from earlysift.compare import environment, folder
 from earlysift.compare.arms import ARMS
-from earlysift.compare.calibrate import calibration_rounds, measure_operations, step_cost_ms, summary
+from earlysift.compare.calibrate import ROUNDS, measure_operations, step_cost_ms, summary
 from earlysift.compare.settings import Settings
 from earlysift.compare.trial import Point, run_trial, unigram_plateau, validation_set
 from earlysift.compare.verdict import compare_arms, verdict
 from earlysift.files import write_whole
+from earlysift.ledger import read_rows
 from earlysift.pretrain.corpus import read_corpus
 from earlysift.pretrain.tokens import Blocks, load_blocks
 from earlysift.report.page import RESULTS, RESULTS_VERSION, write_report
-
-_VERSIONED = ("earlysift", "torch", "transformers", "tokenizers")
 
 OnProgress = Callable[[str, int, int], None]
 """Called with the name of a piece of work, how much of it is done, and how much there is."""
@@ -53,6 +46,8 @@ def compare(settings: Settings, on_progress: OnProgress = lambda name, done, tot
     blocks = load_blocks(corpus, vocab_size=settings.vocab_size, length=settings.length)
     on_progress("read text", 2, 2)
     results = previous or _new_results(settings, corpus.name, blocks)
+    if previous is None:
+        folder.clear(settings.out)  # only now: an unreadable text must not cost the run that --force replaces
     results["complete"] = False
     results["config"]["seeds"] = settings.seeds
     _save(settings.out, results, settings)  # first of all, as it marks the folder as a comparison's
@@ -79,9 +74,9 @@ def _new_results(settings: Settings, data_name: str, blocks: Blocks) -> dict[str
         "complete": False,
         "created": datetime.now().isoformat(timespec="seconds"),
         "config": json.loads(json.dumps(settings.identity())),
-        "machine": _machine(),
-        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in _VERSIONED}},
-        "commit": _commit(),
+        "machine": environment.machine(),
+        "versions": environment.versions(),
+        "commit": environment.commit(),
         "data": {
             "name": data_name,
             "train_blocks": len(blocks.train),
@@ -96,9 +91,8 @@ def _new_results(settings: Settings, data_name: str, blocks: Blocks) -> dict[str
 
 
 def _calibrate(settings: Settings, blocks: Blocks, on_progress: OnProgress) -> dict[str, dict[str, float]]:
-    total = calibration_rounds()
-    rounds = iter(range(1, total + 1))
-    return measure_operations(settings, blocks, lambda: on_progress("calibrate", next(rounds), total))
+    rounds = iter(range(1, ROUNDS + 1))
+    return measure_operations(settings, blocks, lambda: on_progress("calibrate", next(rounds), ROUNDS))
 
 
 def _plan(results: dict[str, Any], settings: Settings) -> None:
@@ -173,36 +167,8 @@ def _measured_ms(out: Path) -> dict[str, dict[str, float]]:
     """Times of the operations in the arms' own steps, beside the calibration that they were charged by."""
     times_ms: dict[str, list[float]] = {}
     for path in sorted((out / folder.LEDGERS).glob("*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            for key, value in json.loads(line).items():
+        for row in read_rows(path):
+            for key, value in row.items():
                 if key.endswith("_ms"):
                     times_ms.setdefault(f"{path.stem.split('-')[0]}: {key[:-3]}", []).append(value)
     return {name: summary(values) for name, values in times_ms.items() if len(values) > 1}
-
-
-def _machine() -> dict[str, Any]:
-    memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 if hasattr(os, "sysconf") else None
-    capabilities = torch.cpu.get_capabilities()
-    return {
-        "cpu": str(capabilities.get("cpu_name", platform.processor())),
-        "bfloat16": bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "memory_gib": memory_gib and round(memory_gib, 1),
-        "system": platform.platform(),
-    }
-
-
-def _commit() -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None

@@ -15,8 +15,9 @@ from earlysift.compare.settings import Settings
 from earlysift.fidelity import fidelity
 from earlysift.ledger import Ledger
 from earlysift.pretrain.models import build_bert
-from earlysift.pretrain.stream import Stream, mask, seeded
+from earlysift.pretrain.stream import Stream, mask
 from earlysift.pretrain.tokens import Blocks
+from earlysift.seeds import seeded
 from earlysift.sifter import Sifter
 
 Point = dict[str, float]

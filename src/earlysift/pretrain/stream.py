@@ -1,6 +1,5 @@
 """The order of candidates: an endless, seeded stream of masked blocks that any batch size reads alike."""
 
-import hashlib
 from functools import lru_cache
 
 import torch
@@ -8,6 +7,7 @@ from torch import Generator, Tensor
 
 from earlysift.pretrain.masking import mask_tokens
 from earlysift.pretrain.tokens import Blocks
+from earlysift.seeds import seeded
 
 _UNIT = 16  # blocks masked together; a fixed number, so that masks do not depend on how many rows a step reads
 
@@ -55,9 +55,3 @@ def mask(blocks: Blocks, rows: Tensor, generator: Generator) -> dict[str, Tensor
         first_ordinary_id=max(blocks.special.values()) + 1,
         generator=generator,
     )
-
-
-def seeded(*key: int | str) -> Generator:
-    """A generator of its own for a key such as ``(seed, "mask", 7)``."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))

@@ -1,0 +1,46 @@
+"""What a result was measured on: machine, versions, commit."""
+
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, threads, memory and system."""
+    memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 if hasattr(os, "sysconf") else None
+    capabilities = torch.cpu.get_capabilities()
+    return {
+        "cpu": str(capabilities.get("cpu_name", platform.processor())),
+        "bfloat16": bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": memory_gib and round(memory_gib, 1),
+        "system": platform.platform(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that results depend on."""
+    packages = ("earlysift", "torch", "transformers", "tokenizers")
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
+
+
+def commit() -> str | None:
+    """The commit of the source tree, with ``-dirty`` if it was changed; None outside of a git checkout."""
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
