@@ -10,16 +10,23 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from earlysift.compare.settings import Settings
+from earlysift.report.page import RESULTS_VERSION
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+_DEMO = "compare_demo.json"
 _DEMO_START, _DEMO_END = "<!-- demo -->", "<!-- /demo -->"
+_KINDS = ("read", "score", "probe", "train", "reference model")
+_MOST_EVENTS = 4  # decisions shown per seed
 
 _INTRODUCTION = """# Results
 
 Written by `make docs` from the files in [benchmarks/results](../benchmarks/results); edit those, not this page.
 Reference time charges every operation at its median measured in the same run. Every arm starts from the same weights,
-reads the same stream, spends the same budget, and its learning rate decays to zero at the end of it. Accuracy is
-masked-token accuracy on held-out text under one fixed uniform mask.
+reads the same stream, spends the same budget, and its learning rate decays to zero at the end of it. Accuracy is on
+held-out data in its own distribution: of masked or next tokens, of sentences, of images. A speed-up is uniform's time to
+the target over the arm's, a geometric mean over seeds; brackets hold 95 % bootstrap intervals over seeds.
 """
 
 
@@ -30,28 +37,65 @@ def main() -> int:
         before, _, rest = readme.read_text(encoding="utf-8").partition(_DEMO_START)
         _, _, after = rest.partition(_DEMO_END)
         readme.write_text(f"{before}{_DEMO_START}\n{demo_section()}\n{_DEMO_END}{after}", encoding="utf-8")
+    comparisons = [(path, results) for path in sorted(RESULTS.glob("compare_*.json")) if (results := _read(path))]
     parts = [_INTRODUCTION]
-    parts += [_comparison(path) for path in sorted(RESULTS.glob("compare_*.json"))]
+    if comparisons:
+        parts += [_overview([results for _, results in comparisons])]
+    parts += [_comparison(path, results) for path, results in comparisons]
     parts += [_scoring(path) for path in sorted(RESULTS.glob("score_*.json"))]
     (ROOT / "docs" / "results.md").write_text("\n".join(parts), encoding="utf-8")
     return 0
 
 
-def comparison_table(results: dict[str, Any]) -> str:
+def verdict_table(results: dict[str, Any]) -> str:
     """Arms of one comparison as a Markdown table (the README uses it, too)."""
-    lines = [
-        "| arm | steps | ms per step (reference) | final accuracy | final loss | time to target | speed-up |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     for name, arm in results["arms"].items():
         runs = [run for run in arm["runs"] if run["finished"]]
         entry = results["comparison"].get(name, {})
-        lines.append(
-            f"| {arm['label']} | {arm['steps']} | {arm['step_cost_ms']:.1f} | "
-            f"{_spread([100 * run['final_accuracy'] for run in runs], '{:.2f}')} % | "
-            f"{_spread([run['final_loss'] for run in runs], '{:.3f}')} | "
-            f"{_to_target(runs)} | {_speedup(name, entry)} |"
+        mark = "" if arm["charged"] else " (not charged)"
+        uniform = name == "uniform"
+        rows.append(
+            [
+                arm["label"] + mark,
+                _spread([run["steps"] for run in runs], "{:.0f}"),
+                f"{_spread([100 * run['final_accuracy'] for run in runs], '{:.2f}')} %",
+                "0" if uniform else _interval(entry, "final_accuracy_", "difference", "{:+.2f}", 100),
+                _spread([run["final_loss"] for run in runs], "{:.3f}"),
+                _to_target(runs),
+                "1" if uniform else _interval(entry, "", "speedup", "{:.2f}"),
+                "1" if uniform else _interval(entry, "wall_", "speedup", "{:.2f}"),
+                "" if uniform else _word(entry),
+            ]
         )
+    headings = ["arm", "steps", "final accuracy", "points from uniform", "final loss", "time to target", "speed-up"]
+    return _table([*headings, "speed-up by wall time", "verdict"], rows)
+
+
+def spent_table(results: dict[str, Any]) -> str:
+    """Where each arm's reference time went, in per cent."""
+    rows = []
+    for arm in results["arms"].values():
+        spent_s = {kind: sum(run["spent_s"].get(kind, 0.0) for run in arm["runs"]) for kind in _KINDS}
+        total_s = sum(spent_s.values())
+        rows.append([arm["label"], *(f"{100 * s / total_s:.1f}" if total_s else "–" for s in spent_s.values())])
+    return _table(["% of reference time", *_KINDS], rows)
+
+
+def decisions(results: dict[str, Any]) -> str:
+    """What auto decided, seed by seed."""
+    lines = []
+    for run in results["arms"]["auto"]["runs"]:
+        events = run["events"]
+        told = [
+            f"at {event['reference_s']:.1f} s (step {event['step']}) from {event['from']} to {event['to']}: "
+            f"{event['reason']}"
+            for event in events[:_MOST_EVENTS]
+        ]
+        if len(events) > _MOST_EVENTS:
+            told.append(f"and {len(events) - _MOST_EVENTS} more")
+        probes = f"{len(run['control'])} probes, {100 * run['spent_s']['probe'] / sum(run['spent_s'].values()):.1f} %"
+        lines.append(f"  - seed {run['seed']} ({probes} of the time): {'; '.join(told) or 'uniform throughout'}")
     return "\n".join(lines)
 
 
@@ -72,18 +116,50 @@ def fidelity_line(results: dict[str, Any]) -> str:
 
 def demo_section() -> str:
     """Table and verdict of the committed ``make demo`` result, for the README."""
-    results = json.loads((RESULTS / "compare_demo.json").read_text(encoding="utf-8"))
+    results = _read(RESULTS / _DEMO)
+    if results is None:
+        return "There is no committed result of this version yet: `make demo` makes one."
     machine, versions = results["machine"], results["versions"]
     return f"""> {results["verdict"]}
 
-{comparison_table(results)}
+{verdict_table(results)}
 
 {machine["cpu"]}, {machine["cores"]} cores; torch {versions["torch"]}, transformers {versions["transformers"]}; commit
-{results["commit"]}. A model that ignores context reaches {100 * results["unigram"]["accuracy"]:.2f} %."""
+{results["commit"]}. A model that ignores its input reaches {100 * results["baseline"]["accuracy"]:.2f} %."""
 
 
-def _comparison(path: Path) -> str:
-    results = json.loads(path.read_text(encoding="utf-8"))
+def _read(path: Path) -> dict[str, Any] | None:
+    """Results of this version; None for others, which wait to be measured again."""
+    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return results if results["version"] == RESULTS_VERSION else None
+
+
+def _overview(comparisons: list[dict[str, Any]]) -> str:
+    rows = []
+    for results in comparisons:
+        entries = {name: entry for name, entry in results["comparison"].items() if results["arms"][name]["charged"]}
+        peers = {name: entry["speedup"] for name, entry in entries.items() if entry["speedup"] and name != "auto"}
+        best = max(peers, key=lambda name: peers[name], default=None)
+        rows.append(
+            [
+                f"{results['data']['name']}, {results['config']['budget']:g} s",
+                str(results["config"]["seeds"]),
+                *(f"{_interval(entry, '', 'speedup', '{:.2f}')} {_word(entry)}" for entry in _two(entries)),
+                "–"
+                if best is None
+                else f"{results['arms'][best]['label']}: "
+                f"{_interval(entries[best], '', 'speedup', '{:.2f}')} {_word(entries[best])}",
+            ]
+        )
+    headings = ["workload", "seeds", "auto", "SIFT", "fastest other arm to reach the target on every seed"]
+    return f"\nSpeed-up over uniform training in reference time:\n\n{_table(headings, rows)}\n"
+
+
+def _two(entries: dict[str, Any]) -> list[dict[str, Any]]:
+    return [entries.get(name, {}) for name in ("auto", "sift")]
+
+
+def _comparison(path: Path, results: dict[str, Any]) -> str:
     operations = results["operations_ms"]
     step_ms = operations["train"]["median"]
     costs = ", ".join(
@@ -91,26 +167,31 @@ def _comparison(path: Path) -> str:
         for name, entry in operations.items()
     )
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    machine = results["machine"]
-    unigram = results["unigram"]
+    facts = ", ".join(f"{name} {value}" for name, value in results["data"].items() if name not in ("name", "task"))
+    machine, baseline, arms = results["machine"], results["baseline"], results["arms"]
+    device = f"{machine['accelerator']}, " if machine.get("accelerator") else ""
+    optional = [f"- Decisions of auto:\n{decisions(results)}"] if "auto" in arms else []
+    if "sift" in arms:
+        depth = results["config"]["depth"]
+        optional += [f"- Exit {depth} against exact loss, SIFT arm, on the validation set: {fidelity_line(results)}."]
     return f"""
-## {results["data"]["name"]}
+## {results["data"]["name"]}, {results["config"]["budget"]:g} s
 
 **{results["verdict"]}**
 
-{comparison_table(results)}
+{verdict_table(results)}
 
-Seeds: {results["config"]["seeds"]}; means, smallest to largest in brackets. A model that ignores context reaches
-{100 * unigram["accuracy"]:.2f} % accuracy and a loss of {unigram["loss"]:.3f}.
+Seeds: {results["config"]["seeds"]}. Target: {100 * results["target"]["accuracy"]:.2f} % ({results["target"]["source"]}).
+A model that ignores its input reaches {100 * baseline["accuracy"]:.2f} % accuracy and a loss of {baseline["loss"]:.3f}.
+
+{spent_table(results)}
 
 - Command: `{_command(results)}` ([{path.name}](../benchmarks/results/{path.name}))
-- Data: {results["data"]["train_blocks"]} training and {results["data"]["validation_blocks"]} validation blocks of
-  {results["data"]["length"]} tokens, vocabulary {results["data"]["vocab_size"]}.
+- Data: {facts}.
 - Cost of the operations: {costs}.
-- {_measured(results)}
-- Exit {results["config"]["depth"]} against exact loss, SIFT arm, on the validation set: {fidelity_line(results)}.
-- Machine: {machine["cpu"]}, {machine["cores"]} cores, {machine["threads"]} thread(s), {machine["memory_gib"]} GiB.
-  {versions}; commit {results["commit"]}.
+{chr(10).join(optional)}
+- Machine: {device}{machine["cpu"]}, {machine["cores"]} cores, {machine["threads"]} thread(s), {machine["memory_gib"]}
+  GiB. {versions}; commit {results["commit"]}.
 """
 
 
@@ -130,39 +211,46 @@ Scoring a pool of 2b beside a training step of b (labelled-tokens-only head, bf1
 """
 
 
-def _measured(results: dict[str, Any]) -> str:
-    score_ms, train_ms = (results["measured_ms"][f"sift: {name}"]["median"] for name in ("score", "train"))
-    return (
-        f"Beside the calibration, medians of SIFT's own steps: score {score_ms:.1f} ms, train {train_ms:.1f} ms "
-        f"(ratio {score_ms / train_ms:.3f})."
-    )
-
-
 def _command(results: dict[str, Any]) -> str:
-    config = results["config"]
-    data = "" if config["data"] is None else f" --data {config['data']}"
-    threads = f"OMP_NUM_THREADS={results['machine']['threads']} "
-    return f"{threads}earlysift compare --seeds {config['seeds']} --budget {config['budget']:g}{data}"
+    """The command of a comparison: the settings that differ from the defaults."""
+    defaults = Settings().identity()
+    flags = []
+    for name, value in results["config"].items():
+        if value != defaults.get(name):
+            values = value if isinstance(value, list) else [value]
+            words = [] if value is True else values
+            flags.append(" ".join([f"--{name.replace('_', '-')}", *map(str, words)]))
+    return " ".join([f"OMP_NUM_THREADS={results['machine']['threads']} earlysift compare", *flags])
+
+
+def _table(headings: list[str], rows: list[list[str]]) -> str:
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _spread(values: list[float], form: str) -> str:
+    if not values:
+        return "–"
     low, mean, high = (form.format(v) for v in (min(values), statistics.fmean(values), max(values)))
-    return mean if len(values) == 1 else f"{mean} ({low}-{high})"
+    return mean if low == high else f"{mean} ({low} to {high})"
+
+
+def _interval(entry: dict[str, Any], prefix: str, name: str, form: str, scale: float = 1.0) -> str:
+    middle, low, high = (entry.get(f"{prefix}{part}") for part in (name, "low", "high"))
+    if middle is None:
+        return "–"
+    ends = "" if low is None or high is None else f" ({form.format(scale * low)} to {form.format(scale * high)})"
+    return form.format(scale * middle) + ends
+
+
+def _word(entry: dict[str, Any]) -> str:
+    return str(entry.get("verdict", "")).partition(":")[0]
 
 
 def _to_target(runs: list[dict[str, Any]]) -> str:
     times = [run["reference_s_to_target"] for run in runs if run["reference_s_to_target"] is not None]
     mean = f"{statistics.fmean(times):.0f} s" if times else "never"
     return mean if len(times) in (len(runs), 0) else f"{mean} ({len(times)} of {len(runs)} seeds)"
-
-
-def _speedup(name: str, entry: dict[str, Any]) -> str:
-    if name == "uniform":
-        return "1"
-    if entry.get("speedup") is None:
-        return "–"
-    interval = "" if entry["low"] is None else f" ({entry['low']:.2f}-{entry['high']:.2f})"
-    return f"{entry['speedup']:.2f}{interval}"
 
 
 if __name__ == "__main__":

@@ -207,10 +207,10 @@ def _timed_ms(operation: Callable[[], Any], device: torch.device) -> float:
 
 
 def _environment() -> dict[str, Any]:
-    machine = environment.machine()
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    machine = environment.machine(device)
     return {
-        "hardware": gpu or f"{machine['cpu']}, {machine['cores']} cores",
+        "hardware": machine["accelerator"] or f"{machine['cpu']}, {machine['cores']} cores",
         "threads": machine["threads"],
         "versions": environment.versions(),
         "commit": environment.commit(),

@@ -2,6 +2,7 @@
 
 import html
 import json
+import os
 import re
 import signal
 import subprocess
@@ -12,14 +13,18 @@ from pathlib import Path
 import pytest
 
 from earlysift import cli
+from earlysift.compare import suite
 from earlysift.compare.arms import ARMS
 from earlysift.compare.settings import Settings, from_file
-from earlysift.compare.trial import learning_rate_factor
+from earlysift.compare.steps import learning_rate_factor
+from earlysift.compare.trial import charges_ms
 
-TINY = [
-    *("--budget", "1.5", "--evaluations", "3", "--validation-blocks", "32", "--batch", "8"),
-    *("--layers", "3", "--width", "32", "--length", "32", "--vocab-size", "300"),
+SIZE = [
+    *("--evaluations", "3", "--validation-samples", "32", "--batch", "8", "--layers", "3", "--width", "32"),
+    *("--length", "32", "--vocab-size", "300"),
 ]
+TINY = [*SIZE, "--budget", "0.5", "--arms", "uniform,sift,exact"]
+THREE = ("uniform", "sift", "exact")
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +33,20 @@ def text(tmp_path_factory):
     words = ["the", "model", "reads", "a", "pool", "of", "samples", "and", "keeps", "those", "that", "matter", "most"]
     paragraphs = (" ".join(words[(i * j) % len(words)] for j in range(60)) for i in range(1, 900))
     path.write_text("\n\n".join(paragraphs), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    path = tmp_path_factory.mktemp("table") / "reviews.tsv"
+    words = ["the", "film", "has", "a", "plot", "and", "some", "actors", "who", "walk", "through", "it", "slowly"]
+    opinions = (("dull", "cold", "awful", "stale"), ("fine", "warm", "lovely", "fresh"))
+    rows = []
+    for i in range(800):
+        phrase = [words[(i * j) % len(words)] for j in range(1, 9)]
+        phrase[i % 8] = opinions[i % 2][(i // 2) % 4]
+        rows.append(f"{i % 2}\t{' '.join(phrase)} {i}")
+    path.write_text("label\ttext\n" + "\n".join(rows) + "\n", encoding="utf-8")
     return path
 
 
@@ -50,25 +69,66 @@ def test_run_folder_holds_results_ledgers_figure_and_page(finished):
     names = {path.name for path in finished.iterdir()}
     assert names == {"config.json", "results.json", "ledgers", "curves.png", "report.html"}
     assert {path.name for path in (finished / "ledgers").iterdir()} == {
-        f"{arm}-seed{seed}.jsonl" for arm in ARMS for seed in range(2)
+        f"{arm}-seed{seed}.jsonl" for arm in THREE for seed in range(2)
     }
     assert results_of(finished)["complete"] is True
     assert html.escape(results_of(finished)["verdict"]) in (finished / "report.html").read_text()
 
 
-def test_every_arm_spends_the_same_budget_of_reference_time(finished):
-    for arm in results_of(finished)["arms"].values():
-        spent_s = arm["steps"] * arm["step_cost_ms"] / 1e3
-        assert 1.5 - arm["step_cost_ms"] / 1e3 <= spent_s <= 1.5
-        for run in arm["runs"]:
-            assert run["curve"][-1]["step"] == arm["steps"]
-
-
-def test_step_cost_is_the_sum_of_the_medians_of_its_operations(finished):
+def test_every_arm_spends_the_budget_of_reference_time_and_at_most_one_step_more(finished):
     results = results_of(finished)
     for name, arm in results["arms"].items():
-        medians = [results["operations_ms"][operation]["median"] for operation in ARMS[name].operations]
-        assert arm["step_cost_ms"] == pytest.approx(sum(medians))
+        for run in arm["runs"]:
+            last = run["curve"][-1]
+            step_s = run["curve"][1]["reference_s"] / run["curve"][1]["step"]
+            assert 0.5 <= last["reference_s"] <= 0.5 + 1.01 * step_s, name
+            assert sum(run["spent_s"].values()) == pytest.approx(last["reference_s"])
+            assert run["steps"] == last["step"]
+
+
+def test_charges_of_the_ledgers_rows_add_up_to_the_reference_time(finished):
+    results = results_of(finished)
+    medians_ms = {name: timing["median"] for name, timing in results["operations_ms"].items()}
+    settings = from_file(finished / "config.json")
+    for name, arm in results["arms"].items():
+        charges = [charges_ms(row, ARMS[name], settings, medians_ms) for row in ledger_of(finished, name)]
+        for kind, spent_s in arm["runs"][0]["spent_s"].items():
+            assert sum(charge.get(kind, 0.0) for charge in charges) / 1e3 == pytest.approx(spent_s)
+
+
+def test_a_step_is_charged_what_its_operations_took_when_they_were_measured(finished):
+    ms = {name: timing["median"] for name, timing in results_of(finished)["operations_ms"].items()}
+    costs_ms = {
+        "uniform": ms["read_batch"] + ms["train"],
+        "sift": ms["read_pool"] + ms["score_1"] + ms["train"],
+        "exact": ms["read_pool"] + ms["exact"] + ms["train"],
+    }
+    for name, arm in results_of(finished)["arms"].items():
+        last = arm["runs"][0]["curve"][-1]
+        assert last["reference_s"] * 1e3 == pytest.approx(last["step"] * costs_ms[name])
+
+
+def test_part_of_a_pool_is_charged_its_part_and_an_uncharged_arm_like_uniform():
+    settings = Settings(batch=8, keep=0.5)
+    medians_ms = {"read_batch": 1.0, "read_pool": 2.0, "train": 20.0, "score_1": 4.0, "score_2": 6.0, "exact": 10.0}
+    medians_ms |= {"probe": 30.0}
+    row = {"candidates": 16, "scored": 12, "depth": 2, "probe_ms": 99.0}
+    assert charges_ms(row, ARMS["auto"], settings, medians_ms) == {
+        "read": 2.0,
+        "train": 20.0,
+        "score": 4.5,
+        "probe": 30.0,
+    }
+    assert charges_ms({"candidates": 8}, ARMS["auto"], settings, medians_ms) == {"read": 1.0, "train": 20.0}
+    row = {"candidates": 16, "scored": 16}
+    assert charges_ms(row, ARMS["free"], settings, medians_ms) == {"read": 1.0, "train": 20.0}
+    row = {"candidates": 80, "scored": 80, "reference_scored": 40}
+    assert charges_ms(row, ARMS["rho-loss"], settings, medians_ms) == {
+        "read": 10.0,
+        "train": 20.0,
+        "score": 50.0,
+        "reference model": 25.0,
+    }
 
 
 def test_arms_of_a_seed_start_from_the_same_weights(finished):
@@ -81,7 +141,7 @@ def test_arms_of_a_seed_start_from_the_same_weights(finished):
 def test_ledger_counts_what_each_arm_read_scored_and_trained(finished):
     for name, pool in (("uniform", 8), ("sift", 16), ("exact", 16)):
         rows = ledger_of(finished, name)
-        assert [row["step"] for row in rows] == list(range(results_of(finished)["arms"][name]["steps"]))
+        assert [row["step"] for row in rows] == list(range(results_of(finished)["arms"][name]["runs"][0]["steps"]))
         assert {row["candidates"] for row in rows} == {pool}
         assert {row["trained"] for row in rows} == {8}
         assert sum(row.get("scored", 0) for row in rows) == (0 if name == "uniform" else 16 * len(rows))
@@ -107,12 +167,24 @@ def test_fidelity_is_measured_for_every_arm_at_every_evaluation(finished):
             assert all(-1 <= point["rank_correlation"] <= 1 for point in run["fidelity"])
 
 
-def test_learning_rate_decays_to_zero_at_the_last_step_for_any_number_of_steps():
-    for steps in (2, 3, 10, 999):
-        factors = [learning_rate_factor(step, steps, 0.1) for step in range(steps + 1)]
-        assert max(factors) == 1.0
+def test_learning_rate_rises_then_decays_to_zero_at_the_end_of_the_budget():
+    for warmup in (0.0, 0.1, 0.5):
+        factors = [learning_rate_factor(share / 100, warmup) for share in range(101)]
+        peak = factors.index(max(factors))
+        assert max(factors) == pytest.approx(1.0)
+        assert peak == round(100 * warmup)
+        assert factors[:peak] == sorted(factors[:peak])
+        assert factors[peak:] == sorted(factors[peak:], reverse=True)
         assert factors[-1] == 0.0
-        assert all(0 < factor <= 1 for factor in factors[:-1])
+
+
+def test_every_arm_ends_with_its_rate_decayed_whatever_its_steps_cost(finished):
+    for name in THREE:
+        shares = [row["share"] for row in ledger_of(finished, name)]
+        assert shares == sorted(shares)
+        assert shares[0] == 0.0
+        assert 1 - shares[-1] <= 1.01 * (shares[-1] - shares[-2])
+        assert learning_rate_factor(shares[-1], 0.1) < 2.5 / len(shares)
 
 
 def test_same_seed_and_costs_give_the_same_curves(finished, text, tmp_path):
@@ -168,7 +240,7 @@ def test_resume_of_a_finished_run_adds_seeds_and_keeps_the_finished_ones(finishe
 def test_ctrl_c_leaves_a_readable_partial_result_and_resume_finishes_it(text, tmp_path):
     out = tmp_path / "cut"
     command = [sys.executable, "-m", "earlysift", "compare", "--data", str(text), "--out", str(out), *TINY]
-    command[command.index("--budget") + 1] = "6"
+    command[command.index("--budget") + 1] = "2"
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (out / "ledgers" / "exact-seed0.jsonl").exists():
@@ -219,6 +291,12 @@ def test_missing_data_is_one_clear_line_and_exit_code_2(tmp_path, capsys):
     [
         ({"keep": 0.0}, "keep must be in (0, 1]"),
         ({"keep": 1.5}, "keep must be in (0, 1]"),
+        ({"arms": ("uniform", "sift-6"), "layers": 6}, "['sift-6'] exit after more layers than a model of 6 layers"),
+        ({"flipped": 1.0}, "flipped must be in [0, 1)"),
+        ({"select_after": -0.1}, "select_after must be in [0, 1)"),
+        ({"target_share": 0.0}, "target_share must be in (0, 1]"),
+        ({"jobs": 0}, "jobs must be at least 1"),
+        ({"only": ("digits",)}, "give --suite, too"),
         ({"depth": 12}, "depth must be in 1..11"),
         ({"depth": 0}, "depth must be in 1..11"),
         ({"seeds": 0}, "seeds must be at least 1"),
@@ -242,10 +320,16 @@ def test_all_problems_of_the_settings_come_at_once():
 
 def test_config_file_gives_defaults_and_the_command_line_has_the_last_word(tmp_path):
     path = tmp_path / "settings.toml"
-    path.write_text('keep = 0.25\ndepth = 2\narms = ["uniform", "sift"]\n')
+    path.write_text('keep = 0.25\ndepth = 2\narms = ["uniform", "sift"]\ndata = "corpus"\n')
     assert (from_file(path).keep, from_file(path).depth) == (0.25, 2)
     command = cli._parse(["compare", "--config", str(path), "--depth", "3"])
     assert (command.keep, command.depth, command.arms) == (0.25, 3, ("uniform", "sift"))
+    assert command.data == (Path("corpus"),)
+
+
+def test_arms_may_be_separated_by_commas_or_spaces():
+    both = (["--arms", "uniform,sift"], ["--arms", "uniform", "sift"])
+    assert {cli._parse(["compare", *given]).arms for given in both} == {("uniform", "sift")}
 
 
 def test_config_of_a_run_folder_gives_the_same_settings_again(finished):
@@ -290,11 +374,191 @@ def test_flags_of_the_command_line_are_a_frozen_list(capsys):
     shown = {word.rstrip(",") for word in capsys.readouterr().out.split() if word.startswith("--") and len(word) > 2}
     named = {f"--{name.replace('_', '-')}" for name in Settings.__dataclass_fields__}
     assert named == {
-        *("--data", "--out", "--arms", "--seeds", "--budget", "--target", "--keep", "--depth", "--batch", "--layers"),
-        *("--width", "--length", "--vocab-size", "--learning-rate", "--warmup", "--validation-blocks"),
-        *("--evaluations", "--resume", "--force", "--config"),
+        *("--task", "--data", "--flipped", "--repeated", "--train-samples", "--max-characters", "--checkpoint"),
+        *("--save-encoder", "--out", "--arms", "--seeds", "--budget", "--target", "--target-share", "--keep"),
+        *("--depth", "--select-after", "--batch", "--layers", "--width", "--length", "--vocab-size", "--warmup"),
+        *("--learning-rate", "--validation-samples", "--evaluations", "--device", "--suite", "--only", "--jobs"),
+        *("--resume", "--force", "--config"),
     }
     assert named <= shown
+
+
+@pytest.mark.parametrize("task", ["masked_lm", "causal_lm", "classification", "image"])
+def test_every_arm_runs_on_every_task(task, text, table, tmp_path):
+    data = {"classification": ["--data", str(table)], "image": []}.get(task, ["--data", str(text)])
+    size = [*SIZE, "--layers", "7", "--budget", "0.2", "--arms", *ARMS]
+    assert cli.main(["compare", "--task", task, *data, "--out", str(tmp_path / "out"), *size]) == 0
+    results = results_of(tmp_path / "out")
+    assert set(results["arms"]) == set(ARMS)
+    assert results["data"]["task"] == task
+    assert results["data"]["train_samples"] > 0
+    assert set(results["baseline"]) == {"accuracy", "loss"}
+    for name, arm in results["arms"].items():
+        (run,) = arm["runs"]
+        assert run["finished"], name
+        assert run["steps"] >= 1
+        assert run["curve"][0]["reference_s"] == 0.0
+        assert run["curve"][-1]["reference_s"] == pytest.approx(sum(run["spent_s"].values()))
+        assert run["curve"][-1]["reference_s"] >= 0.2
+        assert arm["source"] is None or "arXiv" in arm["source"]
+        assert (name == "uniform") == ("verdict" not in results["comparison"].get(name, {}))
+    assert len({arm["runs"][0]["curve"][0]["loss"] for arm in results["arms"].values()}) == 1
+    assert results["arms"]["free"]["charged"] is False
+    assert results["arms"]["free"]["runs"][0]["steps"] == results["arms"]["uniform"]["runs"][0]["steps"]
+    assert results["arms"]["rho-loss"]["runs"][0]["spent_s"]["reference model"] >= 0.04
+    expected = {"read_batch", "read_pool", "train", "probe", "exact", "grad_norm", "entropy_1", "score_1", "score_2"}
+    assert set(results["operations_ms"]) == expected | {"score_3", "score_6"}
+
+
+def test_only_operations_that_the_arms_need_are_measured(finished):
+    assert set(results_of(finished)["operations_ms"]) == {"read_batch", "read_pool", "train", "score_1", "exact"}
+
+
+def test_arms_train_uniformly_and_unscored_until_they_select(finished, text, tmp_path):
+    out = tmp_path / "late"
+    arguments = ["compare", "--data", str(text), "--out", str(out), *TINY, "--select-after", "0.4"]
+    assert cli.main(arguments) == 0
+    uniform = ledger_of(out, "uniform")
+    for name in ("sift", "exact"):
+        rows = ledger_of(out, name)
+        early = [row for row in rows if row["share"] < 0.4]
+        assert {(row["candidates"], row.get("scored", 0)) for row in early} == {(8, 0)}
+        assert {(row["candidates"], row["scored"]) for row in rows[len(early) :]} == {(16, 16)}
+        assert [row["loss"] for row in early] == [row["loss"] for row in uniform[: len(early)]]
+
+
+def emptied(finished, folder, arms):
+    """A copy of a run with its calibration and none of its runs."""
+    folder.mkdir()
+    results = results_of(finished)
+    results["config"]["arms"] = arms
+    results["arms"] = {}
+    (folder / "results.json").write_text(json.dumps(results))
+
+
+def test_arms_added_by_a_resume_give_the_curves_of_a_run_at_once_and_repeat_nothing(finished, text, tmp_path):
+    out = tmp_path / "grown"
+    emptied(finished, out, ["uniform"])
+    command = ["compare", "--data", str(text), "--out", str(out), "--seeds", "2", "--resume", *TINY]
+    assert cli.main([*command, "--arms", "uniform"]) == 0
+    first = results_of(out)
+    assert set(first["arms"]) == {"uniform"}
+    assert cli.main([*command, "--arms", "uniform", "exact", "sift"]) == 0
+    grown, whole = results_of(out), results_of(finished)
+    assert grown["arms"]["uniform"]["runs"] == first["arms"]["uniform"]["runs"]
+    assert grown["config"]["arms"] == ["uniform", "exact", "sift"]
+    for name in THREE:
+        for ours, theirs in zip(grown["arms"][name]["runs"], whole["arms"][name]["runs"], strict=True):
+            for measure in ("step", "loss", "accuracy", "reference_s"):
+                assert [p[measure] for p in ours["curve"]] == [p[measure] for p in theirs["curve"]]
+
+
+def test_resume_with_fewer_arms_keeps_those_that_are_there(finished, text, tmp_path):
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", str(finished), str(copy)], check=True)
+    command = ["compare", "--data", str(text), "--out", str(copy), "--seeds", "1", "--resume", *TINY]
+    assert cli.main([*command, "--arms", "uniform"]) == 0
+    before, after = results_of(finished), results_of(copy)
+    assert after["config"] == before["config"]
+    assert after["arms"] == before["arms"]
+    assert after["comparison"] == before["comparison"]
+
+
+def test_an_added_operation_is_scaled_to_the_speed_that_the_others_were_measured_at(finished, text, tmp_path):
+    out = tmp_path / "slower"
+    emptied(finished, out, ["uniform"])
+    results = results_of(out)
+    for timing in results["operations_ms"].values():
+        timing["median"] *= 50  # a machine fifty times slower
+    (out / "results.json").write_text(json.dumps(results))
+    command = ["compare", "--data", str(text), "--out", str(out), "--resume", *TINY, "--arms", "uniform,sift-2"]
+    assert cli.main(command) == 0
+    medians_ms = {name: timing["median"] for name, timing in results_of(out)["operations_ms"].items()}
+    assert medians_ms["train"] == results["operations_ms"]["train"]["median"]
+    assert 0.1 < medians_ms["score_2"] / medians_ms["train"] < 3
+
+
+# Suites
+
+
+@pytest.fixture
+def tiny_suite(monkeypatch, text, table):
+    tiny = {"arms": ("uniform", "sift"), "layers": 3, "width": 32, "length": 32, "vocab_size": 300, "batch": 8}
+    tiny |= {"budget": 0.5, "evaluations": 3, "validation_samples": 32}
+    rows = {
+        "words": {**tiny, "data": (text.name,), "save_encoder": True},
+        "digits": {**tiny, "task": "image"},
+        "reviews": {**tiny, "task": "classification", "data": ("reviews.tsv",), "checkpoint": "words"},
+        "absent": {**tiny, "data": ("nowhere",)},
+    }
+    monkeypatch.setitem(suite.SUITES, "cpu", rows)
+
+
+def test_suite_runs_each_workload_in_a_folder_of_its_own_and_skips_what_has_no_data(
+    tiny_suite, text, table, tmp_path, capsys
+):
+    corpora = tmp_path / "corpora"
+    corpora.mkdir()
+    (corpora / text.name).symlink_to(text)
+    (corpora / "reviews.tsv").symlink_to(table)
+    out = tmp_path / "cpu"
+    command = ["compare", "--suite", "cpu", "--data", str(corpora), "--out", str(out), "--jobs", "2"]
+    assert cli.main(command) == 0
+    said = capsys.readouterr().out
+    assert "absent: skipped: needs nowhere" in said
+    for name in ("words", "digits", "reviews"):
+        results = results_of(out / name)
+        assert results["complete"] is True
+        assert results["machine"]["threads"] == max(1, os.cpu_count() // 2)
+        assert results["comparison"]["sift"]["verdict"].partition(":")[0] in said
+        assert (out / name / "report.html").is_file()
+    assert results_of(out / "reviews")["config"]["checkpoint"] == str(out / "words" / "encoder")
+    before = {name: results_of(out / name)["arms"] for name in ("words", "digits")}
+    assert cli.main([*command, "--resume", "--only", "words", "digits", "--arms", "uniform,sift,infobatch"]) == 0
+    for name, arms in before.items():
+        after = results_of(out / name)["arms"]
+        assert set(after) == {"uniform", "sift", "infobatch"}
+        assert all(after[arm] == arms[arm] for arm in arms)
+
+
+def test_suite_refuses_unknown_workloads_and_names_the_known(tmp_path, capsys):
+    assert cli.main(["compare", "--suite", "cpu", "--only", "imagenet", "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "imagenet" in error
+    assert "digits" in error
+
+
+def test_ctrl_c_stops_a_suite_and_leaves_partial_results_that_a_resume_finishes(tmp_path):
+    out = tmp_path / "cpu"
+    command = [sys.executable, "-m", "earlysift", "compare", "--suite", "cpu", "--only", "digits", "--out", str(out)]
+    command += [*SIZE, "--seeds", "1", "--budget", "2", "--jobs", "2", "--arms", "uniform", "exact"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (out / "digits" / "ledgers" / "exact-seed0.jsonl").exists():
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    assert "digits: stopped" in output
+    assert results_of(out / "digits")["complete"] is False
+    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert results_of(out / "digits")["complete"] is True
+
+
+@pytest.mark.parametrize("name", suite.SUITES)
+def test_workloads_of_a_suite_are_settings_that_hold_and_what_is_asked_for_has_the_last_word(name):
+    asked = Settings(suite=name, seeds=7, data=(Path("corpora"),), out=Path("runs"), arms=("uniform", "rs2"))
+    for workload in suite.names_of(asked):
+        settings = suite.workload_settings(workload, asked, {"jobs", "learning_rate"})
+        assert (settings.seeds, settings.arms, settings.suite) == (7, ("uniform", "rs2"), None)
+        assert settings.learning_rate == Settings().learning_rate
+        assert all(path.parent == Path("corpora") for path in settings.data)
+        assert settings.out == Path("runs") / workload
+
+
+def test_suites_have_the_same_workloads_at_both_sizes():
+    assert set(suite.SUITES["cpu"]) == set(suite.SUITES["gpu"])
 
 
 def test_shared_wikitext_runs_through_the_command_line(tmp_path):
@@ -303,4 +567,4 @@ def test_shared_wikitext_runs_through_the_command_line(tmp_path):
         pytest.skip("needs ../shared/data/wikitext-2")
     arguments = ["compare", "--data", str(data), "--out", str(tmp_path / "out"), *TINY]
     assert cli.main(arguments) == 0
-    assert results_of(tmp_path / "out")["data"]["validation_blocks"] > 100
+    assert results_of(tmp_path / "out")["data"]["train_samples"] > 10_000

@@ -380,7 +380,7 @@ def test_validation_files_without_training_files_are_refused(tmp_path: Path) -> 
 def test_a_missing_path_is_refused_with_the_way_out(tmp_path: Path) -> None:
     text = message(tmp_path / "nowhere.txt")
     assert "nowhere.txt" in text
-    assert "or give none to use the standard library of this Python" in text
+    assert "check the path (language modelling without one uses the standard library of this Python)" in text
 
 
 @pytest.mark.parametrize("content", ["", " \n\n\t\n"])

@@ -2,9 +2,10 @@ import pytest
 import torch
 
 from earlysift.pretrain.masking import mask_tokens
-from earlysift.pretrain.models import build_bert
-from earlysift.pretrain.stream import Stream
+from earlysift.pretrain.models import build_bert, build_bert_classifier, build_llama, build_vit
+from earlysift.pretrain.stream import Samples, Stream
 from earlysift.pretrain.tokens import Blocks
+from earlysift.seeds import seeded
 
 SPECIAL = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4}
 
@@ -54,9 +55,24 @@ def test_rows_of_special_tokens_only_stay_unlabelled():
     assert (batch["labels"] == -100).all()
 
 
+def samples(rows=37):
+    ids = blocks(rows=rows).train
+    return Samples({"input_ids": ids, "number": torch.arange(rows)}, {}, prepare)
+
+
+def prepare(rows, generator):
+    """Masks, and beside them the number of each row within the training part."""
+    batch = mask_tokens(rows["input_ids"], mask_id=4, vocab_size=100, first_ordinary_id=5, generator=generator)
+    return {**batch, "number": rows["number"]}
+
+
+def equal(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
 def test_candidates_do_not_depend_on_the_portions_they_are_read_in():
-    whole = Stream(blocks(), seed=3).read(0, 100)
-    portions = Stream(blocks(), seed=3)
+    whole = Stream(samples(), seed=3).read(0, 100)
+    portions = Stream(samples(), seed=3)
     for size in (1, 7, 16, 33):
         for start in range(0, 96 - size, size):
             part = portions.read(start, size)
@@ -64,40 +80,96 @@ def test_candidates_do_not_depend_on_the_portions_they_are_read_in():
                 assert torch.equal(part[name], whole[name][start : start + size])
 
 
-def test_an_epoch_shows_every_block_once_and_the_next_in_another_order():
-    data = blocks()
-    stream = Stream(data, seed=0)
+@pytest.mark.parametrize("subset", [1.0, 0.4])
+def test_candidates_are_these_rows_with_these_masks(subset):
+    data, stream = samples(), Stream(samples(), seed=3, subset=subset)
+    epoch = round(subset * 37)
+    for unit in (0, 5):
+        rows = []
+        for n in range(16 * unit, 16 * unit + 16):
+            order = torch.randperm(37, generator=seeded(3, "order", n // epoch))
+            rows.append(int(order[n % epoch]))
+        expected = prepare({name: value[rows] for name, value in data.train.items()}, seeded(3, "mask", unit))
+        assert equal(stream.read(16 * unit, 16), expected)
 
-    def originals(start):
-        batch = stream.read(start, 37)
-        return torch.where(batch["labels"] != -100, batch["labels"], batch["input_ids"])
 
-    first, second = originals(0), originals(37)
-    assert sorted(first.tolist()) == sorted(data.train.tolist())
-    assert sorted(second.tolist()) == sorted(first.tolist())
-    assert not torch.equal(first, second)
+def test_taking_candidates_by_number_gives_what_reading_gives():
+    whole = Stream(samples(), seed=3).read(0, 200)
+    stream = Stream(samples(), seed=3)
+    for numbers in ([7], [199, 0, 64, 65, 3], [5, 5], list(range(0, 200, 3))):
+        positions = torch.tensor(numbers)
+        assert equal(stream.take(positions), {name: values[positions] for name, values in whole.items()})
+
+
+@pytest.mark.parametrize("subset", [1.0, 0.3])
+def test_ids_say_which_training_sample_each_candidate_is(subset):
+    stream = Stream(samples(), seed=2, subset=subset)
+    for start, count in ((0, 37), (30, 20), (1000, 1)):
+        assert torch.equal(stream.ids(start, count), stream.read(start, count)["number"])
+
+
+def test_an_epoch_shows_every_sample_once_and_the_next_in_another_order():
+    stream = Stream(samples(), seed=0)
+    first, second = stream.ids(0, 37).tolist(), stream.ids(37, 37).tolist()
+    assert sorted(first) == sorted(second) == list(range(37))
+    assert first != second
+
+
+def test_every_epoch_of_a_subset_is_a_fresh_share_of_the_samples():
+    stream = Stream(samples(rows=100), seed=0, subset=0.3)
+    assert stream.epoch == 30
+    epochs = [set(stream.ids(30 * number, 30).tolist()) for number in range(20)]
+    assert all(len(epoch) == 30 for epoch in epochs)
+    assert len(set(map(frozenset, epochs))) == 20
+    # After 20 epochs a sample was left out with odds of 0.7 ** 20 = 0.0008.
+    assert len(set.union(*epochs)) >= 97
+
+
+@pytest.mark.parametrize("subset", [0.0, -0.5, 1.5, 0.01])
+def test_a_subset_that_is_no_share_or_holds_no_sample_is_refused(subset):
+    with pytest.raises(ValueError, match=rf"subset must be a share in \(0, 1\].*37 training samples, got {subset}"):
+        Stream(samples(), seed=0, subset=subset)
 
 
 def test_seeds_give_different_orders_and_equal_seeds_the_same():
-    assert torch.equal(Stream(blocks(), seed=1).read(5, 9)["labels"], Stream(blocks(), seed=1).read(5, 9)["labels"])
-    assert not torch.equal(
-        Stream(blocks(), seed=1).read(5, 9)["input_ids"], Stream(blocks(), seed=2).read(5, 9)["input_ids"]
-    )
+    first, again, other = (Stream(samples(), seed=seed).read(5, 9) for seed in (1, 1, 2))
+    assert equal(first, again)
+    assert not torch.equal(first["input_ids"], other["input_ids"])
 
 
-def test_building_a_model_leaves_the_global_generator_alone_and_is_deterministic():
+def test_a_stream_leaves_the_global_generator_alone():
     before = torch.get_rng_state()
-    shape = {"vocab_size": 50, "length": 16, "layers": 2, "width": 32}
-    first, second = build_bert(**shape, seed=0), build_bert(**shape, seed=0)
+    Stream(samples(), seed=1, subset=0.5).read(0, 50)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+BUILDERS = {
+    "bert": lambda seed: build_bert(vocab_size=50, length=16, layers=2, width=32, seed=seed),
+    "llama": lambda seed: build_llama(vocab_size=50, length=16, layers=2, width=32, seed=seed),
+    "classifier": lambda seed: build_bert_classifier(
+        classes=3, vocab_size=50, length=16, layers=2, width=32, seed=seed
+    ),
+    "vit": lambda seed: build_vit(size=8, channels=1, patch=2, classes=10, layers=2, width=32, seed=seed),
+}
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_building_a_model_leaves_the_global_generator_alone_and_depends_on_the_seed_alone(name):
+    before = torch.get_rng_state()
+    first, second, other = (BUILDERS[name](seed) for seed in (0, 0, 1))
     assert torch.equal(torch.get_rng_state(), before)
     for a, b in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(a, b)
+    assert not equal(dict(first.state_dict()), dict(other.state_dict()))
     assert first.training
+    # Nothing is dropped: training mode is as deterministic as evaluation mode.
+    assert not [module for module in first.modules() if isinstance(module, torch.nn.Dropout) and module.p]
 
 
-def test_width_that_does_not_divide_into_heads_is_refused():
+@pytest.mark.parametrize("build", [build_bert, build_llama])
+def test_width_that_does_not_divide_into_heads_is_refused(build):
     with pytest.raises(ValueError, match="multiple of 32"):
-        build_bert(vocab_size=50, length=16, layers=2, width=40, seed=0)
+        build(vocab_size=50, length=16, layers=2, width=40, seed=0)
 
 
 def test_bert_base_shape_has_110_million_parameters():

@@ -3,7 +3,7 @@ import statistics
 
 import pytest
 
-from earlysift.compare.verdict import compare_arms, paired_interval, time_to_target, verdict
+from earlysift.compare.verdict import compare_arms, overall_verdict, paired_interval, time_to_target
 
 
 def curve(*accuracies):
@@ -24,12 +24,16 @@ def run(seed, *accuracies):
     }
 
 
-def results_of(uniform, sift, target=None):
+def results_of(uniform, sift, target=None, *, share=1.0, charged=True):
     arms = {
         "uniform": {"label": "uniform", "runs": [run(i, *a) for i, a in enumerate(uniform)]},
-        "sift": {"label": "SIFT", "runs": [run(i, *a) for i, a in enumerate(sift)]},
+        "sift": {"label": "SIFT", "charged": charged, "runs": [run(i, *a) for i, a in enumerate(sift)]},
     }
-    return {"arms": arms, **compare_arms(arms, target)}
+    return {"arms": arms, **compare_arms(arms, target, share)}
+
+
+def verdict(results, arm="sift"):
+    return results["comparison"][arm]["verdict"]
 
 
 def test_time_to_target_interpolates_between_the_evaluations_around_it():
@@ -96,5 +100,65 @@ def test_no_speedup_is_given_unless_every_seed_reached_the_target():
     assert results["comparison"]["sift"]["reached"] == 2
 
 
+def test_target_is_a_share_of_what_uniform_reaches():
+    results = results_of([(0.0, 0.2, 0.2)], [(0.0, 0.1, 0.2)], share=0.5)
+    assert results["target"]["accuracy"] == pytest.approx(0.1)
+    assert "50%" in results["target"]["source"]
+    assert results["comparison"]["sift"]["speedup"] == pytest.approx(0.5)
+
+
+def test_wall_time_has_a_ratio_and_an_interval_of_its_own():
+    results = results_of([(0.0, 0.2)] * 3, [(0.0, 0.4), (0.0, 0.3), (0.0, 0.4)])
+    for run_of_sift in results["arms"]["sift"]["runs"]:
+        for point in run_of_sift["curve"]:
+            point["wall_s"] *= 4
+    entry = compare_arms(results["arms"], None, 1.0)["comparison"]["sift"]
+    for ours, theirs in (("speedup", "wall_speedup"), ("low", "wall_low"), ("high", "wall_high")):
+        assert entry[theirs] == pytest.approx(entry[ours] / 4)
+
+
+def test_harm_is_said_when_the_final_accuracy_is_surely_lower_even_if_the_target_came_sooner():
+    uniform = [(0.0, 0.2, 0.3, 0.4)] * 3
+    sentence = verdict(results_of(uniform, [(0.0, 0.35, 0.35, 0.35)] * 3, 0.3))
+    assert sentence.startswith("Harm:")
+    assert "-5.00 points" in sentence
+    assert "1.5" in sentence or "2." in sentence
+    assert not verdict(results_of(uniform[:2], [(0.0, 0.35)] * 2, 0.3)).startswith("Harm:")
+    mixed = [(0.0, 0.35), (0.0, 0.45), (0.0, 0.35)]
+    assert not verdict(results_of(uniform, mixed, 0.3)).startswith("Harm:")
+
+
+def test_verdict_of_an_arm_that_is_not_charged_says_so():
+    sentence = verdict(results_of([(0.0, 0.2)] * 3, [(0.0, 0.4)] * 3, charged=False))
+    assert "upper bound" in sentence
+    assert "all costs charged" not in sentence
+
+
+def test_a_target_that_untrained_models_meet_gives_no_infinite_ratio():
+    entry = results_of([(0.5, 0.6)], [(0.5, 0.6)], 0.4)["comparison"]["sift"]
+    assert entry["speedup"] == pytest.approx(1.0)
+
+
+def test_overall_verdict_is_that_of_auto_then_sift_then_the_first():
+    arms = {name: {"verdict": name} for name in ("exact", "sift", "auto")}
+    assert overall_verdict({"comparison": arms}) == "auto"
+    del arms["auto"]
+    assert overall_verdict({"comparison": arms}) == "sift"
+    del arms["sift"]
+    assert overall_verdict({"comparison": arms}) == "exact"
+
+
+def test_runs_are_paired_by_seed_and_seeds_that_uniform_lacks_do_not_count():
+    arms = {
+        "uniform": {"label": "uniform", "runs": [run(1, 0.0, 0.2), run(2, 0.0, 0.4)]},
+        "sift": {"label": "SIFT", "runs": [run(0, 0.0, 0.9), run(2, 0.0, 0.4), run(1, 0.0, 0.4)]},
+    }
+    entry = compare_arms(arms, None, 1.0)["comparison"]["sift"]
+    assert entry["seeds"] == 2
+    assert entry["final_accuracy_difference"] == pytest.approx(0.1)
+    assert entry["speedup"] == pytest.approx(2**0.5)
+
+
 def test_verdict_of_a_run_stopped_early_says_so():
-    assert verdict({"arms": {}}).startswith("No verdict")
+    assert compare_arms({}, None, 1.0) == {"target": None, "comparison": {}}
+    assert overall_verdict({"comparison": {}}).startswith("No verdict")

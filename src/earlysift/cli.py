@@ -1,22 +1,36 @@
-"""The command line: ``earlysift compare`` and ``earlysift report``.
+"""The command line: ``earlysift check``, ``earlysift compare`` and ``earlysift report``.
 
 Exit codes: 0 done; 1 unexpected error; 2 bad input (one line says what was expected, what came, and the way out);
 130 stopped by Ctrl-C, with a readable partial result.
 """
 
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
+from earlysift.checkup import BUILT_IN, checkup
 from earlysift.compare.run import compare
 from earlysift.compare.settings import Settings, from_file
+from earlysift.compare.suite import Outcome, run_suite
+from earlysift.exits import Task
+from earlysift.files import write_whole
 from earlysift.report.page import write_report
 
 EXIT_OK, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 2, 130
@@ -31,20 +45,61 @@ Examples:
 
   earlysift compare --data wikitext-2/ --budget 200 --seeds 3 --out runs/wikitext
 
+  earlysift compare --task classification --data reviews.tsv --arms uniform,sift,rho-loss,auto
+
+  earlysift compare --suite cpu --data corpora/ --jobs 2 --out runs/cpu --resume    # all workloads, all arms
+
   earlysift compare --config my.toml --resume"""
-_REPORT_HELP = """Draw the figures and the self-contained HTML page of a run folder again.
+_CHECK_HELP = """Before training: what scoring costs on this machine, and the gain that selection must have to pay.
 
-Example:
+Builds the model with random weights and prints a table: a training step, and scoring a pool at every depth.
 
-  earlysift report runs/compare"""
+Examples:
+
+  earlysift check bert-base --batch 8               # built in: {built_in}
+
+  earlysift check my_model/config.json --seq-length 256 --depths 1 2 4
+
+  earlysift check my_model/ --task sequence_classification --json check.json"""
+_REPORT_HELP = """Draw the figures and the self-contained HTML page of run folders again.
+
+Examples:
+
+  earlysift report runs/compare
+
+  earlysift report runs/cpu/mlm-stdlib runs/cpu/sst2      # one page of both"""
+
+
+@dataclass(frozen=True)
+class Check:
+    """Which model to look at, at which shape."""
+
+    model: tyro.conf.Positional[str]
+    """A transformers config.json, a folder that holds one, or a built-in name."""
+    task: Task | None = None
+    """What the model is to do. Without it: the class that the config names, else its usual language modelling."""
+    seq_length: int | None = None
+    """Tokens per sample. Without it: 128, or what the model can take if that is less."""
+    batch: int = 32
+    """Samples per training step; the pool is batch / keep."""
+    labelled_fraction: float | None = None
+    """Share of the tokens with a label. Without it: 0.15 in masked language modelling, else 1."""
+    keep: float = 0.5
+    """Share of the pool that is trained on."""
+    depths: tuple[int, ...] = ()
+    """Layers that run for an early-exit score. Without it: 1, 2, 3 and 6. The full model (exact loss) follows."""
+    seconds: float = 10.0
+    """About how long to measure times; every operation is measured three times or more."""
+    json: Path | None = None
+    """Where to write the numbers."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """Which run folder to report on."""
+    """Which run folders to report on."""
 
-    run: tyro.conf.Positional[Path]
-    """Folder that `earlysift compare` wrote."""
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders that `earlysift compare` wrote; several make one page."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,7 +114,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         command = _parse(given)
-        return _report(command.run) if isinstance(command, Report) else _compare(command)
+        if isinstance(command, Check):
+            return _check(command)
+        if isinstance(command, Report):
+            return _report(command.runs)
+        return _suite(command, given) if command.suite else _compare(command)
     except (ValueError, OSError, ImportError) as error:
         print(f"earlysift: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
@@ -68,13 +127,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
-def _parse(given: list[str]) -> Settings | Report:
+def _parse(given: list[str]) -> Settings | Report | Check:
     config = _value_of("--config", given)
     defaults = from_file(Path(config)) if config else Settings()
     compare_command = Annotated[Settings, tyro.conf.subcommand("compare", description=_COMPARE_HELP, default=defaults)]
     report_command = Annotated[Report, tyro.conf.subcommand("report", description=_REPORT_HELP)]
-    command: Settings | Report = tyro.cli(
-        compare_command | report_command,
+    check_help = _CHECK_HELP.format(built_in=", ".join(BUILT_IN))
+    check_command = Annotated[Check, tyro.conf.subcommand("check", description=check_help)]
+    command: Settings | Report | Check = tyro.cli(
+        compare_command | report_command | check_command,
         prog="earlysift",
         description="Train faster by back-propagating only the samples that matter, and prove that it paid.",
         args=given,
@@ -92,23 +153,29 @@ def _value_of(flag: str, given: list[str]) -> str | None:
     return None
 
 
-def _compare(settings: Settings) -> int:
-    console = Console()
+@contextmanager
+def _progress(console: Console) -> Iterator[Callable[[str, float], None]]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
+        TaskProgressColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as progress:
-        tasks = {}
+        tasks: dict[str, TaskID] = {}
 
-        def show(name: str, done: int, total: int) -> None:
+        def show(name: str, share: float) -> None:
             if name not in tasks:
-                tasks[name] = progress.add_task(name, total=total)
-            progress.update(tasks[name], completed=done)
+                tasks[name] = progress.add_task(name, total=1.0)
+            progress.update(tasks[name], completed=share)
 
+        yield show
+
+
+def _compare(settings: Settings) -> int:
+    console = Console()
+    with _progress(console) as show:
         results = compare(settings, show)
     _print_results(console, results, settings.out)
     return EXIT_OK if results["complete"] else EXIT_INTERRUPTED
@@ -116,19 +183,19 @@ def _compare(settings: Settings) -> int:
 
 def _print_results(console: Console, results: dict[str, Any], out: Path) -> None:
     table = Table()
-    for heading in ("arm", "steps", "ms per step", "accuracy", "loss", "to target (s)", "speed-up"):
+    for heading in ("arm", "steps", "accuracy", "loss", "to target (s)", "speed-up", "interval"):
         table.add_column(heading, justify="left" if heading == "arm" else "right")
     for name, arm in results["arms"].items():
         runs = [run for run in arm["runs"] if run["finished"]]
-        entry = results.get("comparison", {}).get(name, {})
+        entry = results["comparison"].get(name, {})
         table.add_row(
             arm["label"],
-            str(arm["steps"]),
-            f"{arm['step_cost_ms']:.1f}",
+            _mean([run["steps"] for run in runs], "{:.0f}"),
             _mean([run["final_accuracy"] for run in runs], "{:.2%}"),
             _mean([run["final_loss"] for run in runs], "{:.3f}"),
-            _mean([run.get("reference_s_to_target") for run in runs], "{:.1f}"),
+            _mean([run["reference_s_to_target"] for run in runs], "{:.1f}"),
             _mean([1.0 if name == "uniform" else entry.get("speedup")], "{:.2f}"),
+            "–" if entry.get("low") is None else f"{entry['low']:.2f} to {entry['high']:.2f}",
         )
     console.print(table)
     if not results["complete"]:
@@ -137,11 +204,98 @@ def _print_results(console: Console, results: dict[str, Any], out: Path) -> None
     console.print(f"Report: {out / 'report.html'}", soft_wrap=True)
 
 
+def _suite(settings: Settings, given: list[str]) -> int:
+    console = Console()
+    flags = {argument[2:].partition("=")[0].replace("-", "_") for argument in given if argument.startswith("--")}
+    with _progress(console) as show:
+        outcomes = run_suite(settings, flags, show)
+    _print_suite(console, outcomes)
+    console.print(f"Run folders, with a report each: {settings.out}", soft_wrap=True)
+    reasons = [outcome.reason for outcome in outcomes.values() if outcome.reason]
+    if "stopped" in reasons:
+        console.print("Stopped early: go on with --resume.")
+        return EXIT_INTERRUPTED
+    return EXIT_BAD_INPUT if any(reason.startswith("failed") for reason in reasons) else EXIT_OK
+
+
+def _print_suite(console: Console, outcomes: dict[str, Outcome]) -> None:
+    table = Table()
+    for heading in ("workload", "arm", "speed-up", "by wall time", "accuracy", "verdict"):
+        table.add_column(heading, justify="left" if heading in ("workload", "arm", "verdict") else "right")
+    for name, outcome in outcomes.items():
+        table.add_section()
+        results = outcome.results or {"comparison": {}}
+        for arm, entry in results["comparison"].items():
+            change, low, high = (entry[f"final_accuracy_{part}"] for part in ("difference", "low", "high"))
+            table.add_row(
+                name,
+                results["arms"][arm]["label"],
+                _interval(entry["speedup"], entry["low"], entry["high"], "{:.2f}"),
+                _interval(entry["wall_speedup"], entry["wall_low"], entry["wall_high"], "{:.2f}"),
+                _interval(change, low, high, "{:+.2%}"),
+                entry["verdict"].partition(":")[0],
+            )
+    console.print(table)
+    for name, outcome in outcomes.items():
+        if outcome.reason:
+            console.print(f"{name}: {outcome.reason}", soft_wrap=True)
+
+
+def _interval(middle: float | None, low: float | None, high: float | None, form: str) -> str:
+    if middle is None:
+        return "–"
+    ends = "" if low is None or high is None else f" ({form.format(low)} to {form.format(high)})"
+    return form.format(middle) + ends
+
+
 def _mean(values: list[float | None], form: str) -> str:
     numbers = [value for value in values if value is not None]
     return form.format(sum(numbers) / len(numbers)) if numbers and len(numbers) == len(values) else "–"
 
 
-def _report(run: Path) -> int:
-    print(write_report(run))
+def _check(command: Check) -> int:
+    console = Console()
+    options = {name: value for name, value in vars(command).items() if name not in ("model", "json")}
+    with _progress(console) as show:
+        numbers = checkup(command.model, **options, on_progress=show)
+    _print_check(console, numbers)
+    if command.json is not None:
+        command.json.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(numbers, indent=2) + "\n"
+        write_whole(command.json, lambda part: part.write_text(text, encoding="utf-8"))
+    return EXIT_OK
+
+
+def _print_check(console: Console, numbers: dict[str, Any]) -> None:
+    model, shape, machine = numbers["model"], numbers["shape"], numbers["machine"]
+    console.print(
+        f"{model['class']} ({model['task']}): {model['layers']} layers, {model['parameters'] / 1e6:,.1f} M parameters, "
+        f"{shape['seq_length']} positions and {shape['labels_per_sample']:g} labels per sample.\n"
+        f"{machine['device']}, threads: {machine['threads']}; training in {machine['training_dtype']}, scoring in "
+        f"{machine['scoring_dtype']}; median ms of {numbers['rounds']} rounds."
+    )
+    table = Table(caption=f"Memory: growth at the peak, by {machine['memory_measure']}.", caption_justify="left")
+    table.add_column("", no_wrap=True)
+    for heading in ("GFLOPs", "ms", "of a step", "cost c by FLOPs", "cost c = break-even gain", "memory (MiB)"):
+        table.add_column(heading, justify="right")
+
+    def add(title: str, entry: dict[str, Any], *ratios: str) -> None:
+        memory = f"{entry['memory_bytes'] / 2**20:,.1f}"
+        table.add_row(title, f"{entry['flops'] / 1e9:,.2f}", f"{entry['ms']:,.1f}", *ratios, memory)
+
+    add(f"train {shape['batch']}", numbers["train"], "100.0%", "1", "1")
+    table.add_section()
+    for score in numbers["scores"]:
+        exit_name = "full model" if score["exact"] else f"depth {score['depth']}"
+        ratios = (f"{score['ratio']:.1%}", f"{score['cost_by_flops']:.3f}", f"{score['break_even_gain']:.3f}")
+        add(f"score {shape['pool']}, {exit_name}", score, *ratios)
+    console.print(table)
+    console.print(
+        "Selection pays only while the live gain (mean exact loss of the kept samples over that of the pool; "
+        "sift/gain in Sifter.stats()) is more than the break-even gain of its depth."
+    )
+
+
+def _report(runs: tuple[Path, ...]) -> int:
+    print(write_report(*runs))
     return EXIT_OK

@@ -1,21 +1,28 @@
-"""FLOPs of forward passes, and when selection pays: C1 and C2 as plain functions.
+"""FLOPs of forward passes, and when selection pays: T5, T7, C1 and C2 as plain functions.
 
 The statements are derived for this project (the paper's text was not at hand); see docs/design.md.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from earlysift import losses, pools
 from earlysift.exits import Anatomy
+
+# Where a matrix of these names runs, as it differs from what its place in the model tells (see `_outer_weights`).
+_BEFORE_POOLING = ("score",)  # decoders classify every position, then pick the last one
+_ON_DISTANCES = ("pos_key_proj", "pos_query_proj")  # DeBERTa's, on embeddings of distances: in `_distance_flops`
 
 
 def forward_flops(anatomy: Anatomy, *, rows: int, length: int, labelled: int, depth: int | None = None) -> float:
     """FLOPs of one forward pass with the head on labelled positions only.
 
-    ``2 * weights * positions`` for every matrix of the layers and the head, ``4 * rows * length^2 * width`` for the
-    attention of a layer. Embeddings, norms, biases and activations are left out (a few per cent).
+    ``2 * weights * positions`` for every matrix (and kernel) of the model, ``4 * rows * length^2 * width`` for the
+    attention of a layer, and DeBERTa's attention to distances. Left out, as torch's own counter does: look-ups in
+    embeddings, norms, biases and activations. Local or causal attention is counted as if it were full.
 
     Args:
         anatomy: Where layers and head are (`earlysift.exits.find_anatomy`).
@@ -35,11 +42,13 @@ def forward_flops(anatomy: Anatomy, *, rows: int, length: int, labelled: int, de
         >>> forward_flops(anatomy, rows=1, length=8, labelled=2, depth=1)
         1440.0
     """
-    layers = list(anatomy.layers)[:depth]
-    matrices = [_matrix_weights(layer) for layer in layers]
-    attention = sum(4.0 * rows * length**2 * _attention_width(anatomy, layer) for layer in layers)
-    head = sum(_matrix_weights(anatomy.core.get_submodule(name)) for name in anatomy.head)
-    return 2.0 * sum(matrices) * rows * length + attention + 2.0 * head * labelled
+    everywhere, head = _outer_weights(anatomy)
+    attention = 0.0
+    for layer in list(anatomy.layers)[:depth]:
+        everywhere += sum(_own_weights(name, module) for name, module in layer.named_modules())
+        width = _attention_width(anatomy, layer)
+        attention += 4.0 * rows * length**2 * width + _distance_flops(anatomy, rows, length, width)
+    return 2.0 * everywhere * rows * length + 2.0 * head * labelled + attention
 
 
 def batch_work(
@@ -57,7 +66,7 @@ def batch_work(
     inputs, labels = pools.inputs_and_labels(batch)
     rows = len(labels)
     if anatomy.task == "sequence_classification":
-        length, labelled = pools.length(inputs), rows
+        length, labelled = _positions(anatomy, inputs), rows
     else:
         length = labels.size(1)
         labelled = int(losses.labelled_positions(labels, causal=anatomy.task == "causal_lm").sum())
@@ -101,8 +110,116 @@ def payoff(gain: float, cost: float) -> float:
     return gain / cost
 
 
-def _matrix_weights(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters() if parameter.ndim == 2)
+def approximate_gain(gain: float, correlation: float) -> float:
+    """Gain of selecting by an approximate loss (T5, derived for this project).
+
+    ``rho_r = 1 + r (rho - 1)``, for approximate and exact losses that are jointly Gaussian. Below 1, which is worse
+    than uniform training, where the approximation ranks backwards.
+
+    Args:
+        gain: rho of selecting by the exact loss.
+        correlation: r, between approximate and exact loss, in [-1, 1]; the rank correlation is close to it.
+
+    Returns:
+        rho_r.
+
+    Example:
+        >>> round(approximate_gain(1.2, 0.9), 3)
+        1.18
+    """
+    return 1.0 + correlation * (gain - 1.0)
+
+
+def second_moment_ratio(scores: Tensor) -> float:
+    """What drawing in proportion to scores leaves of the gradient's second moment (T7, derived for this project).
+
+    ``V = (mean s)^2 / mean s^2``, if the scores are the norms of the samples' gradients (or in proportion to them).
+
+    Args:
+        scores: Non-negative scores of a pool, ``(R,)``; only finite ones count.
+
+    Returns:
+        V in (0, 1]: 1 if all scores are alike, k / R if k of R candidates carry all of them alike, 1 without any score.
+
+    Example:
+        >>> second_moment_ratio(torch.tensor([1.0, 1.0, 0.0, 0.0]))
+        0.5
+
+    Reference:
+        Importance sampling by a bound on the gradient norm: Katharopoulos and Fleuret, ICML 2018, arXiv 1803.00942.
+    """
+    finite = scores[torch.isfinite(scores)].double()
+    second = finite.square().mean().item() if len(finite) else 0.0
+    return finite.mean().item() ** 2 / second if second > 0 else 1.0
+
+
+def unbiased_payoff(second_moment: float, cost: float) -> float:
+    """Predicted progress per unit of cost of unbiased selection, where gradient noise limits steps (T7).
+
+    ``payoff = 1 / (V c)``
+
+    Args:
+        second_moment: V, from `second_moment_ratio`.
+        cost: c, from `relative_cost`, or measured.
+
+    Example:
+        >>> round(unbiased_payoff(0.5, 1.25), 3)
+        1.6
+    """
+    return 1.0 / (second_moment * cost)
+
+
+def break_even_gain(cost: float) -> float:
+    """The gain at which selection starts to pay (C2).
+
+    ``rho / c = 1`` where ``rho = c``: selection must find samples whose loss is c times the pool's mean.
+
+    Args:
+        cost: c, from `relative_cost`, or measured.
+
+    Returns:
+        rho, mean exact loss of the kept over mean exact loss of the pool.
+
+    Example:
+        >>> payoff(break_even_gain(1.1), 1.1)
+        1.0
+    """
+    return cost
+
+
+def _positions(anatomy: Anatomy, inputs: Any) -> int:
+    values = inputs.values() if isinstance(inputs, Mapping) else [inputs]
+    images = next((value for value in values if isinstance(value, Tensor) and value.ndim == 4), None)
+    if images is None:
+        return pools.length(inputs)
+    # An image (R, channels, height, width) has a position per patch, and one for its class token.
+    patches = next((module for module in anatomy.core.modules() if isinstance(module, nn.Conv2d)), None)
+    down, right = patches.stride if patches is not None else images.shape[2:]
+    return images.size(2) // int(down) * (images.size(3) // int(right)) + 1
+
+
+def _own_weights(name: str, module: nn.Module) -> int:
+    """Number of weights in a module's own matrices and kernels: those that multiply states."""
+    if isinstance(module, nn.Embedding) or name.endswith(_ON_DISTANCES):
+        return 0
+    own = module._parameters.items()
+    return sum(p.numel() for kind, p in own if p is not None and kind.endswith("weight") and p.ndim > 1)
+
+
+def _outer_weights(anatomy: Anatomy) -> tuple[int, int]:
+    """Weights outside of the layers: those that run at every position, and those that run at labelled ones."""
+    heads = {module for name in anatomy.head for module in anatomy.core.get_submodule(name).modules()}
+    pools_behind = anatomy.task == "sequence_classification"
+    everywhere = head = 0
+    behind = False
+    for name, module in anatomy.core.named_modules(memo=set(anatomy.layers)):  # all but the layers
+        behind = behind or module is anatomy.layers
+        pooled = pools_behind and behind and not isinstance(module, nn.Conv1d) and not name.endswith(_BEFORE_POOLING)
+        if module in heads or pooled:
+            head += _own_weights(name, module)
+        else:
+            everywhere += _own_weights(name, module)
+    return everywhere, head
 
 
 def _attention_width(anatomy: Anatomy, layer: nn.Module) -> int:
@@ -113,3 +230,14 @@ def _attention_width(anatomy: Anatomy, layer: nn.Module) -> int:
         return heads * head_dim if head_dim else int(config.hidden_size)
     # The narrowest side of a layer's matrices is the width of its states (feed-forward layers are wider).
     return min((min(p.shape) for p in layer.parameters() if p.ndim == 2), default=0)
+
+
+def _distance_flops(anatomy: Anatomy, rows: int, length: int, width: int) -> float:
+    """DeBERTa's attention to distances in a layer: their embeddings projected once, then multiplied with all states."""
+    config: Any = getattr(anatomy.core, "config", None)
+    if not getattr(config, "relative_attention", False):
+        return 0.0
+    kinds, buckets = len(config.pos_att_type or ()), int(config.position_buckets)
+    reach = buckets if buckets > 0 else int(config.max_relative_positions)
+    distances = 2 * (reach if reach > 0 else int(config.max_position_embeddings))
+    return 2.0 * kinds * distances * width * (width + rows * length)

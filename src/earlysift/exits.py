@@ -12,7 +12,7 @@ Model families are rows of data in `FAMILIES`; a model of your own needs one row
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast
@@ -55,6 +55,7 @@ FAMILIES: dict[str, Family] = {
     "gpt2": Family("transformer.h", (("lm_head",), *_CLASSIFIERS)),
     "llama": Family("model.layers", (("lm_head",), ("dropout", "score"))),
     "qwen3": Family("model.layers", (("lm_head",), ("dropout", "score"))),
+    "vit": Family("vit.layers", (("classifier",),)),
 }
 
 _TASK_OF_CLASS_SUFFIX: dict[str, Task] = {
@@ -63,6 +64,7 @@ _TASK_OF_CLASS_SUFFIX: dict[str, Task] = {
     "LMHeadModel": "causal_lm",
     "ForTokenClassification": "token_classification",
     "ForSequenceClassification": "sequence_classification",
+    "ForImageClassification": "sequence_classification",
 }
 
 
@@ -77,12 +79,17 @@ class Problem(NamedTuple):
 
 
 class Anatomy(NamedTuple):
-    """Where the parts of one model are: its core without wrappers, layer list, head module names and task."""
+    """Where the parts of one model are: its core without wrappers, layer list, head module names and task.
+
+    In sequence classification the model pools between states and logits, so ``head`` is empty and ``classifier`` names
+    the modules behind (or with) the pooling.
+    """
 
     core: nn.Module
     layers: nn.ModuleList | nn.Sequential
     head: tuple[str, ...]
     task: Task
+    classifier: tuple[str, ...] = ()
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -220,6 +227,42 @@ def shortened(
 
 
 @contextmanager
+def captured(anatomy: Anatomy, depths: Iterable[int]) -> Iterator[dict[int, Any]]:
+    """Inside this context the output of the layers at these depths is kept: what `replayed` needs.
+
+    Yields:
+        Depth to the layer's own output, filled by the next forward pass.
+    """
+    layers = list(anatomy.layers)
+    outputs: dict[int, Any] = {}
+
+    def keep(depth: int) -> Callable[..., None]:
+        return lambda module, inputs, output: outputs.__setitem__(depth, output)
+
+    handles = [layers[depth - 1].register_forward_hook(keep(depth)) for depth in depths]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def replayed(anatomy: Anatomy, output: Any, *, exit_head: nn.Module | None = None) -> Iterator[None]:
+    """Inside this context the layers hand out an output that was `captured` before, so a forward pass costs no layer.
+
+    With it one full forward pass gives the exits at every depth: the model's own final norm and head follow each.
+    """
+    recorded: nn.Module = _Recorded(output)
+    all_layers = anatomy.layers._modules
+    anatomy.layers._modules = {"0": recorded if exit_head is None else _ExitLayer(recorded, exit_head, detach=False)}
+    try:
+        yield
+    finally:
+        anatomy.layers._modules = all_layers
+
+
+@contextmanager
 def headless(anatomy: Anatomy) -> Iterator[None]:
     """Inside this context the model returns the states ``(R, T, D)`` that enter its head where its logits were.
 
@@ -330,6 +373,15 @@ class _HandOn(nn.Module):
         return states
 
 
+class _Recorded(nn.Module):
+    def __init__(self, output: Any) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.output
+
+
 class _ExitLayer(nn.Module):
     """The last kept layer with the exit head behind it; stands in the layer list in that layer's place."""
 
@@ -385,23 +437,23 @@ def _anatomy_or_problems(model: nn.Module, family: Family | None) -> Anatomy | l
                 "Set task= in the family row: masked_lm, causal_lm, token_classification or sequence_classification.",
             )
         )
-    head: tuple[str, ...] = ()
-    if task != "sequence_classification":  # its head pools over positions, so the model's own logits are the way
-        head = next((h for h in row.heads if all(part in core._modules for part in h)), ())
-        if family is not None and row.heads and not head:
-            problems.append(
-                Problem(
-                    f"{name} has none of the heads {row.heads} named in its family row as direct submodules.",
-                    f"Its submodules are {tuple(core._modules)}; leave heads empty to use the model's own logits.",
-                )
+    named = next((h for h in row.heads if all(part in core._modules for part in h)), ())
+    # The head of sequence classification pools over positions, so the model's own logits are the way to score.
+    head, classifier = ((), named) if task == "sequence_classification" else (named, ())
+    if task != "sequence_classification" and family is not None and row.heads and not head:
+        problems.append(
+            Problem(
+                f"{name} has none of the heads {row.heads} named in its family row as direct submodules.",
+                f"Its submodules are {tuple(core._modules)}; leave heads empty to use the model's own logits.",
             )
+        )
     if getattr(getattr(core, "config", None), "final_logit_softcapping", None):
         head = ()  # the cap is applied behind the head, in the model's forward
     if problems:
         return problems
     assert isinstance(layers, nn.ModuleList | nn.Sequential)
     assert task is not None
-    return Anatomy(core, layers, head, task)
+    return Anatomy(core, layers, head, task, classifier)
 
 
 def _submodule(model: nn.Module, path: str) -> nn.Module | None:

@@ -49,7 +49,7 @@ class Ledger:
         if self._row.get("step") != step:
             self.end()
             self._row = {"step": step}
-            self._began_ms = self._now_ms()
+            self._began_ms = self.now_ms()
 
     def note(self, **values: Any) -> None:
         """Put values into the open row."""
@@ -58,9 +58,9 @@ class Ledger:
     @contextmanager
     def timed(self, operation: str) -> Iterator[None]:
         """Add the time spent inside to ``{operation}_ms`` of the open row (not if an exception ends it)."""
-        started = self._now_ms()
+        started = self.now_ms()
         yield
-        spent_ms = self._now_ms() - started
+        spent_ms = self.now_ms() - started
         name = f"{operation}_ms"
         self._row[name] = self._row.get(name, 0.0) + spent_ms
         self._times_ms.setdefault(operation, deque(maxlen=_KEPT_TIMES)).append(spent_ms)
@@ -69,7 +69,7 @@ class Ledger:
         """Write the open row, if any, and return it; ``step_ms`` is the time since it was opened."""
         row, self._row = self._row, {}
         if row:
-            row["step_ms"] = self._now_ms() - self._began_ms
+            row["step_ms"] = self.now_ms() - self._began_ms
         if row and self._path is not None:
             line = json.dumps({key: _rounded(value) for key, value in row.items()}, allow_nan=False)
             try:
@@ -89,7 +89,8 @@ class Ledger:
         """The measured times of an operation (the latest 10,000), in ms."""
         return list(self._times_ms.get(operation, ()))
 
-    def _now_ms(self) -> float:
+    def now_ms(self) -> float:
+        """The clock, in ms, after the device (if one was given) has done what it was told."""
         if self._device is not None and self._device.type != "cpu":
             torch.accelerator.synchronize(self._device)
         return time.perf_counter() * 1e3
@@ -138,6 +139,8 @@ def reference_ms(counts: Mapping[str, int], medians_ms: Mapping[str, float]) -> 
 
 
 def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(entry) for key, entry in value.items()}
     if not isinstance(value, float):
         return value
     return float(f"{value:.6g}") if value - value == 0 else None  # JSON knows neither nan nor inf

@@ -181,7 +181,7 @@ def training_loss(
             stack.enter_context(exits.shortened(anatomy, depth, exit_head=exit_head, detach_exit=detach_exit))
         if anatomy.task == "sequence_classification":
             logits = exits.call(model, inputs, synchronized=depth is None)
-            per_sample = losses.class_losses(logits, labels, problem=_problem(anatomy))
+            per_sample = losses.class_losses(logits, labels, problem=problem_of(anatomy))
             counts = (per_sample != losses.UNLABELLED).float()
         else:
             with exits.headless(anatomy):
@@ -209,7 +209,8 @@ _PROBLEM_OF_CONFIG: dict[str, Problem] = {
 }
 
 
-def _problem(anatomy: Anatomy) -> Problem | None:
+def problem_of(anatomy: Anatomy) -> Problem | None:
+    """The kind of classification that the model's config names, if it names one."""
     # What the model's config says goes before what labels look like: regression of several outputs looks multi label.
     return _PROBLEM_OF_CONFIG.get(str(getattr(getattr(anatomy.core, "config", None), "problem_type", None)))
 
@@ -243,7 +244,7 @@ def _scores(
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(exits.scoring_mode(model))
-        stack.enter_context(_precision(anatomy, dtype))
+        stack.enter_context(precision(anatomy, dtype))
         if exit_head is not None:
             stack.enter_context(exits.scoring_mode(exit_head))
         if depth is not None:
@@ -252,7 +253,7 @@ def _scores(
         for start in range(0, size, rows):
             inputs, labels = pools.inputs_and_labels(pools.take(pool, slice(start, start + rows)))
             if anatomy.task == "sequence_classification":
-                scores.append(per_class(exits.call(model, inputs), labels, problem=_problem(anatomy)))
+                scores.append(per_class(exits.call(model, inputs), labels, problem=problem_of(anatomy)))
                 continue
             with exits.headless(anatomy):
                 hidden = exits.call(model, inputs)
@@ -261,7 +262,8 @@ def _scores(
         return torch.cat(scores)
 
 
-def _precision(anatomy: Anatomy, dtype: torch.dtype | str | None) -> AbstractContextManager[Any]:
+def precision(anatomy: Anatomy, dtype: torch.dtype | str | None) -> AbstractContextManager[Any]:
+    """Autocast as scoring wants it on the model's device."""
     device = next(anatomy.core.parameters()).device
     chosen = scoring_dtype(device) if dtype == AUTO_DTYPE else dtype
     if chosen is None:

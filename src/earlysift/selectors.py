@@ -21,6 +21,8 @@ class Selection(NamedTuple):
     weights: Tensor
 
 
+UNIFORM_SHARE = 0.2  # of the unbiased rule's probabilities: no weight exceeds five
+
 Selector = Callable[[Tensor, int, Generator], Selection]
 
 
@@ -47,7 +49,7 @@ def greedy(scores: Tensor, kept: int, generator: Generator | None = None) -> Sel
     return _unweighted(ranking(scores)[:kept])
 
 
-def proportional(scores: Tensor, kept: int, generator: Generator, *, uniform_share: float = 0.2) -> Selection:
+def proportional(scores: Tensor, kept: int, generator: Generator, *, uniform_share: float = UNIFORM_SHARE) -> Selection:
     r"""Draw candidates in proportion to their scores, with weights that keep the mean unbiased.
 
     ``p_i = (1 - u) s_i / sum(s) + u / R``, inclusion probability ``pi_i = min(1, b p_i)`` (the excess of capped
@@ -90,9 +92,7 @@ def proportional(scores: Tensor, kept: int, generator: Generator, *, uniform_sha
             "Use the greedy selector, or shift the scores."
         )
     count = len(usable_scores)
-    total = usable_scores.sum()
-    shares = usable_scores / total if total > 0 else torch.full_like(usable_scores, 1 / count)
-    inclusion = _inclusion_probabilities((1 - uniform_share) * shares + uniform_share / count, kept)
+    inclusion = inclusion_probabilities(usable_scores, kept, uniform_share)
     order = torch.randperm(count, generator=generator, device=generator.device).to(scores.device)
     start = torch.rand((), generator=generator, device=generator.device, dtype=torch.float64).to(scores.device)
     # Systematic sampling: points start, start + 1, ... on the line of cumulated probabilities each hit one candidate.
@@ -102,6 +102,37 @@ def proportional(scores: Tensor, kept: int, generator: Generator, *, uniform_sha
     indices, by_index = usable.nonzero().squeeze(1)[hit].sort()
     weights = (kept / (count * inclusion[hit])).float()
     return Selection(indices, weights[by_index])
+
+
+def inclusion_probabilities(scores: Tensor, kept: int, uniform_share: float = UNIFORM_SHARE) -> Tensor:
+    """Probability of each candidate to be drawn by `proportional`.
+
+    Args:
+        scores: Non-negative and finite, ``(R,)``.
+        kept: b, at most R.
+        uniform_share: u in (0, 1].
+
+    Returns:
+        float64 ``(R,)`` in (0, 1], sum b.
+
+    Example:
+        >>> import torch
+        >>> inclusion_probabilities(torch.tensor([3.0, 1.0, 0.0]), 1, uniform_share=0.25)
+        tensor([0.6458, 0.2708, 0.0833], dtype=torch.float64)
+    """
+    scores = scores.double()
+    total = scores.sum()
+    shares = scores / total if total > 0 else torch.full_like(scores, 1 / len(scores))
+    shares = (1 - uniform_share) * shares + uniform_share / len(scores)
+    # Cap at one and share the excess out among the rest until nothing exceeds one; ends because each round caps more.
+    capped = torch.zeros_like(shares, dtype=torch.bool)
+    while True:
+        free = shares * ~capped
+        inclusion = torch.where(capped, 1.0, free * (kept - capped.sum()) / free.sum())
+        over = inclusion > 1
+        if not bool(over.any()):
+            return inclusion
+        capped |= over
 
 
 def percentile(scores: Tensor, kept: int, generator: Generator, *, beta: float = 1.0) -> Selection:
@@ -185,18 +216,6 @@ def uniform_subset(candidates: int, kept: int, generator: Generator) -> Selectio
         tensor([0, 1, 2, 3])
     """
     return _unweighted(torch.randperm(candidates, generator=generator, device=generator.device)[:kept])
-
-
-def _inclusion_probabilities(shares: Tensor, kept: int) -> Tensor:
-    # Cap at one and share the excess out among the rest until nothing exceeds one; ends because each round caps more.
-    capped = torch.zeros_like(shares, dtype=torch.bool)
-    while True:
-        free = shares * ~capped
-        inclusion = torch.where(capped, 1.0, free * (kept - capped.sum()) / free.sum())
-        over = inclusion > 1
-        if not bool(over.any()):
-            return inclusion
-        capped |= over
 
 
 def _unweighted(indices: Tensor) -> Selection:

@@ -1,25 +1,35 @@
 """`Sifter`: the one stateful object. Pools in, smaller batches of the same structure out."""
 
+import dataclasses
+import json
+import logging
+import math
 import warnings
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from functools import partial
-from typing import Any
+from statistics import median
+from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor, nn
 
-from earlysift import costs, exits, losses, pools, schedules, scorers, selectors
+from earlysift import controller, costs, exits, losses, pools, schedules, scorers, selectors
+from earlysift.controller import Control
 from earlysift.exits import Anatomy, ExitHead, Family
 from earlysift.fidelity import fidelity
 from earlysift.ledger import Ledger
 from earlysift.losses import Reduction
+from earlysift.probes import probe
 from earlysift.schedules import Schedule
 from earlysift.scorers import Scorer
 from earlysift.seeds import seeded
 from earlysift.selectors import Selection, Selector
 
-STATE_VERSION = 1
+STATE_VERSION = 2
+_LOG = logging.getLogger("earlysift")
+_RULES: dict[str, Selector] = {"greedy": selectors.greedy, "unbiased": selectors.proportional}
 _SCORES = ("loss", "entropy", "exact", "uniform")
 _SCHEDULE_SAMPLES = (0, 1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)
 
@@ -37,6 +47,11 @@ class Sifter:
         score: ``"loss"``, ``"entropy"``, ``"exact"``, ``"uniform"``, or a scorer ``(model, pool) -> (R,)``.
         select: Selector ``(scores, kept, generator) -> Selection``.
         schedule: Step to share of steps that select; None selects at every step.
+        mode: ``"fixed"`` selects as told; ``"auto"`` starts uniformly, measures by probes whether selection would pay,
+            and chooses rule, depth and keep, or goes back to uniform batches (`earlysift.controller`). The unbiased
+            rule is a candidate only in loops that read `weights`.
+        control: What auto may choose from and spend; None is `earlysift.controller.Control()`. The sifter's own depth
+            and keep are always among the candidates.
         family: A row for a model that `earlysift.exits.FAMILIES` does not know.
         reduction: Mean or sum over a sample's labelled positions.
         drop_outliers: Share of the largest finite scores taken out of candidacy, in [0, 1).
@@ -77,6 +92,8 @@ class Sifter:
         score: str | Scorer = "loss",
         select: Selector = selectors.greedy,
         schedule: Schedule | None = None,
+        mode: Literal["fixed", "auto"] = "fixed",
+        control: Control | None = None,
         family: Family | None = None,
         reduction: Reduction = "mean",
         drop_outliers: float = 0.0,
@@ -103,6 +120,15 @@ class Sifter:
             raise ValueError(f"dtype must be a torch.dtype, 'auto' or None, got {dtype!r}.")
         if isinstance(score, str) and score not in _SCORES:
             raise ValueError(f"score must be one of {', '.join(_SCORES)} or a callable, got {score!r}.")
+        if mode not in ("fixed", "auto"):
+            raise ValueError(f"mode must be fixed or auto, got {mode!r}.")
+        if mode == "auto" and (score not in ("loss", "entropy") or keep == 1):
+            raise ValueError(
+                f"Auto mode chooses among early exits and needs keep below 1, got score={_name(score)!r}, keep={keep}. "
+                "Use score='loss' or 'entropy', or mode='fixed'."
+            )
+        if control is not None and mode == "fixed":
+            raise ValueError("A control came with mode='fixed', which chooses nothing. Set mode='auto'.")
         needs_exit = score in ("loss", "entropy") or exit_head is not None
         if needs_exit:
             problems = exits.check(model, depth=depth, family=family)
@@ -116,6 +142,7 @@ class Sifter:
         self.score = score
         self.select = select
         self.schedule = schedule or schedules.constant()
+        self.mode = mode
         self.family = family
         self.reduction = reduction
         self.drop_outliers = drop_outliers
@@ -138,6 +165,12 @@ class Sifter:
         self._kept: int | None = None
         self._counts = dict.fromkeys(("candidates", "scored", "trained", "unlabelled", "non_finite"), 0)
         self._fidelity: dict[str, float] = {}
+        self._breakdown = False
+        self._control = self._candidates(control or Control()) if mode == "auto" else None
+        self._steering: controller.State | None = None
+        self._weights_read = False  # a loop that ignores weights must never be given the unbiased rule
+        self._left_ms: float | None = None
+        self._outside_ms: deque[float] = deque(maxlen=100)
 
     @property
     def step(self) -> int:
@@ -149,6 +182,7 @@ class Sifter:
         """Weights ``(b,)`` of the latest batch: 1 unless the selector is unbiased."""
         if self.selection is None:
             raise ValueError("There are no weights before the first call of sift.")
+        self._weights_read = True
         return self.selection.weights
 
     def sift(self, pool: Any) -> Any:
@@ -172,6 +206,8 @@ class Sifter:
                 "Drop ragged last batches: DataLoader(..., drop_last=True)."
             )
         self.ledger.begin(self._step)
+        if self._left_ms is not None:
+            self._outside_ms.append(self.ledger.now_ms() - self._left_ms)
         if self.keep == 1:
             device = next(self.model.parameters()).device
             everything = Selection(torch.arange(size, device=device), torch.ones(size, device=device))
@@ -185,16 +221,23 @@ class Sifter:
         self._check_on(pool)
         generator = self._generator()
         selects = torch.rand((), generator=generator).item() < self.schedule(self._step)
+        select, depth, candidates = self.select, self.depth, size
+        news: dict[str, Any] = {}
+        if self.mode == "auto":
+            news, choice = self._steer(pool, kept)
+            selects = selects and choice is not None
+            if choice is not None:
+                select, depth, candidates = _RULES[choice.rule], choice.depth, min(size, round(kept / choice.keep))
         probes = self._probes_on(pool)
         scores = None
-        news: dict[str, float] = {}
         if (selects or probes) and self.score != "uniform":
-            scores = self._scores(pool, kept)
-            news = {"scored": size, **self._counted_losses(scores, kept)}
+            considered = pool if candidates == size else pools.take(pool, slice(0, candidates))
+            scores = self._scores(considered, kept, depth)
+            news |= {"scored": candidates, "depth": depth, **self._counted_losses(scores, kept)}
         if selects and scores is not None:
             with self.ledger.timed("select"):
                 guarded = selectors.drop_outliers(scores, self.drop_outliers, kept)
-                selection = self.select(guarded, kept, generator)
+                selection = select(guarded, kept, generator)
             if len(selection.indices) != kept:
                 raise ValueError(
                     f"Expected the selector to keep {kept} candidates, got {len(selection.indices)}. "
@@ -206,6 +249,7 @@ class Sifter:
         if probes and scores is not None:
             self._fidelity = self._probe(pool, scores, kept)
             news |= self._fidelity
+            self._warn_of_breakdown()
         if self.exit_optimizer is not None and scores is not None:
             with self.ledger.timed("exit"):
                 # Uniform, as pools come shuffled; without what would poison the head.
@@ -218,6 +262,24 @@ class Sifter:
         self._kept = kept
         self._commit(pool, batch, selection, news)
         return batch
+
+    def probe(self, pool: Any) -> dict[str, float]:
+        """One probe outside of any step, as auto mode makes them: see `earlysift.controller.record`.
+
+        Nothing of the sifter's state changes. Useful to look at a model before choosing a mode, and to time a probe.
+
+        Args:
+            pool: A pool of R candidates with labels.
+
+        Returns:
+            Signal and length of the step of every rule, rank correlation by depth, gain by depth and keep, floor.
+        """
+        kept = self._kept or max(1, round(self.keep * pools.pool_size(pool)))
+        control = self._control or self._candidates(Control())
+        options = self._scoring_options(kept)
+        signal: Literal["loss", "entropy"] = "entropy" if self.score == "entropy" else "loss"
+        seen = probe(self.model, pool, depths=control.depths, signal=signal, exit_head=self.exit_head, **options)
+        return controller.record(seen, kept, control)
 
     def exit_loss(self, batch: Any) -> Tensor:
         """Differentiable loss of the early exit on a batch: add a share of it to your loss to train the exit jointly.
@@ -248,6 +310,8 @@ class Sifter:
             "kept": self._kept,
             "counts": dict(self._counts),
             "fidelity": dict(self._fidelity),
+            "steering": self._steering and controller.to_json(self._steering),
+            "weights_read": self._weights_read,
         }
         if self.exit_head is not None:
             state["exit_head"] = self.exit_head.state_dict()
@@ -285,6 +349,8 @@ class Sifter:
         self._kept = state["kept"]
         self._counts = dict(state["counts"])
         self._fidelity = dict(state["fidelity"])
+        self._steering = state["steering"] and controller.from_json(state["steering"])
+        self._weights_read = state["weights_read"]
 
     def _config(self) -> dict[str, Any]:
         # Functions have no value to save: a schedule is known by samples, a callable by its name.
@@ -294,6 +360,8 @@ class Sifter:
             "score": _name(self.score),
             "select": _name(self.select),
             "schedule": [float(self.schedule(step)) for step in _SCHEDULE_SAMPLES],
+            "mode": self.mode,
+            "control": self._control and json.loads(json.dumps(dataclasses.asdict(self._control))),
             "reduction": self.reduction,
             "drop_outliers": self.drop_outliers,
             "probe_every": self.probe_every,
@@ -310,8 +378,85 @@ class Sifter:
         return seeded(self.seed, "sift", self._step, rank)
 
     def _probes_on(self, pool: Any) -> bool:
-        due = self.probe_every > 0 and self._step % self.probe_every == 0
+        due = self.mode == "fixed" and self.probe_every > 0 and self._step % self.probe_every == 0
         return due and self._anatomy is not None and pools.has_labels(pool)
+
+    def _candidates(self, control: Control) -> Control:
+        """What can be chosen on this model: an exit head belongs to one depth, and a pool is as large as it is."""
+        layers = len(exits.find_anatomy(self.model, self.family).layers)
+        depths = {self.depth} if self.exit_head else {self.depth, *(d for d in control.depths if d < layers)}
+        keeps = {self.keep, *(k for k in control.keeps if k > self.keep)}
+        return dataclasses.replace(control, depths=tuple(sorted(depths)), keeps=tuple(sorted(keeps)))
+
+    def _steer(self, pool: Any, kept: int) -> tuple[dict[str, Any], controller.Choice | None]:
+        """Probe if a probe is due, and decide what steps do from here on. Returns what the ledger is to know."""
+        control = self._control
+        assert control is not None
+        if self._steering is None:
+            prices = _mean_over_ranks(self._prices(pool, kept), self.model)
+            self._steering = controller.State(next_probe=controller.next_probe(self._step, control, prices))
+        state = self._steering
+        news: dict[str, Any] = {}
+        if self._step >= state.next_probe and pools.has_labels(pool):
+            with self.ledger.timed("probe"):
+                entry = self.probe(pool)
+                timed_depth = control.depths[len(state.records) % len(control.depths)]
+                with self.ledger.timed(f"score_{timed_depth}"):
+                    self._scorer(kept, timed_depth)(self.model, pool)
+            names = controller.record_names(control)
+            entry = _mean_over_ranks({name: entry.get(name, math.nan) for name in names}, self.model)
+            prices = _mean_over_ranks(self._prices(pool, kept), self.model)
+            before = state.choice
+            allowed = control if self._weights_read else dataclasses.replace(control, rules=("greedy",))
+            state, told, reason = controller.advance(state, entry, prices, allowed, self.keep, self._step)
+            self._fidelity = {
+                "rank_correlation": entry[f"correlation.{(state.choice or before or self).depth}"],
+                "gain": entry[f"gain.{(state.choice or before or self).depth}.{self.keep:g}"],
+            }
+            told = {name: value for name, value in told.items() if math.isfinite(value)}
+            news = {"control": told, "probed": pools.pool_size(pool), **self._fidelity}
+            if state.choice != before:
+                news["event"] = {"from": _words(before), "to": _words(state.choice), "reason": reason}
+                _LOG.warning("step %d: %s -> %s: %s", self._step, _words(before), _words(state.choice), reason)
+            self._steering = state
+        return {**news, "mode": state.choice.rule if state.choice else "off"}, state.choice
+
+    def _prices(self, pool: Any, kept: int) -> dict[str, float]:
+        """Times of a step, a probe and scoring at each depth: given, measured, or by FLOPs until they are measured."""
+        control, anatomy = self._control, self._anatomy
+        assert control is not None
+        assert anatomy is not None
+        if control.reference_costs is not None:
+            return dict(control.reference_costs)
+        batch = pools.take(pool, slice(0, kept))
+        flops = {
+            "train": costs.batch_work(anatomy, batch, "train", passes=3)["train_flops"],
+            "probe": costs.batch_work(anatomy, pool, "probe")["probe_flops"],
+            **{
+                f"score_{depth}": costs.batch_work(anatomy, pool, "score", depth=depth)["score_flops"]
+                for depth in control.depths
+            },
+        }
+        measured = self.ledger.medians_ms()
+        if self._outside_ms:
+            measured["train"] = median(self._outside_ms)
+        unit = measured.get("train", flops["train"]) / flops["train"]
+        return {
+            name: measured.get(name, unit * count) if "train" in measured else count for name, count in flops.items()
+        }
+
+    def _warn_of_breakdown(self) -> None:
+        correlation = self._fidelity.get("rank_correlation", 1.0)
+        broken = correlation < controller.LEAST_CORRELATION
+        if broken and not self._breakdown:
+            _LOG.warning(
+                "step %d: the exit at depth %d ranks at random or backwards (rank correlation %.2f): selection costs "
+                "and cannot gain. Use mode='auto', train an ExitHead, or end selection by a schedule.",
+                self._step,
+                self.depth,
+                correlation,
+            )
+        self._breakdown = broken
 
     def _check_on(self, pool: Any) -> None:
         if self._checked:
@@ -322,9 +467,9 @@ class Sifter:
             raise ValueError(exits.problem_report(self.model, problems))
         self._checked = True
 
-    def _scores(self, pool: Any, kept: int) -> Tensor:
+    def _scores(self, pool: Any, kept: int, depth: int) -> Tensor:
         with self.ledger.timed("score"):
-            scores = self._scorer(kept)(self.model, pool)
+            scores = self._scorer(kept, depth)(self.model, pool)
         size = pools.pool_size(pool)
         if scores.shape != (size,):
             raise ValueError(
@@ -333,13 +478,13 @@ class Sifter:
             )
         return scores.detach()
 
-    def _scorer(self, kept: int) -> Scorer:
+    def _scorer(self, kept: int, depth: int) -> Scorer:
         if callable(self.score):
             return self.score
         if self.score == "exact":
             return self._exact_scorer(kept)
         exit_score = scorers.early_exit_loss if self.score == "loss" else scorers.early_exit_entropy
-        return partial(exit_score, depth=self.depth, exit_head=self.exit_head, **self._scoring_options(kept))
+        return partial(exit_score, depth=depth, exit_head=self.exit_head, **self._scoring_options(kept))
 
     def _exact_scorer(self, kept: int) -> Scorer:
         return partial(scorers.exact_loss, **self._scoring_options(kept))
@@ -404,20 +549,37 @@ class Sifter:
             )
         return {"unlabelled": unlabelled, "non_finite": broken}
 
-    def _commit(self, pool: Any, batch: Any, selection: Selection, news: dict[str, float]) -> None:
-        news = {"candidates": pools.pool_size(pool), "trained": len(selection.indices), **news}
+    def _commit(self, pool: Any, batch: Any, selection: Selection, news: dict[str, Any]) -> None:
+        size = pools.pool_size(pool)
+        news = {"candidates": size, "trained": len(selection.indices), **news}
         for name in self._counts:
             self._counts[name] += int(news.get(name, 0))
         self.ledger.note(**news)
         if self._anatomy is not None and pools.has_labels(batch):
             self.ledger.note(**costs.batch_work(self._anatomy, batch, "trained", passes=3))
             if news.get("scored") and not callable(self.score):  # what a scorer of one's own costs is unknown
-                depth = None if self.score == "exact" else self.depth
-                self.ledger.note(**costs.batch_work(self._anatomy, pool, "scored", depth=depth))
+                depth = None if self.score == "exact" else news["depth"]
+                scored = pools.take(pool, slice(0, news["scored"])) if news["scored"] < size else pool
+                self.ledger.note(**costs.batch_work(self._anatomy, scored, "scored", depth=depth))
             if "rank_correlation" in news:
                 self.ledger.note(**costs.batch_work(self._anatomy, pool, "probed"))
         self.selection = selection
         self._step += 1
+        self._left_ms = self.ledger.now_ms()
+
+
+def _words(choice: controller.Choice | None) -> str:
+    return "uniform" if choice is None else str(choice)
+
+
+def _mean_over_ranks(numbers: Mapping[str, float], model: nn.Module) -> dict[str, float]:
+    """The same numbers on every rank, so that all ranks decide alike."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return dict(numbers)
+    device = next(model.parameters()).device
+    values = torch.tensor(list(numbers.values()), dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(values)
+    return dict(zip(numbers, (values / torch.distributed.get_world_size()).tolist(), strict=True))
 
 
 def _name(function: str | Callable[..., Any]) -> str:

@@ -1,7 +1,10 @@
-"""Arms as rows of data: how each selects, and which operations one of its steps is charged for."""
+"""Arms as rows of data: how each trains, where it comes from, and what its steps are charged for."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
+
+from earlysift import selectors
 
 
 @dataclass(frozen=True)
@@ -10,34 +13,123 @@ class Arm:
 
     Attributes:
         label: Name in plots and tables.
-        description: One line for the report.
-        operations: Operations per step and their number, by the names that `earlysift.compare.calibrate` measures.
-        sifter: Arguments for `Sifter` beyond those that all arms share.
+        description: One line for the report; says where it departs from its paper.
+        source: Author, year, arXiv number; None for what has no paper.
+        kind: Which steps it takes, a key of `earlysift.compare.steps.STEPS`.
+        options: Arguments of that kind.
+        scoring: The operation that scoring a pool is charged as, by the names that `earlysift.compare.calibrate`
+            measures; ``{depth}`` stands for the exit. None: nothing is scored.
+        depths: Exits that it uses; without any the comparison's depth.
+        charged: False only for an upper bound: then a step is charged like a uniform one, whatever it did.
     """
 
     label: str
     description: str
-    operations: dict[str, int]
-    sifter: dict[str, Any]
+    source: str | None = None
+    kind: str = "sifted"
+    options: dict[str, Any] = field(default_factory=dict)
+    scoring: str | None = None
+    depths: tuple[int, ...] = ()
+    charged: bool = True
+
+
+_SIFT = "Das et al., 2024, arXiv 2402.07052"
+
+
+def _sift_at(depth: int) -> Arm:
+    return Arm(
+        f"SIFT, exit {depth}",
+        f"keeps the candidates with the largest loss at an early exit after {depth} layers",
+        _SIFT,
+        options={"score": "loss"},
+        scoring="score_{depth}",
+        depths=(depth,),
+    )
 
 
 ARMS: dict[str, Arm] = {
-    "uniform": Arm(
-        "uniform",
-        "plain training: every candidate is trained on",
-        {"read_batch": 1, "train": 1},
-        {"keep": 1.0},
-    ),
+    "uniform": Arm("uniform", "plain training: every candidate is trained on", options={"keep": 1.0}),
     "sift": Arm(
         "SIFT",
         "keeps the candidates with the largest loss at the early exit",
-        {"read_pool": 1, "score": 1, "train": 1},
-        {"score": "loss"},
+        _SIFT,
+        options={"score": "loss"},
+        scoring="score_{depth}",
+    ),
+    **{f"sift-{depth}": _sift_at(depth) for depth in (2, 3, 6)},
+    "sift-entropy": Arm(
+        "SIFT, entropy",
+        "keeps the candidates whose prediction at the early exit has the largest entropy",
+        _SIFT,
+        options={"score": "entropy"},
+        scoring="entropy_{depth}",
     ),
     "exact": Arm(
         "exact loss",
-        "keeps the candidates with the largest loss under the full model",
-        {"read_pool": 1, "exact": 1, "train": 1},
-        {"score": "exact"},
+        "keeps the candidates with the largest loss under the full model: what SIFT approximates",
+        _SIFT,
+        options={"score": "exact"},
+        scoring="exact",
+    ),
+    "free": Arm(
+        "exact loss, free",
+        "exact loss whose scoring is not charged: an upper bound, not a way to train",
+        _SIFT,
+        options={"score": "exact"},
+        scoring="exact",
+        charged=False,
+    ),
+    "selective-backprop": Arm(
+        "selective backprop",
+        "draws half of the candidates with odds percentile(loss)^1; percentiles within the pool, not over past losses, "
+        "and exactly half are kept instead of half on average",
+        "Jiang et al., 2019, arXiv 1910.00762",
+        options={"score": "exact", "keep": 0.5, "select": partial(selectors.percentile, beta=1.0)},
+        scoring="exact",
+    ),
+    "ordered-sgd": Arm(
+        "ordered SGD",
+        "averages the q largest losses of the batch itself; q halves when training accuracy (mean of the last 100 "
+        "batches) first reaches 80, 90, 95 and 99.5 %",
+        "Kawaguchi and Lu, 2020, arXiv 1907.04371",
+        kind="ordered",
+    ),
+    "rho-loss": Arm(
+        "RHO-loss",
+        "keeps the tenth of a pool whose loss exceeds a reference model's most; the reference is the same model, "
+        "trained on a fifth of the training part, held out for it, for a fifth of the budget, which is charged (the "
+        "paper shares one among many runs)",
+        "Mindermann et al., 2022, arXiv 2206.07137",
+        kind="reducible",
+        scoring="exact",
+    ),
+    "infobatch": Arm(
+        "InfoBatch",
+        "skips half of the samples whose last loss was below the mean, anew every epoch, and doubles the gradients of "
+        "the other half; the last 12.5 % of training skips nothing. Needs several epochs",
+        "Qin et al., 2024, arXiv 2303.04947",
+        kind="infobatch",
+    ),
+    "grad-norm": Arm(
+        "gradient norm",
+        "draws from a pool of 3 b in proportion to a bound on the gradient norm, with unbiased weights, without "
+        "replacement, while the variance reduction tau exceeds 1.5 (smoothed by 0.9); measuring tau on uniform batches "
+        "meanwhile is not charged",
+        "Katharopoulos and Fleuret, 2018, arXiv 1803.00942",
+        kind="importance",
+        scoring="grad_norm",
+    ),
+    "rs2": Arm(
+        "random subsets",
+        "trains on a fresh random tenth of the data each epoch",
+        "Okanovic et al., 2023, arXiv 2305.18424",
+        options={"keep": 1.0, "subset": 0.1},
+    ),
+    "auto": Arm(
+        "auto",
+        "measures cost and gain as it trains, and chooses greedy, unbiased or uniform training, exit and keep by them",
+        options={"mode": "auto"},
+        scoring="score_{depth}",
+        depths=(1, 2, 3),
     ),
 }

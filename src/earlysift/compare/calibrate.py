@@ -2,80 +2,98 @@
 
 import statistics
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+
+import torch
 
 from earlysift.compare.arms import ARMS
 from earlysift.compare.settings import Settings
-from earlysift.compare.trial import make_model, make_optimizer, make_sifter, train_step
-from earlysift.ledger import Ledger, reference_ms
-from earlysift.pretrain.stream import Stream
-from earlysift.pretrain.tokens import Blocks
+from earlysift.compare.steps import Bench, draw_by_gradient_norm, exits_of, make_sifter
+from earlysift.ledger import Ledger
+from earlysift.pretrain.stream import Rows
+from earlysift.pretrain.workloads import Workload
+from earlysift.seeds import seeded
 
 _WARMUP_ROUNDS = 3
-ROUNDS = 24 + _WARMUP_ROUNDS
+_FEWEST_ROUNDS = 24
+_LEAST_S, _LEAST_SHARE = 10.0, 0.1  # or a tenth of the budget, if that is less
+_MOST_S = 40.0
+_SCORES = {"score": "loss", "entropy": "entropy", "exact": "exact"}  # operation to the sifter's score
+
+Timing = dict[str, float]
 
 
-def measure_operations(settings: Settings, blocks: Blocks, on_round: Callable[[], None]) -> dict[str, dict[str, float]]:
-    """Time each operation that arms are charged for, one after the other in every round, so that drift hits all alike.
+def operations_of(arms: Iterable[str], settings: Settings) -> list[str]:
+    """The operations that steps of these arms are charged for.
 
-    The operations are those the arms really do, on a model and data of their own: ``train`` (a step on b samples),
-    ``score`` and ``exact`` (scoring, selecting and gathering b of R candidates), ``read_batch`` and ``read_pool``.
+    Example:
+        >>> operations_of(["uniform", "sift"], Settings())
+        ['read_batch', 'train', 'read_pool', 'score_1']
+    """
+    names = {"read_batch": None, "train": None}  # in the order of first use
+    for arm in (ARMS[name] for name in arms):
+        if arm.scoring:
+            names |= {"read_pool": None} | {arm.scoring.format(depth=d): None for d in exits_of(arm, settings)}
+        if arm.options.get("mode") == "auto":
+            names |= {"probe": None}
+    return list(names)
+
+
+def measure_operations(
+    names: list[str], settings: Settings, workload: Workload, on_share: Callable[[float], None]
+) -> dict[str, Timing]:
+    """Time operations, one after the other in every round, so that drift hits all alike.
+
+    They are those the arms really do, on a model and data of their own: ``train`` (a step on b samples), ``score_1``,
+    ``entropy_1``, ``exact`` and the like (scoring, selecting and gathering b of R candidates), ``read_batch``,
+    ``read_pool`` and ``probe``.
 
     Args:
+        names: Which.
         settings: The comparison.
-        blocks: Tokenised corpus.
-        on_round: Called after every round, for progress.
+        workload: Samples and model.
+        on_share: Called after every round with the share that is done, for progress.
 
     Returns:
         For every operation ``median``, ``low`` and ``high`` (20 and 80 per cent) in ms, and ``count``.
     """
-    model = make_model(settings, blocks.vocab_size, seed=0)
-    optimizer = make_optimizer(model, settings)
-    stream = Stream(blocks, seed=-1)
-    state: dict[str, Any] = {
-        "position": 0,
-        "pool": stream.read(0, settings.pool),
-        "batch": stream.read(0, settings.batch),
-    }
-
-    def read(name: str, rows: int) -> Callable[[], None]:
-        def operation() -> None:
-            state[name] = stream.read(state["position"], rows)
-            state["position"] += rows
-
-        return operation
-
-    def sift(arm: str) -> Callable[[], None]:
-        sifter = make_sifter(model, ARMS[arm], settings, 0, Ledger())
-
-        def operation() -> None:
-            sifter.sift(state["pool"])
-
-        return operation
-
-    def train() -> None:
-        train_step(model, optimizer, state["batch"])
-
-    operations: dict[str, Callable[[], None]] = {
-        "read_batch": read("batch", settings.batch),
-        "read_pool": read("pool", settings.pool),
-        "score": sift("sift"),
-        "exact": sift("exact"),
-        "train": train,
-    }
-    times_ms: dict[str, list[float]] = {name: [] for name in operations}
-    for number in range(ROUNDS):
+    ledger = Ledger(device=torch.device(settings.device))
+    bench = Bench(workload, settings, seed=0, medians_ms={}, ledger=ledger)
+    batch, pool = bench.read(settings.batch), bench.read(settings.pool)
+    operations = {name: _operation(name, bench, batch, pool) for name in names}
+    least_s = min(_LEAST_S, _LEAST_SHARE * settings.budget)
+    began, rounds, done = time.perf_counter(), 0, 0.0
+    while done < 1:
         for name, operation in operations.items():
-            started = time.perf_counter()
-            operation()
-            if number >= _WARMUP_ROUNDS:
-                times_ms[name].append((time.perf_counter() - started) * 1e3)
-        on_round()
-    return {name: summary(times) for name, times in times_ms.items()}
+            with ledger.timed(name):
+                operation()
+        rounds += 1
+        measured, elapsed_s = rounds - _WARMUP_ROUNDS, time.perf_counter() - began
+        enough = min(measured / _FEWEST_ROUNDS, elapsed_s / least_s)
+        done = max(enough, elapsed_s / _MOST_S) if measured >= _WARMUP_ROUNDS else 0.0
+        on_share(min(1.0, done))
+    return {name: summary(ledger.times_ms(name)[_WARMUP_ROUNDS:]) for name in names}
 
 
-def summary(times_ms: list[float]) -> dict[str, float]:
+def _operation(name: str, bench: Bench, batch: Rows, pool: Rows) -> Callable[[], object]:
+    settings = bench.settings
+    simple: dict[str, Callable[[], object]] = {
+        "read_batch": lambda: bench.read(settings.batch),
+        "read_pool": lambda: bench.read(settings.pool),
+        "train": lambda: bench.update(bench.loss(batch)),
+        "grad_norm": lambda: draw_by_gradient_norm(bench, pool, seeded(0)),
+    }
+    if name in simple:
+        return simple[name]
+    if name == "probe":
+        sifter = make_sifter(bench, ARMS["auto"], **ARMS["auto"].options)
+        return lambda: sifter.probe(pool)
+    score, _, depth = name.partition("_")
+    sifter = make_sifter(bench, ARMS["sift"], score=_SCORES[score], depth=int(depth or settings.depth))
+    return lambda: sifter.sift(pool)
+
+
+def summary(times_ms: list[float]) -> Timing:
     """Median, 20 and 80 per cent, and count.
 
     Example:
@@ -89,8 +107,3 @@ def summary(times_ms: list[float]) -> dict[str, float]:
         "high": round(quantiles[3], 4),
         "count": len(times_ms),
     }
-
-
-def step_cost_ms(arm: str, operations_ms: dict[str, dict[str, float]]) -> float:
-    """Reference time of one step of an arm: its operations at their medians."""
-    return reference_ms(ARMS[arm].operations, {name: entry["median"] for name, entry in operations_ms.items()})

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 
-def machine() -> dict[str, Any]:
-    """Processor, cores, threads, memory and system."""
+def machine(device: torch.device) -> dict[str, Any]:
+    """Processor, cores, threads, memory and system; the accelerator, if the device is one."""
     memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 if hasattr(os, "sysconf") else None
     capabilities = torch.cpu.get_capabilities()
     return {
@@ -21,6 +21,7 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "memory_gib": memory_gib and round(memory_gib, 1),
         "system": platform.platform(),
+        "accelerator": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
     }
 
 

@@ -1,6 +1,5 @@
 """The run folder: what may be written where, and what a resumed run finds there."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,8 @@ from earlysift.report.page import RESULTS, read_results
 
 CONFIG = "config.json"
 LEDGERS = "ledgers"
+ENCODER = "encoder"
+_MAY_GROW = ("seeds", "arms")
 
 
 def open_folder(folder: Path, identity: dict[str, object], *, resume: bool, force: bool) -> dict[str, Any] | None:
@@ -44,15 +45,15 @@ def clear(folder: Path) -> None:
     """Delete what an earlier comparison left in the folder, and nothing else."""
     for name in (RESULTS, CONFIG, "report.html", "curves.png"):
         (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / LEDGERS, ignore_errors=True)
+    for name in (LEDGERS, ENCODER):
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def _require_same(saved: dict[str, Any], now: dict[str, object]) -> None:
-    plain = json.loads(json.dumps(now))
     differing = [
-        f"{key}: was {saved.get(key)!r}, is {plain.get(key)!r}"
-        for key in sorted(saved.keys() | plain.keys())
-        if key != "seeds" and saved.get(key) != plain.get(key)  # seeds may be added
+        f"{key}: was {saved.get(key)!r}, is {now.get(key)!r}"
+        for key in sorted(saved.keys() | now.keys())
+        if key not in _MAY_GROW and saved.get(key) != now.get(key)
     ]
     if differing:
         raise ValueError(

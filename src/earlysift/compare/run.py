@@ -3,26 +3,30 @@
 import json
 from collections.abc import Callable, Iterator
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from earlysift.compare import environment, folder
 from earlysift.compare.arms import ARMS
-from earlysift.compare.calibrate import ROUNDS, measure_operations, step_cost_ms, summary
+from earlysift.compare.calibrate import Timing, measure_operations, operations_of, summary
 from earlysift.compare.settings import Settings
-from earlysift.compare.trial import Point, run_trial, unigram_plateau, validation_set
-from earlysift.compare.verdict import compare_arms, verdict
+from earlysift.compare.steps import Bench
+from earlysift.compare.trial import Run, run_trial
+from earlysift.compare.verdict import compare_arms, overall_verdict
 from earlysift.files import write_whole
-from earlysift.ledger import read_rows
-from earlysift.pretrain.corpus import read_corpus
-from earlysift.pretrain.tokens import Blocks, load_blocks
+from earlysift.ledger import Ledger, read_rows
+from earlysift.pretrain.models import save_encoder
+from earlysift.pretrain.workloads import Workload, load_workload
 from earlysift.report.page import RESULTS, RESULTS_VERSION, write_report
 
-OnProgress = Callable[[str, int, int], None]
-"""Called with the name of a piece of work, how much of it is done, and how much there is."""
+OnProgress = Callable[[str, float], None]
+"""Called with the name of a piece of work and the share of it that is done."""
 
 
-def compare(settings: Settings, on_progress: OnProgress = lambda name, done, total: None) -> dict[str, Any]:
+def compare(settings: Settings, on_progress: OnProgress = lambda name, share: None) -> dict[str, Any]:
     """Run every arm on every seed at an equal budget of reference time, and write the run folder.
 
     The arms of a seed take turns between evaluations, so that a noisy machine disturbs them alike and an interruption
@@ -40,25 +44,24 @@ def compare(settings: Settings, on_progress: OnProgress = lambda name, done, tot
         FileExistsError: If the run folder holds another run.
     """
     previous = folder.open_folder(settings.out, settings.identity(), resume=settings.resume, force=settings.force)
-    on_progress("read text", 0, 2)
-    corpus = read_corpus(settings.data)
-    on_progress("read text", 1, 2)
-    blocks = load_blocks(corpus, vocab_size=settings.vocab_size, length=settings.length)
-    on_progress("read text", 2, 2)
-    results = previous or _new_results(settings, corpus.name, blocks)
+    on_progress("read data", 0.0)
+    workload = read_workload(settings)
+    on_progress("read data", 1.0)
     if previous is None:
-        folder.clear(settings.out)  # only now: an unreadable text must not cost the run that --force replaces
+        folder.clear(settings.out)  # only now: unreadable data must not cost the run that --force replaces
+    results = previous or _new_results(settings, workload)
     results["complete"] = False
-    results["config"]["seeds"] = settings.seeds
+    results["config"]["seeds"] = max(settings.seeds, results["config"]["seeds"])
+    results["config"]["arms"] = [*dict.fromkeys((*results["config"]["arms"], *settings.arms))]
+    for name in settings.arms:
+        results["arms"].setdefault(name, _new_arm(name))
     _save(settings.out, results, settings)  # first of all, as it marks the folder as a comparison's
-    _write_json(settings.out / folder.CONFIG, results["config"])
+    write_json(settings.out / folder.CONFIG, results["config"])
     try:
-        if not results["operations_ms"]:
-            results["operations_ms"] = _calibrate(settings, blocks, on_progress)
-            _plan(results, settings)
-            _save(settings.out, results, settings)
+        _calibrate(results, settings, workload, partial(on_progress, "calibrate"))
+        _save(settings.out, results, settings)
         for seed in range(settings.seeds):
-            _run_seed(results, settings, blocks, seed, on_progress)
+            _run_seed(results, settings, workload, seed, on_progress)
         results["complete"] = True
     except KeyboardInterrupt:
         results["complete"] = False
@@ -68,107 +71,116 @@ def compare(settings: Settings, on_progress: OnProgress = lambda name, done, tot
     return results
 
 
-def _new_results(settings: Settings, data_name: str, blocks: Blocks) -> dict[str, Any]:
+def read_workload(settings: Settings) -> Workload:
+    """The data and model that the settings ask for."""
+    return load_workload(
+        task=settings.task,
+        data=settings.data or None,
+        layers=settings.layers,
+        width=settings.width,
+        length=settings.length,
+        vocab_size=settings.vocab_size,
+        validation_samples=settings.validation_samples,
+        train_samples=settings.train_samples,
+        max_characters=settings.max_characters,
+        flipped=settings.flipped,
+        repeated=settings.repeated,
+        checkpoint=settings.checkpoint,
+    )
+
+
+def _new_results(settings: Settings, workload: Workload) -> dict[str, Any]:
     return {
         "version": RESULTS_VERSION,
         "complete": False,
         "created": datetime.now().isoformat(timespec="seconds"),
-        "config": json.loads(json.dumps(settings.identity())),
-        "machine": environment.machine(),
+        "config": settings.identity(),
+        "machine": environment.machine(torch.device(settings.device)),
         "versions": environment.versions(),
         "commit": environment.commit(),
-        "data": {
-            "name": data_name,
-            "train_blocks": len(blocks.train),
-            "validation_blocks": len(blocks.validation),
-            "length": settings.length,
-            "vocab_size": blocks.vocab_size,
-        },
-        "unigram": unigram_plateau(blocks, validation_set(blocks, settings)),
+        "data": {"name": workload.name, "task": workload.task, **workload.facts},
+        "baseline": workload.baseline,
         "operations_ms": {},
+        "measured_ms": {},
         "arms": {},
     }
 
 
-def _calibrate(settings: Settings, blocks: Blocks, on_progress: OnProgress) -> dict[str, dict[str, float]]:
-    rounds = iter(range(1, ROUNDS + 1))
-    return measure_operations(settings, blocks, lambda: on_progress("calibrate", next(rounds), ROUNDS))
+def _new_arm(name: str) -> dict[str, Any]:
+    arm = ARMS[name]
+    about = {"label": arm.label, "description": arm.description, "source": arm.source, "charged": arm.charged}
+    return {**about, "runs": []}
 
 
-def _plan(results: dict[str, Any], settings: Settings) -> None:
-    """How many steps the budget buys each arm."""
-    for name in settings.arms:
-        cost_ms = step_cost_ms(name, results["operations_ms"])
-        results["arms"][name] = {
-            "label": ARMS[name].label,
-            "description": ARMS[name].description,
-            "step_cost_ms": cost_ms,
-            "steps": max(settings.evaluations, int(settings.budget * 1e3 / cost_ms)),
-            "runs": [],
-        }
+def _calibrate(
+    results: dict[str, Any], settings: Settings, workload: Workload, on_share: Callable[[float], None]
+) -> None:
+    """Measure the operations that are not known yet.
+
+    Those that an added arm needs are measured beside a training step again, and scaled by what has become of it: the
+    machine may be busier, or another one, than when the others were measured.
+    """
+    known: dict[str, Timing] = results["operations_ms"]
+    missing = [name for name in operations_of(settings.arms, settings) if name not in known]
+    if not missing:
+        return
+    fresh = measure_operations([*dict.fromkeys((*missing, "train"))], settings, workload, on_share)
+    scale = known["train"]["median"] / fresh["train"]["median"] if known else 1.0
+    for name in missing:
+        known[name] = {key: value if key == "count" else value * scale for key, value in fresh[name].items()}
 
 
-def _run_seed(results: dict[str, Any], settings: Settings, blocks: Blocks, seed: int, on_progress: OnProgress) -> None:
-    arms = results["arms"]
-    if all(any(run["seed"] == seed and run["finished"] for run in arm["runs"]) for arm in arms.values()):
-        return  # finished before a resume
+def _run_seed(
+    results: dict[str, Any], settings: Settings, workload: Workload, seed: int, on_progress: OnProgress
+) -> None:
     (settings.out / folder.LEDGERS).mkdir(exist_ok=True)
-    turns: dict[str, Iterator[tuple[Point, Point]]] = {}
-    for name, arm in arms.items():
-        arm["runs"] = [run for run in arm["runs"] if run["seed"] != seed]
-        arm["runs"].append({"seed": seed, "finished": False, "curve": [], "fidelity": []})
+    medians_ms = {name: timing["median"] for name, timing in results["operations_ms"].items()}
+    benches: dict[str, Bench] = {}
+    turns: dict[str, Iterator[Run]] = {}
+    for name in settings.arms:
+        runs: list[Run] = results["arms"][name]["runs"]
+        if any(run["seed"] == seed and run["finished"] for run in runs):
+            continue  # finished before a resume
         ledger_path = settings.out / folder.LEDGERS / f"{name}-seed{seed}.jsonl"
         ledger_path.unlink(missing_ok=True)
-        turns[name] = run_trial(
-            ARMS[name],
-            blocks=blocks,
-            settings=settings,
-            seed=seed,
-            steps=arm["steps"],
-            step_cost_ms=arm["step_cost_ms"],
-            ledger_path=ledger_path,
-            on_step=_progress_of(f"seed {seed} {arm['label']}", arm["steps"], on_progress),
-        )
+        ledger = Ledger(ledger_path, device=torch.device(settings.device))
+        benches[name] = Bench(workload, settings, seed, medians_ms, ledger)
+        turns[name] = run_trial(benches[name], ARMS[name], partial(on_progress, f"seed {seed} {ARMS[name].label}"))
     while turns:
         for name in list(turns):
-            run = arms[name]["runs"][-1]
-            point = next(turns[name], None)
-            if point is None:
-                run["finished"] = True
+            run = next(turns[name], None)
+            if run is None:
                 del turns[name]
                 continue
-            run["curve"].append(point[0])
-            run["fidelity"].append(point[1])
-            last = run["curve"][-1]
-            run.update(final_accuracy=last["accuracy"], final_loss=last["loss"], wall_s=last["wall_s"])
+            if run["finished"] and settings.save_encoder and (name, seed) == ("uniform", 0):
+                save_encoder(benches[name].model, workload.tokenizer_json, settings.out / folder.ENCODER)
+            others = [other for other in results["arms"][name]["runs"] if other["seed"] != seed]
+            results["arms"][name]["runs"] = sorted([*others, run], key=lambda run: run["seed"])
         _save(settings.out, results, settings)
-
-
-def _progress_of(name: str, total: int, on_progress: OnProgress) -> Callable[[int], None]:
-    return lambda done: on_progress(name, done, total)
 
 
 def _save(out: Path, results: dict[str, Any], settings: Settings) -> None:
     finished = {
         name: {**arm, "runs": [r for r in arm["runs"] if r["finished"]]} for name, arm in results["arms"].items()
     }
-    if finished.get("uniform", {}).get("runs"):
-        results.update(compare_arms(finished, settings.target))
-    results["verdict"] = verdict(results)
-    _write_json(out / RESULTS, results)
+    results.update(compare_arms(finished, settings.target, settings.target_share))
+    results["verdict"] = overall_verdict(results)
+    write_json(out / RESULTS, results)
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Put a JSON file in place, whole or not at all."""
     text = json.dumps(content, indent=1, allow_nan=False) + "\n"
     write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
-def _measured_ms(out: Path) -> dict[str, dict[str, float]]:
+def _measured_ms(out: Path) -> dict[str, Timing]:
     """Times of the operations in the arms' own steps, beside the calibration that they were charged by."""
     times_ms: dict[str, list[float]] = {}
     for path in sorted((out / folder.LEDGERS).glob("*.jsonl")):
+        arm = path.stem.rpartition("-seed")[0]
         for row in read_rows(path):
             for key, value in row.items():
-                if key.endswith("_ms"):
-                    times_ms.setdefault(f"{path.stem.split('-')[0]}: {key[:-3]}", []).append(value)
+                if key.endswith("_ms") and isinstance(value, float):
+                    times_ms.setdefault(f"{arm}: {key[:-3]}", []).append(value)
     return {name: summary(values) for name, values in times_ms.items() if len(values) > 1}

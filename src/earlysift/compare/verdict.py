@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 _RESAMPLES = 10_000
+_SHORTEST_S = 1e-3  # a target that the untrained model meets takes no time, which has no ratio
 Run = dict[str, Any]
 
 
@@ -52,102 +53,112 @@ def paired_interval(values: Sequence[float], mean: Callable[[Sequence[float]], f
     return cuts[0], cuts[-1]
 
 
-def compare_arms(arms: dict[str, Any], fixed_target: float | None) -> dict[str, Any]:
+def compare_arms(arms: dict[str, Any], fixed_target: float | None, target_share: float) -> dict[str, Any]:
     """Target per seed, time to it in every run (written into the runs), and each arm against uniform, seed by seed.
 
     Args:
-        arms: The ``arms`` part of results.json; every run gains its times to target.
-        fixed_target: Target accuracy; None takes what uniform reaches at the end of its budget on the same seed.
+        arms: The ``arms`` part of results.json with finished runs only; every run gains its times to target.
+        fixed_target: Target accuracy; None takes a share of what uniform reaches at the end of its budget on the same
+            seed.
+        target_share: That share.
 
     Returns:
-        ``target`` and ``comparison`` of results.json. A speed-up (uniform's reference time to target over the
-        arm's, geometric mean over seeds) is given only if every seed reached the target.
+        ``target`` and ``comparison`` of results.json. A speed-up (uniform's time to target over the arm's, geometric
+        mean over seeds) is given only if every seed reached the target.
     """
-    uniform = {run["seed"]: run for run in arms["uniform"]["runs"]}
-    targets = {seed: fixed_target or run["final_accuracy"] for seed, run in uniform.items()}
+    uniform = {run["seed"]: run for run in arms.get("uniform", {}).get("runs", [])}
+    targets = {seed: fixed_target or target_share * run["final_accuracy"] for seed, run in uniform.items()}
     for arm in arms.values():
         for run in arm["runs"]:
             target = targets.get(run["seed"])
             for axis in ("reference_s", "wall_s"):
                 reached = None if target is None else time_to_target(run["curve"], target, axis)
                 run[f"{axis}_to_target"] = reached
+    if not targets:
+        return {"target": None, "comparison": {}}
+    source = "given" if fixed_target else f"{target_share:.0%} of uniform's final accuracy, seed by seed"
+    target_entry: dict[str, Any] = {"accuracy": statistics.fmean(targets.values()), "source": source}
     comparison = {}
     for name, arm in arms.items():
         runs = [run for run in arm["runs"] if run["seed"] in uniform]
         if name != "uniform" and runs:
-            comparison[name] = _against_uniform(runs, [uniform[run["seed"]] for run in runs])
-    target_entry = None
-    if targets:
-        source = "given" if fixed_target else "uniform at the end of its budget, seed by seed"
-        target_entry = {"accuracy": statistics.fmean(targets.values()), "source": source}
+            entry = _against_uniform(runs, [uniform[run["seed"]] for run in runs])
+            comparison[name] = {**entry, "verdict": verdict(arm, entry, target_entry["accuracy"])}
     return {"target": target_entry, "comparison": comparison}
 
 
 def _against_uniform(runs: list[Run], uniform: list[Run]) -> dict[str, Any]:
     pairs = list(zip(runs, uniform, strict=True))
-    ratios = [
-        u["reference_s_to_target"] / max(r["reference_s_to_target"], 1e-9)
-        for r, u in pairs
-        if r["reference_s_to_target"] is not None and u["reference_s_to_target"] is not None
-    ]
-    accuracy = [r["final_accuracy"] - u["final_accuracy"] for r, u in pairs]
-    loss = [r["final_loss"] - u["final_loss"] for r, u in pairs]
-    complete = len(ratios) == len(pairs)
-    speedup_interval = paired_interval(ratios, statistics.geometric_mean) if complete else None
-    accuracy_interval = paired_interval(accuracy, statistics.fmean)
-    loss_interval = paired_interval(loss, statistics.fmean)
-    return {
-        "seeds": len(pairs),
-        "reached": len(ratios),
-        "speedup": statistics.geometric_mean(ratios) if complete else None,
-        "low": speedup_interval[0] if speedup_interval else None,
-        "high": speedup_interval[1] if speedup_interval else None,
-        "final_accuracy_difference": statistics.fmean(accuracy),
-        "final_accuracy_low": accuracy_interval[0] if accuracy_interval else None,
-        "final_accuracy_high": accuracy_interval[1] if accuracy_interval else None,
-        "final_loss_difference": statistics.fmean(loss),
-        "final_loss_low": loss_interval[0] if loss_interval else None,
-        "final_loss_high": loss_interval[1] if loss_interval else None,
-    }
+    reached = [None not in (run["reference_s_to_target"], other["reference_s_to_target"]) for run, other in pairs]
+    entry: dict[str, Any] = {"seeds": len(pairs), "reached": sum(reached)}
+    for axis, prefix in (("reference_s", ""), ("wall_s", "wall_")):
+        ratios = [
+            max(other[f"{axis}_to_target"], _SHORTEST_S) / max(run[f"{axis}_to_target"], _SHORTEST_S)
+            for (run, other), both in zip(pairs, reached, strict=True)
+            if both
+        ]
+        whole = len(ratios) == len(pairs)
+        entry[f"{prefix}speedup"] = statistics.geometric_mean(ratios) if whole else None
+        interval = paired_interval(ratios, statistics.geometric_mean) if whole else None
+        entry[f"{prefix}low"], entry[f"{prefix}high"] = interval or (None, None)
+    for quality in ("final_accuracy", "final_loss"):
+        differences = [run[quality] - other[quality] for run, other in pairs]
+        entry[f"{quality}_difference"] = statistics.fmean(differences)
+        interval = paired_interval(differences, statistics.fmean)
+        entry[f"{quality}_low"], entry[f"{quality}_high"] = interval or (None, None)
+    return entry
 
 
-def verdict(results: dict[str, Any], arm: str = "sift") -> str:
+def overall_verdict(results: dict[str, Any]) -> str:
+    """The verdict of the arm that the comparison is about: auto, else SIFT, else the first that has one."""
+    comparison = results.get("comparison") or {}
+    name = next((name for name in ("auto", "sift", *comparison) if name in comparison), None)
+    if name is None:
+        return "No verdict: the comparison was stopped before an arm finished."
+    return str(comparison[name]["verdict"])
+
+
+def verdict(arm: dict[str, Any], entry: dict[str, Any], target: float) -> str:
     """One sentence on whether an arm paid against uniform training, on equal budgets of reference time.
 
-    "Gain" needs the whole interval above 1 over at least three seeds; everything else is said to be none, or unproved.
+    "Gain" needs the whole interval of the speed-up above 1 over at least three seeds, "Harm" the whole interval of the
+    final accuracy below uniform's; everything else is said to be none, or unproved.
     """
-    entry = results.get("comparison", {}).get(arm)
-    if not entry:
-        return "No verdict: the comparison was stopped before an arm finished."
-    label = results["arms"][arm]["label"]
-    target = results["target"]["accuracy"]
-    seeds = entry["seeds"]
-    finals = f"final accuracy {_signed_points(entry['final_accuracy_difference'])}, at equal cost"
-    if entry["speedup"] is None:
+    charged = arm.get("charged", True)
+    label = arm["label"] if charged else f"{arm['label']} (an upper bound)"
+    seeds = f"{entry['seeds']} seed{'s' * (entry['seeds'] != 1)}"
+    finals = f"final accuracy {_points(entry['final_accuracy_difference'])}, at equal cost"
+    speedup, low = entry["speedup"], entry["low"]
+    goal = f"the target accuracy of {target:.1%}"
+    if entry["final_accuracy_high"] is not None and entry["final_accuracy_high"] < 0:
+        interval = f"95 % interval {_points(entry['final_accuracy_low'])} to {_points(entry['final_accuracy_high'])}"
         return (
-            f"No gain: {label} reached uniform training's target accuracy of {target:.1%} within the same budget in "
-            f"{entry['reached']} of {seeds} seed{'s' * (seeds != 1)} ({finals})."
+            f"Harm: {label} ended {_points(entry['final_accuracy_difference'])} from uniform training at equal cost "
+            f"({interval} over {seeds}; {_pace(entry, goal)})."
         )
-    speedup = entry["speedup"]
-    if entry["low"] is None:
+    if speedup is None:
+        return f"No gain: {label} reached {goal} within the same budget in {entry['reached']} of {seeds} ({finals})."
+    if low is None:
         direction = "sooner" if speedup >= 1 else "later"
         return (
-            f"Not proved: {label} reached the target accuracy of {target:.1%} {_times(speedup)} {direction} than "
-            f"uniform training ({finals}), but {seeds} seed{'s' * (seeds != 1)} cannot tell gain from luck."
+            f"Not proved: {label} reached {goal} {_times(speedup)} {direction} than uniform training ({finals}), but "
+            f"{seeds} cannot tell gain from luck."
         )
-    interval = f"95 % interval {entry['low']:.2f} to {entry['high']:.2f} over {seeds} seeds"
-    if entry["low"] > 1:
-        return (
-            f"Gain: {label} reached the target accuracy of {target:.1%} {speedup:.2f} times as fast as uniform "
-            f"training in reference time, all costs charged ({interval}; {finals})."
-        )
+    interval = f"95 % interval {low:.2f} to {entry['high']:.2f} over {seeds}"
+    word = "Gain" if low > 1 else "No gain shown"
     return (
-        f"No gain shown: {label} reached the target accuracy of {target:.1%} {speedup:.2f} times as fast as uniform "
-        f"training ({interval}; {finals})."
+        f"{word}: {label} reached {goal} {speedup:.2f} times as fast as uniform training in reference time, "
+        f"{'all costs charged' if charged else 'scoring not charged'} ({interval}; {finals})."
     )
 
 
-def _signed_points(difference: float) -> str:
+def _pace(entry: dict[str, Any], goal: str) -> str:
+    if entry["speedup"] is None:
+        return f"{goal} reached in {entry['reached']} of {entry['seeds']}"
+    return f"{goal} reached {entry['speedup']:.2f} times as fast"
+
+
+def _points(difference: float) -> str:
     return f"{100 * difference:+.2f} points"
 
 

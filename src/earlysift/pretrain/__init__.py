@@ -1,1 +1,1 @@
-"""Text, tokenizer, masking and models for pretraining, on datasets, tokenizers and transformers."""
+"""Data, tokenizer, masking and models of the workloads, on datasets, tokenizers and transformers."""

@@ -1,4 +1,4 @@
-"""Text in, split documents out: files, folders, or the standard library of the running Python."""
+"""Texts in, labelled or not, split documents out: files, folders, or the standard library of the running Python."""
 
 import csv
 import gzip
@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 _VALIDATION_ONE_IN = 20
 # A plain text document ends at the first blank line after the first number of characters, or, in a text
@@ -47,6 +47,10 @@ _PART_NAMES = {
     "test": re.compile(r"test(ing)?(?![a-z])", re.IGNORECASE),
 }
 
+_LABEL = "label"
+
+Item = TypeVar("Item")
+
 
 @dataclass(frozen=True)
 class Corpus:
@@ -72,6 +76,15 @@ class Corpus:
                 digest.update(len(encoded).to_bytes(8))
                 digest.update(encoded)
         return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class LabelledCorpus:
+    """Texts in two parts, and the name of the class of each."""
+
+    texts: Corpus
+    train_labels: list[str]
+    validation_labels: list[str]
 
 
 def optional_package(name: str, *, extra: str) -> Any:
@@ -119,18 +132,54 @@ def read_corpus(path: Path | None) -> Corpus:
     """
     if path is None:
         return stdlib_corpus()
+    train, validation = _read_parts(path, _read_file, _itself)
+    return Corpus(path.resolve().name, train, validation)
+
+
+def read_labelled(path: Path) -> LabelledCorpus:
+    """Read the labelled texts of a table, or a folder of tables, and split them into training and validation part.
+
+    Tables are JSON lines, CSV, TSV or Parquet, each also as .gz or .zst. The label is the column `label`; the text is
+    the column `text`, else the only other column of strings. Rows that miss either are passed over. Files belong to
+    the parts as in `read_corpus`; without a validation file one row in twenty, chosen by the hash of its text, is
+    held out.
+
+    Args:
+        path: the file or folder.
+
+    Returns:
+        The labelled texts, named like the path.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: no table, no such columns, a damaged file, or nothing left for validation.
+    """
+    train, validation = _read_parts(path, _read_labelled_file, _first)
+    texts = Corpus(path.resolve().name, [text for text, _ in train], [text for text, _ in validation])
+    return LabelledCorpus(texts, [label for _, label in train], [label for _, label in validation])
+
+
+def _itself(text: str) -> str:
+    return text
+
+
+def _first(pair: tuple[str, str]) -> str:
+    return pair[0]
+
+
+def _read_parts(
+    path: Path, read: Callable[[Path], list[Item]], text_of: Callable[[Item], str]
+) -> tuple[list[Item], list[Item]]:
     if not path.exists():
         raise FileNotFoundError(
-            f"{path}: expected a text file or a folder of text files, but nothing is there; check the path, "
-            "or give none to use the standard library of this Python"
+            f"{path}: expected a file or folder with data, but nothing is there; check the path (language modelling "
+            "without one uses the standard library of this Python)"
         )
     train_files, validation_files = _files_by_part(path) if path.is_dir() else ([path], [])
-    train = _read_documents(train_files, where=path)
+    train = _read_items(train_files, read, text_of, where=path)
     if validation_files:
-        validation = _read_documents(validation_files, where=path)
-    else:
-        train, validation = _split_by_content(train, where=path)
-    return Corpus(path.resolve().name, train, validation)
+        return train, _read_items(validation_files, read, text_of, where=path)
+    return _split_by_content(train, text_of, where=path)
 
 
 def stdlib_corpus() -> Corpus:
@@ -174,12 +223,14 @@ def _held_out(key: str) -> bool:
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) % _VALIDATION_ONE_IN == 0
 
 
-def _split_by_content(documents: list[str], *, where: Path) -> tuple[list[str], list[str]]:
+def _split_by_content(
+    documents: list[Item], text_of: Callable[[Item], str], *, where: Path
+) -> tuple[list[Item], list[Item]]:
     """Split documents by their text alone, so that a copy of a document never sits in both parts."""
-    train: list[str] = []
-    validation: list[str] = []
+    train: list[Item] = []
+    validation: list[Item] = []
     for document in documents:
-        (validation if _held_out(document) else train).append(document)
+        (validation if _held_out(text_of(document)) else train).append(document)
     if not train or not validation:
         empty = "validation" if train else "training"
         raise ValueError(
@@ -232,8 +283,10 @@ def _supported() -> str:
     return f"supported are {formats}, each also compressed ({' '.join(_DECOMPRESS)})"
 
 
-def _read_documents(files: Sequence[Path], *, where: Path) -> list[str]:
-    documents = [document for file in files for document in _read_file(file) if document.strip()]
+def _read_items(
+    files: Sequence[Path], read: Callable[[Path], list[Item]], text_of: Callable[[Item], str], *, where: Path
+) -> list[Item]:
+    documents = [document for file in files for document in read(file) if text_of(document).strip()]
     if not documents:
         names = ", ".join(file.name for file in files[:3])
         raise ValueError(f"{where}: expected text, found none in {names}; is the file empty?")
@@ -244,10 +297,40 @@ def _read_file(path: Path) -> list[str]:
     suffix = _format(path)
     if not suffix:
         raise ValueError(f"{path}: expected a file of text, got one of unknown format; {_supported()}")
-    raw = _decompressed(path)
-    if suffix in _TABLES:
-        return _table_documents(raw, suffix, path)
-    return list(_plain_documents(_decode(raw, path)))
+    if suffix not in _TABLES:
+        return list(_plain_documents(_decode(_decompressed(path), path)))
+    table = _read_table(path)
+    if table is None:
+        return []
+    column = _text_column(table.features, path)
+    return [text for text in table.select_columns(column)[:][column] if text is not None]
+
+
+def _read_labelled_file(path: Path) -> list[tuple[str, str]]:
+    """Return the texts and labels of a table."""
+    if _format(path) not in _TABLES:
+        raise ValueError(
+            f"{path}: expected a table with a column of labels ({' '.join(_TABLES)}, each also compressed), got a file "
+            "of another format; for text without labels choose the task masked_lm or causal_lm"
+        )
+    table = _read_table(path)
+    if table is None:
+        return []
+    if _LABEL not in table.features:
+        raise ValueError(
+            f"{path}: expected a column named {_LABEL!r}, found the columns {', '.join(table.features)}; rename the "
+            "column that holds the label"
+        )
+    text = _text_column({name: feature for name, feature in table.features.items() if name != _LABEL}, path)
+    rows = table.select_columns([text, _LABEL])[:]
+    pairs = zip(rows[text], rows[_LABEL], strict=True)
+    return [(text, _label_name(label)) for text, label in pairs if text is not None and label is not None]
+
+
+def _label_name(label: Any) -> str:
+    """Return a label as text; whole numbers that a table holds as 1.0, for want of some labels, are 1."""
+    whole = isinstance(label, float) and label.is_integer()
+    return str(int(label) if whole else label)
 
 
 def _plain_documents(text: str) -> Iterator[str]:
@@ -315,11 +398,14 @@ def _unzstd(raw: bytes) -> bytes:
 _DECOMPRESS: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.decompress, ".zst": _unzstd}
 
 
-def _table_documents(raw: bytes, suffix: str, path: Path) -> list[str]:
+def _read_table(path: Path) -> Any:
+    """Return a table as a Dataset; None if the file is empty."""
+    suffix = _format(path)
+    raw = _decompressed(path)
     kind, options = _TABLES[suffix]
     text = "" if kind == "parquet" else _decode(raw, path)
     if kind != "parquet" and not text.strip():
-        return []
+        return None
     datasets = optional_package("datasets", extra="data")
     # A copy under a plain name: `datasets` knows no .zst, takes [ and * in a path for a pattern, and its
     # own cache would keep every corpus ever read.
@@ -327,7 +413,7 @@ def _table_documents(raw: bytes, suffix: str, path: Path) -> list[str]:
         copy = Path(folder) / f"table{suffix}"
         copy.write_bytes(raw)
         try:
-            table = datasets.load_dataset(
+            return datasets.load_dataset(
                 kind,
                 data_files=str(copy),
                 split="train",
@@ -342,8 +428,6 @@ def _table_documents(raw: bytes, suffix: str, path: Path) -> list[str]:
             raise ValueError(
                 f"{path}: expected {_EXPECTED[kind]}, but {reason}; mend or leave out what is broken"
             ) from error
-    column = _text_column(table.features, path)
-    return [value for value in table.select_columns(column)[:][column] if value is not None]
 
 
 _EXPECTED = {

@@ -1,9 +1,22 @@
 """Models built from configs: real transformers classes with random weights, no downloads."""
 
+import json
+import math
+import operator
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+
+from earlysift.exits import unwrap
+from earlysift.files import write_whole
+from earlysift.pretrain.corpus import optional_package
+
+WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
+_ENCODER = "bert."  # every weight of a BERT without its head is named so
+_NEW = ("bert.pooler.", "classifier.")  # what a classifier has and a masked LM has not
 
 
 def build_bert(*, vocab_size: int, length: int, layers: int, width: int, seed: int) -> nn.Module:
@@ -23,25 +36,172 @@ def build_bert(*, vocab_size: int, length: int, layers: int, width: int, seed: i
         ValueError: If the width does not divide into heads.
         ImportError: If transformers is not installed.
     """
+    transformers = optional_package("transformers", extra="hf")
+    config = transformers.BertConfig(
+        vocab_size=vocab_size, max_position_embeddings=max(length, 8), **_bert(layers, width)
+    )
+    return _seeded_model(lambda: transformers.BertForMaskedLM(config), seed)
+
+
+def build_llama(*, vocab_size: int, length: int, layers: int, width: int, seed: int) -> nn.Module:
+    """A Llama for causal language modelling; arguments as in `build_bert`. Input and output embeddings are one."""
+    transformers = optional_package("transformers", extra="hf")
+    heads = width // _head_width(width)
+    config = transformers.LlamaConfig(
+        vocab_size=vocab_size,
+        max_position_embeddings=length,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        intermediate_size=32 * math.ceil(width / 12),  # 8/3 of the width, rounded up to a multiple of 32
+        tie_word_embeddings=True,
+    )
+    return _seeded_model(lambda: transformers.LlamaForCausalLM(config), seed)
+
+
+def build_bert_classifier(
+    *, classes: int, vocab_size: int, length: int, layers: int, width: int, seed: int, checkpoint: Path | None = None
+) -> nn.Module:
+    """A BERT for sequence classification, like `build_bert`'s, from scratch or from a saved encoder.
+
+    Args:
+        classes: Number of classes.
+        vocab_size: V.
+        length: Longest input.
+        layers: Number of layers.
+        width: D; a multiple of 32.
+        seed: Seed of the weights.
+        checkpoint: Folder of `save_encoder` (or any BERT's config.json and model.safetensors) whose encoder to start
+            from; pooler and classifier come from the seed.
+
+    Raises:
+        ValueError: If the checkpoint has another shape than is asked for, or is no BERT.
+        FileNotFoundError: If the checkpoint is incomplete.
+    """
+    transformers = optional_package("transformers", extra="hf")
+    shape = {"vocab_size": vocab_size, "max_position_embeddings": max(length, 8), **_bert(layers, width)}
+    if checkpoint is not None:
+        shape = _checkpoint_shape(checkpoint, shape)
+    config = transformers.BertConfig(num_labels=classes, **shape)
+    model = _seeded_model(lambda: transformers.BertForSequenceClassification(config), seed)
+    if checkpoint is not None:
+        _load_encoder(model, checkpoint)
+    return model
+
+
+def build_vit(*, size: int, channels: int, patch: int, classes: int, layers: int, width: int, seed: int) -> nn.Module:
+    """A vision Transformer for classification of square images ``(R, channels, size, size)``.
+
+    Args:
+        size: Side of an image in pixels, a multiple of the patch's.
+        channels: Numbers per pixel.
+        patch: Side of a patch in pixels.
+        classes: Number of classes.
+        layers: Number of layers.
+        width: D; a multiple of 32.
+        seed: Seed of the weights.
+    """
+    transformers = optional_package("transformers", extra="hf")
+    config = transformers.ViTConfig(
+        image_size=size, patch_size=patch, num_channels=channels, num_labels=classes, **_bert(layers, width)
+    )
+    return _seeded_model(lambda: transformers.ViTForImageClassification(config), seed)
+
+
+def save_encoder(model: nn.Module, tokenizer_json: str, folder: Path) -> None:
+    """Save a BERT without its head, for fine-tuning: config.json, model.safetensors and tokenizer.json.
+
+    Args:
+        model: A BERT from `build_bert`, or another of transformers, wrapped or not.
+        tokenizer_json: Its tokenizer (`Blocks.tokenizer_json`).
+        folder: Where to; made if it is not there.
+
+    Raises:
+        ValueError: If the model is no BERT.
+    """
+    core: Any = unwrap(model)
+    encoder = {name: value.contiguous() for name, value in core.state_dict().items() if name.startswith(_ENCODER)}
+    if not encoder:
+        raise ValueError(
+            f"Expected a BERT of transformers, whose weights are named {_ENCODER}*, got {type(core).__name__}."
+        )
+    safetensors = optional_package("safetensors.torch", extra="hf")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / CONFIG, core.config.to_json_file)
+    write_whole(folder / TOKENIZER, lambda part: part.write_text(tokenizer_json, encoding="utf-8"))
+    write_whole(folder / WEIGHTS, lambda part: safetensors.save_file(encoder, part, metadata={"format": "pt"}))
+
+
+def require_checkpoint(folder: Path) -> None:
+    """See whether a folder is one of `save_encoder`.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+    """
+    missing = [name for name in (CONFIG, WEIGHTS, TOKENIZER) if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{folder}: expected a folder with {CONFIG}, {WEIGHTS} and {TOKENIZER} of a BERT, but {', '.join(missing)} "
+            "is not there; save_encoder writes such a folder after a masked-LM run"
+        )
+
+
+def _checkpoint_shape(checkpoint: Path, asked: dict[str, Any]) -> dict[str, Any]:
+    """The shape that a checkpoint's config.json tells, with our dropout, if it is the one asked for."""
+    require_checkpoint(checkpoint)
+    config = json.loads((checkpoint / CONFIG).read_text(encoding="utf-8"))
+    differing = [
+        f"{name} is {config.get(name)} and not {asked[name]}"
+        for name, fits in (
+            ("num_hidden_layers", operator.eq),
+            ("hidden_size", operator.eq),
+            ("vocab_size", operator.ge),
+            ("max_position_embeddings", operator.ge),
+        )
+        if not fits(config.get(name, 0), asked[name])
+    ]
+    if differing:
+        raise ValueError(
+            f"{checkpoint}: the checkpoint has another shape: {', '.join(differing)}; ask for the same shape"
+        )
+    return {**asked, **{name: config[name] for name in config.keys() & asked.keys() if "dropout" not in name}}
+
+
+def _load_encoder(model: nn.Module, checkpoint: Path) -> None:
+    safetensors = optional_package("safetensors.torch", extra="hf")
+    saved = safetensors.load_file(checkpoint / WEIGHTS)
+    encoder = {name: value for name, value in saved.items() if name.startswith(_ENCODER)}
+    absent = model.load_state_dict(encoder, strict=False).missing_keys
+    missing = [name for name in absent if not name.startswith(_NEW)]
+    if missing:
+        raise ValueError(
+            f"{checkpoint}: expected the weights of a BERT, named {_ENCODER}*, but {missing[0]} is missing"
+        )
+
+
+def _head_width(width: int) -> int:
     head_width = 64 if width >= 512 else 32
     if width % head_width:
         raise ValueError(f"width must be a multiple of {head_width} (the width of an attention head), got {width}.")
-    try:
-        from transformers import BertConfig, BertForMaskedLM
-    except ImportError as error:
-        raise ImportError("Building models needs transformers: pip install 'earlysift[hf]'.") from error
-    config = BertConfig(
-        vocab_size=vocab_size,
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=width // head_width,
-        intermediate_size=4 * width,
-        max_position_embeddings=max(length, 8),
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
+    return head_width
+
+
+def _bert(layers: int, width: int) -> dict[str, Any]:
+    """The shape of BERT and of ViT, which shares it."""
+    return {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": width // _head_width(width),
+        "intermediate_size": 4 * width,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
+
+
+def _seeded_model(make: Callable[[], Any], seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model: Any = BertForMaskedLM(config)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the accelerator as well
+        model = make()
     assert isinstance(model, nn.Module)
     return model.train()

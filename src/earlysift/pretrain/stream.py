@@ -1,57 +1,94 @@
-"""The order of candidates: an endless, seeded stream of masked blocks that any batch size reads alike."""
+"""The order of candidates: an endless, seeded stream of samples that any batch size reads alike."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Generator, Tensor
 
-from earlysift.pretrain.masking import mask_tokens
-from earlysift.pretrain.tokens import Blocks
 from earlysift.seeds import seeded
 
-_UNIT = 16  # blocks masked together; a fixed number, so that masks do not depend on how many rows a step reads
+Rows = dict[str, Tensor]
+
+_UNIT = 16  # samples prepared together; a fixed number, so that masks do not depend on how many rows a step reads
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples of one kind, in two parts.
+
+    Attributes:
+        train: Rows of the training part, as they are stored: tensors ``(N, ...)`` by name.
+        validation: Rows ready to evaluate, ``(M, ...)``: masks are fixed and labels in place.
+        prepare: Turns stored rows and a generator into a batch with labels. It sees a few rows at a time.
+    """
+
+    train: Rows
+    validation: Rows
+    prepare: Callable[[Rows, Generator], Rows]
+
+    def __len__(self) -> int:
+        """N, the number of training samples."""
+        return len(next(iter(self.train.values())))
 
 
 class Stream:
-    """Masked training blocks in an order that depends on the seed alone, epoch after epoch.
+    """Training samples in an order that depends on the seed alone, epoch after epoch.
 
-    Candidate number n has the same tokens and the same mask whoever reads it, in whatever portions: arms with different
+    Candidate number n is the same sample with the same mask whoever reads it, in whatever portions: arms with different
     pool sizes see the same data in the same order, and a resumed run needs only a position.
 
     Args:
-        blocks: Tokenised corpus.
+        samples: The samples.
         seed: Seed of order and masks.
+        subset: Share of the training part that an epoch shows; below 1 every epoch draws another one.
+
+    Raises:
+        ValueError: If the subset is not a share that holds at least one sample.
+
+    Example:
+        >>> samples = Samples({"x": torch.arange(5)}, {}, prepare=lambda rows, generator: rows)
+        >>> Stream(samples, seed=0).read(0, 5)["x"].sort().values
+        tensor([0, 1, 2, 3, 4])
+
+    Reference:
+        Random subsets: Okanovic et al., RS2, 2023, arXiv 2305.18424.
     """
 
-    def __init__(self, blocks: Blocks, *, seed: int) -> None:
-        self._blocks = blocks
+    def __init__(self, samples: Samples, *, seed: int, subset: float = 1.0) -> None:
+        self._samples = samples
         self._seed = seed
+        self.epoch = round(subset * len(samples))
+        """Candidates per epoch."""
+        if not 0 < subset <= 1 or not self.epoch:
+            raise ValueError(
+                f"subset must be a share in (0, 1] that leaves at least one of {len(samples)} training samples, "
+                f"got {subset}."
+            )
         self._order = lru_cache(maxsize=2)(self._make_order)
         self._unit = lru_cache(maxsize=64)(self._make_unit)
 
-    def read(self, start: int, count: int) -> dict[str, Tensor]:
-        """Candidates ``start`` to ``start + count``: ``input_ids`` and ``labels``, int64 ``(count, length)``."""
-        first, last = start // _UNIT, (start + count - 1) // _UNIT
-        units = [self._unit(number) for number in range(first, last + 1)]
-        offset = start - first * _UNIT
-        return {name: torch.cat([u[name] for u in units])[offset : offset + count] for name in units[0]}
+    def read(self, start: int, count: int) -> Rows:
+        """Candidates ``start`` to ``start + count``: a batch of ``count`` rows."""
+        return self.take(torch.arange(start, start + count))
+
+    def take(self, positions: Tensor) -> Rows:
+        """The candidates with these numbers, int64 ``(n,)``, in this order: a batch of n rows."""
+        numbers, unit = torch.unique(positions // _UNIT, return_inverse=True)
+        units = [self._unit(number) for number in numbers.tolist()]
+        rows = unit * _UNIT + positions % _UNIT
+        return {name: torch.cat([part[name] for part in units])[rows] for name in units[0]}
+
+    def ids(self, start: int, count: int) -> Tensor:
+        """Index of every candidate within the training part, int64 ``(count,)``."""
+        positions = range(start, start + count)
+        return torch.stack([self._order(n // self.epoch)[n % self.epoch] for n in positions])
 
     def _make_order(self, epoch: int) -> Tensor:
-        return torch.randperm(len(self._blocks.train), generator=seeded(self._seed, "order", epoch))
+        return torch.randperm(len(self._samples), generator=seeded(self._seed, "order", epoch))[: self.epoch]
 
-    def _make_unit(self, number: int) -> dict[str, Tensor]:
-        size = len(self._blocks.train)
-        positions = range(number * _UNIT, (number + 1) * _UNIT)
-        rows = torch.stack([self._order(p // size)[p % size] for p in positions])
-        return mask(self._blocks, self._blocks.train[rows], seeded(self._seed, "mask", number))
-
-
-def mask(blocks: Blocks, rows: Tensor, generator: Generator) -> dict[str, Tensor]:
-    """Mask rows of token ids ``(R, T)`` with the special tokens of ``blocks``."""
-    return mask_tokens(
-        rows,
-        mask_id=blocks.special["[MASK]"],
-        vocab_size=blocks.vocab_size,
-        first_ordinary_id=max(blocks.special.values()) + 1,
-        generator=generator,
-    )
+    def _make_unit(self, number: int) -> Rows:
+        ids = self.ids(number * _UNIT, _UNIT)
+        rows = {name: values[ids] for name, values in self._samples.train.items()}
+        return self._samples.prepare(rows, seeded(self._seed, "mask", number))

@@ -1,4 +1,4 @@
-"""Documents in, blocks of token ids of one length out; made once, then read from a cache."""
+"""Documents in, rows of token ids of one length out; made once, then read from a cache."""
 
 import hashlib
 import io
@@ -8,7 +8,7 @@ import tempfile
 import warnings
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,9 +20,11 @@ from earlysift.pretrain.corpus import Corpus, optional_package
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+_ToRows = Callable[[list[str], "Tokenizer", dict[str, int], int], torch.Tensor]
+
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # in BERT's order, so with ids 0 to 4
 
-_CACHE_FORMAT = 1  # count up when the same corpus would give other blocks
+_CACHE_FORMAT = 2  # count up when the same corpus would give other blocks
 _SHORTEST_LENGTH = 8
 _SMALLEST_VOCABULARY = 100
 _LARGEST_ALPHABET = 1_000  # as BERT's; with no limit, rare scripts fill a small vocabulary with lone letters
@@ -32,7 +34,7 @@ _DIGEST_BYTES = 32
 
 @dataclass(frozen=True)
 class Blocks:
-    """A corpus as blocks of token ids, each [CLS] text [SEP].
+    """A corpus as rows of token ids: blocks, each [CLS] text [SEP], or one row a document, filled up with [PAD].
 
     `train` is (N, length) and `validation` (M, length), both int32; every id is below `vocab_size`.
     `special` gives the ids of [PAD], [UNK], [CLS], [SEP] and [MASK], and `tokenizer_json` the tokenizer
@@ -51,20 +53,22 @@ def load_blocks(
     *,
     vocab_size: int,
     length: int,
+    packed: bool = True,
     cache: Path | None = None,
     tokenizer_file: Path | None = None,
 ) -> Blocks:
-    """Turn a corpus into blocks of `length` tokens, or read them from the cache.
+    """Turn a corpus into rows of `length` tokens, or read them from the cache.
 
-    Per part, the documents are joined in their order with [SEP] between them and cut into blocks; a last
-    block that would not be full is dropped. The order of the blocks is that of the text: to shuffle is the
-    sampler's work.
+    Packed, the documents of a part are joined in their order with [SEP] between them and cut into blocks; a
+    last block that would not be full is dropped. Not packed, every document is a row, cut or filled up with
+    [PAD]. The order of the rows is that of the text: to shuffle is the sampler's work.
 
     Args:
         corpus: the documents.
         vocab_size: size of the vocabulary that is trained on the training part; the result may be smaller if
             the text is short. Not used with a tokenizer file.
-        length: tokens a block, [CLS] and [SEP] included.
+        length: tokens a row, [CLS] and [SEP] included.
+        packed: whether documents are joined and cut, or each is a row of its own.
         cache: folder for finished blocks; None for earlysift/blocks in the user's cache folder.
         tokenizer_file: a BERT vocab.txt, or a tokenizer.json that has BERT's special tokens.
 
@@ -82,7 +86,7 @@ def load_blocks(
             "take two of them: 64 or 128 is usual"
         )
     content = None if tokenizer_file is None else _tokenizer_content(tokenizer_file)
-    key = json.dumps([_CACHE_FORMAT, corpus.fingerprint, vocab_size if content is None else content, length])
+    key = json.dumps([_CACHE_FORMAT, corpus.fingerprint, vocab_size if content is None else content, length, packed])
     folder = _user_cache() if cache is None else cache
     entry = folder / f"{hashlib.sha256(key.encode()).hexdigest()}.blocks"
     blocks = _read_entry(entry)
@@ -91,7 +95,7 @@ def load_blocks(
             tokenizer = train_tokenizer(corpus.train, vocab_size)
         else:
             tokenizer = _given_tokenizer(content, tokenizer_file)
-        blocks = _encode(corpus, tokenizer, length)
+        blocks = _encode(corpus, tokenizer, length, _pack if packed else _fill)
         _write_entry(entry, blocks)
     return blocks
 
@@ -212,13 +216,13 @@ def _from_json(content: str, path: Path | None) -> "Tokenizer":
     return tokenizer
 
 
-def _encode(corpus: Corpus, tokenizer: "Tokenizer", length: int) -> Blocks:
+def _encode(corpus: Corpus, tokenizer: "Tokenizer", length: int, to_rows: _ToRows) -> Blocks:
     # A text that speaks of "[MASK]" must not get the id of a mask.
     tokenizer.encode_special_tokens = True
     vocabulary = tokenizer.get_vocab()
     special = {token: vocabulary[token] for token in SPECIAL_TOKENS}
     train, validation = (
-        _pack(documents, tokenizer, special, length) for documents in (corpus.train, corpus.validation)
+        to_rows(documents, tokenizer, special, length) for documents in (corpus.train, corpus.validation)
     )
     for part, blocks in (("training", train), ("validation", validation)):
         if not len(blocks):
@@ -246,6 +250,17 @@ def _pack(documents: list[str], tokenizer: "Tokenizer", special: dict[str, int],
     if count:
         blocks[:, 1:-1] = torch.frombuffer(ids, dtype=torch.int32)[: count * body].view(count, body)
     return blocks
+
+
+def _fill(documents: list[str], tokenizer: "Tokenizer", special: dict[str, int], length: int) -> torch.Tensor:
+    """Return every document as one row, (N, length) int32."""
+    ids = array("i")
+    for batch in _batches(documents):
+        for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
+            kept = encoding.ids[: length - 2]
+            ids.extend([special["[CLS]"], *kept, special["[SEP]"]])
+            ids.extend([special["[PAD]"]] * (length - 2 - len(kept)))
+    return torch.frombuffer(ids, dtype=torch.int32).view(-1, length).clone()
 
 
 def _batches(documents: list[str]) -> Iterator[list[str]]:

@@ -1,0 +1,377 @@
+"""`earlysift check`: what scoring and training cost on this machine, for a model that nobody has trained yet."""
+
+import importlib.metadata
+import itertools
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from earlysift import costs, exits, losses, pools, scorers
+from earlysift.exits import Task
+from earlysift.seeds import seeded
+from earlysift.sifter import Sifter
+
+# Configs for names that are no file. What is not given is transformers' default, which is that model's own.
+BUILT_IN: dict[str, dict[str, Any]] = {
+    "bert-base": {"model_type": "bert", "architectures": ["BertForMaskedLM"]},
+    "gpt2": {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]},
+    "demo": {
+        "model_type": "bert",
+        "architectures": ["BertForMaskedLM"],
+        "vocab_size": 4096,
+        "hidden_size": 64,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 2,
+        "intermediate_size": 256,
+        "max_position_embeddings": 64,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    },
+}
+DEPTHS = (1, 2, 3, 6)
+LENGTH = 128
+LABELLED_FRACTION: dict[Task, float] = {"masked_lm": 0.15, "causal_lm": 1.0, "token_classification": 1.0}
+FEWEST_ROUNDS, MOST_ROUNDS = 3, 20
+
+_CLASSES_OF_TASK: dict[Task, str] = {
+    "masked_lm": "MODEL_FOR_MASKED_LM_MAPPING",
+    "causal_lm": "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "token_classification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
+    "sequence_classification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+}
+_MEMORY_MEASURE = {"cuda": "torch.cuda.max_memory_allocated", "cpu": "torch.profiler on torch's CPU allocator"}
+
+OnProgress = Callable[[str, float], None]
+"""Called with the name of a piece of work and the share of it that is done."""
+
+
+def checkup(
+    source: str,
+    *,
+    task: Task | None = None,
+    seq_length: int | None = None,
+    batch: int = 32,
+    labelled_fraction: float | None = None,
+    keep: float = 0.5,
+    depths: tuple[int, ...] = (),
+    seconds: float = 10.0,
+    on_progress: OnProgress = lambda name, share: None,
+) -> dict[str, Any]:
+    """FLOPs, time and memory of scoring a pool at every depth and of a training step, on random weights and inputs.
+
+    The operations are timed in turns, so that a noisy machine disturbs them alike. Scoring is all that `Sifter.sift`
+    does: score, select, gather. A training step is forward, backward, clipping and AdamW, with the head on labelled
+    positions only; in bfloat16 (autocast) on a GPU and in float32 on a CPU.
+
+    Args:
+        source: A transformers config.json, a folder that holds one, or a name in `BUILT_IN`.
+        task: What the model is to do; None takes the class that the config names, else its usual language modelling.
+        seq_length: Positions per sample; None is 128, or what the model can take if that is less.
+        batch: b, samples per training step.
+        labelled_fraction: Share of the positions with a label; None is what `LABELLED_FRACTION` says for the task.
+        keep: b / R, in (0, 1).
+        depths: Exits to look at; none given: those of `DEPTHS` that the model has. The full model comes last.
+        seconds: About how long to measure times; three rounds are the least.
+        on_progress: Called as work proceeds.
+
+    Returns:
+        Plain data: ``model``, ``shape``, ``machine``, ``rounds``, ``train`` with ``flops``, ``ms`` (median) and
+        ``memory_bytes`` (peak growth), and ``scores``: the same for every depth, with ``depth``, ``exact`` (the full
+        model), ``ratio`` (time of scoring over that of a step), ``cost`` (c of C1 by time), ``cost_by_flops`` and
+        ``break_even_gain``.
+
+    Raises:
+        ValueError: If an argument does not fit, or with all problems of a model that cannot be sifted with.
+        FileNotFoundError: If there is no such config.
+        ImportError: If transformers is not installed.
+
+    Example:
+        >>> report = checkup("demo", batch=2, depths=(1,), seconds=0.0)
+        >>> [score["depth"] for score in report["scores"]], report["shape"]["pool"]
+        ([1, 12], 4)
+    """
+    _require(0 < keep < 1, f"keep must be more than 0 and less than 1, got {keep}. 0.5 is usual.")
+    _require(batch >= 1, f"batch must be at least 1, got {batch}.")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # Weights and dropout draw from the global generators.
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        on_progress("build the model", 0.0)
+        model = build_model(source, task).to(device)
+        anatomy = exits.find_anatomy(model)
+        layers = len(anatomy.layers)
+        depths = depths or tuple(depth for depth in DEPTHS if depth < layers) or DEPTHS[:1]
+        size = round(batch / keep)
+        pool = random_pool(model, size, length=seq_length, labelled_fraction=labelled_fraction, device=device)
+        _require_sound(model, depths, pool)
+        on_progress("build the model", 1.0)
+        trained = pools.take(pool, slice(0, batch))
+        operations = _operations(model, pool, trained, keep, depths)
+        memory_bytes = _memory_bytes(operations, device, on_progress)
+        times_ms = _times_ms(operations, device, seconds, on_progress)
+    work = costs.batch_work(anatomy, trained, "step", passes=3)
+    step = {
+        "flops": work["step_flops"],
+        "ms": statistics.median(times_ms["train"]),
+        "memory_bytes": memory_bytes["train"],
+    }
+
+    def score(depth: int, name: str) -> dict[str, Any]:
+        flops = costs.batch_work(anatomy, pool, "pool", depth=depth)["pool_flops"]
+        ms = statistics.median(times_ms[name])
+        cost = 1.0 + ms / step["ms"]  # C1: f p / keep is the share of scoring a pool in the time of a step
+        return {
+            "depth": depth,
+            "exact": depth == layers,
+            "flops": flops,
+            "ms": ms,
+            "memory_bytes": memory_bytes[name],
+            "ratio": ms / step["ms"],
+            "cost": cost,
+            "cost_by_flops": 1.0 + flops / step["flops"],
+            "break_even_gain": costs.break_even_gain(cost),
+        }
+
+    return {
+        "model": {
+            "source": source,
+            "class": type(model).__name__,
+            "task": anatomy.task,
+            "layers": layers,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        },
+        "shape": {
+            "seq_length": round(work["step_tokens"] / batch),
+            "batch": batch,
+            "pool": size,
+            "labels_per_sample": _labels_per_sample(pool["labels"], anatomy.task),
+        },
+        "machine": _machine(device),
+        "rounds": len(times_ms["train"]),
+        "train": step,
+        "scores": [score(depth, f"depth {depth}") for depth in depths] + [score(layers, "exact")],
+    }
+
+
+def build_model(source: str, task: Task | None = None) -> nn.Module:
+    """A model with random weights, from the global generator, in training mode; nothing is downloaded.
+
+    Args:
+        source: A transformers config.json, a folder that holds one, or a name in `BUILT_IN`.
+        task: What the model is to do; None takes the class that the config names, else its usual language modelling.
+
+    Raises:
+        ValueError: If the config is none, or transformers has no such model.
+        FileNotFoundError: If there is no such config.
+        ImportError: If transformers is not installed.
+    """
+    values = _read_config(source)
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError("Building models needs transformers: pip install 'earlysift[hf]'.") from error
+    model_type = values.get("model_type")
+    _require(
+        model_type in transformers.CONFIG_MAPPING,
+        f"Expected a model_type that transformers {transformers.__version__} knows in the config of {source}, "
+        f"got {model_type!r}.",
+    )
+    try:
+        config = transformers.CONFIG_MAPPING[model_type].from_dict(values)
+        model = _model_class(transformers, config, task)(config)
+    except Exception as error:  # whatever transformers makes of what stands in a file
+        raise ValueError(
+            f"transformers {transformers.__version__} cannot build a model from the config of {source}: {error} "
+            "Mend the config, or choose another --task."
+        ) from error
+    return cast(nn.Module, model).train()
+
+
+def random_pool(
+    model: nn.Module, rows: int, *, length: int | None, labelled_fraction: float | None, device: torch.device
+) -> dict[str, Tensor]:
+    """Random inputs and labels of the kind that a transformers model takes; every sample has as many labels.
+
+    Args:
+        model: The model.
+        rows: R.
+        length: Positions per sample; None is 128, or what the model can take if that is less. Images have their own.
+        labelled_fraction: Share of the positions with a label; None is what `LABELLED_FRACTION` says for the task.
+        device: Where the tensors are.
+
+    Raises:
+        ValueError: If the length is more than the model can take, or the share is none.
+    """
+    anatomy = exits.find_anatomy(model)
+    config: Any = anatomy.core.config
+    generator = seeded("check")
+    if hasattr(config, "image_size"):
+        size = (config.image_size,) * 2 if isinstance(config.image_size, int) else tuple(config.image_size)
+        inputs = {"pixel_values": torch.rand(rows, config.num_channels, *size, generator=generator)}
+    else:
+        longest = int(getattr(config, "max_position_embeddings", LENGTH))
+        length = min(LENGTH, longest) if length is None else length
+        _require(1 < length <= longest, f"seq_length must be in 2..{longest} for this model, got {length}.")
+        inputs = {"input_ids": torch.randint(config.vocab_size, (rows, length), generator=generator)}
+    if anatomy.task == "sequence_classification":
+        if getattr(config, "pad_token_id", None) is None:
+            config.pad_token_id = 0  # decoders look for the last position that is no padding
+        if config.num_labels == 1 or config.problem_type in ("regression", "multi_label_classification"):
+            labels = torch.rand(rows, config.num_labels, generator=generator).round()
+        else:
+            labels = torch.randint(config.num_labels, (rows,), generator=generator)
+    else:
+        fraction = LABELLED_FRACTION[anatomy.task] if labelled_fraction is None else labelled_fraction
+        _require(0 < fraction <= 1, f"labelled_fraction must be in (0, 1], got {fraction}.")
+        classes = config.num_labels if anatomy.task == "token_classification" else config.vocab_size
+        shape = inputs["input_ids"].shape
+        labels = torch.randint(classes, shape, generator=generator)
+        rank = torch.rand(shape, generator=generator).argsort(dim=1).argsort(dim=1)
+        labels[rank >= max(1, round(fraction * shape[1]))] = losses.IGNORED_LABEL
+    return {name: tensor.to(device) for name, tensor in {**inputs, "labels": labels}.items()}
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _read_config(source: str) -> dict[str, Any]:
+    path = Path(source) / "config.json" if Path(source).is_dir() else Path(source)
+    if not path.is_file():
+        if source in BUILT_IN:
+            return BUILT_IN[source]
+        raise FileNotFoundError(
+            f"Expected a transformers config.json, a folder that holds one, or one of {', '.join(BUILT_IN)}, "
+            f"found nothing at {path}. Download the config.json of your model, and give its path."
+        )
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"Expected JSON in {path}: {error}. Give a transformers config.json.") from error
+    _require(isinstance(values, dict), f"Expected a mapping in {path}, got a {type(values).__name__}.")
+    return cast(dict[str, Any], values)
+
+
+def _model_class(transformers: Any, config: Any, task: Task | None) -> Any:
+    if task is None and config.architectures:
+        return getattr(transformers, config.architectures[0])
+    masked = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
+    task = task or ("masked_lm" if masked else "causal_lm")
+    classes = getattr(transformers, _CLASSES_OF_TASK[task])
+    _require(type(config) in classes, f"There is no {config.model_type} model for {task}.")
+    return classes[type(config)]
+
+
+def _require_sound(model: nn.Module, depths: tuple[int, ...], pool: dict[str, Tensor]) -> None:
+    inputs, _ = pools.inputs_and_labels(pools.take(pool, slice(0, 2)))
+    problems = dict.fromkeys(p for depth in depths for p in exits.check(model, depth=depth, inputs=inputs))
+    _require(not problems, exits.problem_report(model, list(problems)))
+
+
+def _operations(
+    model: nn.Module, pool: dict[str, Tensor], trained: dict[str, Tensor], keep: float, depths: tuple[int, ...]
+) -> dict[str, Callable[[], object]]:
+    """A training step, and scoring, selecting and gathering for every depth and for the full model, in this order."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    sifters = {f"depth {depth}": Sifter(model, keep=keep, depth=depth, probe_every=0) for depth in depths}
+    sifters["exact"] = Sifter(model, keep=keep, score="exact", probe_every=0)
+
+    def train() -> None:
+        with _training_precision(pool["labels"].device):
+            loss = scorers.training_loss(model, trained)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return {"train": train, **{name: partial(sifter.sift, pool) for name, sifter in sifters.items()}}
+
+
+def _training_precision(device: torch.device) -> AbstractContextManager[Any]:
+    # As people train: autocast on a GPU that computes in bfloat16, plain float32 on a CPU.
+    dtype = scorers.scoring_dtype(device) if device.type == "cuda" else None
+    return torch.autocast(device.type, dtype=dtype) if dtype else nullcontext()
+
+
+def _memory_bytes(
+    operations: dict[str, Callable[[], object]], device: torch.device, on_progress: OnProgress
+) -> dict[str, int]:
+    operations["train"]()  # from here on the optimizer has its states, which are no growth of a step
+    growth = {}
+    for number, (name, operation) in enumerate(operations.items(), 1):
+        growth[name] = _peak_growth_bytes(operation, device)
+        on_progress("measure memory", number / len(operations))
+    return growth
+
+
+def _times_ms(
+    operations: dict[str, Callable[[], object]], device: torch.device, seconds: float, on_progress: OnProgress
+) -> dict[str, list[float]]:
+    def timed_ms(operation: Callable[[], object]) -> float:
+        _wait_for(device)
+        started = time.perf_counter()
+        operation()
+        _wait_for(device)
+        return (time.perf_counter() - started) * 1e3
+
+    times_ms = {name: [timed_ms(operation)] for name, operation in operations.items()}
+    round_s = sum(first for (first,) in times_ms.values()) / 1e3
+    rounds = max(FEWEST_ROUNDS, min(MOST_ROUNDS, int(seconds / round_s)))
+    for number in range(1, rounds):
+        on_progress("measure time", number / rounds)
+        for name, operation in operations.items():
+            times_ms[name].append(timed_ms(operation))
+    on_progress("measure time", 1.0)
+    return times_ms
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _peak_growth_bytes(operation: Callable[[], object], device: torch.device) -> int:
+    """How much more memory an operation holds at its peak than before it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        operation()
+        return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler prints a line at every start and stop otherwise
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        operation()
+    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    sizes: list[int] = [event.nbytes() for event in events]  # negative where memory is given back
+    return max(itertools.accumulate(sizes, initial=0))
+
+
+def _labels_per_sample(labels: Tensor, task: Task) -> float:
+    if task == "sequence_classification":
+        return 1.0
+    return losses.labelled_positions(labels, causal=task == "causal_lm").sum().item() / len(labels)
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    on_gpu = device.type == "cuda"
+    training = scorers.scoring_dtype(device) if on_gpu else None
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else torch.cpu.get_capabilities().get("cpu_name", "CPU"),
+        "threads": torch.get_num_threads(),
+        "training_dtype": str(training or torch.float32).removeprefix("torch."),
+        "scoring_dtype": str(scorers.scoring_dtype(device) or torch.float32).removeprefix("torch."),
+        "memory_measure": _MEMORY_MEASURE[device.type],
+        "torch": torch.__version__,
+        "transformers": importlib.metadata.version("transformers"),
+    }

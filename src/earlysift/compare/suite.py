@@ -1,0 +1,221 @@
+"""Suites: workloads as rows of data, each run as a comparison in a process and a folder of its own."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from earlysift.compare.arms import ARMS
+from earlysift.compare.folder import ENCODER
+from earlysift.compare.run import write_json
+from earlysift.compare.settings import Settings
+from earlysift.report.page import RESULTS, read_results
+
+# Rows are settings. Data are folders below --data; a checkpoint is the workload whose encoder is fine-tuned.
+_ALL_ARMS = tuple(ARMS)
+_MLM: dict[str, Any] = {"arms": _ALL_ARMS, "seeds": 5, "budget": 25.0, "evaluations": 21, "layers": 8, "batch": 16}
+_CLASSIFY: dict[str, Any] = {
+    **_MLM,
+    "task": "classification",
+    "data": ("sst2",),
+    "length": 32,
+    "learning_rate": 1e-3,
+    "validation_samples": 872,
+}
+_PRETRAINING = "mlm-wikipedia-books"
+
+_CPU: dict[str, dict[str, Any]] = {
+    "mlm-stdlib": _MLM,
+    "mlm-stdlib-half": {**_MLM, "budget": _MLM["budget"] / 2},
+    "mlm-stdlib-double": {**_MLM, "budget": _MLM["budget"] * 2},
+    "mlm-wikitext-2": {**_MLM, "data": ("wikitext-2",)},
+    _PRETRAINING: {
+        **_MLM,
+        "data": ("wikipedia-en", "books-litbank"),
+        "max_characters": 20_000_000,
+        "save_encoder": True,
+    },
+    "clm-wikitext-2": {**_MLM, "task": "causal_lm", "data": ("wikitext-2",)},
+    "sst2": _CLASSIFY,
+    "sst2-finetuned": {**_CLASSIFY, "checkpoint": _PRETRAINING, "learning_rate": 5e-4},
+    "sst2-flipped": {**_CLASSIFY, "flipped": 0.2},
+    "digits": {**_MLM, "task": "image", "validation_samples": 360, "learning_rate": 1e-3},
+    "mlm-repeated": {**_MLM, "repeated": 0.5},
+}
+_BERT_BASE: dict[str, Any] = {
+    "device": "cuda",
+    "layers": 12,
+    "width": 768,
+    "length": 128,
+    "vocab_size": 30_522,
+    "batch": 256,
+    "learning_rate": 2e-4,
+    "validation_samples": 2048,
+}
+
+SUITES: dict[str, dict[str, dict[str, Any]]] = {
+    "cpu": _CPU,
+    "gpu": {
+        name: {**row, **_BERT_BASE, "budget": 24 * row["budget"], "max_characters": None} for name, row in _CPU.items()
+    },
+}
+
+_LOGS = "logs"
+_POLL_S = 0.5
+OnProgress = Callable[[str, float], None]
+
+
+@dataclass
+class Outcome:
+    """What became of a workload: its results, if it wrote any, and why it did not run to its end, if so."""
+
+    results: dict[str, Any] | None
+    reason: str | None
+
+
+def run_suite(
+    settings: Settings, given: Collection[str] = (), on_progress: OnProgress = lambda name, share: None
+) -> dict[str, Outcome]:
+    """Run the workloads of a suite, ``jobs`` at a time, each on its share of the cores.
+
+    Ctrl-C stops all of them; what they have measured is on disk, and a resumed suite goes on from there.
+
+    Args:
+        settings: ``suite``, ``only``, ``jobs`` and ``out``; ``data`` is the folder of the corpora.
+        given: Names of settings that hold for every workload; whatever differs from its default does so anyway.
+        on_progress: Called with a workload's name and the share of it that is done.
+
+    Returns:
+        Workload to outcome, in the suite's order.
+
+    Raises:
+        ValueError: If a workload is unknown.
+    """
+    names = names_of(settings)
+    workloads = {name: workload_settings(name, settings, given) for name in names}
+    reasons: dict[str, str | None] = {name: missing_data(workload) for name, workload in workloads.items()}
+    waiting = [name for name in names if reasons[name] is None]
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    try:
+        while waiting or running:
+            for name in [name for name in waiting if _ready(workloads[name], waiting, running, settings)]:
+                if len(running) < settings.jobs:
+                    waiting.remove(name)
+                    running[name] = _start(name, workloads[name], settings)
+            time.sleep(_POLL_S)
+            for name, process in list(running.items()):
+                on_progress(name, share_done(workloads[name]))
+                if process.poll() is not None:
+                    del running[name]
+                    reasons[name] = _reason(process.returncode, _log(settings, name))
+    except KeyboardInterrupt:
+        reasons |= dict.fromkeys((*waiting, *running), "stopped")
+    finally:
+        for process in running.values():
+            process.send_signal(signal.SIGINT)
+        for process in running.values():
+            process.wait()
+    return {name: Outcome(_results(workloads[name].out), reasons[name]) for name in names}
+
+
+def names_of(settings: Settings) -> list[str]:
+    """The workloads that are asked for."""
+    assert settings.suite is not None
+    known = SUITES[settings.suite]
+    unknown = [name for name in settings.only if name not in known]
+    if unknown:
+        raise ValueError(f"Unknown workloads {unknown}; the suite {settings.suite} has {', '.join(known)}.")
+    return [name for name in known if name in (settings.only or known)]
+
+
+def workload_settings(name: str, settings: Settings, given: Collection[str] = ()) -> Settings:
+    """The settings of one workload: its row, below it the defaults, above it what was asked for otherwise.
+
+    Example:
+        >>> asked = Settings(suite="cpu", seeds=2, data=(Path("corpora"),), out=Path("runs/cpu"))
+        >>> workload = workload_settings("mlm-wikitext-2", asked)
+        >>> workload.seeds, str(workload.data[0]), str(workload.out)
+        (2, 'corpora/wikitext-2', 'runs/cpu/mlm-wikitext-2')
+    """
+    assert settings.suite is not None
+    row = dict(SUITES[settings.suite][name])
+    folder = settings.data[0] if settings.data else Path()
+    row["data"] = tuple(folder / part for part in row.get("data", ()))
+    if "checkpoint" in row:
+        row["checkpoint"] = settings.out / row["checkpoint"] / ENCODER
+    own = ("data", "out", "suite", "only", "jobs", "config")
+    asked = {
+        field.name: getattr(settings, field.name)
+        for field in dataclasses.fields(Settings)
+        if field.name not in own and (field.name in given or getattr(settings, field.name) != field.default)
+    }
+    return Settings(**{**row, **asked, "out": settings.out / name})
+
+
+def missing_data(workload: Settings) -> str | None:
+    """Why a workload cannot start for lack of data, if so."""
+    missing = [path for path in workload.data if not path.exists()]
+    if not missing:
+        return None
+    return f"skipped: needs {' and '.join(path.name for path in missing)} in the folder that --data gives"
+
+
+def share_done(workload: Settings) -> float:
+    """How much of a workload is done, from its results so far."""
+    results = _results(workload.out)
+    if results is None:
+        return 0.0
+    spent_s: list[float] = [
+        min(workload.budget, run["curve"][-1]["reference_s"])
+        for name in workload.arms
+        for run in results["arms"].get(name, {}).get("runs", [])
+        if run["seed"] < workload.seeds
+    ]
+    return sum(spent_s) / (workload.budget * workload.seeds * len(workload.arms))
+
+
+def _ready(workload: Settings, waiting: list[str], running: dict[str, Any], settings: Settings) -> bool:
+    # A workload that fine-tunes another one's encoder waits for it.
+    return not workload.checkpoint or all(
+        workload.checkpoint != settings.out / name / ENCODER for name in (*waiting, *running)
+    )
+
+
+def _start(name: str, workload: Settings, settings: Settings) -> "subprocess.Popen[bytes]":
+    log = _log(settings, name)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    config = log.with_suffix(".json")
+    write_json(config, json.loads(json.dumps(dataclasses.asdict(workload), default=str)))
+    threads = str(max(1, (os.cpu_count() or 1) // settings.jobs))
+    with log.open("wb") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", "earlysift", "compare", "--config", str(config)],
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
+            start_new_session=True,  # Ctrl-C reaches it through us, once
+        )
+
+
+def _log(settings: Settings, name: str) -> Path:
+    return settings.out / _LOGS / f"{name}.log"
+
+
+def _reason(code: int, log: Path) -> str | None:
+    if code == 0:
+        return None
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+    said = [line for line in lines if line.startswith("earlysift: ")]
+    return f"skipped: {said[-1].removeprefix('earlysift: ')}" if said else f"failed, see {log}"
+
+
+def _results(folder: Path) -> dict[str, Any] | None:
+    return read_results(folder) if (folder / RESULTS).is_file() else None

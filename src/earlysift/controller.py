@@ -1,0 +1,334 @@
+"""The payoff controller: from what probes saw, whether to select, by which rule, at which depth, from how large a pool.
+
+Pure functions of records and costs: the same records give the same choice, on every rank and after every resume. A
+choice of None is uniform training, where every run begins and where it returns to when selection does not pay.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from earlysift import costs, selectors
+from earlysift.fidelity import fidelity
+from earlysift.probes import Probe
+
+Rule = Literal["greedy", "unbiased"]
+Record = dict[str, float]
+"""Numbers of one probe, by name; averages over records are what choices are made from."""
+
+WINDOW = 6  # records that a choice looks back on
+ENOUGH = 3  # records before the first choice
+MARGIN = 0.05  # payoff above 1 that switching on asks for, one standard error included
+LEAST_CORRELATION = 0.1  # a score that ranks worse than this ranks at random
+EARLY_SHARE, EARLY_PROBES = 0.1, 0.4  # this part of the training gets this part of the probes
+
+
+@dataclass(frozen=True)
+class Control:
+    """What `Sifter(mode="auto")` may choose from, and what it may spend on finding out.
+
+    Attributes:
+        depths: Exits to choose from.
+        keeps: Values of keep to choose from, none below the sifter's own; a larger keep scores a smaller part of the
+            pool, so that the batch stays the same.
+        rules: Rules to choose from.
+        total_steps: Length of the training, if known: selection ends at ``end_share`` of it, as greedy has a floor.
+        end_share: Share of the training after which selection ends.
+        probe_share: Most that probes may cost, as a share of the time of training.
+        reference_costs: Times in any one unit that make choices reproducible, instead of measured ones: ``train`` (a
+            step on b samples), ``probe``, and ``score_1``, ``score_2``, ... (the whole pool, by depth).
+    """
+
+    depths: tuple[int, ...] = (1, 2, 3)
+    keeps: tuple[float, ...] = (0.5, 0.67)
+    rules: tuple[Rule, ...] = ("greedy", "unbiased")
+    total_steps: int | None = None
+    end_share: float = 0.85
+    probe_share: float = 0.01
+    reference_costs: Mapping[str, float] | None = None
+
+    def __post_init__(self) -> None:
+        unknown = [rule for rule in self.rules if rule not in ("greedy", "unbiased")]
+        rules = [
+            (not self.depths or min(self.depths) < 1, f"depths must be positive, got {self.depths}."),
+            (not self.keeps or not all(0 < k < 1 for k in self.keeps), f"keeps must be in (0, 1), got {self.keeps}."),
+            (bool(unknown) or not self.rules, f"rules must be of greedy and unbiased, got {self.rules}."),
+            (not 0 < self.probe_share < 1, f"probe_share must be in (0, 1), got {self.probe_share}; 0.01 is usual."),
+            (not 0 < self.end_share <= 1, f"end_share must be in (0, 1], got {self.end_share}."),
+        ]
+        problems = [message for bad, message in rules if bad]
+        if problems:
+            raise ValueError(" ".join(problems))
+
+
+class Choice(NamedTuple):
+    """How a step selects: the rule, the depth of the exit, and keep."""
+
+    rule: Rule
+    depth: int
+    keep: float
+
+    def __str__(self) -> str:
+        return f"{self.rule}, depth {self.depth}, keep {self.keep:g}"
+
+
+@dataclass(frozen=True)
+class State:
+    """All that the controller remembers, JSON-like.
+
+    Attributes:
+        choice: What steps do now; None is uniform.
+        records: The latest records.
+        next_probe: Step of the next probe.
+    """
+
+    choice: Choice | None = None
+    records: tuple[Record, ...] = ()
+    next_probe: int = 0
+
+
+class Verdict(NamedTuple):
+    """What a probe led to: the state from here on, the numbers it rests on, and the reason in words."""
+
+    state: State
+    told: dict[str, float]
+    reason: str
+
+
+def advance(
+    state: State, entry: Record, prices: Mapping[str, float], control: Control, pool_keep: float, step: int
+) -> Verdict:
+    """One probe further: remember its record, choose, and say when the next probe is due.
+
+    Args:
+        state: Before the probe.
+        entry: What `record` returned; one with numbers that are not finite is forgotten.
+        prices: ``train``, ``probe`` and ``score_{depth}`` (scoring the whole pool), in one unit.
+        control: What may be chosen.
+        pool_keep: b / R, so what a keep as large as the pool allows costs.
+        step: The present step.
+    """
+    usable = all(math.isfinite(value) for value in entry.values())
+    records = (*state.records, entry)[-WINDOW:] if usable else state.records
+    state = replace(state, records=records, next_probe=next_probe(step, control, prices))
+    if not records:
+        return Verdict(state, {}, "no probe has seen finite losses yet")
+    told = estimates(records, control, prices, pool_keep)
+    choice, reason = decide(state, told, control, step)
+    return Verdict(replace(state, choice=choice), told, reason)
+
+
+def choices(control: Control) -> list[Choice]:
+    """Everything that may be chosen besides uniform training."""
+    return [Choice(rule, depth, keep) for rule in control.rules for depth in control.depths for keep in control.keeps]
+
+
+def record(probe: Probe, kept: int, control: Control) -> Record:
+    r"""The numbers of one probe.
+
+    For a rule with weights w over the candidates (sum 1) and gradients g: ``signal = sum_i w_i <g_i, mean of the other
+    candidates' g>``, the part of the step that goes along the mean gradient, and ``length2 = |sum_i w_i g_i|^2``; both
+    relative to the mean ``|g_i|^2``. Uniform batches have them in closed form, and so has the unbiased rule, whose mean
+    is uniform's.
+
+    Args:
+        probe: What was seen of the pool.
+        kept: b.
+        control: What may be chosen.
+
+    Returns:
+        ``uniform.signal``, ``uniform.length2``; for each choice ``{choice}.signal`` and ``.length2``, for each depth
+        ``correlation.{depth}``, for each depth and keep ``gain...`` and ``second_moment...``; and ``floor``, the
+        largest loss over the mean one (an upper estimate of M* / F in T1). All are nan if fewer than two candidates
+        have a finite loss, or none has a gradient.
+    """
+    finite = torch.isfinite(probe.exact)
+    for scores in probe.scores.values():
+        finite &= torch.isfinite(scores)
+    exact, gram = probe.exact[finite], probe.gram[finite][:, finite]
+    total = len(exact)
+    if total < 2 or not float(gram.diagonal().sum()) > 0:
+        return dict.fromkeys(record_names(control), math.nan)
+    gram = gram / gram.diagonal().mean()
+    squares = gram.diagonal()
+    others = (gram.sum(dim=1) - squares) / (total - 1)
+    signal = others.mean().item()
+    numbers = {
+        "uniform.signal": signal,
+        "uniform.length2": signal * (1 - 1 / kept) + 1 / kept,
+        "floor": (exact.max() / exact.mean()).item(),
+    }
+    for depth, all_scores in probe.scores.items():
+        scores = all_scores[finite]
+        for keep in control.keeps:
+            rows = min(total, round(kept / keep))
+            ranking = fidelity(scores[:rows], exact[:rows], kept)
+            numbers[f"gain.{depth}.{keep:g}"] = ranking["gain"]
+            numbers[f"second_moment.{depth}.{keep:g}"] = costs.second_moment_ratio(scores[:rows].clamp(min=0))
+            for rule in control.rules:
+                name = _name(Choice(rule, depth, keep))
+                measure = _greedy if rule == "greedy" else _unbiased
+                numbers[f"{name}.signal"], numbers[f"{name}.length2"] = measure(
+                    scores[:rows], min(kept, rows), gram[:rows, :rows], others[:rows], signal
+                )
+        numbers[f"correlation.{depth}"] = fidelity(scores, exact, kept)["rank_correlation"]
+    return numbers
+
+
+def record_names(control: Control) -> list[str]:
+    """The names of a record's numbers: the same on every rank, whatever its pool."""
+    pairs = [f"{depth}.{keep:g}" for depth in control.depths for keep in control.keeps]
+    return [
+        "uniform.signal",
+        "uniform.length2",
+        "floor",
+        *(f"correlation.{depth}" for depth in control.depths),
+        *(f"{name}.{pair}" for name in ("gain", "second_moment") for pair in pairs),
+        *(f"{_name(choice)}.{part}" for choice in choices(control) for part in ("signal", "length2")),
+    ]
+
+
+def _greedy(scores: Tensor, kept: int, gram: Tensor, others: Tensor, signal: float) -> tuple[float, float]:
+    best = selectors.greedy(scores, kept).indices
+    return others[best].mean().item(), gram[best][:, best].mean().item()
+
+
+def _unbiased(scores: Tensor, kept: int, gram: Tensor, others: Tensor, signal: float) -> tuple[float, float]:
+    included = selectors.inclusion_probabilities(scores.clamp(min=0), kept)
+    noise = (gram.diagonal() / included).sum().item() / len(scores) ** 2
+    return signal, signal * (1 - 1 / kept) + noise
+
+
+def estimates(
+    records: Sequence[Record], control: Control, prices: Mapping[str, float], pool_keep: float
+) -> dict[str, float]:
+    r"""What the records say, averaged, for the ledger and for `decide`.
+
+    ``progress = (signal / sqrt(length2)) / (uniform's)``: how much farther a step of the same length goes along the
+    mean gradient than a uniform one's. It is the gain measured instead of presumed: loss-based gain (rho) takes for
+    granted that samples with a larger loss lead downhill (T1's convexity), and near a plateau they do not.
+    ``payoff = progress / c`` decides; ``payoff_C2 = rho_r / c`` and ``payoff_T7 = 1 / (V c)`` stand beside it.
+
+    Args:
+        records: Of the latest probes, at least one.
+        control: What may be chosen.
+        prices: ``train`` and ``score_{depth}`` (scoring the whole pool), in one unit.
+        pool_keep: b / R.
+
+    Returns:
+        For each choice ``payoff.{choice}`` and ``payoff_error.{choice}`` (jackknife standard error over the records),
+        for each depth ``correlation``, for each depth and keep ``gain``, ``cost``, ``payoff_C2`` and ``payoff_T7``;
+        and ``noise_scale`` (in samples, McCandlish et al. 2018, arXiv 1812.06162), ``floor``.
+    """
+    mean = _means(records)
+    told = {name: value for name, value in mean.items() if name.startswith(("correlation.", "gain.", "floor"))}
+    signal = mean["uniform.signal"]
+    told["noise_scale"] = (1 - signal) / signal if signal > 0 else math.inf
+    for depth in control.depths:
+        for keep in control.keeps:
+            cost = 1 + prices[f"score_{depth}"] / prices["train"] * pool_keep / keep
+            told[f"cost.{depth}.{keep:g}"] = cost
+            told[f"payoff_C2.{depth}.{keep:g}"] = costs.payoff(mean[f"gain.{depth}.{keep:g}"], cost)
+            told[f"payoff_T7.{depth}.{keep:g}"] = costs.unbiased_payoff(mean[f"second_moment.{depth}.{keep:g}"], cost)
+    for choice in choices(control):
+        cost = told[f"cost.{choice.depth}.{choice.keep:g}"]
+        told[f"payoff.{_name(choice)}"] = _progress(mean, choice) / cost
+        told[f"payoff_error.{_name(choice)}"] = _jackknife(records, choice) / cost
+    return told
+
+
+def decide(state: State, told: Mapping[str, float], control: Control, step: int) -> tuple[Choice | None, str]:
+    """The choice from this step on, and why.
+
+    Off at once: when the score of the present choice ranks at random or backwards in the latest probe, when its payoff
+    falls below 1, and towards the end of the training. On: when a choice's payoff exceeds 1 by a margin and a standard
+    error, over enough probes, with a gain that pays by C2 as well (greedy). The gap between on and off is a hysteresis.
+
+    Args:
+        state: With the records that ``told`` was made from.
+        told: What `estimates` returned.
+        control: What may be chosen.
+        step: The present step.
+
+    Returns:
+        The choice, and the reason in words.
+    """
+    if control.total_steps is not None and step >= control.end_share * control.total_steps:
+        return None, "the training nears its end, and greedy selection has a floor"
+    latest = state.records[-1]
+    now = state.choice
+    if now is not None:
+        correlation = latest[f"correlation.{now.depth}"]
+        if correlation < LEAST_CORRELATION:
+            return None, f"the exit ranks at random or backwards (rank correlation {correlation:.2f})"
+        if told[f"payoff.{_name(now)}"] < 1:
+            return None, f"selection does not pay (payoff {told[f'payoff.{_name(now)}']:.2f})"
+        return now, "selection pays"
+    if len(state.records) < ENOUGH:
+        return None, "too few probes"
+    sure = {
+        choice: told[f"payoff.{_name(choice)}"] - told[f"payoff_error.{_name(choice)}"]
+        for choice in choices(control)
+        if latest[f"correlation.{choice.depth}"] >= LEAST_CORRELATION
+        and (choice.rule == "unbiased" or told[f"payoff_C2.{choice.depth}.{choice.keep:g}"] > 1)
+    }
+    best = max(sure, key=lambda choice: sure[choice], default=None)
+    if best is None or sure[best] < 1 + MARGIN:
+        return None, "selection would not pay"
+    return best, f"selection pays (payoff {told[f'payoff.{_name(best)}']:.2f}, surely {sure[best]:.2f})"
+
+
+def next_probe(step: int, control: Control, prices: Mapping[str, float]) -> int:
+    """Step of the next probe, so that all probes together cost at most ``probe_share`` of the training.
+
+    Where the length of the training is known, its first tenth gets two fifths of the probes: what is found early pays
+    longest.
+    """
+    interval = prices["probe"] / prices["train"] / control.probe_share
+    if control.total_steps is not None:
+        early = step < EARLY_SHARE * control.total_steps
+        interval *= EARLY_SHARE / EARLY_PROBES if early else (1 - EARLY_SHARE) / (1 - EARLY_PROBES)
+    return step + max(1, math.ceil(interval))
+
+
+def to_json(state: State) -> dict[str, Any]:
+    """The state as plain data."""
+    return {
+        "choice": state.choice and list(state.choice),
+        "records": list(state.records),
+        "next_probe": state.next_probe,
+    }
+
+
+def from_json(saved: Mapping[str, Any]) -> State:
+    """The state that `to_json` saved."""
+    choice = saved["choice"]
+    return State(choice and Choice(*choice), tuple(saved["records"]), saved["next_probe"])
+
+
+def _name(choice: Choice) -> str:
+    return f"{choice.rule}.{choice.depth}.{choice.keep:g}"
+
+
+def _means(records: Sequence[Record]) -> Record:
+    return {name: sum(entry[name] for entry in records) / len(records) for name in records[0]}
+
+
+def _progress(mean: Record, choice: Choice) -> float:
+    uniform = mean["uniform.signal"] / math.sqrt(max(mean["uniform.length2"], 1e-12))
+    along = mean[f"{_name(choice)}.signal"] / math.sqrt(max(mean[f"{_name(choice)}.length2"], 1e-12))
+    # Where uniform's own signal drowns in noise, nothing can be said to be better.
+    return along / uniform if uniform > 0 else 0.0
+
+
+def _jackknife(records: Sequence[Record], choice: Choice) -> float:
+    count = len(records)
+    if count < 2:
+        return math.inf
+    without = [_progress(_means([*records[:i], *records[i + 1 :]]), choice) for i in range(count)]
+    middle = sum(without) / count
+    return math.sqrt((count - 1) / count * sum((value - middle) ** 2 for value in without))

@@ -1,0 +1,223 @@
+"""Lines with seed bands -> charts in HTML and SVG that a reader switches without any script.
+
+A chart is a stretchable drawing without letters, and its letters are HTML around it: so it fits every screen while
+text keeps its size, and follows the light or dark colours of the page. Radio buttons choose which chart is shown,
+check boxes which lines; `switch_css` holds the rules. A browser too old for them shows all charts and lines.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from itertools import pairwise
+
+from earlysift.report.series import Band, Results, Style, band, frame, number, numbers
+
+WIDTH, HEIGHT = 2000, 1000  # of the drawing, before it is stretched: fine enough for a large screen
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A vertical quantity: what it is called, whether it is a share, and lines across at certain heights."""
+
+    label: str
+    is_share: bool = False
+    levels: dict[str, float | None] = field(default_factory=dict)
+    """Name and height; the frame of the chart reaches to the first."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A horizontal quantity: its key in a point, and what it is called."""
+
+    key: str
+    label: str
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One line: the seeds behind it, and under which key each measure finds it (None: not drawn there)."""
+
+    label: str
+    style: Style
+    runs: list[Results]
+    keys: tuple[str | None, ...]
+    shown: bool = True
+
+
+def explorer(
+    name: str,
+    kind: str,
+    measures: Sequence[Measure],
+    axes: Sequence[Axis],
+    traces: Sequence[Trace],
+    events: Sequence[Results] = (),
+) -> str:
+    """One chart at a time out of measures x axes, with what it takes to choose it and its lines.
+
+    Args:
+        name: Sets the radio buttons of this explorer apart from others on the page.
+        kind: Which list of a run holds the points.
+        measures: Vertical quantities to choose from.
+        axes: Horizontal quantities to choose from.
+        traces: Lines.
+        events: Points that are marked by vertical lines.
+
+    Returns:
+        HTML; a note if there is nothing to draw.
+    """
+    bands = {
+        (m, a, t): line
+        for t, trace in enumerate(traces)
+        for m, key in enumerate(trace.keys)
+        for a, axis in enumerate(axes)
+        if key and (line := band(trace.runs, kind, axis.key, key))
+    }
+    drawn = sorted({t for _, _, t in bands}, key=lambda t: (not traces[t].shown, not traces[t].style.strong, t))
+    used = sorted({m for m, _, _ in bands})
+    if not used:
+        return '<p class="note">nothing measured yet</p>'
+    panels = []
+    for m in used:
+        first_level = number(next(iter(measures[m].levels.values()), None))
+        height = frame(
+            [(line, traces[t].shown) for (of, _, t), line in bands.items() if of == m],
+            [] if first_level is None else [first_level],
+        )
+        for a, axis in enumerate(axes):
+            lines = {t: (traces[t].style, line) for (*of, t), line in bands.items() if of == [m, a]}
+            marks = numbers(event.get(axis.key) for event in events)
+            panels.append(f'<div class="panel m{m} x{a}">{_chart(measures[m], axis, lines, height, marks)}</div>')
+    choices = _radios(name, "m", "Show", {m: measures[m].label for m in used})
+    choices += _radios(name, "x", "against", {a: axis.label for a, axis in enumerate(axes)})
+    chips = "".join(_chip(t, traces[t], {m for m, _, of in bands if of == t}) for t in drawn)
+    if not all(traces[t].shown for t in drawn):
+        chips += '<label class="chip"><input type="checkbox" class="all"><span>all</span></label>'
+    return (
+        f'<div class="explorer"><div class="choices">{choices}</div><div class="card">{"".join(panels)}'
+        f'<fieldset class="chips"><legend>Lines</legend>{chips}</fieldset></div></div>'
+    )
+
+
+def switch_css(measures: int, axes: int, lines: int) -> str:
+    """The rules that hide what is not chosen, for explorers of up to so many measures, axes and lines.
+
+    Example:
+        >>> print(switch_css(1, 0, 1))
+        .explorer:has(input.m0:not(:checked)) .m0:not(input) { display: none; }
+        .explorer:has(input.t0:not(:checked)):not(:has(.all:checked)) g.t0 { display: none; }
+    """
+    chosen = [f"m{m}" for m in range(measures)] + [f"x{a}" for a in range(axes)]
+    rules = [f".explorer:has(input.{c}:not(:checked)) .{c}:not(input) {{ display: none; }}" for c in chosen]
+    rules += [
+        f".explorer:has(input.t{t}:not(:checked)):not(:has(.all:checked)) g.t{t} {{ display: none; }}"
+        for t in range(lines)
+    ]
+    return "\n".join(rules)
+
+
+def ticks(low: float, high: float, count: int) -> list[float]:
+    """About so many round numbers from low to high: multiples of 1, 2 or 5 times a power of ten.
+
+    Example:
+        >>> ticks(0.13, 0.38, 5)
+        [0.15, 0.2, 0.25, 0.3, 0.35]
+        >>> ticks(0, 240, 4)
+        [0.0, 50.0, 100.0, 150.0, 200.0]
+    """
+    rough = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(times * power for times in (1, 2, 5, 10) if times * power >= 0.75 * rough)
+    return [round(step * k, 12) for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def swatch(style: Style) -> str:
+    """A short piece of the line, for legends and tables."""
+    return (
+        f'<svg class="swatch" style="{_look(style)}" viewBox="0 0 24 8" aria-hidden="true">'
+        '<path class="line" d="M0 4 24 4"/></svg>'
+    )
+
+
+def _chart(
+    measure: Measure,
+    axis: Axis,
+    lines: dict[int, tuple[Style, Band]],
+    height: tuple[float, float],
+    marks: Iterable[float],
+) -> str:
+    """One drawing with its letters. Without lines on this axis: a note."""
+    if not lines:
+        return '<p class="note">nothing measured yet</p>'
+    bottom, top = height
+    left = min(line.x[0] for _, line in lines.values())
+    right = max(line.x[-1] for _, line in lines.values())
+    right = right if right > left else left + 1
+
+    def x_of(value: float) -> float:
+        return (value - left) / (right - left)
+
+    def y_of(value: float) -> float:
+        return (value - bottom) / (top - bottom)
+
+    def path(xs: Iterable[float], ys: Iterable[float]) -> str:
+        points = [(round(WIDTH * x_of(x)), round(HEIGHT * (1 - y_of(y)))) for x, y in zip(xs, ys, strict=True)]
+        kept = points[:1] + [after for before, after in pairwise(points) if after != before]
+        return "M" + " ".join(f"{x} {y}" for x, y in kept)
+
+    grid = ticks(bottom, top, 5)
+    drawing = ['<path class="grid" d="{}"/>'.format("".join(path((left, right), (y, y)) for y in grid))]
+    letters = [f'<span class="y" style="bottom:{y_of(y):.2%}">{_amount(y, measure.is_share)}</span>' for y in grid]
+    letters += [f'<span class="x" style="left:{x_of(x):.2%}">{_amount(x)}</span>' for x in ticks(left, right, 4)]
+    across = "".join(path((x, x), height) for x in marks)
+    drawing += [f'<path class="mark" d="{across}"/>'] * bool(across)
+    for name, at in measure.levels.items():
+        level = number(at)
+        if level is not None and bottom <= level <= top:
+            drawing.append(f'<path class="level" d="{path((left, right), (level, level))}"/>')
+            letters.append(f'<span class="level" style="bottom:{y_of(level):.2%}">{escape(name)}</span>')
+    # Strong lines lie on top of the others.
+    for t, (style, line) in sorted(lines.items(), key=lambda drawn: drawn[1][0].strong):
+        edge = path(line.x + line.x[::-1], line.high + line.low[::-1])
+        filled = f'<path class="band" d="{edge}"/>' if line.low != line.high else ""
+        drawing.append(
+            f'<g class="t{t}{"" if style.strong else " thin"}" style="{_look(style)}">{filled}'
+            f'<path class="line" d="{path(line.x, line.mean)}"/></g>'
+        )
+    about = f"{measure.label} against {axis.label}"
+    return (
+        f'<p class="y-title">{escape(measure.label)}</p><div class="chart">'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" role="img" aria-label="{escape(about)}">'
+        f'{"".join(drawing)}</svg>{"".join(letters)}</div><p class="x-title">{escape(axis.label)}</p>'
+    )
+
+
+def _radios(name: str, kind: str, legend: str, labels: dict[int, str]) -> str:
+    first = min(labels)
+    if len(labels) == 1:  # nothing to choose
+        return f'<input type="radio" class="{kind}{first}" checked hidden>'
+    buttons = "".join(
+        f'<label><input type="radio" class="{kind}{i}" name="{name}-{kind}"{" checked" * (i == first)}>'
+        f"<span>{escape(text)}</span></label>"
+        for i, text in labels.items()
+    )
+    return f'<fieldset class="pick"><legend>{legend}</legend>{buttons}</fieldset>'
+
+
+def _chip(t: int, trace: Trace, measures: set[int]) -> str:
+    # What one measure alone draws comes and goes with it.
+    only = f" m{min(measures)}" if len(measures) == 1 else ""
+    return (
+        f'<label class="chip{only}"><input type="checkbox" class="t{t}"{" checked" * trace.shown}>'
+        f"{swatch(trace.style)}<span>{escape(trace.label)}</span></label>"
+    )
+
+
+def _look(style: Style) -> str:
+    return f"--line:{style.color}" + (f";--dashes:{style.dashes}" if style.dashes else "")
+
+
+def _amount(value: float, is_share: bool = False) -> str:
+    return f"{round(100 * value, 10):,.9g}%" if is_share else f"{value:,.9g}"

@@ -1,0 +1,270 @@
+"""Results of a comparison -> tables in HTML, every string of the results escaped where it enters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from html import escape
+from typing import NamedTuple
+
+from earlysift.report.chart import swatch
+from earlysift.report.series import Results, items, mean, number, numbers, plain, section, sections, seeds, styles
+
+MISSING = "–"
+
+
+class Outcome(NamedTuple):
+    """What a comparison with uniform says, as a word, a symbol for those who see no colours, and a class."""
+
+    word: str
+    symbol: str
+    css: str
+
+
+GAIN, HARM = Outcome("gain", "▲", "gain"), Outcome("harm", "▼", "harm")
+NO_GAIN, NOT_PROVED = Outcome("no gain", "■", "none"), Outcome("not proved", "?", "none")
+
+VERDICT_HEADERS = (
+    "Arm",
+    "Against uniform",
+    "Speed-up, reference",
+    "Speed-up, wall",
+    "Seeds at target",
+    "Final accuracy",
+    "Accuracy over uniform",
+    "Final loss",
+    "Loss over uniform",
+)
+OPERATION_HEADERS = ("Operation", "Median", "20th percentile", "80th percentile", "Timed")
+DECISION_HEADERS = ("Run", "Step", "Reference time", "From", "To", "Reason")
+
+# Reference time by kind: the colours of the bars. Kinds that are not named here come last, in the last colour.
+KINDS = {
+    "train": "#2f7fd6",
+    "score": "#d9581f",
+    "probe": "#9166d6",
+    "reference model": "#159a6c",
+    "read": "#8f8420",
+}
+OTHER_KIND = "#808080"
+
+
+def outcome(entry: Results) -> Outcome:
+    """Harm if the whole interval of the final accuracy is below uniform's; gain if that of the speed-up is above 1.
+
+    Args:
+        entry: One arm of the ``comparison`` in results.json.
+
+    Example:
+        >>> outcome({"speedup": 1.2, "low": 1.1, "final_accuracy_high": 0.02}).word
+        'gain'
+        >>> outcome({"speedup": 1.2, "low": 1.1, "final_accuracy_high": -0.01}).word
+        'harm'
+    """
+    speedup, low, accuracy_high = (number(entry.get(key)) for key in ("speedup", "low", "final_accuracy_high"))
+    if accuracy_high is not None and accuracy_high < 0:
+        return HARM
+    if low is not None:
+        return GAIN if low > 1 else NO_GAIN
+    return NO_GAIN if speedup is None else NOT_PROVED
+
+
+def verdict_table(results: Results) -> str:
+    """Every arm against uniform, its numbers above what they mean in words."""
+    arms, comparison = sections(results, "arms"), sections(results, "comparison")
+    look = styles(arms)
+    bodies = []
+    for name, arm in arms.items():
+        entry = comparison.get(name, {})
+        runs = seeds(arm)
+        versus = [_outcome_cell(entry) if entry else MISSING, *_speedups(entry), _reached(runs)]
+        final = [_final(runs, "final_accuracy", "{:.2%}"), _over(entry, "final_accuracy", "{:+.2f}", 100, " points")]
+        final += [_final(runs, "final_loss", "{:.3f}"), _over(entry, "final_loss", "{:+.3f}")]
+        title = swatch(look[name]) + text(arm.get("label") or name)
+        if arm.get("charged") is False:
+            title += " <small>upper bound, not charged</small>"
+        words = [f"<b>{text(entry['verdict'])}</b>"] if entry.get("verdict") else []
+        words += [text(arm[part]) for part in ("description", "source") if arm.get(part)]
+        bodies.append(
+            _row([title, *versus, *final], VERDICT_HEADERS)
+            + f'<tr class="words"><td colspan="{len(VERDICT_HEADERS)}">'
+            + f"{' · '.join(words)}</td></tr>"
+        )
+    return _table("Arms", "numbers cards verdicts", VERDICT_HEADERS, bodies)
+
+
+def spent_table(results: Results) -> str:
+    """Where the reference time of each arm went, mean over seeds, as a stacked bar and as shares of the budget."""
+    arms = sections(results, "arms")
+    spent = {name: _spent_s(arm) for name, arm in arms.items()}
+    kinds = [*KINDS, *sorted({kind for parts in spent.values() for kind in parts} - set(KINDS))]
+    kinds = [kind for kind in kinds if any(parts.get(kind) for parts in spent.values())]
+    totals = [sum(parts.values()) for parts in spent.values()]
+    whole = number(section(results, "config").get("budget")) or max(totals, default=0)
+    if not kinds or not whole:
+        return '<p class="note">nothing measured yet</p>'
+    legend = "".join(f"<span>{_block(kind, '')}{text(kind)}</span>" for kind in kinds)
+    headers = ("Arm", "Share of the budget", *map(text, kinds))
+    scale = max(whole, *totals)
+    look = styles(arms)
+    rows = []
+    for name, parts in spent.items():
+        if parts:
+            bar = "".join(_block(kind, f"width:{parts.get(kind, 0) / scale:.2%};") for kind in kinds)
+            shares = [f"{parts[kind] / whole:.1%}" if parts.get(kind) else MISSING for kind in kinds]
+            title = swatch(look[name]) + text(arms[name].get("label") or name)
+            rows.append(_row([title, f'<div class="bar">{bar}</div>', *shares], headers))
+    return f'<p class="legend">{legend}</p>' + _table("Time by kind", "numbers cards spent", headers, rows)
+
+
+def decisions_table(arm: Results) -> str:
+    """What an arm that decides for itself decided, seed by seed; a note if it never changed its mind."""
+    rows = [
+        _row(
+            [
+                f"seed {text(run.get('seed'))}",
+                show(event.get("step"), "{:,.0f}"),
+                show(event.get("reference_s"), "{:,.1f} s"),
+                text(event.get("from")),
+                text(event.get("to")),
+                text(event.get("reason")),
+            ],
+            DECISION_HEADERS,
+        )
+        for run in seeds(arm)
+        for event in items(run, "events")
+    ]
+    if not rows:
+        return '<p class="note">It never switched.</p>'
+    return _table("Decisions", "cards decisions", DECISION_HEADERS, rows)
+
+
+def overview_table(runs: Sequence[Results]) -> str:
+    """Every run's workload and budget against every arm: speed-up in reference time, final accuracy over uniform's."""
+    labels: dict[str, str] = {}
+    for results in runs:
+        for name, arm in sections(results, "arms").items():
+            labels.setdefault(name, text(arm.get("label") or name) + " (not charged)" * (arm.get("charged") is False))
+    labels.pop("uniform", None)
+    budgets = [show(section(results, "config").get("budget"), "{:,g} s") for results in runs]
+    names = [f'<a href="#run{i}">{workload(results)}</a>' for i, results in enumerate(runs)]
+    headers = ["Arm", *map(_cell, names, budgets)]
+    rows = []
+    for name, label in labels.items():
+        entries = [section(section(results, "comparison"), name) for results in runs]
+        rows.append(_row([label, *(_overview_cell(entry) if entry else MISSING for entry in entries)]))
+    return _table("Workloads and arms", "numbers overview", headers, rows)
+
+
+def operations_table(results: Results, part: str) -> str:
+    """Measured times, one row per operation."""
+    rows = [
+        _row(
+            [
+                text(name),
+                *(show(timing.get(key), "{:,.2f} ms") for key in ("median", "low", "high")),
+                show(timing.get("count"), "{:,.0f}×"),
+            ]
+        )
+        for name, timing in sections(results, part).items()
+    ]
+    return _table("Time of each operation", "numbers operations", OPERATION_HEADERS, rows)
+
+
+def pairs_table(title: str, pairs: Results) -> str:
+    """Names and values."""
+    return _table(title, "", (), [_row([text(key), text(value)]) for key, value in pairs.items()])
+
+
+def workload(results: Results) -> str:
+    """What a run trained on, in HTML."""
+    return text(section(results, "data").get("name") or "unnamed data")
+
+
+def text(value: object) -> str:
+    """A value of the results as HTML: one line, escaped; a dash for nothing."""
+    if isinstance(value, list):
+        value = ", ".join(map(str, value)) or None
+    elif isinstance(value, dict):
+        value = ", ".join(f"{key} {part}" for key, part in value.items()) or None
+    return MISSING if value is None else escape(plain(value))
+
+
+def show(value: object, form: str) -> str:
+    """A number in its form; a dash if it is none."""
+    return MISSING if number(value) is None else form.format(value)
+
+
+def _speedups(entry: Results) -> list[str]:
+    return [
+        _cell(show(entry.get(value), "{:.2f}×"), _span(entry.get(low), entry.get(high), "{:.2f}"))
+        for value, low, high in (("speedup", "low", "high"), ("wall_speedup", "wall_low", "wall_high"))
+    ]
+
+
+def _reached(runs: list[Results]) -> str:
+    times = numbers(run.get("reference_s_to_target") for run in runs)
+    return _cell(f"{len(times)} of {len(runs)}", f"mean {mean(times):,.1f} s" if times else "")
+
+
+def _final(runs: list[Results], key: str, form: str) -> str:
+    values = numbers(run.get(key) for run in runs)
+    span = _span(min(values), max(values), form) if len(values) > 1 else ""
+    return _cell(show(mean(values), form), span)
+
+
+def _over(entry: Results, what: str, form: str, scale: float = 1, unit: str = "") -> str:
+    """A difference to uniform and its interval."""
+    ends = (number(entry.get(f"{what}_{part}")) for part in ("difference", "low", "high"))
+    difference, low, high = (None if end is None else scale * end for end in ends)
+    return _cell(show(difference, form + unit), _span(low, high, form))
+
+
+def _outcome_cell(entry: Results) -> str:
+    verdict = outcome(entry)
+    return f'<span class="{verdict.css}">{verdict.symbol} {verdict.word}</span>'
+
+
+def _overview_cell(entry: Results) -> str:
+    verdict, difference = outcome(entry), number(entry.get("final_accuracy_difference"))
+    return _cell(
+        f'<span class="{verdict.css}" title="{verdict.word}">{verdict.symbol}</span> {_speedups(entry)[0]}',
+        "" if difference is None else f"{100 * difference:+.2f} points",
+    )
+
+
+def _spent_s(arm: Results) -> dict[str, float]:
+    """Seconds of reference time by kind, mean over the seeds."""
+    runs = [section(run, "spent_s") for run in seeds(arm) if run.get("spent_s")]
+    kinds = dict.fromkeys(kind for run in runs for kind in run)
+    return {kind: sum(numbers(run.get(kind) for run in runs)) / len(runs) for kind in kinds}
+
+
+def _block(kind: str, size: str) -> str:
+    return f'<i style="{size}background:{KINDS.get(kind, OTHER_KIND)}"></i>'
+
+
+def _table(title: str, kind: str, headers: Iterable[str], rows: Iterable[str]) -> str:
+    """A table in a box of its own to scroll in."""
+    head = "".join(f'<th scope="col">{header}</th>' for header in headers)
+    return (
+        f'<div class="card" role="region" tabindex="0" aria-label="{title}"><table class="{kind}">'
+        f"{head and f'<thead><tr>{head}</tr></thead>'}<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _row(cells: Iterable[str], headers: Sequence[str] = ()) -> str:
+    """One row of cells in HTML, the first its header. Given the columns' headers, narrow screens show them by cell."""
+    first, *rest = cells
+    names = [f' data-label="{header}"' for header in headers[1:]] or [""] * len(rest)
+    known = [' class="missing"' if cell == MISSING else "" for cell in rest]
+    body = "".join(f"<td{name}{what}>{cell}</td>" for name, what, cell in zip(names, known, rest, strict=True))
+    return f'<tr><th scope="row">{first}</th>{body}</tr>'
+
+
+def _cell(main: str, small_print: str) -> str:
+    return main + (f"<small>{small_print}</small>" if small_print else "")
+
+
+def _span(low: object, high: object, form: str) -> str:
+    """An interval, or nothing when an end is missing: small print is no place for dashes."""
+    return "" if number(low) is None or number(high) is None else f"{form.format(low)} … {form.format(high)}"

@@ -1,0 +1,283 @@
+"""What peers of SIFT need: each piece against a slow twin that loops over samples, and the steps built from them."""
+
+import statistics
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Generator
+
+from earlysift import scorers
+from earlysift.compare import peers
+from earlysift.compare.arms import ARMS, Arm
+from earlysift.compare.peers import Predictions
+from earlysift.compare.settings import Settings
+from earlysift.compare.steps import STEPS, Bench
+from earlysift.pretrain.stream import Samples
+from earlysift.pretrain.workloads import Workload
+from models import BUILDERS, TASKS, batch_for, build, row_of, sample_losses
+
+every_task = pytest.mark.parametrize(
+    ("family", "task"), [("plain", task) for task in TASKS] + [key for key in BUILDERS if key[0] in ("bert", "llama")]
+)
+
+
+def example(family, task, rows=6):
+    model = BUILDERS[family, task]()
+    return model, batch_for(model, task, rows, 12, Generator().manual_seed(3))
+
+
+def by_sample(predicted):
+    """Logits and targets, one sample at a time."""
+    counts = predicted.counts.tolist()
+    return zip(predicted.logits.split(counts), predicted.targets.split(counts), strict=True)
+
+
+def gradient_norms_by_autograd(predicted):
+    norms = []
+    for logits, targets in by_sample(predicted):
+        leaf = logits.detach().clone().requires_grad_()
+        F.cross_entropy(leaf, targets, reduction="sum").backward()
+        norms.append(leaf.grad.norm())
+    return torch.stack(norms)
+
+
+def top_loss_by_sorting(predicted, q):
+    samples = sorted(by_sample(predicted), key=lambda sample: -F.cross_entropy(*sample).item())[:q]
+    return sum(F.cross_entropy(*s, reduction="sum") for s in samples) / sum(len(targets) for _, targets in samples)
+
+
+@every_task
+def test_losses_of_the_predictions_are_those_of_the_full_logits(family, task):
+    model, batch = example(family, task)
+    predicted = peers.predictions(model, batch, family=row_of(model))
+    losses = (peers.sample_losses(predicted) / predicted.counts).detach()
+    assert torch.allclose(losses, sample_losses(model, batch), atol=1e-5)
+
+
+@every_task
+def test_weighted_loss_and_its_gradients_are_those_of_the_training_loss(family, task):
+    model, batch = example(family, task)
+    weights = torch.tensor([0.5, 2.0, 0.0, 1.0, 3.0, 1.0])
+    gradients = []
+    for use_predictions in (True, False):
+        model.zero_grad()
+        if use_predictions:
+            predicted = peers.predictions(model, batch, family=row_of(model))
+            loss = peers.weighted_loss(peers.sample_losses(predicted), predicted.counts, weights)
+        else:
+            loss = scorers.training_loss(model, batch, family=row_of(model), weights=weights)
+        loss.backward()
+        gradients.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    assert len(gradients[0]) == len(gradients[1]) > 1
+    assert all(torch.allclose(ours, theirs, atol=1e-5) for ours, theirs in zip(*gradients, strict=True))
+
+
+@every_task
+def test_gradient_norms_are_those_of_autograd_sample_by_sample(family, task):
+    model, batch = example(family, task)
+    predicted = peers.predictions(model, batch, family=row_of(model))
+    assert torch.allclose(peers.gradient_norms(predicted), gradient_norms_by_autograd(predicted), atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk_rows", [None, 1, 4])
+def test_gradient_norm_scores_do_not_depend_on_chunks_and_leave_the_model_as_it_was(chunk_rows):
+    model, batch = example("bert", "masked_lm")
+    predicted = peers.predictions(model, batch)
+    scores = peers.gradient_norm_scores(model, batch, chunk_rows=chunk_rows)
+    assert torch.allclose(scores, peers.gradient_norms(predicted), rtol=0.05)  # scores may be in bfloat16
+    assert model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@every_task
+@pytest.mark.parametrize("q", [1, 3, 6])
+def test_top_loss_is_the_mean_over_the_hardest_samples(family, task, q):
+    model, batch = example(family, task)
+    predicted = peers.predictions(model, batch, family=row_of(model))
+    ours = peers.top_loss(peers.sample_losses(predicted), predicted.counts, q)
+    assert torch.allclose(ours, top_loss_by_sorting(predicted, q), atol=1e-5)
+
+
+def test_top_loss_of_the_whole_batch_is_the_training_loss():
+    model, batch = example("bert", "masked_lm")
+    predicted = peers.predictions(model, batch)
+    whole = peers.top_loss(peers.sample_losses(predicted), predicted.counts, 6)
+    assert torch.allclose(whole, scorers.training_loss(model, batch), atol=1e-6)
+
+
+def test_accuracy_counts_right_predictions():
+    logits = torch.tensor([[2.0, 1.0], [0.0, 1.0], [0.0, 3.0], [1.0, 0.0]])
+    assert peers.accuracy(Predictions(logits, torch.tensor([0, 1, 0, 1]), torch.tensor([3, 1]))) == 0.5
+
+
+def test_variance_reduction_is_the_ratio_of_standard_deviations_that_sampling_gives():
+    """1 / tau^2 is the mean square of gradients under weighted proportional draws over that under uniform ones."""
+    norms = torch.tensor([1.0, 1.0, 2.0, 8.0])
+    likely = norms / norms.sum()
+    weighted = (likely * (norms / (len(norms) * likely)) ** 2).sum()
+    uniform = norms.square().mean()
+    assert peers.variance_reduction(norms) == pytest.approx((uniform / weighted).sqrt().item())
+
+
+def test_variance_reduction_does_not_depend_on_the_scale_and_survives_zeros():
+    norms = torch.tensor([0.2, 0.4, 0.1])
+    assert peers.variance_reduction(norms) == pytest.approx(peers.variance_reduction(1e-6 * norms))
+    assert peers.variance_reduction(torch.zeros(3)) == 1.0
+
+
+def test_q_of_ordered_sgd_never_grows_with_accuracy_and_never_reaches_zero():
+    for batch in (1, 8, 32):
+        qs = [peers.ordered_sgd_q(batch, accuracy / 1000) for accuracy in range(1001)]
+        assert qs == sorted(qs, reverse=True)
+        assert qs[0] == batch
+        assert qs[-1] >= 1
+
+
+def test_pruning_skips_half_of_the_easy_and_keeps_the_expected_gradient():
+    losses = torch.cat([torch.full((600,), 1.0), torch.full((300,), 4.0), torch.full((100,), torch.nan)])
+    kept, weights = peers.prune(losses, 0.5, Generator().manual_seed(0))
+    assert kept[600:].all()
+    assert (weights[600:] == 1).all()
+    assert (weights[:600] == 2).all()
+    assert 0.42 < kept[:600].double().mean() < 0.58
+    values = torch.randn(1000, generator=Generator().manual_seed(1))
+    totals = []
+    for seed in range(300):
+        kept, weights = peers.prune(losses, 0.5, Generator().manual_seed(seed))
+        totals.append((values * weights * kept).sum().item())
+    error = statistics.stdev(totals) / len(totals) ** 0.5
+    assert abs(statistics.fmean(totals) - values.sum().item()) < 4 * error
+
+
+def test_nothing_is_pruned_before_losses_are_known_or_when_all_are_equal():
+    for losses in (torch.full((50,), torch.nan), torch.full((50,), 2.0)):
+        kept, weights = peers.prune(losses, 0.5, Generator().manual_seed(0))
+        assert kept.all()
+        assert (weights == 1).all()
+
+
+# Steps of peers, on a classification of 60 samples that a small model learns.
+
+
+@pytest.fixture(scope="module")
+def workload():
+    generator = Generator().manual_seed(0)
+    inputs = torch.randint(3, 100, (80, 8), generator=generator)
+    labels = (inputs[:, 0] > 50).long()
+    rows = {"input_ids": inputs, "labels": labels}
+    train, validation = ({name: values[part] for name, values in rows.items()} for part in (slice(60), slice(60, 80)))
+    return Workload(
+        name="sixty",
+        task="classification",
+        samples=Samples(train, validation, prepare=lambda rows, generator: rows),
+        make_model=lambda seed: build("bert", "sequence_classification", layers=2, seed=seed % 1000),
+        baseline={"accuracy": 0.5, "loss": 0.69},
+        facts={},
+    )
+
+
+MEDIANS_MS = {"read_batch": 1.0, "train": 9.0, "read_pool": 2.0, "exact": 5.0, "grad_norm": 6.0}
+
+
+def bench_of(workload, arm, **settings):
+    values = {"task": "classification", "batch": 8, "layers": 2, "budget": 1.0, "learning_rate": 1e-4}
+    bench = Bench(workload, Settings(**{**values, **settings}), 0, MEDIANS_MS)
+    bench.set_rate(0.5)
+    return bench, STEPS[ARMS[arm].kind](bench, ARMS[arm], **ARMS[arm].options)
+
+
+def rows_of(bench, step, steps, share=0.5):
+    rows = []
+    for number in range(steps):
+        bench.ledger.begin(number)
+        step(share)
+        rows.append(bench.ledger.end())
+    return rows
+
+
+def test_ordered_sgd_trains_on_fewer_samples_once_it_is_accurate(workload):
+    bench, step = bench_of(workload, "ordered-sgd", learning_rate=1e-2)
+    trained = [row["trained"] for row in rows_of(bench, step, 400)]
+    assert trained[:100] == [8] * 100
+    assert trained == sorted(trained, reverse=True)
+    assert trained[-1] < 8
+
+
+def ids_of_an_epoch(bench, step, share):
+    """Ids of what is trained on from here to the end of the epoch, as the stream tells them."""
+    epoch = bench.position // bench.stream.epoch
+    seen = []
+    take = bench.stream.take
+
+    def spy(positions):
+        seen.extend(positions.tolist())
+        return take(positions)
+
+    bench.stream.take = spy
+    try:
+        while bench.position // bench.stream.epoch == epoch:
+            rows_of(bench, step, 1, share)
+    finally:
+        bench.stream.take = take
+    return [int(bench.stream.ids(n, 1)) for n in seen if n // bench.stream.epoch == epoch]
+
+
+def test_infobatch_shows_everything_once_then_skips_samples_and_at_last_none(workload):
+    bench, step = bench_of(workload, "infobatch")
+    assert sorted(ids_of_an_epoch(bench, step, 0.1)) == list(range(60))
+    second = ids_of_an_epoch(bench, step, 0.2)
+    assert len(second) == len(set(second))
+    assert 30 < len(second) + 8 < 60  # some of its first samples were taken together with the last of the epoch before
+    ids_of_an_epoch(bench, step, 0.9)
+    assert len(ids_of_an_epoch(bench, step, 0.9)) >= 52
+
+
+def test_importance_sampling_reads_a_pool_only_while_the_variance_reduction_is_large(workload):
+    for threshold, pools in ((0.0, True), (1e9, False)):
+        bench, _ = bench_of(workload, "grad-norm")
+        arm = Arm("gradient norm", "", kind="importance")
+        rows = rows_of(bench, STEPS["importance"](bench, arm, threshold=threshold), 5)[1:]
+        assert {row["candidates"] for row in rows} == {24 if pools else 8}
+        assert [row.get("scored", 0) for row in rows] == [24 * pools] * 4
+        assert all(row["trained"] == 8 for row in rows)
+        assert all(row["tau"] > 0 for row in rows)
+
+
+def test_importance_sampling_starts_as_uniform_training(workload):
+    uniform, peer = (bench_of(workload, name) for name in ("uniform", "grad-norm"))
+    rows_of(*uniform, 3)
+    rows_of(*peer, 3)
+    for ours, theirs in zip(uniform[0].model.parameters(), peer[0].model.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+def test_reference_of_rho_loss_is_charged_and_sees_what_the_arm_does_not(workload):
+    bench, step = bench_of(workload, "rho-loss", batch=4)
+    assert bench.upfront_ms == {"reference model": pytest.approx(200.0)}
+    assert bench.stream.epoch == 48  # a fifth of the 60 is held out
+    first, second, third = rows_of(bench, step, 3)
+    assert first["candidates"] == first["scored"] == 40
+    assert first["reference_scored"] == 40
+    assert 8 <= second["reference_scored"] <= 16  # the other 8, which may come twice, in two epochs
+    assert third["reference_scored"] == 0
+    assert first["trained"] == 4
+
+
+def test_rho_loss_keeps_what_the_reference_knows_better(workload):
+    bench, step = bench_of(workload, "rho-loss", batch=4)
+    taken = []
+    loss = bench.loss
+    bench.loss = lambda batch, weights=None: taken.append(batch) or loss(batch, weights)
+    pool = bench.stream.read(0, 40)
+    before = scorers.exact_loss(bench.model, pool)
+    rows_of(bench, step, 1)
+    (batch,) = taken
+    rows = [next(i for i in range(40) if torch.equal(pool["input_ids"][i], row)) for row in batch["input_ids"]]
+    assert len(set(rows)) == 4
+    assert before[rows].mean() > before.mean()
+
+
+def test_every_arm_names_a_kind_of_step_and_every_kind_is_used():
+    assert {arm.kind for arm in ARMS.values()} == set(STEPS)
+    assert all(arm.source is None or "arXiv" in arm.source for arm in ARMS.values())

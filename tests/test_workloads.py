@@ -1,0 +1,490 @@
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from earlysift import exits, scorers
+from earlysift.pretrain.models import build_bert, build_bert_classifier, save_encoder
+from earlysift.pretrain.stream import Stream
+from earlysift.pretrain.workloads import TASKS, load_workload
+
+for package in ("tokenizers", "datasets", "sklearn"):
+    pytest.importorskip(package)
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+needs_shared_data = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the corpora of {SHARED} are not here")
+
+SMALL = {"layers": 2, "width": 32, "length": 16, "vocab_size": 200, "validation_samples": 40}
+KINDS = ("good", "bad", "odd")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """A folder with labelled texts whose class can be read off their words."""
+    folder = tmp_path_factory.mktemp("reviews")
+    for part, first, count in (("train", 0, 400), ("validation", 1000, 60)):
+        rows = [
+            {"label": KINDS[n % 3], "text": f"the {KINDS[n % 3]} film number {n} was seen"}
+            for n in range(first, first + count)
+        ]
+        (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def load(table):
+    """`load_workload` at a small size, with data for every task."""
+    data = {
+        "masked_lm": {"max_characters": 150_000},
+        "causal_lm": {"max_characters": 150_000},
+        "classification": {"data": table},
+        "image": {},
+    }
+
+    def load_small(task, **settings):
+        return load_workload(task=task, **{**SMALL, **data[task], **settings})
+
+    return load_small
+
+
+def equal(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def equal_samples(left, right):
+    return equal(left.train, right.train) and equal(left.validation, right.validation)
+
+
+every_task = pytest.mark.parametrize("task", TASKS)
+
+
+# What holds for every task
+
+
+@every_task
+def test_the_same_arguments_give_the_same_workload_and_no_global_generator_is_touched(load, task):
+    before = torch.get_rng_state()
+    first, second = load(task, train_samples=100, repeated=0.5), load(task, train_samples=100, repeated=0.5)
+    assert equal(first.make_model(3).state_dict(), second.make_model(3).state_dict())
+    Stream(first.samples, seed=0).read(0, 40)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert equal_samples(first.samples, second.samples)
+    assert (first.name, first.baseline, first.facts) == (second.name, second.baseline, second.facts)
+
+
+@every_task
+def test_candidates_do_not_depend_on_portions_and_ids_point_to_their_rows(load, task):
+    samples = load(task).samples
+    whole = Stream(samples, seed=5).read(0, 96)
+    pieces = [Stream(samples, seed=5).read(start, 24) for start in range(0, 96, 24)]
+    assert equal(whole, {name: torch.cat([piece[name] for piece in pieces]) for name in whole})
+    scattered = torch.tensor([95, 3, 3, 40])
+    assert equal(Stream(samples, seed=5).take(scattered), {name: values[scattered] for name, values in whole.items()})
+    stored = {name: values[Stream(samples, seed=5).ids(0, 96)] for name, values in samples.train.items()}
+    if task == "masked_lm":  # a label stands where a token was hidden
+        whole = {"input_ids": torch.where(whole["labels"] == -100, whole["input_ids"], whole["labels"])}
+    assert all(torch.equal(whole[name], values) for name, values in stored.items())
+
+
+@every_task
+def test_the_model_learns_a_batch_by_heart(load, task):
+    workload = load(task)
+    model, batch = workload.make_model(0), Stream(workload.samples, seed=0).read(0, 8)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(60):
+        loss = scorers.training_loss(model, batch, family=workload.family)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@every_task
+def test_models_fit_early_exit_and_their_loss_is_the_one_transformers_computes(load, task):
+    workload = load(task)
+    model, batch = workload.make_model(0), Stream(workload.samples, seed=0).read(0, 8)
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    assert exits.check(model, family=workload.family, inputs=inputs) == []
+    assert scorers.early_exit_loss(model, batch, family=workload.family).shape == (8,)
+    own = scorers.training_loss(model, batch, family=workload.family)
+    assert own.item() == pytest.approx(model(**batch).loss.item(), rel=1e-5)
+
+
+@every_task
+def test_a_random_choice_of_training_samples_leaves_validation_as_it_is(load, task):
+    whole, some, others = (
+        load(task),
+        load(task, train_samples=50),
+        load(task, train_samples=50, seed_of_data=1),
+    )
+    name = next(iter(whole.samples.train))
+    rows = {tuple(row.flatten().tolist()) for row in whole.samples.train[name]}
+    assert len(some.samples) == some.facts["train_samples"] == 50
+    assert {tuple(row.flatten().tolist()) for row in some.samples.train[name]} <= rows
+    assert not equal(some.samples.train, others.samples.train)
+    assert equal(some.samples.validation, whole.samples.validation)
+    assert len(load(task, train_samples=10**9).samples) == len(whole.samples)
+
+
+@every_task
+def test_that_share_of_both_parts_is_copies_of_64_training_samples(load, task):
+    plain, workload = load(task, train_samples=300), load(task, train_samples=300, repeated=0.5)
+    name = next(iter(plain.samples.train))
+
+    def changed(part):
+        if part == "train":
+            before, after = plain.samples.train[name], workload.samples.train[name]
+        else:
+            before, after = plain.samples.validation[name], workload.samples.validation[name]
+        rows = (before != after).flatten(1).any(dim=1)
+        return rows.double().mean().item(), {tuple(row.flatten().tolist()) for row in after[rows]}
+
+    share, copies = changed("train")
+    # A copy may fall on its own original.
+    assert 0.45 <= share <= 0.5
+    assert 50 <= len(copies) <= 64
+    originals = {tuple(row.flatten().tolist()) for row in plain.samples.train[name]}
+    assert copies <= originals
+    if task != "masked_lm":  # whose validation has masks of its own
+        share, copied = changed("validation")
+        assert 0.4 <= share <= 0.5
+        assert copied <= originals
+        assert len(copied & copies) >= 0.8 * len(copied)
+    assert workload.facts["repeated"] == 0.5
+    assert "50% repeated" in workload.name
+
+
+@every_task
+def test_validation_is_spread_over_the_part_and_at_most_all_of_it(load, task):
+    assert len(load(task, validation_samples=7).samples.validation["labels"]) == 7
+    workload = load(task, validation_samples=10**9)
+    count = workload.facts["validation_samples"]
+    assert count == len(workload.samples.validation["labels"])
+    assert count == {"classification": 60, "image": 360}.get(task, count)
+
+
+# Baselines
+
+
+def slow_baseline(targets, labels, outputs):
+    counts = Counter(targets)
+    share = {label: (counts[label] + 1) / (len(targets) + outputs) for label in range(outputs)}
+    best = max(share, key=lambda label: (share[label], -label))
+    return {
+        "accuracy": sum(label == best for label in labels) / len(labels),
+        "loss": -sum(math.log(share[label]) for label in labels) / len(labels),
+    }
+
+
+@pytest.mark.parametrize("task", ["classification", "image"])
+@pytest.mark.parametrize("flipped", [0.0, 0.3])
+def test_baseline_of_classification_is_the_class_shares_of_training(load, task, flipped):
+    workload = load(task, flipped=flipped)
+    samples = workload.samples
+    expected = slow_baseline(
+        samples.train["labels"].tolist(), samples.validation["labels"].tolist(), workload.facts["classes"]
+    )
+    assert workload.baseline == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("task", ["masked_lm", "causal_lm"])
+def test_baseline_of_language_modelling_is_the_token_frequencies_of_training(load, task):
+    workload = load(task)
+    samples = workload.samples
+    body = samples.train["input_ids"][:, 1:-1].flatten().tolist()
+    if task == "masked_lm":
+        body = [token for token in body if token >= 5]  # special tokens are never hidden
+    labels = [label for label in samples.validation["labels"].flatten().tolist() if label != -100]
+    assert workload.baseline == pytest.approx(slow_baseline(body, labels, workload.facts["vocab_size"]))
+    assert 0 < workload.baseline["accuracy"] < 0.5
+    assert workload.baseline["loss"] < math.log(workload.facts["vocab_size"])
+
+
+# Language modelling
+
+
+def test_masked_lm_evaluates_on_one_fixed_mask(load):
+    first, second = load("masked_lm"), load("masked_lm", seed_of_data=9)
+    assert equal(first.samples.validation, second.samples.validation)
+    labelled = (first.samples.validation["labels"] != -100).sum(dim=1)
+    assert (labelled == 2).all()  # 15 % of 16
+
+
+def test_causal_lm_predicts_every_token_but_the_frame_of_the_block(load):
+    workload = load("causal_lm")
+    for batch in (workload.samples.validation, Stream(workload.samples, seed=0).read(0, 9)):
+        assert torch.equal(batch["labels"][:, 1:-1], batch["input_ids"][:, 1:-1])
+        assert (batch["labels"][:, [0, -1]] == -100).all()
+
+
+def test_a_cut_corpus_has_about_so_many_characters_of_whole_documents(load):
+    small, large = load("masked_lm", max_characters=60_000), load("masked_lm", max_characters=240_000)
+    ratio = len(large.samples) / len(small.samples)
+    assert 2 < ratio < 8
+    assert equal_samples(small.samples, load("masked_lm", max_characters=60_000).samples)
+
+
+def test_several_corpora_are_one(load, tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.txt").write_text(
+            "\n\n".join(f"{name} is paragraph {n}. " + f"{name} goes on. " * 150 for n in range(150))
+        )
+    parts = [load("masked_lm", data=tmp_path / f"{name}.txt") for name in ("one", "two")]
+    both = load("masked_lm", data=(tmp_path / "one.txt", tmp_path / "two.txt"), max_characters=None)
+    assert both.name == "one.txt + two.txt, masked LM"
+    assert len(both.samples) > 1.5 * max(len(part.samples) for part in parts)
+
+
+# Classification
+
+
+def test_texts_are_cut_or_filled_up_and_labels_are_class_numbers(load, table):
+    workload = load("classification", length=8)
+    validation = workload.samples.validation
+    assert workload.facts["classes"] == 3
+    assert validation["input_ids"].shape == (40, 8)
+    assert torch.equal(validation["attention_mask"], (validation["input_ids"] != 0).long())
+    assert (validation["input_ids"][:, 0] == 2).all()
+    last = validation["attention_mask"].sum(dim=1) - 1
+    assert (validation["input_ids"].gather(1, last[:, None]) == 3).all()
+    rows = [json.loads(line) for line in (table / "train.jsonl").read_text().splitlines()]
+    names = sorted(KINDS, key=lambda name: (len(name), name))
+    assert workload.samples.train["labels"].tolist() == [names.index(row["label"]) for row in rows]
+
+
+@pytest.mark.parametrize("task", ["classification", "image"])
+@pytest.mark.parametrize("share", [0.2, 0.5])
+def test_that_share_of_training_labels_is_another_class_and_validation_stays_true(load, task, share):
+    clean, noisy, other = load(task), load(task, flipped=share), load(task, flipped=share, seed_of_data=1)
+    before, after = clean.samples.train["labels"], noisy.samples.train["labels"]
+    assert (before != after).double().mean().item() == pytest.approx(share, abs=1e-3)
+    assert set(after.tolist()) == set(before.tolist())
+    assert equal(noisy.samples.validation, clean.samples.validation)
+    inputs = {name: rows for name, rows in clean.samples.train.items() if name != "labels"}
+    assert all(torch.equal(rows, noisy.samples.train[name]) for name, rows in inputs.items())
+    assert not torch.equal(after, other.samples.train["labels"])
+    assert noisy.facts["flipped"] == share
+
+
+def test_flipped_labels_fall_on_every_other_class_alike(load):
+    clean, noisy = load("image"), load("image", flipped=0.9)
+    before, after = clean.samples.train["labels"], noisy.samples.train["labels"]
+    steps = Counter(((after - before) % 10).tolist())
+    assert all(steps[step] == pytest.approx(144, abs=45) for step in range(1, 10))
+
+
+@pytest.mark.parametrize("labels", [(1, 2, 10), (1.0, 2.0, None), ("1", "2", "10")])
+def test_labels_may_be_numbers_or_words_and_rows_without_one_are_passed_over(tmp_path, labels):
+    file = tmp_path / "table.jsonl"
+    rows = [{"text": f"text number {n}", "label": labels[n % 3]} for n in range(300)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    workload = load_workload(task="classification", data=file, **SMALL)
+    known = [label for label in labels if label is not None]
+    assert workload.facts["classes"] == len(known)
+    assert workload.facts["train_samples"] == pytest.approx(100 * len(known), rel=0.1)
+
+
+def test_whole_numbers_are_the_same_class_in_a_file_that_misses_some_labels(tmp_path):
+    (tmp_path / "train.tsv").write_text("label\ttext\n" + "1\tx y\n0\ty z\n\tz\n" * 5)  # read as 1.0, 0.0, nan
+    (tmp_path / "dev.tsv").write_text("label\ttext\n" + "1\tx y\n0\ty z\n")
+    workload = load_workload(task="classification", data=tmp_path, **SMALL)
+    assert workload.samples.train["labels"].tolist() == [1, 0] * 5
+    assert workload.samples.validation["labels"].tolist() == [1, 0]
+
+
+def test_without_a_validation_file_rows_are_held_out_by_their_text(tmp_path):
+    file = tmp_path / "table.tsv"
+    lines = [f"{n % 2}\tsentence number {n}\n" for n in range(600)]
+    file.write_text("label\tsentence\n" + "".join(lines + lines))  # every row twice
+    samples = load_workload(task="classification", data=file, **{**SMALL, "validation_samples": 10**9}).samples
+    assert len(samples) + len(samples.validation["labels"]) == 1200
+    assert len(samples) % 2 == len(samples.validation["labels"]) % 2 == 0
+    assert 20 < len(samples.validation["labels"]) < 120
+    held_out = {tuple(row) for row in samples.validation["input_ids"].tolist()}
+    assert not held_out & {tuple(row) for row in samples.train["input_ids"].tolist()}
+
+
+# Fine-tuning
+
+
+@pytest.fixture(scope="module")
+def checkpoint(table, tmp_path_factory):
+    """An encoder from a few steps of masked language modelling on the texts of the table, and its model."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "encoder"
+    workload = load_workload(task="masked_lm", data=table, **{**SMALL, "length": 24})
+    model = workload.make_model(7)
+    save_encoder(model, workload.tokenizer_json, folder)
+    return folder, model, workload
+
+
+def test_fine_tuning_starts_with_the_encoders_weights_and_a_head_from_the_seed(load, checkpoint):
+    folder, encoder, _ = checkpoint
+    workload = load("classification", checkpoint=folder)
+    first, second = workload.make_model(0), workload.make_model(1)
+    saved, started = encoder.state_dict(), first.state_dict()
+    shared = [name for name in saved if name.startswith("bert.")]
+    assert len(shared) > 30
+    assert all(torch.equal(saved[name], started[name]) for name in shared)
+    assert not torch.equal(first.classifier.weight, second.classifier.weight)
+    assert torch.equal(first.bert.embeddings.word_embeddings.weight, second.bert.embeddings.word_embeddings.weight)
+    assert first.training
+    assert "fine-tuning" in workload.name
+
+
+def test_fine_tuning_reads_with_the_encoders_tokenizer(load, checkpoint):
+    folder, _, pretraining = checkpoint
+    assert load("classification", checkpoint=folder, vocab_size=150).tokenizer_json == pretraining.tokenizer_json
+
+
+def test_a_saved_encoder_is_one_that_transformers_reads(checkpoint):
+    transformers = pytest.importorskip("transformers")
+    folder, encoder, _ = checkpoint
+    again = transformers.BertModel.from_pretrained(folder, add_pooling_layer=False)
+    saved = {name: rows for name, rows in encoder.state_dict().items() if name.startswith("bert.")}
+    assert equal({f"bert.{name}": rows for name, rows in again.state_dict().items()}, saved)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"layers": 3}, "num_hidden_layers is 2 and not 3"),
+        ({"width": 64}, "hidden_size is 32 and not 64"),
+        ({"length": 32}, "max_position_embeddings is 24 and not 32"),
+    ],
+)
+def test_a_checkpoint_of_another_shape_is_refused(load, checkpoint, settings, said):
+    with pytest.raises(ValueError, match=f"another shape: {said}"):
+        load("classification", checkpoint=checkpoint[0], **settings).make_model(0)
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused_before_anything_is_read(load, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"but config\.json, model\.safetensors, tokenizer\.json is not there"):
+        load("classification", checkpoint=tmp_path, data=tmp_path / "nowhere")
+
+
+def test_weights_that_are_not_a_berts_are_refused(checkpoint, tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    save_encoder(checkpoint[1], "{}", tmp_path)
+    safetensors.save_file({"roberta.x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"expected the weights of a BERT, named bert\.\*, but bert\.\S+ is missing"):
+        build_bert_classifier(classes=2, vocab_size=150, length=16, layers=2, width=32, seed=0, checkpoint=tmp_path)
+
+
+def test_only_a_bert_can_be_saved_as_encoder(load, tmp_path):
+    with pytest.raises(ValueError, match=r"Expected a BERT of transformers.*got LlamaForCausalLM"):
+        save_encoder(load("causal_lm").make_model(0), "{}", tmp_path)
+
+
+def test_a_wrapped_model_is_saved_like_the_model(tmp_path):
+    model = build_bert(vocab_size=50, length=16, layers=2, width=32, seed=0)
+    save_encoder(model, "{}", tmp_path / "plain")
+    save_encoder(torch.compile(model, backend="eager"), "{}", tmp_path / "wrapped")
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "wrapped" / name).read_bytes()
+
+
+# Images
+
+
+def test_digits_are_split_into_parts_without_common_images(load):
+    samples = load("image", validation_samples=10**9).samples
+    assert (len(samples), len(samples.validation["labels"])) == (1437, 360)
+    assert samples.train["pixel_values"].shape == (1437, 1, 8, 8)
+    assert samples.train["pixel_values"].min() == -1
+    assert samples.train["pixel_values"].max() == 1
+    assert set(samples.validation["labels"].tolist()) == set(range(10))
+    digits = pytest.importorskip("sklearn.datasets").load_digits()
+    expected = Counter(tuple((image / 8 - 1).flatten().tolist()) for image in digits.images)
+    both = torch.cat([samples.train["pixel_values"], samples.validation["pixel_values"]])
+    assert Counter(tuple(image.flatten().tolist()) for image in both) == expected
+
+
+# What cannot be done
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"task": "translation"}, r"Unknown task 'translation'; known are masked_lm, causal_lm, classification, image"),
+        ({"task": "classification"}, "needs data: a table with the columns 'label' and 'text'"),
+        ({"task": "image", "data": Path("x")}, "has data of its own"),
+        ({"task": "masked_lm", "flipped": 0.2}, "Labels can be flipped in classification and image, not in masked_lm"),
+        ({"task": "image", "flipped": 1.0}, r"flipped must be a share in \[0, 1\), got 1.0"),
+        ({"task": "image", "repeated": -0.1}, r"repeated must be a share in \[0, 1\], got -0.1"),
+        ({"task": "image", "max_characters": 5}, "for image give train_samples"),
+        ({"task": "causal_lm", "checkpoint": Path("x")}, "can be fine-tuned on the task classification, not on causal"),
+        ({"task": "image", "train_samples": 0}, "train_samples must be at least 1, got 0"),
+        ({"task": "image", "validation_samples": 0}, "validation_samples must be at least 1, got 0"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_with_the_way_out(settings, said):
+    with pytest.raises(ValueError, match=said) as caught:
+        load_workload(**{**SMALL, **settings})
+    assert "\n" not in str(caught.value)
+
+
+def test_all_problems_of_settings_are_said_at_once():
+    with pytest.raises(ValueError, match=r"train_samples must.*flipped must") as caught:
+        load_workload(task="image", **{**SMALL, "train_samples": -1, "flipped": 7})
+    assert "known are" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.tsv", "kind\ttext\n1\tx\n", "expected a column named 'label', found the columns kind, text; rename"),
+        ("a.tsv", "label\tone\ttwo\n1\tx\ty\n", "expected a column of strings named 'text'"),
+        ("a.txt", "just text", r"a\.txt: expected a table with a column of labels .* choose the task masked_lm"),
+        ("train.tsv", "label\ttext\n" + "1\tx y\n" * 5, "two classes or more, found only '1' in training"),
+        ("train.tsv", "label\ttext\n1\t\n\tx\n", "expected text, found none in"),
+    ],
+)
+def test_a_table_that_does_not_serve_is_refused_by_name(tmp_path, name, content, said):
+    (tmp_path / name).write_text(content)
+    (tmp_path / "validation.tsv").write_text("label\ttext\n1\tx y\n" if name == "train.tsv" else "")
+    if name != "train.tsv":
+        (tmp_path / "validation.tsv").unlink()
+    with pytest.raises(ValueError, match=said):
+        load_workload(task="classification", data=tmp_path, **SMALL)
+
+
+def test_a_class_that_only_validation_has_is_named(tmp_path):
+    (tmp_path / "train.tsv").write_text("label\ttext\n" + "1\tx y\n2\tz\n" * 5)
+    (tmp_path / "dev.tsv").write_text("label\ttext\n3\tx y\n")
+    with pytest.raises(ValueError, match="labels that training does not have: 3"):
+        load_workload(task="classification", data=tmp_path, **SMALL)
+
+
+# Real data
+
+
+@needs_shared_data
+def test_sst2_has_its_published_sizes_and_loads_in_seconds_from_the_cache():
+    settings = {**SMALL, "length": 32, "vocab_size": 2048, "validation_samples": 10**9}
+    workload = load_workload(task="classification", data=SHARED / "sst2", **settings)
+    assert (len(workload.samples), workload.facts["validation_samples"]) == (67_349, 872)
+    assert workload.facts["classes"] == 2
+    assert workload.baseline["accuracy"] == pytest.approx(444 / 872)  # positive, the larger class of training
+    again = load_workload(task="classification", data=SHARED / "sst2", **settings)
+    assert equal_samples(again.samples, workload.samples)
+
+
+@needs_shared_data
+def test_wikipedia_and_books_are_one_corpus_that_loads_cut():
+    pytest.importorskip("zstandard")
+    paths = (SHARED / "wikipedia-en", SHARED / "books-litbank")
+    workload = load_workload(task="masked_lm", data=paths, max_characters=400_000, **SMALL)
+    assert workload.name == "wikipedia-en + books-litbank, masked LM"
+    assert len(workload.samples) > 5_000
