@@ -25,8 +25,9 @@ _INTRODUCTION = """# Results
 Written by `make docs` from the files in [benchmarks/results](../benchmarks/results); edit those, not this page.
 Reference time charges every operation at its median measured in the same run. Every arm starts from the same weights,
 reads the same stream, spends the same budget, and its learning rate decays to zero at the end of it. Accuracy is on
-held-out data in its own distribution: of masked or next tokens, of sentences, of images. A speed-up is uniform's time to
-the target over the arm's, a geometric mean over seeds; brackets hold 95 % bootstrap intervals over seeds.
+held-out data in its own distribution: of masked or next tokens, of sentences, of images. A speed-up is uniform's time
+to the target over the arm's, a geometric mean over seeds; in brackets 95 % bootstrap intervals of comparisons, and the
+smallest and largest seed of everything else.
 """
 
 
@@ -168,7 +169,7 @@ def _comparison(path: Path, results: dict[str, Any]) -> str:
     )
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     facts = ", ".join(f"{name} {value}" for name, value in results["data"].items() if name not in ("name", "task"))
-    machine, baseline, arms = results["machine"], results["baseline"], results["arms"]
+    machine, baseline, target, arms = (results[name] for name in ("machine", "baseline", "target", "arms"))
     device = f"{machine['accelerator']}, " if machine.get("accelerator") else ""
     optional = [f"- Decisions of auto:\n{decisions(results)}"] if "auto" in arms else []
     if "sift" in arms:
@@ -181,8 +182,8 @@ def _comparison(path: Path, results: dict[str, Any]) -> str:
 
 {verdict_table(results)}
 
-Seeds: {results["config"]["seeds"]}. Target: {100 * results["target"]["accuracy"]:.2f} % ({results["target"]["source"]}).
-A model that ignores its input reaches {100 * baseline["accuracy"]:.2f} % accuracy and a loss of {baseline["loss"]:.3f}.
+Seeds: {results["config"]["seeds"]}. Target: {100 * target["accuracy"]:.2f} % ({target["source"]}). A model that ignores
+its input reaches {100 * baseline["accuracy"]:.2f} % accuracy and a loss of {baseline["loss"]:.3f}.
 
 {spent_table(results)}
 

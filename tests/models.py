@@ -55,6 +55,7 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     "gpt2": {},
     "llama": _ROTARY,
     "qwen3": _ROTARY | {"head_dim": 8},
+    "vit": {"image_size": 8, "patch_size": 2, "num_channels": 1},
 }
 _DROPOUTS = (
     "hidden_dropout_prob",
@@ -81,6 +82,7 @@ _CLASSES_OF_FAMILY = {
     "gpt2": "GPT2",
     "llama": "Llama",
     "qwen3": "Qwen3",
+    "vit": "ViT",
 }
 _CAUSAL = ("gpt2", "llama", "qwen3")
 _SUFFIXES = {
@@ -88,6 +90,10 @@ _SUFFIXES = {
     "causal_lm": "ForCausalLM",
     "token_classification": "ForTokenClassification",
     "sequence_classification": "ForSequenceClassification",
+}
+_OTHER_SUFFIXES = {
+    ("gpt2", "causal_lm"): "LMHeadModel",
+    ("vit", "sequence_classification"): "ForImageClassification",
 }
 
 
@@ -164,7 +170,7 @@ def build(
         if family == "plain":
             return widen(PlainTransformer(task, layers=layers, dropout=dropout, **config), seed).train()
         name = _CLASSES_OF_FAMILY[family]
-        suffix = "LMHeadModel" if (family, task) == ("gpt2", "causal_lm") else _SUFFIXES[task]
+        suffix = _OTHER_SUFFIXES.get((family, task), _SUFFIXES[task])
         values = _COMMON | {"num_labels": CLASSES} | _CONFIGS[family] | {"num_hidden_layers": layers} | config
         made = getattr(transformers, f"{name}Config")(**values)
         for dropout_name in _DROPOUTS:
@@ -173,26 +179,25 @@ def build(
         return widen(getattr(transformers, name + suffix)(made), seed).train()
 
 
+def _tasks_of(family: str) -> tuple[str, ...]:
+    if family == "plain":
+        return TASKS
+    if family == "vit":
+        return ("sequence_classification",)
+    return ("causal_lm" if family in _CAUSAL else "masked_lm", "token_classification", "sequence_classification")
+
+
 BUILDERS: dict[tuple[str, str], Callable[..., nn.Module]] = {
-    (family, task): partial(build, family, task)
-    for family in (*_CONFIGS, "plain")
-    for task in TASKS
-    if family == "plain" or task not in ("masked_lm", "causal_lm") or (task == "causal_lm") == (family in _CAUSAL)
+    (family, task): partial(build, family, task) for family in (*_CONFIGS, "plain") for task in _tasks_of(family)
 }
 
 
 def task_of(model: nn.Module) -> str:
     """The task that the model was built for."""
-    name = type(model).__name__
-    return (
-        model.task
-        if isinstance(model, PlainTransformer)
-        else next(
-            task
-            for task in TASKS
-            if name.endswith(_SUFFIXES[task]) or (task == "causal_lm" and name.endswith("LMHeadModel"))
-        )
-    )
+    if isinstance(model, PlainTransformer):
+        return model.task
+    suffixes = [*_SUFFIXES.items(), *((task, suffix) for (_, task), suffix in _OTHER_SUFFIXES.items())]
+    return next(task for task, suffix in suffixes if type(model).__name__.endswith(suffix))
 
 
 def row_of(model: nn.Module) -> Family | None:
@@ -218,7 +223,7 @@ def shorter(model: nn.Module, depth: int) -> nn.Module:
 
 
 def batch_for(model: nn.Module, task: str, rows: int, length: int, generator: Generator) -> dict[str, Tensor]:
-    """Token ids with padding on the right, and labels of which a part is ignored.
+    """Token ids with padding on the right, and labels of which a part is ignored; or images for a model of those.
 
     Lengths of the samples vary, the first one has no padding; every sample has at least one labelled position.
     """
@@ -226,6 +231,8 @@ def batch_for(model: nn.Module, task: str, rows: int, length: int, generator: Ge
     def draw(low: int, high: int, *shape: int) -> Tensor:
         return torch.randint(low, high, shape, generator=generator)
 
+    if model.__class__.__name__.startswith("ViT"):
+        return {"pixel_values": torch.randn(rows, 1, 8, 8, generator=generator), "labels": draw(0, CLASSES, rows)}
     lengths = draw(length // 2, length + 1, rows)
     lengths[0] = length
     mask = (torch.arange(length) < lengths[:, None]).long()

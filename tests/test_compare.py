@@ -82,7 +82,7 @@ def test_every_arm_spends_the_budget_of_reference_time_and_at_most_one_step_more
             last = run["curve"][-1]
             step_s = run["curve"][1]["reference_s"] / run["curve"][1]["step"]
             assert 0.5 <= last["reference_s"] <= 0.5 + 1.01 * step_s, name
-            assert sum(run["spent_s"].values()) == pytest.approx(last["reference_s"])
+            assert sum(run["spent_s"].values()) == pytest.approx(last["reference_s"], rel=1e-4)
             assert run["steps"] == last["step"]
 
 
@@ -93,7 +93,7 @@ def test_charges_of_the_ledgers_rows_add_up_to_the_reference_time(finished):
     for name, arm in results["arms"].items():
         charges = [charges_ms(row, ARMS[name], settings, medians_ms) for row in ledger_of(finished, name)]
         for kind, spent_s in arm["runs"][0]["spent_s"].items():
-            assert sum(charge.get(kind, 0.0) for charge in charges) / 1e3 == pytest.approx(spent_s)
+            assert sum(charge.get(kind, 0.0) for charge in charges) / 1e3 == pytest.approx(spent_s, rel=1e-4)
 
 
 def test_a_step_is_charged_what_its_operations_took_when_they_were_measured(finished):
@@ -105,7 +105,7 @@ def test_a_step_is_charged_what_its_operations_took_when_they_were_measured(fini
     }
     for name, arm in results_of(finished)["arms"].items():
         last = arm["runs"][0]["curve"][-1]
-        assert last["reference_s"] * 1e3 == pytest.approx(last["step"] * costs_ms[name])
+        assert last["reference_s"] * 1e3 == pytest.approx(last["step"] * costs_ms[name], rel=1e-4)
 
 
 def test_part_of_a_pool_is_charged_its_part_and_an_uncharged_arm_like_uniform():
@@ -398,7 +398,7 @@ def test_every_arm_runs_on_every_task(task, text, table, tmp_path):
         assert run["finished"], name
         assert run["steps"] >= 1
         assert run["curve"][0]["reference_s"] == 0.0
-        assert run["curve"][-1]["reference_s"] == pytest.approx(sum(run["spent_s"].values()))
+        assert run["curve"][-1]["reference_s"] == pytest.approx(sum(run["spent_s"].values()), rel=1e-4)
         assert run["curve"][-1]["reference_s"] >= 0.2
         assert arm["source"] is None or "arXiv" in arm["source"]
         assert (name == "uniform") == ("verdict" not in results["comparison"].get(name, {}))
@@ -406,6 +406,11 @@ def test_every_arm_runs_on_every_task(task, text, table, tmp_path):
     assert results["arms"]["free"]["charged"] is False
     assert results["arms"]["free"]["runs"][0]["steps"] == results["arms"]["uniform"]["runs"][0]["steps"]
     assert results["arms"]["rho-loss"]["runs"][0]["spent_s"]["reference model"] >= 0.04
+    auto, uniform = ledger_of(tmp_path / "out", "auto"), ledger_of(tmp_path / "out", "uniform")
+    quiet = next((i for i, row in enumerate(auto) if "probe_ms" in row or row["mode"] != "off"), len(auto))
+    assert {row["candidates"] for row in auto[1:quiet]} <= {8}  # the first step has yet to see a pool
+    same = [row["loss"] for row in uniform[:quiet]]
+    assert [row["loss"] for row in auto[:quiet]] == pytest.approx(same[: len(auto)], rel=0.05)  # but for the rate
     expected = {"read_batch", "read_pool", "train", "probe", "exact", "grad_norm", "entropy_1", "score_1", "score_2"}
     assert set(results["operations_ms"]) == expected | {"score_3", "score_6"}
 
@@ -513,12 +518,14 @@ def test_suite_runs_each_workload_in_a_folder_of_its_own_and_skips_what_has_no_d
         assert results["comparison"]["sift"]["verdict"].partition(":")[0] in said
         assert (out / name / "report.html").is_file()
     assert results_of(out / "reviews")["config"]["checkpoint"] == str(out / "words" / "encoder")
-    before = {name: results_of(out / name)["arms"] for name in ("words", "digits")}
-    assert cli.main([*command, "--resume", "--only", "words", "digits", "--arms", "uniform,sift,infobatch"]) == 0
-    for name, arms in before.items():
-        after = results_of(out / name)["arms"]
-        assert set(after) == {"uniform", "sift", "infobatch"}
-        assert all(after[arm] == arms[arm] for arm in arms)
+    assert (out / "report.html").is_file()
+    before = results_of(out / "digits")["arms"]
+    assert cli.main([*command, "--resume", "--only", "digits", "--arms", "uniform,sift,infobatch"]) == 0
+    after = results_of(out / "digits")["arms"]
+    assert set(after) == {"uniform", "sift", "infobatch"}
+    assert all(after[arm] == before[arm] for arm in before)
+    assert cli.main([*command, "--only", "digits"]) == 2
+    assert "digits: did not run: The folder" in capsys.readouterr().out
 
 
 def test_suite_refuses_unknown_workloads_and_names_the_known(tmp_path, capsys):

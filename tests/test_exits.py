@@ -133,6 +133,46 @@ def test_cuts_nest():
     assert len(model.blocks) == LAYERS
 
 
+def captured(model, depth):
+    """The outputs of the first layers of a full forward pass."""
+    with exits.captured(find_anatomy(model, row_of(model)), depth) as outputs:
+        model(**inputs_of(model))
+    return outputs
+
+
+@pytest.mark.parametrize(("family", "task"), ALL)
+def test_replayed_layers_give_the_cut_model_and_run_no_layer(family, task):
+    model = build(family, task)
+    anatomy, inputs = find_anatomy(model, row_of(model)), inputs_of(model)
+    with layer_calls(model, row_of(model)) as calls:
+        outputs = captured(model, 3)
+        assert calls == [1] * LAYERS
+    assert len(outputs) == 3
+    for depth in (1, 2, 3):
+        for exit_head in (None, models.widen(ExitHead(WIDTH))):
+            with truncated(model, depth, family=row_of(model), exit_head=exit_head):
+                expected = logits_of(model(**inputs))
+            with (
+                layer_calls(model, row_of(model)) as calls,
+                exits.replayed(anatomy, outputs[:depth], exit_head=exit_head),
+            ):
+                assert len(anatomy.layers) == depth
+                assert torch.equal(logits_of(model(**inputs)), expected)
+            assert calls == [0] * LAYERS
+
+
+def test_what_stands_in_a_layers_place_has_its_attributes():
+    model = build("modernbert", "masked_lm")
+    anatomy = find_anatomy(model)
+    kinds = [layer.attention_type for layer in anatomy.layers]
+    assert len(set(kinds)) > 1
+    for exit_head in (None, ExitHead(WIDTH)):
+        with exits.replayed(anatomy, captured(model, 3), exit_head=exit_head):
+            assert [layer.attention_type for layer in anatomy.layers] == kinds[:3]
+            with pytest.raises(AttributeError, match="nonsense"):
+                _ = anatomy.layers[0].nonsense
+
+
 # Exactly `depth` layers run
 
 
@@ -375,14 +415,29 @@ class Interrupted(Exception):
 
 
 @pytest.mark.parametrize("end", ["exception", "normal"])
-@pytest.mark.parametrize("part", ["truncated", "truncated with exit head", "headless", "scoring_mode"])
+@pytest.mark.parametrize(
+    "part",
+    [
+        "truncated",
+        "truncated with exit head",
+        "captured",
+        "replayed",
+        "replayed with exit head",
+        "headless",
+        "scoring_mode",
+    ],
+)
 @pytest.mark.parametrize(("family", "task"), [*FEW, pytest.param("distilbert", "masked_lm", id="distilbert")])
 def test_model_is_put_back(family, task, part, end):
     model = build(family, task)
     row = row_of(model)
     find_anatomy(model, row).layers[1].eval()  # a frozen part
+    outputs = captured(model, 2)
     before, weights = structure(model), copy.deepcopy(model.state_dict())
     context = {
+        "captured": lambda: exits.captured(find_anatomy(model, row), 2),
+        "replayed": lambda: exits.replayed(find_anatomy(model, row), outputs),
+        "replayed with exit head": lambda: exits.replayed(find_anatomy(model, row), outputs, exit_head=ExitHead(WIDTH)),
         "truncated": lambda: truncated(model, 2, family=row),
         "truncated with exit head": lambda: truncated(model, 2, family=row, exit_head=ExitHead(WIDTH)),
         "headless": lambda: exits.headless(find_anatomy(model, row)),
@@ -715,9 +770,22 @@ def test_states_through_the_head_are_the_logits(family, task):
 
 
 @pytest.mark.parametrize(("family", "task"), [key for key in BUILDERS if key[1] == "sequence_classification"])
-def test_heads_that_pool_over_positions_are_left_in_place(family, task):
+def test_heads_that_pool_over_positions_are_left_in_place_but_known(family, task):
     model = build(family, task)
-    assert find_anatomy(model, row_of(model)).head == ()
+    anatomy = find_anatomy(model, row_of(model))
+    assert anatomy.head == ()
+    logits = logits_of(model(**inputs_of(model)))
+    classifier = anatomy._replace(head=anatomy.classifier)
+    with exits.headless(classifier):
+        states = exits.call(model, inputs_of(model))
+    assert states.size(-1) == WIDTH
+    torch.testing.assert_close(exits.head_of(classifier)(states), logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "task"), WITH_HEAD)
+def test_heads_over_positions_are_no_classifiers(family, task):
+    model = build(family, task)
+    assert find_anatomy(model, row_of(model)).classifier == ()
 
 
 def test_a_row_without_heads_uses_the_logits_of_the_model():

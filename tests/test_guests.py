@@ -16,7 +16,9 @@ from torch import Generator, nn
 import earlysift
 import models
 from earlysift import Family, Sifter
-from earlysift.exits import ExitHead
+from earlysift.controller import Control
+from earlysift.exits import ExitHead, find_anatomy
+from earlysift.probes import probe
 from earlysift.selectors import proportional
 from models import build, loss_of, row_of
 
@@ -32,6 +34,7 @@ MODELS = [
     ("qwen3", "causal_lm"),
     ("plain", "masked_lm"),
     ("plain with batch norm", "masked_lm"),
+    ("vit", "sequence_classification"),
 ]
 ALL = [pytest.param(*key, id="-".join(key)) for key in MODELS]
 SCORES = ["loss", "entropy", "exact", "uniform"]
@@ -137,6 +140,70 @@ def test_sift_within_autocast_leaves_the_autocast_of_the_user():
         before = everything(model)
         sifter.sift(pool)
         assert_same(before, everything(model))
+
+
+@pytest.mark.parametrize(("family", "task"), ALL)
+def test_a_probe_leaves_everything_as_it_found_it(family, task):
+    model = dropping(family, task)
+    warm, *pools = pools_for(model, 3)
+    loss_of(model, warm).backward()
+    next(iter(model.parameters())).requires_grad_(False)
+    frozen = find_anatomy(model, row_of(model)).layers[1]
+    frozen.eval()
+    exit_head = nn.Sequential(nn.LayerNorm(models.WIDTH), nn.Dropout(0.5))
+    before, head_before = copy.deepcopy(everything(model)), copy.deepcopy(everything(exit_head))
+    for pool in pools:
+        for dtype in (None, torch.bfloat16):
+            probe(model, pool, depths=(1, 3), family=row_of(model), exit_head=exit_head, chunk_rows=3, dtype=dtype)
+    assert_same(before, everything(model))
+    assert_same(head_before, everything(exit_head))
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("where", ["layer", "head", "exit head", "labels"])
+@pytest.mark.parametrize(("family", "task"), [MODELS[0], MODELS[2], MODELS[7], MODELS[9]])
+def test_a_probe_that_fails_midway_leaves_everything_as_it_found_it(family, task, where):
+    model = dropping(family, task)
+    warm, pool = pools_for(model, 2)
+    loss_of(model, warm).backward()
+    anatomy = find_anatomy(model, row_of(model))
+    exit_head = ExitHead(models.WIDTH)
+    head = anatomy.core.get_submodule((anatomy.head or anatomy.classifier)[-1])
+    part = {"layer": anatomy.layers[2], "head": head, "exit head": exit_head, "labels": None}[where]
+    calls = []
+
+    def fail_later(*_):
+        calls.append(1)
+        if len(calls) == 2:
+            raise Interrupted
+
+    if part is None:
+        pool["labels"][-1] = models.VOCABULARY + 5
+    else:
+        part.register_forward_hook(fail_later)
+    before = copy.deepcopy(everything(model))
+    with (
+        pytest.raises(IndexError if part is None else Interrupted),
+        torch.autocast("cpu", dtype=torch.float16, cache_enabled=False),
+    ):
+        probe(model, pool, depths=(1, 2), family=row_of(model), exit_head=exit_head, chunk_rows=4, dtype=torch.bfloat16)
+    assert_same(before, everything(model))
+
+
+def test_auto_mode_leaves_everything_as_it_found_it():
+    model = dropping("bert", "masked_lm")
+    sifter = Sifter(model, mode="auto", control=Control(depths=(1, 2), probe_share=0.99))
+    warm, *pools = pools_for(model, 5, rows=12)
+    sifter.sift(warm)
+    loss_of(model, warm).backward()
+    before = copy.deepcopy(everything(model))
+    for pool in pools:
+        sifter.sift(pool)
+    assert len(sifter.ledger.times_ms("probe")) >= 2
+    assert_same(before, everything(model))
 
 
 @pytest.mark.parametrize(("family", "task"), [MODELS[0], MODELS[10]])

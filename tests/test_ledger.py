@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 import warnings
 from statistics import median
 
@@ -73,6 +74,64 @@ def test_any_number_or_text_gives_a_valid_row(tmp_path_factory, row):
             assert written[key] == (pytest.approx(value, rel=1e-5, abs=1e-300) if math.isfinite(value) else None)
         else:
             assert written[key] == value
+
+
+def expected_in_json(value):
+    if isinstance(value, dict):
+        return {key: expected_in_json(entry) for key, entry in value.items()}
+    if not isinstance(value, float):
+        return value
+    return pytest.approx(value, rel=1e-5, abs=1e-300) if math.isfinite(value) else None
+
+
+nested = st.recursive(values, lambda inner: st.dictionaries(st.text(max_size=3), inner, max_size=3), max_leaves=8)
+
+
+@laws
+@given(entry=st.dictionaries(st.text(max_size=3), nested))
+def test_numbers_within_an_entry_are_rounded_and_valid_like_all_others(tmp_path_factory, entry):
+    path = tmp_path_factory.mktemp("ledger") / "steps.jsonl"
+    ledger = Ledger(path)
+    ledger.begin(0)
+    ledger.note(control=entry)
+    assert ledger.end()["control"] is entry  # what is not written stays exact
+    (written,) = rows_of(path)
+    assert written["control"] == expected_in_json(entry)
+
+
+def test_numbers_within_an_entry_have_six_digits(tmp_path):
+    ledger = Ledger(tmp_path / "steps.jsonl")
+    ledger.begin(0)
+    ledger.note(event={"from": "uniform", "numbers": {"payoff": 1.23456789, "scale": math.inf}})
+    ledger.end()
+    (row,) = rows_of(tmp_path / "steps.jsonl")
+    assert row["event"] == {"from": "uniform", "numbers": {"payoff": 1.23457, "scale": None}}
+
+
+def test_the_clock_is_in_milliseconds_and_never_goes_back():
+    for device in (None, torch.device("cpu")):
+        ledger = Ledger(device=device)
+        before = time.perf_counter()
+        times = [ledger.now_ms() for _ in range(10)]
+        after = time.perf_counter()
+        assert times == sorted(times)
+        assert before * 1e3 <= times[0] <= times[-1] <= after * 1e3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_clock_waits_for_the_device():
+    device = torch.device("cuda")
+    big = torch.randn(8192, 8192, device=device)
+    waiting, launching = Ledger(device=device), Ledger()
+    big @ big
+    spent_ms = {}
+    for name, ledger in (("waiting", waiting), ("launching", launching)):
+        waiting.now_ms()
+        started = ledger.now_ms()
+        for _ in range(20):
+            big @ big
+        spent_ms[name] = ledger.now_ms() - started
+    assert spent_ms["waiting"] > 2 * spent_ms["launching"]
 
 
 def test_rows_are_appended_to_those_of_an_earlier_run(tmp_path):

@@ -11,7 +11,15 @@ from torch import Generator
 
 import reference
 from earlysift import selectors
-from earlysift.selectors import drop_outliers, greedy, percentile, proportional, ranking, uniform_subset
+from earlysift.selectors import (
+    drop_outliers,
+    greedy,
+    inclusion_probabilities,
+    percentile,
+    proportional,
+    ranking,
+    uniform_subset,
+)
 
 INF, NAN = float("inf"), float("nan")
 SELECTORS = [greedy, proportional, percentile]
@@ -237,6 +245,44 @@ def test_candidates_are_included_as_often_as_their_scores_say():
         counts[proportional(scores, kept, generator, uniform_share=share).indices] += 1
     wanted = kept * ((1 - share) * scores / scores.sum() + share / 6)
     assert (counts / draws - wanted).abs().max() <= 4 * math.sqrt(0.25 / draws)
+
+
+@laws
+@given(pool=pools(finite), share=st.floats(0.01, 1.0), scale=st.floats(1e-3, 1e3))
+def test_inclusion_probabilities_sum_to_b_and_rise_with_the_scores(pool, share, scale):
+    scores, kept, seed = pool
+    included = inclusion_probabilities(scores, kept, share)
+    assert included.dtype == torch.float64
+    assert included.shape == scores.shape
+    assert included.sum().item() == pytest.approx(kept)
+    assert (included > 0).all()
+    assert (included <= 1).all()
+    assert (included >= kept * share / len(scores) * (1 - 1e-9)).all()
+    assert (included[scores.argsort()].diff() >= -1e-12).all()
+    order = torch.randperm(len(scores), generator=seeded(seed))
+    torch.testing.assert_close(inclusion_probabilities(scores[order], kept, share), included[order])
+    torch.testing.assert_close(inclusion_probabilities(scores.double() * scale, kept, share), included)
+
+
+@pytest.mark.parametrize("kept", [1, 5])
+@pytest.mark.parametrize("scores", SKEWED.values(), ids=SKEWED)
+def test_inclusion_probabilities_are_how_often_proportional_draws(scores, kept):
+    counts, draws, generator = torch.zeros(12), 1500, seeded(4)
+    included = inclusion_probabilities(scores, kept)
+    for _ in range(draws):
+        indices, weights = proportional(scores, kept, generator)
+        counts[indices] += 1
+        torch.testing.assert_close(weights.double(), kept / (12 * included[indices]), rtol=1e-6, atol=0)
+    assert (counts / draws - included).abs().max() <= 4 * math.sqrt(0.25 / draws)
+
+
+def test_inclusion_probabilities_of_known_pools():
+    assert inclusion_probabilities(torch.ones(4), 2).tolist() == pytest.approx([0.5] * 4)
+    assert inclusion_probabilities(torch.zeros(4), 1).tolist() == pytest.approx([0.25] * 4)
+    assert inclusion_probabilities(torch.arange(5.0), 5).tolist() == pytest.approx([1.0] * 5)
+    assert inclusion_probabilities(torch.arange(5.0), 2, uniform_share=1.0).tolist() == pytest.approx([0.4] * 5)
+    # Two are capped at one and leave one of b = 3 to the others.
+    assert inclusion_probabilities(torch.tensor([9.0, 9.0, 0, 0]), 3).tolist() == pytest.approx([1, 1, 0.5, 0.5])
 
 
 def test_unlabelled_and_broken_candidates_do_not_shift_the_mean():

@@ -210,12 +210,15 @@ def _suite(settings: Settings, given: list[str]) -> int:
     with _progress(console) as show:
         outcomes = run_suite(settings, flags, show)
     _print_suite(console, outcomes)
-    console.print(f"Run folders, with a report each: {settings.out}", soft_wrap=True)
+    folders = [settings.out / name for name, outcome in outcomes.items() if outcome.results]
+    if folders:
+        page = write_report(*folders, out=settings.out / "report.html")
+        console.print(f"Report of all: {page}; of each: in the folders beside it.", soft_wrap=True)
     reasons = [outcome.reason for outcome in outcomes.values() if outcome.reason]
     if "stopped" in reasons:
         console.print("Stopped early: go on with --resume.")
         return EXIT_INTERRUPTED
-    return EXIT_BAD_INPUT if any(reason.startswith("failed") for reason in reasons) else EXIT_OK
+    return EXIT_OK if all(reason.startswith("skipped") for reason in reasons) else EXIT_BAD_INPUT
 
 
 def _print_suite(console: Console, outcomes: dict[str, Outcome]) -> None:

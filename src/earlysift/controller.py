@@ -22,7 +22,8 @@ Record = dict[str, float]
 
 WINDOW = 6  # records that a choice looks back on
 ENOUGH = 3  # records before the first choice
-MARGIN = 0.05  # payoff above 1 that switching on asks for, one standard error included
+MARGIN = 0.1  # payoff above 1 that switching on asks for, two standard errors deducted
+SURE = 2.0  # standard errors
 LEAST_CORRELATION = 0.1  # a score that ranks worse than this ranks at random
 EARLY_SHARE, EARLY_PROBES = 0.1, 0.4  # this part of the training gets this part of the probes
 
@@ -119,7 +120,9 @@ def advance(
         return Verdict(state, {}, "no probe has seen finite losses yet")
     told = estimates(records, control, prices, pool_keep)
     choice, reason = decide(state, told, control, step)
-    return Verdict(replace(state, choice=choice), told, reason)
+    if choice != state.choice:
+        records = records[-1:]  # what was seen under one way of training says little about another
+    return Verdict(replace(state, choice=choice, records=records), told, reason)
 
 
 def choices(control: Control) -> list[Choice]:
@@ -142,8 +145,9 @@ def record(probe: Probe, kept: int, control: Control) -> Record:
 
     Returns:
         ``uniform.signal``, ``uniform.length2``; for each choice ``{choice}.signal`` and ``.length2``, for each depth
-        ``correlation.{depth}``, for each depth and keep ``gain...`` and ``second_moment...``; and ``floor``, the
-        largest loss over the mean one (an upper estimate of M* / F in T1). All are nan if fewer than two candidates
+        ``correlation.{depth}``, for each depth and keep ``gain...`` and ``second_moment...``; ``floor``, the largest
+        loss over the mean one (an upper estimate of M* / F in T1); and ``loss``, the pool's mean exact loss, with its
+        standard error ``loss_error``. All are nan if fewer than two candidates
         have a finite loss, or none has a gradient.
     """
     finite = torch.isfinite(probe.exact)
@@ -161,6 +165,8 @@ def record(probe: Probe, kept: int, control: Control) -> Record:
         "uniform.signal": signal,
         "uniform.length2": signal * (1 - 1 / kept) + 1 / kept,
         "floor": (exact.max() / exact.mean()).item(),
+        "loss": exact.mean().item(),
+        "loss_error": exact.std().item() / math.sqrt(total),
     }
     for depth, all_scores in probe.scores.items():
         scores = all_scores[finite]
@@ -186,6 +192,8 @@ def record_names(control: Control) -> list[str]:
         "uniform.signal",
         "uniform.length2",
         "floor",
+        "loss",
+        "loss_error",
         *(f"correlation.{depth}" for depth in control.depths),
         *(f"{name}.{pair}" for name in ("gain", "second_moment") for pair in pairs),
         *(f"{_name(choice)}.{part}" for choice in choices(control) for part in ("signal", "length2")),
@@ -225,7 +233,7 @@ def estimates(
         and ``noise_scale`` (in samples, McCandlish et al. 2018, arXiv 1812.06162), ``floor``.
     """
     mean = _means(records)
-    told = {name: value for name, value in mean.items() if name.startswith(("correlation.", "gain.", "floor"))}
+    told = {name: value for name, value in mean.items() if name.startswith(("correlation.", "gain.", "floor", "loss"))}
     signal = mean["uniform.signal"]
     told["noise_scale"] = (1 - signal) / signal if signal > 0 else math.inf
     for depth in control.depths:
@@ -244,9 +252,10 @@ def estimates(
 def decide(state: State, told: Mapping[str, float], control: Control, step: int) -> tuple[Choice | None, str]:
     """The choice from this step on, and why.
 
-    Off at once: when the score of the present choice ranks at random or backwards in the latest probe, when its payoff
-    falls below 1, and towards the end of the training. On: when a choice's payoff exceeds 1 by a margin and a standard
-    error, over enough probes, with a gain that pays by C2 as well (greedy). The gap between on and off is a hysteresis.
+    Off at once: when the score of the present choice ranks at random or backwards in the latest probe, when the loss of
+    whole pools has risen since (greedy selection forgets what it does not train on), when the payoff falls below 1,
+    and towards the end of the training. On: when a choice's payoff exceeds 1 by a margin and two standard errors, over
+    enough probes, with a gain that pays by C2 as well (greedy). The gap between on and off is a hysteresis.
 
     Args:
         state: With the records that ``told`` was made from.
@@ -265,13 +274,16 @@ def decide(state: State, told: Mapping[str, float], control: Control, step: int)
         correlation = latest[f"correlation.{now.depth}"]
         if correlation < LEAST_CORRELATION:
             return None, f"the exit ranks at random or backwards (rank correlation {correlation:.2f})"
+        risen = latest["loss"] - state.records[0]["loss"]
+        if risen > SURE * math.hypot(latest["loss_error"], state.records[0]["loss_error"]):
+            return None, f"the loss of whole pools has risen by {risen:.2g} since: what is not trained on is forgotten"
         if told[f"payoff.{_name(now)}"] < 1:
             return None, f"selection does not pay (payoff {told[f'payoff.{_name(now)}']:.2f})"
         return now, "selection pays"
     if len(state.records) < ENOUGH:
         return None, "too few probes"
     sure = {
-        choice: told[f"payoff.{_name(choice)}"] - told[f"payoff_error.{_name(choice)}"]
+        choice: told[f"payoff.{_name(choice)}"] - SURE * told[f"payoff_error.{_name(choice)}"]
         for choice in choices(control)
         if latest[f"correlation.{choice.depth}"] >= LEAST_CORRELATION
         and (choice.rule == "unbiased" or told[f"payoff_C2.{choice.depth}.{choice.keep:g}"] > 1)

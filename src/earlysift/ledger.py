@@ -8,7 +8,7 @@ import json
 import time
 import warnings
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -26,6 +26,7 @@ class Ledger:
         path: JSON-lines file to append to; None keeps only the statistics.
         device: Device to wait for before a clock is read. None reads the host's clock only, which on an accelerator
             measures launches, not work.
+        clock: Clock to read, in seconds.
 
     Example:
         >>> ledger = Ledger()
@@ -37,9 +38,16 @@ class Ledger:
         ['step', 'step_ms', 'train_ms', 'trained']
     """
 
-    def __init__(self, path: Path | str | None = None, *, device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        path: Path | str | None = None,
+        *,
+        device: torch.device | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self._path = Path(path) if path is not None else None
         self._device = device
+        self._clock = clock
         self._row: dict[str, Any] = {}
         self._began_ms = 0.0
         self._times_ms: dict[str, deque[float]] = {}
@@ -93,7 +101,7 @@ class Ledger:
         """The clock, in ms, after the device (if one was given) has done what it was told."""
         if self._device is not None and self._device.type != "cpu":
             torch.accelerator.synchronize(self._device)
-        return time.perf_counter() * 1e3
+        return self._clock() * 1e3
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -43,6 +43,7 @@ class Sifter:
     Args:
         model: Any supported Transformer, or a module with a `Family` row; in training mode.
         keep: b / R, in (0, 1]. The number kept is fixed by the first pool. 1.0 hands pools through untouched.
+        kept: b, the number of candidates to keep; None is keep times the rows of the first pool.
         depth: Layers that run for a score, 1 to one less than the model has.
         score: ``"loss"``, ``"entropy"``, ``"exact"``, ``"uniform"``, or a scorer ``(model, pool) -> (R,)``.
         select: Selector ``(scores, kept, generator) -> Selection``.
@@ -88,6 +89,7 @@ class Sifter:
         model: nn.Module,
         *,
         keep: float = 0.5,
+        kept: int | None = None,
         depth: int = 1,
         score: str | Scorer = "loss",
         select: Selector = selectors.greedy,
@@ -109,6 +111,10 @@ class Sifter:
         if not 0 < keep <= 1:
             raise ValueError(
                 f"keep must be in (0, 1], got {keep}. It is the share of the pool that is trained on; 0.5 is usual."
+            )
+        if kept is not None and kept < 1:
+            raise ValueError(
+                f"kept must be at least 1, got {kept}. It is the number of candidates trained on per step."
             )
         if not 0 <= drop_outliers < 1:
             raise ValueError(
@@ -162,7 +168,7 @@ class Sifter:
         with nullcontext() if required else suppress(ValueError):
             self._anatomy = exits.find_anatomy(model, family)
         self._step = 0
-        self._kept: int | None = None
+        self._kept = kept
         self._counts = dict.fromkeys(("candidates", "scored", "trained", "unlabelled", "non_finite"), 0)
         self._fidelity: dict[str, float] = {}
         self._breakdown = False
@@ -176,6 +182,21 @@ class Sifter:
     def step(self) -> int:
         """Number of pools sifted so far."""
         return self._step
+
+    @property
+    def wanted(self) -> int:
+        """Candidates that the next call of `sift` can use: b on a step of auto mode that neither selects nor probes.
+
+        Loops that read on demand need not read what nobody looks at. A uniform step of auto mode trains on the first b
+        rows, so that candidates behind them may be offered again.
+        """
+        if self._kept is None:
+            raise ValueError("How many are kept is known after the first pool. Pass kept= to know it before.")
+        pool = round(self._kept / self.keep)
+        if self.mode == "fixed" or self._steering is None or self._step >= self._steering.next_probe:
+            return pool
+        choice = self._steering.choice
+        return self._kept if choice is None else min(pool, round(self._kept / choice.keep))
 
     @property
     def weights(self) -> Tensor:
@@ -245,7 +266,9 @@ class Sifter:
                 )
         else:
             device = next(self.model.parameters()).device
-            selection = Selection(*(t.to(device) for t in selectors.uniform_subset(size, kept, generator)))
+            # In auto mode the first b, which is as uniform as the pool is shuffled: see `wanted`.
+            offered = kept if self.mode == "auto" else size
+            selection = Selection(*(t.to(device) for t in selectors.uniform_subset(offered, kept, generator)))
         if probes and scores is not None:
             self._fidelity = self._probe(pool, scores, kept)
             news |= self._fidelity
@@ -400,9 +423,10 @@ class Sifter:
         if self._step >= state.next_probe and pools.has_labels(pool):
             with self.ledger.timed("probe"):
                 entry = self.probe(pool)
-                timed_depth = control.depths[len(state.records) % len(control.depths)]
-                with self.ledger.timed(f"score_{timed_depth}"):
-                    self._scorer(kept, timed_depth)(self.model, pool)
+                if control.reference_costs is None:  # times are to be known before they are spent
+                    depth = control.depths[len(state.records) % len(control.depths)]
+                    with self.ledger.timed(f"score_{depth}"):
+                        self._scorer(kept, depth)(self.model, pool)
             names = controller.record_names(control)
             entry = _mean_over_ranks({name: entry.get(name, math.nan) for name in names}, self.model)
             prices = _mean_over_ranks(self._prices(pool, kept), self.model)

@@ -128,7 +128,7 @@ ARMS: dict[str, Arm] = {
     "auto": Arm(
         "auto",
         "measures cost and gain as it trains, and chooses greedy, unbiased or uniform training, exit and keep by them",
-        options={"mode": "auto"},
+        options={"mode": "auto", "keep": 0.25},
         scoring="score_{depth}",
         depths=(1, 2, 3),
     ),

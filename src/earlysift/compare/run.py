@@ -127,7 +127,7 @@ def _calibrate(
     fresh = measure_operations([*dict.fromkeys((*missing, "train"))], settings, workload, on_share)
     scale = known["train"]["median"] / fresh["train"]["median"] if known else 1.0
     for name in missing:
-        known[name] = {key: value if key == "count" else value * scale for key, value in fresh[name].items()}
+        known[name] = {key: value if key == "count" else round(value * scale, 4) for key, value in fresh[name].items()}
 
 
 def _run_seed(
@@ -145,7 +145,8 @@ def _run_seed(
         ledger_path.unlink(missing_ok=True)
         ledger = Ledger(ledger_path, device=torch.device(settings.device))
         benches[name] = Bench(workload, settings, seed, medians_ms, ledger)
-        turns[name] = run_trial(benches[name], ARMS[name], partial(on_progress, f"seed {seed} {ARMS[name].label}"))
+        on_share = partial(_show_seed, on_progress, ARMS[name].label, seed, settings.seeds)
+        turns[name] = run_trial(benches[name], ARMS[name], on_share)
     while turns:
         for name in list(turns):
             run = next(turns[name], None)
@@ -157,6 +158,10 @@ def _run_seed(
             others = [other for other in results["arms"][name]["runs"] if other["seed"] != seed]
             results["arms"][name]["runs"] = sorted([*others, run], key=lambda run: run["seed"])
         _save(settings.out, results, settings)
+
+
+def _show_seed(on_progress: OnProgress, name: str, seed: int, seeds: int, share: float) -> None:
+    on_progress(name, (seed + share) / seeds)
 
 
 def _save(out: Path, results: dict[str, Any], settings: Settings) -> None:

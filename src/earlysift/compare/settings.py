@@ -49,7 +49,8 @@ class Settings:
     depth: int = 1
     """Layers that run for an early-exit score."""
     select_after: float = 0.0
-    """Share of the budget for which the arms that select from a pool first train uniformly, without scoring."""
+    """Share of the budget for which arms that select by loss or entropy alone (SIFT, exact, selective backprop) first
+    train uniformly, without scoring."""
     batch: int = 32
     """Samples per training step, in every arm; the pool is batch / keep."""
     layers: int = 12

@@ -123,22 +123,27 @@ def make_sifter(bench: Bench, arm: Arm, **options: Any) -> Sifter:
     """
     shared: dict[str, Any] = {
         "keep": bench.settings.keep,
+        "kept": bench.settings.batch,
         "depth": exits_of(arm, bench.settings)[0],
         "family": bench.workload.family,
         "seed": bench.seed,
         "ledger": Ledger(device=bench.device),
     }
-    probes = {"control": make_control(bench, arm)} if options.get("mode") == "auto" else {"probe_every": 0}
+    auto = options.get("mode") == "auto"
+    probes = {"control": make_control(bench, arm, options["keep"])} if auto else {"probe_every": 0}
     return Sifter(bench.model, **{**shared, **probes, **options})
 
 
-def make_control(bench: Bench, arm: Arm) -> Control:
+def make_control(bench: Bench, arm: Arm, keep: float) -> Control:
     """What `auto` may choose from, and the measured costs that it decides by: reproducible, as they are given."""
     medians_ms = bench.medians_ms
-    costs = {name: ms for name, ms in medians_ms.items() if name in ("train", "probe") or name.startswith("score_")}
+    larger = bench.settings.keep / keep  # scoring was timed on pools of the comparison's keep
+    costs = {name: ms * larger for name, ms in medians_ms.items() if name.startswith("score_")}
+    costs |= {name: ms for name, ms in medians_ms.items() if name in ("train", "probe")}
     step_ms = medians_ms.get("read_batch", 0.0) + medians_ms.get("train", 1.0)
     return Control(
         depths=exits_of(arm, bench.settings),
+        keeps=(keep, bench.settings.keep),
         total_steps=max(1, round(bench.settings.budget * 1e3 / step_ms)),
         reference_costs=costs or None,
     )
@@ -159,8 +164,10 @@ def sifted(bench: Bench, arm: Arm, *, subset: float = 1.0, **options: Any) -> St
 
     def step(share: float) -> None:
         sifter = selecting if share >= select_after else plain
-        batch = sifter.sift(bench.read(round(bench.settings.batch / sifter.keep)))
+        batch = sifter.sift(bench.read(sifter.wanted))
         row = sifter.ledger.end()
+        if row.get("mode") == "off":
+            bench.position -= row["candidates"] - row["trained"]  # read for a probe only; offered again
         bench.ledger.note(**{name: value for name, value in row.items() if name not in ("step", "step_ms")})
         with bench.ledger.timed("train"):
             bench.update(bench.loss(batch, None if sifter.keep == 1 else sifter.weights))

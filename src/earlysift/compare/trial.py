@@ -45,10 +45,10 @@ def run_trial(bench: Bench, arm: Arm, on_share: Callable[[float], None] = lambda
         quality, ranking = evaluate(bench, validation)
         at = {"step": run["steps"], "reference_s": sum(spent_ms.values()) / 1e3}
         samples = {f"{name}_samples": count for name, count in counts.items()}
-        run["curve"].append({**at, "wall_s": run["wall_s"], **samples, **quality})
-        run["fidelity"].append({**at, **ranking})
-        run["spent_s"] = {kind: ms / 1e3 for kind, ms in spent_ms.items()}
-        run.update(final_accuracy=quality["accuracy"], final_loss=quality["loss"])
+        run["curve"].append(_rounded({**at, "wall_s": run["wall_s"], **samples, **quality}))
+        run["fidelity"].append(_rounded({**at, **ranking}))
+        run["spent_s"] = _rounded({kind: ms / 1e3 for kind, ms in spent_ms.items()})
+        run.update(_rounded({"final_accuracy": quality["accuracy"], "final_loss": quality["loss"]}))
         return run
 
     yield evaluated()
@@ -75,7 +75,7 @@ def run_trial(bench: Bench, arm: Arm, on_share: Callable[[float], None] = lambda
         at = {"step": row["step"], "reference_s": sum(spent_ms.values()) / 1e3}
         for name, place in (("control", "control"), ("event", "events")):
             if row.get(name):
-                run[place].append({**at, **row[name]})
+                run[place].append(_rounded({**at, **row[name]}))
         spent = sum(spent_ms.values()) / budget_ms
         on_share(min(1.0, spent))
         run["finished"] = spent >= 1
@@ -83,6 +83,10 @@ def run_trial(bench: Bench, arm: Arm, on_share: Callable[[float], None] = lambda
         if due > evaluations:
             evaluations = due
             yield evaluated()
+
+
+def _rounded(point: dict[str, Any]) -> dict[str, Any]:
+    return {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in point.items()}
 
 
 def charges_ms(row: dict[str, Any], arm: Arm, settings: Settings, medians_ms: dict[str, float]) -> dict[str, float]:

@@ -1,0 +1,600 @@
+"""The controller: measures what selection would gain, chooses only what pays, and spends little on finding out."""
+
+import copy
+import itertools
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Generator
+
+from earlysift import controller, costs, selectors
+from earlysift.controller import (
+    EARLY_PROBES,
+    EARLY_SHARE,
+    ENOUGH,
+    LEAST_CORRELATION,
+    MARGIN,
+    WINDOW,
+    Choice,
+    Control,
+    State,
+    advance,
+    choices,
+    decide,
+    estimates,
+    next_probe,
+    record,
+    record_names,
+)
+from earlysift.fidelity import fidelity
+from earlysift.probes import Probe
+
+laws = settings(deadline=None, derandomize=True, database=None, max_examples=200)
+
+NAN, INF = float("nan"), float("inf")
+ONE = Control(depths=(1,), keeps=(0.5,))
+GREEDY = Control(depths=(1,), keeps=(0.5,), rules=("greedy",))
+CHEAP = {"train": 100.0, "probe": 60.0, "score_1": 5.0, "score_2": 8.0, "score_3": 11.0}
+FREE = {**CHEAP, "score_1": 0.0}
+CHOICE = Choice("greedy", 1, 0.5)
+
+
+def seeded(seed):
+    return Generator().manual_seed(seed)
+
+
+def probe_of(gradients, losses, *scores):
+    """A probe that saw these gradients ``(R, D)`` and losses; scores at depths 1, 2, ..., the losses if none."""
+    depths = dict(enumerate(scores or (losses,), start=1))
+    return Probe(losses.float(), {depth: s.float() for depth, s in depths.items()}, gradients @ gradients.T)
+
+
+def noisy(rows, generator, *, along=1.0, width=64, noise=4.0):
+    """Gradients of a length ``along`` in one direction, with noise of length ``noise`` in all."""
+    gradients = torch.randn(rows, width, generator=generator, dtype=torch.float64) * noise / math.sqrt(width)
+    gradients[:, 0] += along
+    return gradients
+
+
+def easy_heavy(seed, rows=64):
+    """Half of the samples are learnt: hardly a loss, no gradient."""
+    generator = seeded(seed)
+    gradients, losses = noisy(rows, generator), 1 + torch.rand(rows, generator=generator)
+    easy = torch.randperm(rows, generator=generator)[: rows // 2]
+    gradients[easy] = 0
+    losses[easy] *= 0.01
+    return probe_of(gradients, losses)
+
+
+def pure_noise(seed, rows=64):
+    """Gradients that agree on nothing, losses that differ."""
+    generator = seeded(seed)
+    gradients = noisy(rows, generator, along=0.0, width=1000)
+    return probe_of(gradients, 0.5 + torch.rand(rows, generator=generator))
+
+
+def plateau(seed, rows=64):
+    """The larger half of the losses pulls away from where the mean gradient leads."""
+    generator = seeded(seed)
+    hard = torch.arange(rows) % 2 == 1
+    gradients = noisy(rows, generator, along=0.0, noise=1.0)
+    gradients[:, 0] += torch.where(hard, -1.0, 3.0)
+    return probe_of(gradients, torch.where(hard, 2.0, 1.0) + 0.1 * torch.rand(rows, generator=generator))
+
+
+def run(make, probes=8, *, control=ONE, prices=CHEAP, state=None, first=0):
+    """The verdicts on that many probes in a row."""
+    state, verdicts = state or State(), []
+    for step in range(first, first + probes):
+        seen = make(step)
+        verdicts.append(advance(state, record(seen, len(seen.exact) // 2, control), prices, control, 0.5, step))
+        state = verdicts[-1].state
+    return verdicts
+
+
+def close(one, other):
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert other[name] == pytest.approx(value, rel=1e-6, abs=1e-9), name
+
+
+# Records
+
+
+def slow_record(gradients, losses, scores, kept, keeps):
+    """Signal and squared length of uniform and greedy steps, pair by pair."""
+    g, size = gradients.tolist(), len(losses)
+
+    def product(i, j):
+        return sum(a * b for a, b in zip(g[i], g[j], strict=True))
+
+    unit = sum(product(i, i) for i in range(size)) / size
+    others = [sum(product(i, j) for j in range(size) if j != i) / (size - 1) / unit for i in range(size)]
+
+    def step(rows):
+        signal = sum(others[i] for i in rows) / len(rows)
+        return signal, sum(product(i, j) for i in rows for j in rows) / unit / len(rows) ** 2
+
+    numbers = {"uniform.signal": sum(others) / size, "floor": max(losses) / (sum(losses) / size)}
+    subsets = list(itertools.combinations(range(size), kept))
+    numbers["uniform.length2"] = sum(step(rows)[1] for rows in subsets) / len(subsets)
+    for depth, of_depth in enumerate(scores, start=1):
+        for keep in keeps:
+            considered = range(min(size, round(kept / keep)))
+            best = sorted(considered, key=lambda i: -of_depth[i])[:kept]
+            numbers[f"greedy.{depth}.{keep:g}.signal"], numbers[f"greedy.{depth}.{keep:g}.length2"] = step(best)
+    return numbers
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_uniform_and_greedy_steps_are_those_of_a_loop_over_pairs_and_subsets(seed):
+    generator = seeded(seed)
+    gradients = noisy(10, generator, width=5) * torch.rand(10, 1, generator=generator, dtype=torch.float64)
+    losses, *scores = (torch.rand(10, generator=generator) for _ in range(3))
+    control = Control(depths=(1, 2), keeps=(0.5, 0.8), rules=("greedy",))
+    numbers = record(probe_of(gradients, losses, *scores), 5, control)
+    expected = slow_record(gradients, losses.tolist(), [s.tolist() for s in scores], 5, control.keeps)
+    close({name: numbers[name] for name in expected}, expected)
+    for depth, of_depth in enumerate(scores, start=1):
+        assert numbers[f"correlation.{depth}"] == pytest.approx(fidelity(of_depth, losses, 5)["rank_correlation"])
+        for keep, rows in ((0.5, 10), (0.8, 6)):
+            gain = fidelity(of_depth[:rows], losses[:rows], 5)["gain"]
+            assert numbers[f"gain.{depth}.{keep:g}"] == pytest.approx(gain)
+            ratio = costs.second_moment_ratio(of_depth[:rows])
+            assert numbers[f"second_moment.{depth}.{keep:g}"] == pytest.approx(ratio)
+
+
+def drawn(gradients, draw, count=2000):
+    """Mean signal and squared length of drawn weighted steps, with standard errors."""
+    gram = gradients @ gradients.T
+    gram = gram / gram.diagonal().mean()
+    others = (gram.sum(dim=1) - gram.diagonal()) / (len(gram) - 1)
+    signals, lengths = [], []
+    for _ in range(count):
+        indices, weights = draw()
+        weights = weights.double() / len(indices)
+        signals.append(weights @ others[indices])
+        lengths.append(weights @ gram[indices][:, indices] @ weights)
+    return [(torch.stack(v).mean().item(), torch.stack(v).std().item() / math.sqrt(count)) for v in (signals, lengths)]
+
+
+@pytest.mark.parametrize("along", [0.0, 1.0, 6.0])
+def test_uniform_steps_are_those_of_drawn_subsets(along):
+    gradients = noisy(32, seeded(0), along=along)
+    numbers = record(probe_of(gradients, torch.rand(32, generator=seeded(1))), 16, ONE)
+    generator = seeded(2)
+    (signal, signal_error), (length2, length_error) = drawn(
+        gradients, lambda: selectors.uniform_subset(32, 16, generator)
+    )
+    assert abs(numbers["uniform.signal"] - signal) <= 4 * signal_error
+    assert abs(numbers["uniform.length2"] - length2) <= 4 * length_error
+
+
+@pytest.mark.parametrize("along", [0.0, 1.0, 6.0])
+@pytest.mark.parametrize("kind", ["even", "skewed", "capped"])
+def test_unbiased_steps_are_those_of_drawn_batches(kind, along):
+    generator = seeded(0)
+    gradients = noisy(64, generator, along=along)
+    if kind != "even":
+        gradients *= torch.rand(64, 1, generator=generator, dtype=torch.float64) + 0.1
+    scores = gradients.norm(dim=1).float() ** (4 if kind == "capped" else 1)
+    included = selectors.inclusion_probabilities(scores, 32)
+    assert bool((included == 1).any()) == (kind == "capped")
+    numbers = record(probe_of(gradients, scores), 32, ONE)
+    (signal, signal_error), (length2, length_error) = drawn(
+        gradients, lambda: selectors.proportional(scores, 32, generator)
+    )
+    assert abs(numbers["unbiased.1.0.5.signal"] - signal) <= 4 * signal_error
+    # Joint inclusion is taken as that of independent draws, which is off by little.
+    assert abs(numbers["unbiased.1.0.5.length2"] - length2) <= 4 * length_error + 0.015 * length2
+
+
+def test_a_larger_keep_looks_at_the_first_part_of_the_pool():
+    generator = seeded(0)
+    gradients, losses = noisy(30, generator), torch.rand(30, generator=generator)
+    control = Control(depths=(1,), keeps=(0.5, 0.75))
+    before = record(probe_of(gradients, losses), 15, control)
+    later = losses.clone()
+    later[20:] = losses[20:].flip(0)  # behind the part that keep = 0.75 scores
+    after = record(probe_of(gradients, losses, later), 15, control)
+    of_larger = [name for name in before if ".0.75" in name]
+    assert len(of_larger) == 6
+    assert all(before[name] == after[name] for name in of_larger)
+    assert before["greedy.1.0.5.signal"] != after["greedy.1.0.5.signal"]
+
+
+@laws
+@given(seed=st.integers(0, 100), scale=st.floats(1e-3, 1e3))
+def test_records_are_free_of_the_scale_of_gradients_and_of_losses(seed, scale):
+    generator = seeded(seed)
+    gradients, losses = noisy(16, generator), 0.5 + torch.rand(16, generator=generator)
+    close(record(probe_of(gradients, losses), 8, ONE), record(probe_of(gradients * scale, losses * 4), 8, ONE))
+
+
+def test_candidates_without_a_finite_loss_or_score_count_for_nothing():
+    generator = seeded(0)
+    gradients, losses, scores = noisy(20, generator), torch.rand(20, generator=generator), torch.rand(2, 20)
+    exact, at_1, at_2 = (torch.cat([values, torch.ones(3)]) for values in (losses, *scores))
+    exact[20], at_1[21], at_2[22] = NAN, -INF, INF
+    broken = torch.cat([gradients, noisy(3, generator)])
+    control = Control(depths=(1, 2), keeps=(0.5,))
+    close(
+        record(probe_of(broken, exact, at_1, at_2), 10, control),
+        record(probe_of(gradients, losses, *scores), 10, control),
+    )
+
+
+@pytest.mark.parametrize(
+    ("gradients", "losses"),
+    [
+        (torch.zeros(6, 3), torch.rand(6, generator=seeded(0))),
+        (torch.ones(6, 3), torch.full((6,), NAN)),
+        (torch.ones(6, 3), torch.tensor([1.0, *[-INF] * 5])),
+    ],
+    ids=["no gradient", "no loss", "one loss"],
+)
+def test_pools_that_say_nothing_give_nan(gradients, losses):
+    numbers = record(probe_of(gradients.double(), losses), 3, ONE)
+    assert all(math.isnan(value) for value in numbers.values())
+
+
+@pytest.mark.parametrize("kept", [1, 3, 5, 8])
+def test_names_of_a_record_are_known_whatever_the_pool(kept):
+    losses = torch.rand(8, generator=seeded(0))
+    for control in (ONE, Control(), Control(depths=(2,), keeps=(0.3, 0.9), rules=("unbiased",))):
+        names = record_names(control)
+        assert len(set(names)) == len(names)
+        scores = dict.fromkeys(control.depths, losses)
+        for seen in (losses, torch.full((8,), NAN)):
+            numbers = record(Probe(seen, scores, torch.eye(8, dtype=torch.float64)), kept, control)
+            assert sorted(numbers) == sorted(names)
+            assert all(isinstance(value, float) for value in numbers.values())
+
+
+# Estimates
+
+
+def test_identical_gradients_leave_nothing_to_gain():
+    gradients = torch.ones(16, 4, dtype=torch.float64)
+    told = run(lambda seed: probe_of(gradients, torch.rand(16, generator=seeded(seed))), 3, prices=FREE)[-1].told
+    for choice in choices(ONE):
+        assert told[f"payoff.{choice.rule}.1.0.5"] == pytest.approx(1, abs=0.05)
+    assert told["payoff.greedy.1.0.5"] == pytest.approx(1)
+    assert told["payoff_error.greedy.1.0.5"] == pytest.approx(0, abs=1e-6)
+    assert told["noise_scale"] == pytest.approx(0)
+
+
+def test_payoff_is_progress_over_cost():
+    records = [record(easy_heavy(seed), 32, Control(depths=(1,))) for seed in range(4)]
+    control = Control(depths=(1,))
+    free, dear = (estimates(records, control, {**CHEAP, "score_1": price}, 0.5) for price in (0.0, 40.0))
+    for choice in choices(control):
+        name = f"{choice.rule}.1.{choice.keep:g}"
+        cost = 1 + 40 / 100 * 0.5 / choice.keep  # a larger keep scores a smaller part of the pool
+        assert dear[f"cost.1.{choice.keep:g}"] == pytest.approx(cost)
+        assert dear[f"payoff.{name}"] == pytest.approx(free[f"payoff.{name}"] / cost)
+        assert dear[f"payoff_error.{name}"] == pytest.approx(free[f"payoff_error.{name}"] / cost)
+    for keep in control.keeps:
+        cost, pair = dear[f"cost.1.{keep:g}"], f"1.{keep:g}"
+        assert dear[f"payoff_C2.{pair}"] == pytest.approx(dear[f"gain.{pair}"] / cost)
+        ratio = sum(entry[f"second_moment.{pair}"] for entry in records) / 4
+        assert dear[f"payoff_T7.{pair}"] == pytest.approx(1 / (ratio * cost))
+
+
+def test_progress_is_how_far_a_step_of_given_length_goes_along_the_mean_gradient():
+    # Known by construction: half of the gradients are zero, the others a direction of length 1 and noise of length 4.
+    rows, kept = 1024, 512
+    told = run(lambda seed: easy_heavy(seed, rows), ENOUGH, prices=FREE)[-1].told
+    greedy = 1 / math.sqrt(1 + 16 / kept)
+    uniform = 0.5 / math.sqrt(0.25 + (0.5 * 17 - 0.25) / kept)
+    assert told["payoff.greedy.1.0.5"] == pytest.approx(greedy / uniform, rel=0.01)
+
+
+def test_noise_scale_is_that_of_the_gradients():
+    # Trace of the covariance over the squared mean gradient: 16 / 4.
+    told = run(lambda seed: probe_of(noisy(512, seeded(seed), along=2.0), torch.ones(512)), 4)[-1].told
+    assert told["noise_scale"] == pytest.approx(4, rel=0.1)
+
+
+def test_what_a_uniform_step_cannot_see_no_choice_is_said_to_do_better():
+    gradients = torch.tensor([[1.0], [-1.0], [1.0], [-1.0]], dtype=torch.float64)  # the mean of the others points back
+    told = run(lambda _: probe_of(gradients, torch.tensor([4.0, 1.0, 3.0, 2.0])), 3)[-1].told
+    assert [told[f"payoff.{rule}.1.0.5"] for rule in ("greedy", "unbiased")] == [0, 0]
+    assert told["noise_scale"] == INF
+
+
+def test_the_error_of_a_payoff_is_the_spread_of_estimates_over_runs():
+    errors, payoffs = [], []
+    for seed in range(60):
+        told = run(lambda step, seed=seed: easy_heavy(1000 * seed + step), WINDOW, control=GREEDY)[-1].told
+        errors.append(told["payoff_error.greedy.1.0.5"])
+        payoffs.append(told["payoff.greedy.1.0.5"])
+    spread = torch.tensor(payoffs).std().item()
+    assert 0.5 * spread < sum(errors) / len(errors) < 2 * spread
+
+
+def test_one_record_has_no_error_bar():
+    (verdict,) = run(easy_heavy, 1)
+    assert verdict.told["payoff_error.greedy.1.0.5"] == INF
+
+
+# Decisions
+
+
+def test_the_same_probes_give_the_same_verdicts_and_inputs_stay_as_they_were():
+    control = Control(depths=(1,))
+    first, second = (run(easy_heavy, 10, control=control) for _ in range(2))
+    assert first == second
+    state, entry, prices = first[5].state, record(plateau(1), 32, control), dict(CHEAP)
+    before = copy.deepcopy((state, entry, prices))
+    advance(state, entry, prices, control, 0.5, 6)
+    assert (state, entry, prices) == before
+
+
+def test_training_starts_uniform_and_a_workload_of_learnt_samples_switches_greedy_on_after_enough_probes():
+    verdicts = run(easy_heavy)
+    assert [verdict.state.choice for verdict in verdicts[: ENOUGH - 1]] == [None] * (ENOUGH - 1)
+    assert {verdict.reason for verdict in verdicts[: ENOUGH - 1]} == {"too few probes"}
+    assert verdicts[-1].state.choice is not None
+    assert verdicts[-1].told["payoff.greedy.1.0.5"] > 1.1
+    switched = next(verdict for verdict in verdicts if verdict.state.choice)
+    assert switched.reason.startswith("selection pays (payoff 1.")
+
+
+def test_nothing_is_chosen_before_enough_probes_however_well_it_pays():
+    seen = easy_heavy(0, 512)
+    for count in range(1, ENOUGH):
+        assert run(lambda _: seen, count, prices=FREE)[-1].state.choice is None
+    assert run(lambda _: seen, ENOUGH, prices=FREE)[-1].state.choice is not None
+
+
+@pytest.mark.parametrize("prices", [FREE, CHEAP])
+def test_pure_noise_is_left_alone(prices):
+    probes_on = sum(
+        verdict.state.choice is not None
+        for seed in range(12)
+        for verdict in run(lambda step, seed=seed: pure_noise(1000 * seed + step), 20, control=GREEDY, prices=prices)
+    )
+    # Among so many looks at noise one may deceive, but not for long.
+    assert probes_on <= 0.05 * 12 * 20
+
+
+def test_a_plateau_is_left_alone_although_its_gain_in_loss_would_pay():
+    for verdict in run(plateau, prices=FREE):
+        assert verdict.state.choice is None
+        assert verdict.told["gain.1.0.5"] > 1.2
+        assert verdict.told["payoff_C2.1.0.5"] > 1.2
+        assert verdict.told["payoff.greedy.1.0.5"] < 0
+
+
+def test_what_pays_when_it_is_free_is_left_alone_when_scoring_costs_too_much():
+    dear = {**CHEAP, "score_1": 100.0}
+    assert run(easy_heavy, prices=FREE)[-1].state.choice is not None
+    assert all(verdict.state.choice is None for verdict in run(easy_heavy, prices=dear))
+    assert run(easy_heavy, prices=dear)[-1].reason == "selection would not pay"
+
+
+def test_the_choice_is_the_one_that_surely_pays_most():
+    control = Control(depths=(1, 2, 3), keeps=(0.5, 0.67))
+    generator = seeded(1)
+
+    def make(seed):
+        seen = easy_heavy(seed)
+        # Depths 2 and 3 rank as the losses do, depth 1 little better than at random, depth 3 costs more.
+        blurred = seen.exact + 8 * torch.rand(64, generator=generator)
+        return seen._replace(scores={1: blurred, 2: seen.exact, 3: seen.exact})
+
+    verdicts = run(make, WINDOW, control=control, prices={**CHEAP, "score_3": 60.0})
+    switched = next(verdict for verdict in verdicts if verdict.state.choice)
+    sure = {
+        choice: switched.told[f"payoff.{choice.rule}.{choice.depth}.{choice.keep:g}"]
+        - switched.told[f"payoff_error.{choice.rule}.{choice.depth}.{choice.keep:g}"]
+        for choice in choices(control)
+    }
+    assert switched.state.choice == max(sure, key=sure.get)
+    assert switched.state.choice.depth == 2
+    assert sure[switched.state.choice] >= 1 + MARGIN
+
+
+def told_of(payoff, *, error=0.0, rule="greedy", gain=2.0):
+    names = {f"payoff_C2.{choice.depth}.{choice.keep:g}": gain for choice in choices(ONE)}
+    for choice in choices(ONE):
+        name = f"{choice.rule}.1.0.5"
+        names |= {f"payoff.{name}": payoff if choice.rule == rule else 0.1, f"payoff_error.{name}": error}
+    return names
+
+
+def state_of(choice, *, correlation=0.9, records=WINDOW):
+    return State(choice, tuple({"correlation.1": correlation} for _ in range(records)))
+
+
+@pytest.mark.parametrize(
+    ("payoff", "from_off", "from_on"),
+    [
+        (0.999, None, None),
+        (1.0, None, CHOICE),
+        (1 + MARGIN / 2, None, CHOICE),
+        (1 + MARGIN - 1e-6, None, CHOICE),
+        (1 + MARGIN + 1e-6, CHOICE, CHOICE),
+    ],
+)
+def test_between_one_and_the_margin_nothing_is_switched_on_or_off(payoff, from_off, from_on):
+    assert decide(state_of(None), told_of(payoff), ONE, 0)[0] == from_off
+    assert decide(state_of(CHOICE), told_of(payoff), ONE, 0)[0] == from_on
+
+
+def test_switching_on_asks_for_a_standard_error_more_and_staying_on_does_not():
+    told = told_of(1.2, error=0.2)
+    assert decide(state_of(None), told, ONE, 0)[0] is None
+    assert decide(state_of(CHOICE), told, ONE, 0)[0] == CHOICE
+    assert decide(state_of(None), told_of(1.2, error=0.1), ONE, 0)[0] == CHOICE
+
+
+def test_greedy_asks_for_a_gain_in_loss_as_well_and_the_unbiased_rule_does_not():
+    assert decide(state_of(None), told_of(1.5, gain=0.99), ONE, 0)[0] is None
+    unbiased = told_of(1.5, gain=0.99, rule="unbiased")
+    assert decide(state_of(None), unbiased, ONE, 0)[0] == Choice("unbiased", 1, 0.5)
+
+
+def test_a_loop_without_weights_is_never_given_the_unbiased_rule():
+    unbiased = told_of(1.5, rule="unbiased")
+    assert decide(state_of(None), unbiased, ONE, 0, weighted=False)[0] is None
+    assert decide(state_of(None), told_of(1.5), ONE, 0, weighted=False)[0] == CHOICE
+
+
+@pytest.mark.parametrize("correlation", [LEAST_CORRELATION - 0.01, 0.0, -0.9])
+def test_a_score_that_ranks_at_random_or_backwards_in_the_latest_probe_switches_off_at_once(correlation):
+    state = state_of(CHOICE)
+    latest = State(CHOICE, (*state.records[:-1], {"correlation.1": correlation}))
+    choice, reason = decide(latest, told_of(5.0), ONE, 0)
+    assert choice is None
+    assert reason == f"the exit ranks at random or backwards (rank correlation {correlation:.2f})"
+    assert decide(State(None, latest.records), told_of(5.0), ONE, 0)[0] is None  # and is not switched on
+    recovered = State(CHOICE, ({"correlation.1": correlation}, *state.records[1:]))
+    assert decide(recovered, told_of(5.0), ONE, 0)[0] == CHOICE  # what is past is past
+
+
+def test_a_payoff_below_one_switches_off_at_once():
+    choice, reason = decide(state_of(CHOICE), told_of(0.97), ONE, 0)
+    assert choice is None
+    assert reason == "selection does not pay (payoff 0.97)"
+
+
+@pytest.mark.parametrize(("step", "chosen"), [(0, CHOICE), (849, CHOICE), (850, None), (2000, None)])
+def test_selection_ends_with_the_training(step, chosen):
+    control = Control(depths=(1,), keeps=(0.5,), total_steps=1000)
+    for now in (None, CHOICE):
+        choice, reason = decide(state_of(now), told_of(5.0), control, step)
+        assert choice == chosen
+        assert ("nears its end" in reason) == (chosen is None)
+
+
+def test_a_run_goes_off_when_its_workload_turns_into_a_plateau_and_on_again_afterwards():
+    on = run(easy_heavy, 8)
+    off = run(plateau, 8, state=on[-1].state, first=8)
+    again = run(easy_heavy, 12, state=off[-1].state, first=16)
+    assert on[-1].state.choice is not None
+    assert off[-1].state.choice is None
+    assert again[-1].state.choice is not None
+    changes = sum(a.state.choice != b.state.choice for a, b in itertools.pairwise([*on, *off, *again]))
+    assert changes == 3
+
+
+def test_a_breakdown_of_fidelity_switches_a_run_off_within_one_probe():
+    on = run(easy_heavy, 8)
+    backwards = easy_heavy(99)
+    backwards = backwards._replace(scores={1: -backwards.exact})
+    (verdict,) = run(lambda _: backwards, 1, state=on[-1].state, first=8)
+    assert verdict.state.choice is None
+    assert "ranks at random or backwards (rank correlation -1.00)" in verdict.reason
+
+
+# What is remembered
+
+
+def test_only_the_latest_records_are_remembered():
+    verdicts = run(easy_heavy, WINDOW + 3)
+    assert [len(verdict.state.records) for verdict in verdicts] == [*range(1, WINDOW + 1), WINDOW, WINDOW, WINDOW]
+    assert list(verdicts[-1].state.records) == [record(easy_heavy(step), 32, ONE) for step in range(3, WINDOW + 3)]
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_records_that_are_not_finite_are_forgotten(value):
+    state = run(easy_heavy, 8)[-1].state
+    entry = record(easy_heavy(50), 32, ONE) | {"gain.1.0.5": value}
+    verdict = advance(state, entry, CHEAP, ONE, 0.5, 8)
+    assert verdict.state.records == state.records
+    assert verdict.state.choice == state.choice
+    assert verdict.state.next_probe > 8
+    nothing = advance(State(), entry, CHEAP, ONE, 0.5, 8)
+    assert nothing == (State(None, (), verdict.state.next_probe), {}, "no probe has seen finite losses yet")
+
+
+@pytest.mark.parametrize("cut", [0, 2, 5, 9])
+def test_a_state_goes_on_from_json_as_if_it_had_stayed(cut):
+    def make(step):
+        return plateau(step) if 6 <= step < 9 else easy_heavy(step)
+
+    whole = run(make, 14)
+    state = whole[cut - 1].state if cut else State()
+    saved = json.loads(json.dumps(controller.to_json(state), allow_nan=False))
+    restored = controller.from_json(saved)
+    assert restored == state
+    assert isinstance(restored.choice, Choice | None)
+    assert run(make, 14 - cut, state=restored, first=cut) == whole[cut:]
+    assert len({verdict.state.choice for verdict in whole}) == 2
+
+
+# What probes cost
+
+
+@laws
+@given(
+    probe_price=st.floats(0.01, 30),
+    share=st.sampled_from([0.001, 0.01, 0.05, 0.5]),
+    total_steps=st.none() | st.integers(1, 20_000),
+)
+def test_probes_of_a_whole_run_cost_no_more_than_their_share(probe_price, share, total_steps):
+    control, prices = Control(total_steps=total_steps, probe_share=share), {"probe": probe_price, "train": 1.0}
+    steps, made = total_steps or 20_000, []
+    due = next_probe(0, control, prices)
+    while due < steps:
+        made.append(due)
+        due = next_probe(due, control, prices)
+        assert due > made[-1]
+    assert len(made) * probe_price <= share * steps * (1 + 1e-9)
+    if probe_price / share > 5:  # where probes are not so frequent that whole steps are felt, the share is used
+        assert len(made) >= math.floor(share * steps / probe_price * 0.75) - 1
+
+
+def test_the_first_tenth_of_a_training_gets_two_fifths_of_the_probes():
+    control, prices = Control(total_steps=100_000), {"probe": 2.0, "train": 1.0}
+    made = [due := next_probe(0, control, prices)]
+    while (due := next_probe(due, control, prices)) <= 100_000:
+        made.append(due)
+    assert len(made) == pytest.approx(500, abs=2)
+    assert sum(step <= EARLY_SHARE * 100_000 for step in made) / len(made) == pytest.approx(EARLY_PROBES, abs=0.01)
+    unknown = Control()
+    gaps = {next_probe(step, unknown, prices) - step for step in (0, 100, 5_000)}
+    assert gaps == {200}
+
+
+# What may be chosen
+
+
+def test_everything_is_chosen_from():
+    assert choices(Control(depths=(1, 3), keeps=(0.5,), rules=("greedy",))) == [
+        Choice("greedy", 1, 0.5),
+        Choice("greedy", 3, 0.5),
+    ]
+    assert len(set(choices(Control()))) == 12
+    assert str(Choice("unbiased", 2, 0.67)) == "unbiased, depth 2, keep 0.67"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"depths": ()}, r"depths must be positive, got \(\)\."),
+        ({"depths": (0, 1)}, r"depths must be positive, got \(0, 1\)\."),
+        ({"keeps": ()}, r"keeps must be in \(0, 1\), got \(\)\."),
+        ({"keeps": (0.5, 1.0)}, r"keeps must be in \(0, 1\), got \(0\.5, 1\.0\)\."),
+        ({"rules": ()}, r"rules must be of greedy and unbiased, got \(\)\."),
+        ({"rules": ("greedy", "lazy")}, r"rules must be of greedy and unbiased, got \('greedy', 'lazy'\)\."),
+        ({"probe_share": 0.0}, r"probe_share must be in \(0, 1\), got 0\.0; 0\.01 is usual\."),
+        ({"probe_share": 1.0}, r"probe_share must be in \(0, 1\), got 1\.0; 0\.01 is usual\."),
+        ({"end_share": 0.0}, r"end_share must be in \(0, 1\], got 0\.0\."),
+        ({"end_share": 1.5}, r"end_share must be in \(0, 1\], got 1\.5\."),
+    ],
+)
+def test_what_cannot_be_controlled_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Control(**options)
+
+
+def test_all_that_is_wrong_is_said_at_once():
+    with pytest.raises(ValueError, match=r"depths must.*keeps must.*probe_share must"):
+        Control(depths=(0,), keeps=(2.0,), probe_share=2.0)
