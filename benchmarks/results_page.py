@@ -62,7 +62,7 @@ def verdict_table(results: dict[str, Any]) -> str:
                 _spread([run["steps"] for run in runs], "{:.0f}"),
                 f"{_spread([100 * run['final_accuracy'] for run in runs], '{:.2f}')} %",
                 "0" if uniform else _interval(entry, "final_accuracy_", "difference", "{:+.2f}", 100),
-                _spread([run["final_loss"] for run in runs], "{:.3f}"),
+                _spread([run["final_loss"] for run in runs if run["final_loss"] is not None], "{:.3f}"),
                 _to_target(runs),
                 "1" if uniform else _interval(entry, "", "speedup", "{:.2f}"),
                 "1" if uniform else _interval(entry, "wall_", "speedup", "{:.2f}"),

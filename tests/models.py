@@ -147,6 +147,68 @@ class PlainTransformer(nn.Module):
         return self.head(states.mean(dim=1) if self.task == "sequence_classification" else states)
 
 
+class Rung(nn.Module):
+    """A layer that changes its states but little."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return states + 0.1 * torch.tanh(self.linear(states))
+
+
+class Ladder(nn.Module):
+    """Features ``(R, 16)`` to two classes, through four layers whose exits see much the same.
+
+    It knows from the start that the last feature tells the class (see `mostly_learnt`).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rungs = nn.ModuleList(Rung() for _ in range(4))
+        self.head = nn.Linear(16, 2)
+
+    def forward(self, states: Tensor) -> Tensor:
+        for rung in self.rungs:
+            states = rung(states)
+        return self.head(states)
+
+
+LADDER = Family("rungs", (("head",),), "sequence_classification")
+
+
+def ladder() -> nn.Module:
+    """A ladder, in training mode."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Ladder()
+    with torch.no_grad():
+        model.head.weight.zero_()
+        model.head.weight[:, -1] = torch.tensor([-1.0, 1.0])
+        model.head.bias.zero_()
+    return model.train()
+
+
+def mostly_learnt(generator: Generator, rows: int = 64) -> tuple[Tensor, Tensor]:
+    """Three of five samples are copies of what a ladder knows; in the others the first feature tells the class."""
+    labels = torch.randint(2, (rows,), generator=generator)
+    sign = 2.0 * labels - 1
+    new = torch.randn(rows, 16, generator=generator)
+    new[:, 0] = sign * new[:, 0].abs()
+    new[:, -1] = 0
+    known = torch.zeros(rows, 16)
+    known[:, -1] = 4 * sign
+    return torch.where(torch.rand(rows, 1, generator=generator) < 0.6, known, new), labels
+
+
+def unlearnable(generator: Generator, rows: int = 64) -> tuple[Tensor, Tensor]:
+    """Labels that nothing tells, and nothing that a ladder knows."""
+    features = torch.randn(rows, 16, generator=generator)
+    features[:, -1] = 0
+    return features, torch.randint(2, (rows,), generator=generator)
+
+
 def widen(model: nn.Module, seed: int = 0) -> nn.Module:
     """Random weights, wide enough that every part of the model shows in its loss."""
     generator = Generator().manual_seed(seed)

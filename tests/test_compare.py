@@ -1,6 +1,7 @@
 """`earlysift compare` end to end, on tiny models and real text, through the real command line."""
 
 import html
+import importlib
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from earlysift import cli
 from earlysift.compare import suite
@@ -286,6 +288,14 @@ def test_missing_data_is_one_clear_line_and_exit_code_2(tmp_path, capsys):
     assert "Traceback" not in error
 
 
+def test_an_accelerator_that_is_not_there_is_one_clear_line(text, tmp_path, capsys):
+    if torch.accelerator.is_available():
+        pytest.skip("this machine has an accelerator")
+    code = cli.main(["compare", "--data", str(text), "--out", str(tmp_path / "out"), "--device", "cuda", *TINY])
+    assert code == 2
+    assert "Expected an accelerator" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -412,7 +422,7 @@ def test_every_arm_runs_on_every_task(task, text, table, tmp_path):
     same = [row["loss"] for row in uniform[:quiet]]
     assert [row["loss"] for row in auto[:quiet]] == pytest.approx(same[: len(auto)], rel=0.05)  # but for the rate
     expected = {"read_batch", "read_pool", "train", "probe", "exact", "grad_norm", "entropy_1", "score_1", "score_2"}
-    assert set(results["operations_ms"]) == expected | {"score_3", "score_6"}
+    assert set(results["operations_ms"]) == expected | {"score_3", "score_6", "train_joint_1", "train_joint_2"}
 
 
 def test_only_operations_that_the_arms_need_are_measured(finished):
@@ -491,9 +501,9 @@ def tiny_suite(monkeypatch, text, table):
     tiny = {"arms": ("uniform", "sift"), "layers": 3, "width": 32, "length": 32, "vocab_size": 300, "batch": 8}
     tiny |= {"budget": 0.5, "evaluations": 3, "validation_samples": 32}
     rows = {
+        "reviews": {**tiny, "task": "classification", "data": ("reviews.tsv",), "checkpoint": "words"},  # waits for it
         "words": {**tiny, "data": (text.name,), "save_encoder": True},
         "digits": {**tiny, "task": "image"},
-        "reviews": {**tiny, "task": "classification", "data": ("reviews.tsv",), "checkpoint": "words"},
         "absent": {**tiny, "data": ("nowhere",)},
     }
     monkeypatch.setitem(suite.SUITES, "cpu", rows)
@@ -575,3 +585,46 @@ def test_shared_wikitext_runs_through_the_command_line(tmp_path):
     arguments = ["compare", "--data", str(data), "--out", str(tmp_path / "out"), *TINY]
     assert cli.main(arguments) == 0
     assert results_of(tmp_path / "out")["data"]["train_samples"] > 10_000
+
+
+def test_results_page_tells_verdict_costs_and_decisions_of_committed_results(text, tmp_path, monkeypatch):
+    root = Path(__file__).resolve().parents[1]
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    page = importlib.import_module("results_page")
+    out = tmp_path / "run"
+    arguments = ["compare", "--data", str(text), "--out", str(out), *TINY, "--arms", "uniform", "sift", "free", "auto"]
+    assert cli.main(arguments) == 0
+    results = tmp_path / "results"
+    results.mkdir()
+    (results / "compare_demo.json").write_bytes((out / "results.json").read_bytes())
+    (results / "compare_old.json").write_text('{"version": 1}')
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text("before\n<!-- demo -->\nold\n<!-- /demo -->\nafter\n")
+    monkeypatch.setattr(page, "ROOT", tmp_path)
+    monkeypatch.setattr(page, "RESULTS", results)
+    assert page.main() == 0
+    told, readme = (tmp_path / "docs" / "results.md").read_text(), (tmp_path / "README.md").read_text()
+    verdict = results_of(out)["verdict"]
+    assert verdict in told
+    assert verdict in readme
+    assert "old" not in readme
+    assert readme.startswith("before\n")
+    assert readme.endswith("after\n")
+    for arm in ("uniform", "SIFT", "exact loss, free (not charged)", "auto"):
+        assert f"| {arm} |" in told
+    assert "--budget 0.5 --batch 8 --layers 3 --width 32" in told
+    assert "read_pool" in told
+    assert "seed 0 (" in told
+    for line in told.splitlines():
+        if line.startswith("|"):
+            assert line.endswith("|")
+
+
+def test_a_diverging_comparison_ends_with_a_readable_result(tmp_path):
+    out = tmp_path / "diverged"
+    arguments = ["--task", "image", "--layers", "3", "--width", "32", "--budget", "0.5", "--evaluations", "3"]
+    arms = ["--arms", "uniform", "sift", "auto", "ordered-sgd"]
+    assert cli.main(["compare", "--out", str(out), "--learning-rate", "1e20", *arguments, *arms]) == 0
+    for arm in results_of(out)["arms"].values():
+        assert arm["runs"][0]["finished"] is True
+        assert arm["runs"][0]["final_loss"] is None

@@ -4,6 +4,7 @@ import copy
 import functools
 import io
 import json
+import math
 import os
 import subprocess
 import sys
@@ -16,12 +17,14 @@ from torch import Generator, nn
 
 import earlysift
 import models
-from earlysift import ExitHead, Family, Ledger, Sifter, anneal, constant, scorers, selectors, warmup
+from earlysift import ExitHead, Family, Ledger, Sifter, anneal, constant, controller, scorers, selectors, warmup
+from earlysift.controller import Control
 from earlysift.fidelity import fidelity
 from earlysift.selectors import Selection, greedy, percentile, proportional
 from models import LAYERS, WIDTH, build, loss_of, row_of
 
 INF, NAN = float("inf"), float("nan")
+COSTS = {"train": 100.0, "probe": 60.0, "score_1": 1.0, "score_2": 2.0, "score_3": 3.0}
 
 
 def pools_for(model, count, rows=8, length=10, seed=7):
@@ -76,6 +79,17 @@ def test_kept_are_those_with_the_largest_exit_losses():
         assert list(batch) == list(pool)
         assert all(torch.equal(batch[key], pool[key][kept]) for key in pool)
         assert sifter.weights.tolist() == [1.0] * 4
+
+
+@pytest.mark.parametrize("kept", [1, 3, 8])
+def test_the_number_kept_may_be_given(kept):
+    model, _ = classifier()
+    sifter = sifter_of(model, kept=kept)
+    assert [len(sifter.sift(features(rows))[1]) for rows in (8, 20)] == [kept] * 2
+    with pytest.raises(ValueError, match=r"at least 9 candidates \(the number kept"):
+        sifter_of(model, kept=9).sift(features(8))
+    with pytest.raises(ValueError, match=r"kept must be at least 1, got 0\. It is the number of candidates trained on"):
+        sifter_of(model, kept=0)
 
 
 @pytest.mark.parametrize(("keep", "kept"), [(0.5, 4), (0.1, 1), (0.01, 1), (0.74, 6), (0.999, 8), (1.0, 8), (1, 8)])
@@ -298,6 +312,26 @@ def test_probes_of_exact_scores_are_perfect_and_of_reversed_ones_the_opposite():
     assert reversed_.stats()["sift/gain"] < 1
 
 
+def test_a_breakdown_of_fidelity_is_warned_about_once_each_time(caplog):
+    model, row = classifier()
+    signs = iter([1, -1, -1, 1, -1, -1, -1])
+
+    def score(model, pool):
+        return next(signs) * scorers.exact_loss(model, pool, family=row, dtype=None)
+
+    sifter = sifter_of(model, probe_every=1, score=score)
+    warned_at = []
+    for step in range(7):
+        before = len(caplog.records)
+        sifter.sift(features(16))
+        warned_at += [step] * (len(caplog.records) - before)
+    assert warned_at == [1, 4]
+    assert {record.name for record in caplog.records} == {"earlysift"}
+    message = caplog.records[0].getMessage()
+    assert message.startswith("step 1: the exit at depth 1 ranks at random or backwards (rank correlation -1.00)")
+    assert message.endswith("Use mode='auto', train an ExitHead, or end selection by a schedule.")
+
+
 def test_no_probes_no_fidelity():
     model, _ = classifier()
     sifter = sifter_of(model, probe_every=0)
@@ -375,6 +409,7 @@ RUNS = {
     "schedule": {"schedule": anneal(2, 7, before=warmup(1)), "select": percentile},
     "warned": {"probe_every": 3, "drop_outliers": 0.1},
     "exit head": {"exit": True, "select": proportional, "probe_every": 2},
+    "auto": {"mode": "auto", "control": Control(probe_share=0.5, reference_costs=COSTS)},
 }
 
 
@@ -436,7 +471,7 @@ def test_state_is_small_and_json_without_an_exit_head():
     state = sifter.state_dict()
     assert through_json(state) == state
     assert len(json.dumps(state)) < 2000
-    assert state["version"] == 1
+    assert state["version"] == 2
     assert state["step"] == 3
 
 
@@ -490,12 +525,12 @@ def test_all_differences_of_a_configuration_are_listed_at_once():
         sifter_of(model).load_state_dict(state)
 
 
-@pytest.mark.parametrize("version", [0, 2, None, "1"])
+@pytest.mark.parametrize("version", [0, 1, None, "2"])
 def test_state_of_another_version_is_refused(version):
     model, _ = classifier()
     sifter = sifter_of(model)
     before = copy.deepcopy(sifter.state_dict())
-    with pytest.raises(ValueError, match=rf"Expected a Sifter state of version 1, got {version!r}\. Use the release"):
+    with pytest.raises(ValueError, match=rf"Expected a Sifter state of version 2, got {version!r}\. Use the release"):
         sifter.load_state_dict({**before, "version": version, "step": 9})
     assert sifter.state_dict() == before
 
@@ -815,6 +850,388 @@ def test_frozen_parts_of_the_exit_head_stay_frozen():
     assert changed == {"down.weight", "down.bias"}
 
 
+# Auto mode
+
+
+def sequence(kinds, rank=0):
+    """Pools, one per kind: (l)earnt mostly, or of (n)oise; every step has its own."""
+    made = {"l": models.mostly_learnt, "n": models.unlearnable}
+    return [made[kind](Generator().manual_seed(1000 * rank + step)) for step, kind in enumerate(kinds)]
+
+
+class Auto:
+    """A training run in auto mode that notes what was picked and why."""
+
+    def __init__(self, *, weights=False, lr=1e-2, sifter=None, **control):
+        self.model = models.ladder()
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=lr)
+        options = {"probe_share": 0.2, "reference_costs": COSTS} | control
+        self.sifter = sifter_of(
+            self.model, mode="auto", family=models.LADDER, control=Control(**options), **(sifter or {})
+        )
+        self.weights = weights
+        self.rows = []
+        self.picks = []
+
+    def go(self, pools, offered=lambda sifter, pool: pool):
+        for pool in pools:
+            batch = inputs, labels = self.sifter.sift(offered(self.sifter, pool))
+            losses = nn.functional.cross_entropy(self.model(inputs), labels, reduction="none")
+            (losses * self.sifter.weights if self.weights else losses).mean().backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.picks.append((batch[0].tolist(), batch[1].tolist()))
+            self.rows.append(self.sifter.ledger.end())
+        return self
+
+    def save(self):
+        state = json.loads(json.dumps(self.sifter.state_dict(), allow_nan=False))
+        return state, copy.deepcopy(self.model.state_dict()), copy.deepcopy(self.optimizer.state_dict())
+
+    def load(self, saved):
+        state, weights, optimizer = saved
+        self.sifter.load_state_dict(state)
+        self.model.load_state_dict(weights)
+        self.optimizer.load_state_dict(optimizer)
+        return self
+
+    @property
+    def modes(self):
+        return [row["mode"] for row in self.rows]
+
+    @property
+    def events(self):
+        return [(row["step"], row["event"]) for row in self.rows if "event" in row]
+
+    @property
+    def probes(self):
+        return [row["step"] for row in self.rows if "control" in row]
+
+
+TURNING = "l" * 20 + "n" * 10 + "l" * 25  # goes on, off when what is known is gone, and on again
+
+
+def test_auto_begins_with_uniform_batches_that_are_not_scored():
+    pools = sequence("l" * 8)
+    run = Auto().go(pools)
+    assert run.modes == ["off"] * 8
+    assert run.probes == [3, 6]
+    assert not any("scored" in row for row in run.rows)
+    assert run.picks == [(inputs[:32].tolist(), labels[:32].tolist()) for inputs, labels in pools]
+    assert run.sifter.weights.tolist() == [1.0] * 32
+    assert all(row["candidates"] == 64 and row["trained"] == 32 for row in run.rows)
+
+
+def test_auto_off_runs_the_model_for_probes_only():
+    run = Auto(depths=(1,))
+    calls = []
+    run.model.rungs[0].register_forward_hook(lambda module, args, output: calls.append(len(args[0])))
+    run.go(sequence("n"))
+    calls.clear()  # the first pool also runs the check of the model
+    run.go(sequence("n" * 8))
+    assert len(run.probes) == 2
+    assert calls == [32] * 2 + [32, 32, 32] + [32] * 2 + [32, 32, 32] + [32] * 2  # a probe: two chunks of b
+
+
+def test_auto_switches_on_by_itself_where_most_samples_are_learnt_and_says_so_once(caplog):
+    pools = sequence("l" * 25)
+    run = Auto(rules=("greedy",)).go(pools)
+    on = run.modes.index("greedy")
+    assert on in run.probes
+    assert len([step for step in run.probes if step <= on]) <= 6
+    assert run.modes == ["off"] * on + ["greedy"] * (25 - on)
+    ((step, event),) = run.events
+    assert step == on
+    assert set(event) == {"from", "to", "reason"}
+    assert event["from"] == "uniform"
+    assert event["to"].startswith("greedy, depth ")
+    assert event["reason"].startswith("selection pays (payoff 1.")
+    (record,) = caplog.records
+    assert record.name == "earlysift"
+    assert record.getMessage() == f"step {on}: uniform -> {event['to']}: {event['reason']}"
+    # What is known already (its last feature is not 0) is picked only where there is too little else.
+    picked = [sum(row[-1] == 0 for row in inputs) for inputs, _ in run.picks]
+    offered = [int((inputs[:, -1] == 0).sum()) for inputs, _ in pools]
+    assert picked[on:] == [min(32, new) for new in offered[on:]]
+    assert picked[:on] != [min(32, new) for new in offered[:on]]
+
+
+def test_auto_picks_what_its_choice_says():
+    run = Auto(depths=(2,), keeps=(0.5,), rules=("greedy",), lr=0.0).go(sequence("l" * 20))
+    choice = run.sifter.state_dict()["steering"]["choice"]
+    assert choice[0] == "greedy"
+    pool = sequence("l" * 21)[20]
+    scores = scorers.early_exit_loss(run.model, pool, depth=choice[1], family=models.LADDER, dtype=None)
+    run.go([pool])
+    assert run.sifter.selection.indices.tolist() == greedy(scores, 32).indices.tolist()
+    assert (run.rows[-1]["depth"], run.rows[-1]["scored"]) == (choice[1], 64)
+
+
+@pytest.mark.parametrize("lr", [1e-3, 1e-1])
+def test_auto_stays_uniform_where_nothing_can_be_learnt(lr, caplog):
+    run = Auto(lr=lr, weights=True).go(sequence("n" * 60))
+    assert len(run.probes) == 19
+    assert set(run.modes) == {"off"}
+    assert run.events == caplog.records == []
+
+
+def test_auto_goes_off_when_selection_stops_to_pay_and_on_again_when_it_pays():
+    run = Auto().go(sequence(TURNING))
+    assert [(event["from"], event["to"]) for _, event in run.events] == [
+        ("uniform", run.events[0][1]["to"]),
+        (run.events[0][1]["to"], "uniform"),
+        ("uniform", run.events[2][1]["to"]),
+    ]
+    steps = [step for step, _ in run.events]
+    assert steps[0] < 20 <= steps[1] <= 23  # at the first probe of the noise
+    assert run.modes[steps[1] : steps[2]] == ["off"] * (steps[2] - steps[1])
+
+
+def test_auto_with_reference_costs_makes_the_same_choices_and_picks_in_every_run():
+    first, second = Auto().go(sequence(TURNING)), Auto().go(sequence(TURNING))
+    assert first.events == second.events != []
+    assert first.picks == second.picks
+    assert [row.get("control") for row in first.rows] == [row.get("control") for row in second.rows]
+    assert first.save()[0] == second.save()[0]
+
+
+@pytest.mark.parametrize("weights", [False, True])
+@pytest.mark.parametrize("cut", [0, 5, 9, 10, 15, 25, 45])
+def test_an_auto_run_cut_anywhere_goes_on_as_if_it_had_not_been(cut, weights):
+    pools = sequence(TURNING)
+    rules = ("unbiased",) if weights else ("greedy", "unbiased")
+    unbroken = Auto(weights=weights, rules=rules).go(pools)
+    assert len(unbroken.events) >= 3
+    first = Auto(weights=weights, rules=rules).go(pools[:cut])
+    second = Auto(weights=weights, rules=rules).load(first.save()).go(pools[cut:])
+    assert first.picks + second.picks == unbroken.picks
+    assert first.events + second.events == unbroken.events
+    assert first.probes + second.probes == unbroken.probes
+    assert second.save()[0] == unbroken.save()[0]
+
+
+def told_to(run, *choice):
+    """A run that selects by this choice, as if it had come to it by itself."""
+    state = run.save()[0]
+    state["steering"] = {"choice": list(choice), "records": [], "next_probe": 10_000}
+    run.sifter.load_state_dict(state)
+    return run
+
+
+@pytest.mark.parametrize(("keep", "scored"), [(0.5, 64), (0.67, 48), (0.8, 40), (0.99, 32)])
+def test_a_larger_keep_scores_only_the_first_part_of_the_pool_for_the_same_batch(keep, scored):
+    run = told_to(Auto(keeps=(keep,)).go(sequence("l")), "greedy", 1, keep)
+    pool = sequence("ll")[1]
+    scores = scorers.early_exit_loss(run.model, (pool[0][:scored], pool[1][:scored]), family=models.LADDER, dtype=None)
+    run.go([pool])
+    assert run.sifter.selection.indices.tolist() == greedy(scores, 32).indices.tolist()
+    assert run.rows[-1]["scored"] == scored
+    assert run.rows[-1]["candidates"] == 64
+    assert len(run.picks[-1][1]) == 32
+
+
+def test_a_loop_that_does_not_read_the_weights_is_never_given_the_unbiased_rule():
+    pools = sequence("l" * 25)
+    blind = Auto(rules=("unbiased",)).go(pools)
+    assert set(blind.modes) == {"off"}
+    assert "unbiased" not in Auto(rules=("greedy", "unbiased")).go(pools).modes
+    weighing = Auto(rules=("unbiased",), weights=True).go(pools)
+    assert "unbiased" in weighing.modes
+    assert len(set(weighing.sifter.weights.tolist())) > 1
+
+
+def test_weights_of_the_unbiased_rule_are_those_of_proportional_selection():
+    run = told_to(Auto(weights=True).go(sequence("l")), "unbiased", 2, 0.5)
+    pool = sequence("ll")[1]
+    scores = scorers.early_exit_loss(run.model, pool, depth=2, family=models.LADDER, dtype=None)
+    run.go([pool])
+    included = selectors.inclusion_probabilities(scores, 32)[run.sifter.selection.indices]
+    torch.testing.assert_close(run.sifter.weights.double(), 32 / (64 * included), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("total_steps", [None, 1500])
+def test_probes_of_a_long_run_cost_at_most_one_percent(total_steps):
+    ledger = Ledger()
+    control = Control(total_steps=total_steps, reference_costs=COSTS)
+    sifter = sifter_of(models.ladder(), mode="auto", family=models.LADDER, control=control, ledger=ledger)
+    (pool,) = sequence("n")
+    for _ in range(1500):
+        sifter.sift(pool)
+    probes = len(ledger.times_ms("probe"))
+    assert 0.8 <= probes * COSTS["probe"] / (1500 * COSTS["train"]) / 0.01 <= 1
+
+
+def test_without_reference_costs_prices_are_the_times_that_were_measured():
+    now = [0.0]
+    ledger = Ledger(clock=lambda: now[0])
+    run = Auto(reference_costs=None, sifter={"ledger": ledger}, depths=(1, 2, 3), lr=0.0)
+
+    def spend(module, args, output):
+        now[0] += len(args[0]) * 1e-3  # a layer takes a millisecond per row
+
+    for rung in run.model.rungs:
+        rung.register_forward_hook(spend)
+    # A backward pass takes twice as long.
+    run.model.head.weight.register_hook(lambda gradient: now.__setitem__(0, now[0] + 32 * 8e-3))
+    run.go(sequence("l" * 40))
+    assert ledger.medians_ms()["probe"] == pytest.approx(64 * 4 + 64 * 2, rel=0.4)  # and scoring at a depth in turn
+    told = [row["control"] for row in run.rows if "control" in row][-1]
+    for depth in (1, 2, 3):
+        assert told[f"cost.{depth}.0.5"] == pytest.approx(1 + 64 * depth / (32 * 12))
+    timed = [name for name in ledger.medians_ms() if name.startswith("score_")]
+    assert sorted(timed) == ["score_1", "score_2", "score_3"]
+    counts = [len(ledger.times_ms(name)) for name in timed]
+    assert max(counts) - min(counts) <= 1
+
+
+def test_a_loop_that_reads_only_what_is_wanted_trains_on_the_same_batches():
+    def first_rows(sifter, pool):
+        return pool[0][: sifter.wanted], pool[1][: sifter.wanted]
+
+    pools = sequence(TURNING)
+    whole = Auto(sifter={"kept": 32}).go(pools)
+    lean = Auto(sifter={"kept": 32}).go(pools, offered=first_rows)
+    assert lean.picks == whole.picks
+    assert lean.events == whole.events != []
+    for row in lean.rows:
+        expected = 64 if "control" in row or row["step"] == 0 else row.get("scored", 32)
+        assert row["candidates"] == expected
+    assert {row["candidates"] for row in lean.rows if row["mode"] == "off" and "control" not in row} == {32, 64}
+
+
+def test_wanted_is_the_whole_pool_in_fixed_mode_and_unknown_before_the_number_kept_is():
+    model, _ = classifier()
+    sifter = sifter_of(model, keep=0.25)
+    with pytest.raises(ValueError, match=r"known after the first pool\. Pass kept= to know it before"):
+        _ = sifter.wanted
+    sifter.sift(features(16))
+    assert sifter.wanted == 16
+    assert sifter_of(model, keep=0.25, kept=3).wanted == 12
+
+
+def test_candidates_of_auto_are_what_the_model_and_the_pool_allow():
+    def allowed(**options):
+        sifter = sifter_of(models.ladder(), **{"mode": "auto", "family": models.LADDER} | options)
+        control = sifter.state_dict()["config"]["control"]
+        return control["depths"], control["keeps"]
+
+    assert allowed() == ([1, 2, 3], [0.5, 0.67])
+    assert allowed(depth=2, keep=0.4) == ([1, 2, 3], [0.4, 0.5, 0.67])
+    assert allowed(keep=0.6) == ([1, 2, 3], [0.6, 0.67])  # the pool is no larger than b / keep
+    assert allowed(control=Control(depths=(2, 3, 4, 12))) == ([1, 2, 3], [0.5, 0.67])
+    assert allowed(depth=3, exit_head=ExitHead(16)) == ([3], [0.5, 0.67])  # an exit head belongs to one depth
+
+
+def test_a_probe_outside_of_steps_tells_what_a_record_tells_and_changes_nothing():
+    run = Auto().go(sequence("l" * 4))
+    pool = sequence("l" * 5)[4]
+    before = run.save()
+    numbers = run.sifter.probe(pool)
+    assert values(run.save()) == values(before)
+    assert run.sifter.ledger.end() == {}
+    control = Control(depths=(1, 2, 3), keeps=(0.5, 0.67))
+    assert set(numbers) == set(controller.record_names(control))
+    assert numbers == run.sifter.probe(pool)
+    fixed = sifter_of(run.model, family=models.LADDER)
+    assert fixed.probe(pool) == numbers
+    entropic = sifter_of(run.model, family=models.LADDER, score="entropy")
+    scores = scorers.early_exit_entropy(run.model, pool, depth=2, family=models.LADDER, dtype=None)
+    exact = scorers.exact_loss(run.model, pool, family=models.LADDER, dtype=None)
+    assert entropic.probe(pool)["gain.2.0.5"] == pytest.approx(fidelity(scores, exact, 32)["gain"])
+
+
+@pytest.mark.parametrize("at_probe", [True, False])
+def test_a_pool_refused_in_auto_mode_changes_nothing(at_probe, caplog):
+    pools = sequence("l" * 16)
+    run, untouched = (told_to(Auto().go(pools[:4]), "greedy", 1, 0.5) for _ in range(2))
+    for each in (run, untouched):
+        state = each.save()[0]
+        state["steering"]["next_probe"] = 4 if at_probe else 10
+        each.sifter.load_state_dict(state)
+    before = run.save()[0]
+    caplog.clear()
+    inputs, labels = pools[4]
+    for pool, message in (
+        ((inputs, torch.full_like(labels, -100)), "None of the 64 candidates has a labelled position"),
+        ((torch.full_like(inputs, NAN), labels), "Expected at least 32 candidates with a finite score"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run.sifter.sift(pool)
+        assert run.save()[0] == before
+    assert caplog.records == []
+    run.go(pools[4:])
+    untouched.go(pools[4:])
+    assert run.picks == untouched.picks
+    assert run.save()[0] == untouched.save()[0]
+
+
+def test_a_probe_of_a_broken_pool_is_forgotten_and_training_goes_on(tmp_path):
+    pools = sequence("l" * 7)
+    pools[3] = (pools[3][0], torch.full_like(pools[3][1], -100))
+    run = Auto(sifter={"ledger": Ledger(tmp_path / "steps.jsonl")}).go(pools[:4])
+    assert run.rows[3]["control"] == {}
+    assert all(math.isfinite(value) for value in run.sifter.stats().values())
+    run = run.load(run.save()).go(pools[4:])
+    assert run.probes == [3, 6]
+    assert len(run.sifter.state_dict()["steering"]["records"]) == 1
+    rows = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
+    assert rows[6]["control"]["noise_scale"] is not None
+
+
+def test_a_row_of_an_auto_step_tells_its_work():
+    run = Auto().go(sequence("l" * 12))
+    by_step = {row["step"]: row for row in run.rows}
+    probed, plain, selected = by_step[3], by_step[4], by_step[11]
+    assert {"probe_ms", "probed", "probed_flops", "rank_correlation", "gain", "control"} <= set(probed)
+    assert not {"probe_ms", "probed", "control", "event", "scored", "score_ms", "depth"} & set(plain)
+    assert {"scored", "score_ms", "scored_flops", "depth"} <= set(selected)
+    assert (probed["mode"], plain["mode"], selected["mode"]) == ("off", "off", "greedy")
+    assert run.sifter.stats()["sift/rank_correlation"] == by_step[9]["rank_correlation"]
+    assert run.sifter.stats()["sift/scored"] == sum(row.get("scored", 0) for row in run.rows)
+
+
+def test_a_schedule_still_tells_when_auto_may_select():
+    run = told_to(Auto(sifter={"schedule": warmup(3)}).go(sequence("l")), "greedy", 1, 0.5)
+    run.go(sequence("l" * 5)[1:])
+    assert [row.get("scored", 0) for row in run.rows[1:]] == [0, 0, 64, 64]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "manual"}, r"mode must be fixed or auto, got 'manual'\."),
+        ({"keep": 1.0}, r"needs keep below 1, got score='loss', keep=1\.0\. Use score='loss' or 'entropy', or mode="),
+        ({"score": "exact"}, r"chooses among early exits .* got score='exact', keep=0\.5\."),
+        ({"score": "uniform"}, r"chooses among early exits .* got score='uniform'"),
+        ({"score": lambda model, pool: torch.zeros(8)}, r"chooses among early exits .* got score='.*<lambda>'"),
+        ({"family": Family("rungs", (), "sequence_classification")}, r"family row that names the head of Ladder"),
+        ({"control": Control(reference_costs={"train": 1.0, "score_1": 1.0})}, r"reference_costs of probe, score_1"),
+    ],
+)
+def test_what_auto_mode_cannot_do_is_refused_at_once(options, message):
+    with pytest.raises(ValueError, match=message):
+        sifter_of(models.ladder(), **{"mode": "auto", "family": models.LADDER} | options)
+
+
+def test_a_control_without_auto_mode_is_refused():
+    with pytest.raises(
+        ValueError, match=r"A control came with mode='fixed', which chooses nothing\. Set mode='auto'\."
+    ):
+        sifter_of(models.ladder(), family=models.LADDER, control=Control())
+
+
+def test_the_state_of_another_mode_or_control_is_refused():
+    def state(**options):
+        return sifter_of(models.ladder(), family=models.LADDER, **options).state_dict()
+
+    sifter = sifter_of(models.ladder(), family=models.LADDER, mode="auto")
+    sifter.load_state_dict(state(mode="auto"))
+    with pytest.raises(ValueError, match=r"control: .*; mode: saved 'fixed', now 'auto'"):
+        sifter.load_state_dict(state())
+    with pytest.raises(ValueError, match=r"\(control: saved .*'total_steps': 100,.*, now .*'total_steps': None"):
+        sifter.load_state_dict(state(mode="auto", control=Control(total_steps=100)))
+
+
 # Several processes
 
 
@@ -844,12 +1261,13 @@ torch.distributed.destroy_process_group()
 """
 
 
-def test_two_ranks_keep_the_same_number_pick_their_own_and_stay_in_step(tmp_path):
+def on_two_ranks(script, tmp_path):
+    """What two processes print last, as JSON."""
     source, tests = Path(earlysift.__file__).parents[1], Path(models.__file__).parent
     environment = {**os.environ, "PYTHONPATH": f"{source}{os.pathsep}{tests}", "OMP_NUM_THREADS": "1"}
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", RANK, str(rank), str(tmp_path / "store")],
+            [sys.executable, "-c", script, str(rank), str(tmp_path / "store")],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -863,12 +1281,62 @@ def test_two_ranks_keep_the_same_number_pick_their_own_and_stay_in_step(tmp_path
         for rank in ranks:
             rank.kill()
     assert [rank.returncode for rank in ranks] == [0, 0], outputs
-    first, second = (json.loads(out.splitlines()[-1]) for out, _ in outputs)
+    return [json.loads(out.splitlines()[-1]) for out, _ in outputs]
+
+
+def test_two_ranks_keep_the_same_number_pick_their_own_and_stay_in_step(tmp_path):
+    first, second = on_two_ranks(RANK, tmp_path)
     assert {len(indices) for indices in first["picks"] + second["picks"]} == {6}
     # Every other step is uniform: there, ranks must not draw alike.
     assert all(mine != other for mine, other in zip(first["picks"][::2], second["picks"][::2], strict=True))
     assert first["weights"] == second["weights"]
     assert first["state"]["config"] == second["state"]["config"]
+
+
+AUTO_RANK = """
+import json, sys, time
+import torch, models
+from torch import nn
+from earlysift import Sifter
+from earlysift.controller import Control
+rank, store, measured = int(sys.argv[1]), sys.argv[2], MEASURED
+torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+model = nn.parallel.DistributedDataParallel(models.ladder())
+optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+costs = None if measured else {"train": 100.0, "probe": 60.0, "score_1": 1.0, "score_2": 2.0, "score_3": 3.0}
+control = Control(probe_share=0.2, reference_costs=costs)
+sifter = Sifter(model, family=models.LADDER, mode="auto", control=control, dtype=None)
+rows, scored = [], []
+for step in range(60):
+    noise = 20 <= step < 30
+    generator = torch.Generator().manual_seed(1000 * (1 + rank) + step)
+    inputs, labels = sifter.sift((models.unlearnable if noise else models.mostly_learnt)(generator))
+    nn.functional.cross_entropy(model(inputs), labels).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    if rank == 0:
+        sifter.weights  # looked at for a log, on one rank only
+    else:
+        time.sleep(0.002)  # ranks differ in their times
+    row = sifter.ledger.end()
+    rows.append({key: row.get(key) for key in ("step", "mode", "event", "control", "scored")})
+state = sifter.state_dict()
+print(json.dumps({"rows": rows, "steering": state["steering"], "pool": inputs.tolist()}))
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("measured", [False, True])
+def test_two_ranks_with_data_of_their_own_decide_alike_at_the_same_steps(tmp_path, measured):
+    first, second = on_two_ranks(AUTO_RANK.replace("MEASURED", str(measured)), tmp_path)
+    assert first["rows"] == second["rows"]
+    assert first["steering"] == second["steering"]
+    assert first["pool"] != second["pool"]
+    assert any(row["control"] for row in first["rows"])
+    if not measured:
+        modes = [row["mode"] for row in first["rows"]]
+        assert set(modes) == {"off", "greedy"}
+        assert len([row for row in first["rows"] if row["event"]]) >= 3
 
 
 # Devices

@@ -79,7 +79,7 @@ class Ledger:
         if row:
             row["step_ms"] = self.now_ms() - self._began_ms
         if row and self._path is not None:
-            line = json.dumps({key: _rounded(value) for key, value in row.items()}, allow_nan=False)
+            line = json.dumps(plain(row), allow_nan=False)
             try:
                 with self._path.open("a", encoding="utf-8") as file:
                     file.write(line + "\n")
@@ -146,9 +146,15 @@ def reference_ms(counts: Mapping[str, int], medians_ms: Mapping[str, float]) -> 
     return sum(count * medians_ms[operation] for operation, count in counts.items())
 
 
-def _rounded(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A number, or a dictionary of them, as it goes into JSON: six digits, and None for nan and inf.
+
+    Example:
+        >>> plain({"loss": 1.23456789, "gain": float("nan"), "step": 3})
+        {'loss': 1.23457, 'gain': None, 'step': 3}
+    """
     if isinstance(value, dict):
-        return {key: _rounded(entry) for key, entry in value.items()}
+        return {key: plain(entry) for key, entry in value.items()}
     if not isinstance(value, float):
         return value
     return float(f"{value:.6g}") if value - value == 0 else None  # JSON knows neither nan nor inf

@@ -174,6 +174,9 @@ class Sifter:
         self._breakdown = False
         self._control = self._candidates(control or Control()) if mode == "auto" else None
         self._steering: controller.State | None = None
+        if self._control and self._control.reference_costs:  # else prices need a pool
+            due = controller.next_probe(0, self._control, self._control.reference_costs)
+            self._steering = controller.State(next_probe=due)
         self._weights_read = False  # a loop that ignores weights must never be given the unbiased rule
         self._left_ms: float | None = None
         self._outside_ms: deque[float] = deque(maxlen=100)

@@ -17,6 +17,7 @@ class Arm:
         source: Author, year, arXiv number; None for what has no paper.
         kind: Which steps it takes, a key of `earlysift.compare.steps.STEPS`.
         options: Arguments of that kind.
+        training: The operation that a training step is charged as.
         scoring: The operation that scoring a pool is charged as, by the names that `earlysift.compare.calibrate`
             measures; ``{depth}`` stands for the exit. None: nothing is scored.
         depths: Exits that it uses; without any the comparison's depth.
@@ -28,6 +29,7 @@ class Arm:
     source: str | None = None
     kind: str = "sifted"
     options: dict[str, Any] = field(default_factory=dict)
+    training: str = "train"
     scoring: str | None = None
     depths: tuple[int, ...] = ()
     charged: bool = True
@@ -47,6 +49,18 @@ def _sift_at(depth: int) -> Arm:
     )
 
 
+def _sift_jointly(depth: int) -> Arm:
+    return Arm(
+        f"SIFT, exit {depth} trained",
+        f"SIFT at an early exit after {depth} layers whose loss is trained along with the model's, by a weight of 0.3",
+        _SIFT,
+        options={"score": "loss", "joint": 0.3},
+        training="train_joint_{depth}",
+        scoring="score_{depth}",
+        depths=(depth,),
+    )
+
+
 ARMS: dict[str, Arm] = {
     "uniform": Arm("uniform", "plain training: every candidate is trained on", options={"keep": 1.0}),
     "sift": Arm(
@@ -57,6 +71,14 @@ ARMS: dict[str, Arm] = {
         scoring="score_{depth}",
     ),
     **{f"sift-{depth}": _sift_at(depth) for depth in (2, 3, 6)},
+    "sift-warm": Arm(
+        "SIFT, warmed up",
+        "SIFT after a first third of the budget with uniform training",
+        _SIFT,
+        options={"score": "loss", "select_after": 1 / 3},
+        scoring="score_{depth}",
+    ),
+    **{f"sift-joint-{depth}": _sift_jointly(depth) for depth in (1, 2)},
     "sift-entropy": Arm(
         "SIFT, entropy",
         "keeps the candidates whose prediction at the early exit has the largest entropy",

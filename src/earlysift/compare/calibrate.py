@@ -8,7 +8,7 @@ import torch
 
 from earlysift.compare.arms import ARMS
 from earlysift.compare.settings import Settings
-from earlysift.compare.steps import Bench, draw_by_gradient_norm, exits_of, make_sifter
+from earlysift.compare.steps import Bench, draw_by_gradient_norm, exits_of, joint_loss, make_sifter
 from earlysift.ledger import Ledger
 from earlysift.pretrain.stream import Rows
 from earlysift.pretrain.workloads import Workload
@@ -16,7 +16,7 @@ from earlysift.seeds import seeded
 
 _WARMUP_ROUNDS = 3
 _FEWEST_ROUNDS = 24
-_LEAST_S, _LEAST_SHARE = 10.0, 0.1  # or a tenth of the budget, if that is less
+_LEAST_S, _LEAST_SHARE = 10.0, 0.4  # or this share of the budget, if that is less
 _MOST_S = 40.0
 _SCORES = {"score": "loss", "entropy": "entropy", "exact": "exact"}  # operation to the sifter's score
 
@@ -32,6 +32,7 @@ def operations_of(arms: Iterable[str], settings: Settings) -> list[str]:
     """
     names = {"read_batch": None, "train": None}  # in the order of first use
     for arm in (ARMS[name] for name in arms):
+        names |= {arm.training.format(depth=d): None for d in exits_of(arm, settings)}
         if arm.scoring:
             names |= {"read_pool": None} | {arm.scoring.format(depth=d): None for d in exits_of(arm, settings)}
         if arm.options.get("mode") == "auto":
@@ -62,6 +63,7 @@ def measure_operations(
     clock = time.process_time if alone else time.perf_counter
     ledger = Ledger(device=torch.device(settings.device), clock=clock)
     bench = Bench(workload, settings, seed=0, medians_ms={}, ledger=ledger)
+    bench.set_rate(1.0)  # a learning rate of zero costs the same and cannot diverge
     batch, pool = bench.read(settings.batch), bench.read(settings.pool)
     operations = {name: _operation(name, bench, batch, pool) for name in names}
     least_s = min(_LEAST_S, _LEAST_SHARE * settings.budget)
@@ -92,6 +94,10 @@ def _operation(name: str, bench: Bench, batch: Rows, pool: Rows) -> Callable[[],
         sifter = make_sifter(bench, ARMS["auto"], **ARMS["auto"].options)
         candidates = bench.read(sifter.wanted)
         return lambda: sifter.probe(candidates)
+    if name.startswith("train_joint_"):
+        arm = ARMS[f"sift-joint-{name.removeprefix('train_joint_')}"]
+        sifter = make_sifter(bench, arm, score="loss")
+        return lambda: bench.update(joint_loss(bench, sifter, batch, arm.options["joint"]))
     score, _, depth = name.partition("_")
     sifter = make_sifter(bench, ARMS["sift"], score=_SCORES[score], depth=int(depth or settings.depth))
     return lambda: sifter.sift(pool)

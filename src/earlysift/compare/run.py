@@ -44,6 +44,8 @@ def compare(settings: Settings, on_progress: OnProgress = lambda name, share: No
         FileExistsError: If the run folder holds another run.
     """
     previous = folder.open_folder(settings.out, settings.identity(), resume=settings.resume, force=settings.force)
+    if torch.device(settings.device).type != "cpu" and not torch.accelerator.is_available():
+        raise ValueError(f"Expected an accelerator for device={settings.device!r}, found none. Use --device cpu.")
     on_progress("read data", 0.0)
     workload = read_workload(settings)
     on_progress("read data", 1.0)
@@ -155,6 +157,7 @@ def _run_seed(
                 continue
             if run["finished"] and settings.save_encoder and (name, seed) == ("uniform", 0):
                 save_encoder(benches[name].model, workload.tokenizer_json, settings.out / folder.ENCODER)
+            run["commit"] = environment.commit()  # arms may be added by a later one
             others = [other for other in results["arms"][name]["runs"] if other["seed"] != seed]
             results["arms"][name]["runs"] = sorted([*others, run], key=lambda run: run["seed"])
         _save(settings.out, results, settings)

@@ -149,18 +149,35 @@ def make_control(bench: Bench, arm: Arm, keep: float) -> Control:
     )
 
 
-def sifted(bench: Bench, arm: Arm, *, subset: float = 1.0, **options: Any) -> Step:
+def joint_loss(bench: Bench, sifter: Sifter, batch: Rows, weight: float) -> Tensor:
+    """The model's loss and a share of its early exit's."""
+    with training_precision(bench.device):
+        return bench.loss(batch) + weight * sifter.exit_loss(batch)
+
+
+def sifted(
+    bench: Bench,
+    arm: Arm,
+    *,
+    subset: float = 1.0,
+    joint: float = 0.0,
+    select_after: float | None = None,
+    **options: Any,
+) -> Step:
     """Pools through a `Sifter`; keep = 1 is uniform training.
 
     Args:
         bench: What to train.
         arm: The arm.
         subset: Share of the data that an epoch shows.
+        joint: Weight of the early exit's loss in the training loss.
+        select_after: Share of the budget with uniform training; None is the comparison's.
         options: Arguments of the sifter.
     """
     bench.stream = Stream(bench.workload.samples, seed=bench.seed, subset=subset)
     plain, selecting = make_sifter(bench, arm, keep=1.0), make_sifter(bench, arm, **options)
-    select_after = 0.0 if options.get("mode") == "auto" else bench.settings.select_after  # auto warms up by itself
+    if select_after is None:  # auto warms up by itself
+        select_after = 0.0 if options.get("mode") == "auto" else bench.settings.select_after
 
     def step(share: float) -> None:
         sifter = selecting if share >= select_after else plain
@@ -170,7 +187,11 @@ def sifted(bench: Bench, arm: Arm, *, subset: float = 1.0, **options: Any) -> St
             bench.position -= row["candidates"] - row["trained"]  # read for a probe only; offered again
         bench.ledger.note(**{name: value for name, value in row.items() if name not in ("step", "step_ms")})
         with bench.ledger.timed("train"):
-            bench.update(bench.loss(batch, None if sifter.keep == 1 else sifter.weights))
+            if joint:
+                loss = joint_loss(bench, selecting, batch, joint)
+            else:
+                loss = bench.loss(batch, None if sifter.keep == 1 else sifter.weights)
+            bench.update(loss)
 
     return step
 

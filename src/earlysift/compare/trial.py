@@ -14,6 +14,7 @@ from earlysift.compare.arms import Arm
 from earlysift.compare.settings import Settings
 from earlysift.compare.steps import STEPS, Bench
 from earlysift.fidelity import fidelity
+from earlysift.ledger import plain
 
 Point = dict[str, float]
 Run = dict[str, Any]
@@ -23,7 +24,8 @@ def run_trial(bench: Bench, arm: Arm, on_share: Callable[[float], None] = lambda
     """Train one arm on one seed until its budget of reference time is spent.
 
     Every step is charged for what its row of the ledger says that it did. The learning rate follows the share of the
-    budget that is spent, so it has decayed whatever the steps cost. The step that crosses the budget is the last.
+    budget that is spent, so it has decayed whatever the steps cost. The step that crosses the budget is the last; so
+    is one after which the loss is no longer finite.
 
     Args:
         bench: Model, data and ledger.
@@ -45,10 +47,10 @@ def run_trial(bench: Bench, arm: Arm, on_share: Callable[[float], None] = lambda
         quality, ranking = evaluate(bench, validation)
         at = {"step": run["steps"], "reference_s": sum(spent_ms.values()) / 1e3}
         samples = {f"{name}_samples": count for name, count in counts.items()}
-        run["curve"].append(_rounded({**at, "wall_s": run["wall_s"], **samples, **quality}))
-        run["fidelity"].append(_rounded({**at, **ranking}))
-        run["spent_s"] = _rounded({kind: ms / 1e3 for kind, ms in spent_ms.items()})
-        run.update(_rounded({"final_accuracy": quality["accuracy"], "final_loss": quality["loss"]}))
+        run["curve"].append(plain({**at, "wall_s": run["wall_s"], **samples, **quality}))
+        run["fidelity"].append(plain({**at, **ranking}))
+        run["spent_s"] = plain({kind: ms / 1e3 for kind, ms in spent_ms.items()})
+        run.update(plain({"final_accuracy": quality["accuracy"], "final_loss": quality["loss"]}))
         return run
 
     yield evaluated()
@@ -64,7 +66,14 @@ def run_trial(bench: Bench, arm: Arm, on_share: Callable[[float], None] = lambda
         started = time.perf_counter()
         bench.ledger.begin(run["steps"])
         bench.ledger.note(share=share)
-        step(share)
+        try:
+            step(share)
+        except ValueError:
+            if evaluated()["final_loss"] is not None:
+                raise
+            run["finished"] = True  # the model has diverged, and scores that are nan were refused
+            yield run
+            return
         row = bench.ledger.end()
         run["wall_s"] += time.perf_counter() - started
         run["steps"] += 1
@@ -75,18 +84,15 @@ def run_trial(bench: Bench, arm: Arm, on_share: Callable[[float], None] = lambda
         at = {"step": row["step"], "reference_s": sum(spent_ms.values()) / 1e3}
         for name, place in (("control", "control"), ("event", "events")):
             if row.get(name):
-                run[place].append(_rounded({**at, **row[name]}))
+                run[place].append(plain({**at, **row[name]}))
         spent = sum(spent_ms.values()) / budget_ms
         on_share(min(1.0, spent))
-        run["finished"] = spent >= 1
+        diverged = not math.isfinite(row["loss"])
+        run["finished"] = spent >= 1 or diverged
         due = math.floor(min(1.0, spent) * (settings.evaluations - 1)) + 1
-        if due > evaluations:
+        if due > evaluations or diverged:
             evaluations = due
             yield evaluated()
-
-
-def _rounded(point: dict[str, Any]) -> dict[str, Any]:
-    return {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in point.items()}
 
 
 def charges_ms(row: dict[str, Any], arm: Arm, settings: Settings, medians_ms: dict[str, float]) -> dict[str, float]:
@@ -107,7 +113,8 @@ def charges_ms(row: dict[str, Any], arm: Arm, settings: Settings, medians_ms: di
         >>> charges_ms({"candidates": 64, "scored": 64}, ARMS["sift"], Settings(), medians_ms)
         {'read': 2.0, 'train': 100.0, 'score': 8.0}
     """
-    uniform = {"read": medians_ms["read_batch"], "train": medians_ms["train"]}
+    depth = row.get("depth", (arm.depths or (settings.depth,))[0])
+    uniform = {"read": medians_ms["read_batch"], "train": medians_ms[arm.training.format(depth=depth)]}
     if not arm.charged:
         return uniform
     candidates = row["candidates"]
@@ -115,8 +122,7 @@ def charges_ms(row: dict[str, Any], arm: Arm, settings: Settings, medians_ms: di
         uniform["read"] = medians_ms["read_pool"] * candidates / settings.pool
     extra = {}
     if row.get("scored"):
-        operation = str(arm.scoring).format(depth=row.get("depth", (arm.depths or (settings.depth,))[0]))
-        extra["score"] = medians_ms[operation] * row["scored"] / settings.pool
+        extra["score"] = medians_ms[str(arm.scoring).format(depth=depth)] * row["scored"] / settings.pool
     if row.get("reference_scored"):
         extra["reference model"] = medians_ms["exact"] * row["reference_scored"] / settings.pool
     if "probe_ms" in row:

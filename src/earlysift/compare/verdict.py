@@ -102,8 +102,10 @@ def _against_uniform(runs: list[Run], uniform: list[Run]) -> dict[str, Any]:
         interval = paired_interval(ratios, statistics.geometric_mean) if whole else None
         entry[f"{prefix}low"], entry[f"{prefix}high"] = interval or (None, None)
     for quality in ("final_accuracy", "final_loss"):
-        differences = [run[quality] - other[quality] for run, other in pairs]
-        entry[f"{quality}_difference"] = statistics.fmean(differences)
+        both = [(run[quality], other[quality]) for run, other in pairs]
+        known = all(None not in values for values in both)  # a run that diverged has no loss
+        differences = [value - uniforms for value, uniforms in both] if known else []
+        entry[f"{quality}_difference"] = statistics.fmean(differences) if known else None
         interval = paired_interval(differences, statistics.fmean)
         entry[f"{quality}_low"], entry[f"{quality}_high"] = interval or (None, None)
     return entry
