@@ -38,7 +38,7 @@ class Settings:
     """Arms to compare; uniform is always needed."""
     seeds: int = 1
     """Number of seeds; each gives every arm the same initial weights and data order. Three or more make evidence."""
-    budget: float = 100.0
+    budget: float = 75.0
     """Seconds of reference time that every arm may spend per seed; its learning rate decays to zero at the end."""
     target: float | None = None
     """Validation accuracy (0 to 1) to reach. Without it: a share of what uniform reaches at the end of its budget."""
