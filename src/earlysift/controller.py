@@ -7,6 +7,7 @@ choice of None is uniform training, where every run begins and where it returns 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import stdev
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -101,7 +102,13 @@ class Verdict(NamedTuple):
 
 
 def advance(
-    state: State, entry: Record, prices: Mapping[str, float], control: Control, pool_keep: float, step: int
+    state: State,
+    entry: Record,
+    prices: Mapping[str, float],
+    control: Control,
+    pool_keep: float,
+    step: int,
+    weighted: bool = True,
 ) -> Verdict:
     """One probe further: remember its record, choose, and say when the next probe is due.
 
@@ -112,6 +119,7 @@ def advance(
         control: What may be chosen.
         pool_keep: b / R, so what a keep as large as the pool allows costs.
         step: The present step.
+        weighted: Whether the loop weighs samples, as the unbiased rule needs.
     """
     usable = all(math.isfinite(value) for value in entry.values())
     records = (*state.records, entry)[-WINDOW:] if usable else state.records
@@ -119,7 +127,7 @@ def advance(
     if not records:
         return Verdict(state, {}, "no probe has seen finite losses yet")
     told = estimates(records, control, prices, pool_keep)
-    choice, reason = decide(state, told, control, step)
+    choice, reason = decide(state, told, control, step, weighted)
     if choice != state.choice:
         records = records[-1:]  # what was seen under one way of training says little about another
     return Verdict(replace(state, choice=choice, records=records), told, reason)
@@ -230,11 +238,13 @@ def estimates(
     Returns:
         For each choice ``payoff.{choice}`` and ``payoff_error.{choice}`` (jackknife standard error over the records),
         for each depth ``correlation``, for each depth and keep ``gain``, ``cost``, ``payoff_C2`` and ``payoff_T7``;
-        and ``noise_scale`` (in samples, McCandlish et al. 2018, arXiv 1812.06162), ``floor``.
+        ``signal`` (squared length of the mean gradient over the mean squared length) and ``signal_error``,
+        ``noise_scale`` (in samples, McCandlish et al. 2018, arXiv 1812.06162), ``floor``.
     """
     mean = _means(records)
     told = {name: value for name, value in mean.items() if name.startswith(("correlation.", "gain.", "floor", "loss"))}
-    signal = mean["uniform.signal"]
+    told["signal"] = signal = mean["uniform.signal"]
+    told["signal_error"] = _standard_error([entry["uniform.signal"] for entry in records])
     told["noise_scale"] = (1 - signal) / signal if signal > 0 else math.inf
     for depth in control.depths:
         for keep in control.keeps:
@@ -249,19 +259,23 @@ def estimates(
     return told
 
 
-def decide(state: State, told: Mapping[str, float], control: Control, step: int) -> tuple[Choice | None, str]:
+def decide(
+    state: State, told: Mapping[str, float], control: Control, step: int, weighted: bool = True
+) -> tuple[Choice | None, str]:
     """The choice from this step on, and why.
 
     Off at once: when the score of the present choice ranks at random or backwards in the latest probe, when the loss of
     whole pools has risen since (greedy selection forgets what it does not train on), when the payoff falls below 1,
     and towards the end of the training. On: when a choice's payoff exceeds 1 by a margin and two standard errors, over
-    enough probes, with a gain that pays by C2 as well (greedy). The gap between on and off is a hysteresis.
+    enough probes, with a gain that pays by C2 as well (greedy), and a mean gradient that stands out of the noise (else
+    payoffs are noise, too). The gap between on and off is a hysteresis.
 
     Args:
         state: With the records that ``told`` was made from.
         told: What `estimates` returned.
         control: What may be chosen.
         step: The present step.
+        weighted: Whether the loop weighs samples; the unbiased rule is never chosen in one that does not.
 
     Returns:
         The choice, and the reason in words.
@@ -282,11 +296,13 @@ def decide(state: State, told: Mapping[str, float], control: Control, step: int)
         return now, "selection pays"
     if len(state.records) < ENOUGH:
         return None, "too few probes"
+    if told["signal"] < SURE * told["signal_error"]:
+        return None, "the mean gradient drowns in noise"
     sure = {
         choice: told[f"payoff.{_name(choice)}"] - SURE * told[f"payoff_error.{_name(choice)}"]
         for choice in choices(control)
         if latest[f"correlation.{choice.depth}"] >= LEAST_CORRELATION
-        and (choice.rule == "unbiased" or told[f"payoff_C2.{choice.depth}.{choice.keep:g}"] > 1)
+        and (weighted if choice.rule == "unbiased" else told[f"payoff_C2.{choice.depth}.{choice.keep:g}"] > 1)
     }
     best = max(sure, key=lambda choice: sure[choice], default=None)
     if best is None or sure[best] < 1 + MARGIN:
@@ -297,13 +313,14 @@ def decide(state: State, told: Mapping[str, float], control: Control, step: int)
 def next_probe(step: int, control: Control, prices: Mapping[str, float]) -> int:
     """Step of the next probe, so that all probes together cost at most ``probe_share`` of the training.
 
-    Where the length of the training is known, its first tenth gets two fifths of the probes: what is found early pays
-    longest.
+    A probe is due when the training since the last one has earned it. Where the length of the training is known, its
+    first tenth gets two fifths of the probes: what is found early pays longest.
     """
     interval = prices["probe"] / prices["train"] / control.probe_share
     if control.total_steps is not None:
-        early = step < EARLY_SHARE * control.total_steps
-        interval *= EARLY_SHARE / EARLY_PROBES if early else (1 - EARLY_SHARE) / (1 - EARLY_PROBES)
+        early, late = EARLY_SHARE / EARLY_PROBES * interval, (1 - EARLY_SHARE) / (1 - EARLY_PROBES) * interval
+        ahead = max(0.0, EARLY_SHARE * control.total_steps - step)  # early steps to come
+        interval = early if ahead >= early else ahead + (1 - ahead / early) * late
     return step + max(1, math.ceil(interval))
 
 
@@ -335,6 +352,10 @@ def _progress(mean: Record, choice: Choice) -> float:
     along = mean[f"{_name(choice)}.signal"] / math.sqrt(max(mean[f"{_name(choice)}.length2"], 1e-12))
     # Where uniform's own signal drowns in noise, nothing can be said to be better.
     return along / uniform if uniform > 0 else 0.0
+
+
+def _standard_error(values: Sequence[float]) -> float:
+    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
 
 
 def _jackknife(records: Sequence[Record], choice: Choice) -> float:

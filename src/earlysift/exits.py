@@ -12,8 +12,8 @@ Model families are rows of data in `FAMILIES`; a model of your own needs one row
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast
 
@@ -52,9 +52,9 @@ FAMILIES: dict[str, Family] = {
     "electra": Family("electra.encoder.layer", (("generator_predictions", "generator_lm_head"), *_CLASSIFIERS)),
     "modernbert": Family("model.layers", (("head", "decoder"), ("head", "drop", "classifier"))),
     "deberta-v2": Family("deberta.encoder.layer", (("cls",), *_CLASSIFIERS)),
-    "gpt2": Family("transformer.h", (("lm_head",), *_CLASSIFIERS)),
-    "llama": Family("model.layers", (("lm_head",), ("dropout", "score"))),
-    "qwen3": Family("model.layers", (("lm_head",), ("dropout", "score"))),
+    "gpt2": Family("transformer.h", (("lm_head",), ("score",), *_CLASSIFIERS)),
+    "llama": Family("model.layers", (("lm_head",), ("dropout", "score"), ("score",))),
+    "qwen3": Family("model.layers", (("lm_head",), ("dropout", "score"), ("score",))),
     "vit": Family("vit.layers", (("classifier",),)),
 }
 
@@ -227,19 +227,17 @@ def shortened(
 
 
 @contextmanager
-def captured(anatomy: Anatomy, depths: Iterable[int]) -> Iterator[dict[int, Any]]:
-    """Inside this context the output of the layers at these depths is kept: what `replayed` needs.
+def captured(anatomy: Anatomy, depth: int) -> Iterator[list[Any]]:
+    """Inside this context the outputs of the first ``depth`` layers are kept: what `replayed` needs.
 
     Yields:
-        Depth to the layer's own output, filled by the next forward pass.
+        The layers' own outputs, in order, filled by the next forward pass.
     """
-    layers = list(anatomy.layers)
-    outputs: dict[int, Any] = {}
-
-    def keep(depth: int) -> Callable[..., None]:
-        return lambda module, inputs, output: outputs.__setitem__(depth, output)
-
-    handles = [layers[depth - 1].register_forward_hook(keep(depth)) for depth in depths]
+    outputs: list[Any] = []
+    handles = [
+        layer.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+        for layer in list(anatomy.layers)[:depth]
+    ]
     try:
         yield outputs
     finally:
@@ -248,14 +246,20 @@ def captured(anatomy: Anatomy, depths: Iterable[int]) -> Iterator[dict[int, Any]
 
 
 @contextmanager
-def replayed(anatomy: Anatomy, output: Any, *, exit_head: nn.Module | None = None) -> Iterator[None]:
-    """Inside this context the layers hand out an output that was `captured` before, so a forward pass costs no layer.
+def replayed(anatomy: Anatomy, outputs: Sequence[Any], *, exit_head: nn.Module | None = None) -> Iterator[None]:
+    """Inside this context the first layers hand out what was `captured` before, and the others are left out.
 
-    With it one full forward pass gives the exits at every depth: the model's own final norm and head follow each.
+    A forward pass then costs no layer. With it one full forward pass gives the exits at every depth: the model's own
+    final norm and head follow each. Every layer has its own stand-in, as models do things between their layers.
     """
-    recorded: nn.Module = _Recorded(output)
     all_layers = anatomy.layers._modules
-    anatomy.layers._modules = {"0": recorded if exit_head is None else _ExitLayer(recorded, exit_head, detach=False)}
+    recorded: dict[str, nn.Module] = {
+        name: _Recorded(layer, output) for (name, layer), output in zip(all_layers.items(), outputs, strict=False)
+    }
+    if exit_head is not None:
+        last = list(recorded)[-1]
+        recorded[last] = _ExitLayer(recorded[last], exit_head, detach=False)
+    anatomy.layers._modules = recorded
     try:
         yield
     finally:
@@ -287,6 +291,12 @@ def scoring_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in flags.items():
             module.training = training
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """Inside this context compiled models run, and add to what is compiled, nothing."""
+    # Nothing is compiled before dynamo is loaded, and loading it takes seconds.
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def head_of(anatomy: Anatomy) -> Callable[[Tensor], Tensor]:
@@ -373,10 +383,23 @@ class _HandOn(nn.Module):
         return states
 
 
+def _own_or_the_layers(module: nn.Module, name: str) -> Any:
+    # Some models read attributes of their layers (attention type and the like), also of what stands in their place.
+    try:
+        return nn.Module.__getattr__(module, name)
+    except AttributeError:
+        return getattr(module._modules["layer"], name)
+
+
 class _Recorded(nn.Module):
-    def __init__(self, output: Any) -> None:
+    """Stands in a layer's place in the layer list and hands out what the layer gave before."""
+
+    def __init__(self, layer: nn.Module, output: Any) -> None:
         super().__init__()
+        self.layer = layer
         self.output = output
+
+    __getattr__ = _own_or_the_layers
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.output
@@ -391,12 +414,7 @@ class _ExitLayer(nn.Module):
         self.exit_head = exit_head
         self.detach = detach
 
-    def __getattr__(self, name: str) -> Any:
-        # Some models read attributes of their layers (attention type and the like).
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self._modules["layer"], name)
+    __getattr__ = _own_or_the_layers
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = self.layer(*args, **kwargs)
@@ -490,8 +508,7 @@ def _dry_run_problems(model: nn.Module, anatomy: Anatomy, depth: int, inputs: An
     rows = next((len(value) for value in values if isinstance(value, Tensor) and value.ndim > 0), None)
     try:
         with (
-            # Compiled code would not call hooks added after compilation; nothing is compiled before dynamo is loaded.
-            torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext(),
+            uncompiled(),  # compiled code would not call hooks added after compilation
             torch.no_grad(),
             scoring_mode(model),
             shortened(anatomy, depth),

@@ -81,19 +81,14 @@ def probe(
         Gradients of the last layer as a stand-in: Katharopoulos and Fleuret, 2018, arXiv 1803.00942. The replay of
         exits and the use of inner products are ours.
     """
-    anatomy = exits.find_anatomy(model, family)
-    anatomy = anatomy._replace(head=anatomy.head or anatomy.classifier)
-    if not anatomy.head:
-        raise ValueError(
-            f"Expected a family row that names the head of {type(anatomy.core).__name__}, got none. Probes look at the "
-            "states that enter the head: Family(layers=..., heads=((...),))."
-        )
+    anatomy = with_head(exits.find_anatomy(model, family))
     head = exits.head_of(anatomy)  # before the head is taken out of the model
     size = pools.pool_size(pool)
     rows = chunk_rows or size
     exact, gradients = [], []
     scores: dict[int, list[Tensor]] = {depth: [] for depth in depths}
     with ExitStack() as stack:
+        stack.enter_context(exits.uncompiled())  # for a few passes, compiling would cost more than it saves
         stack.enter_context(exits.scoring_mode(model))
         stack.enter_context(scorers.precision(anatomy, dtype))
         if exit_head is not None:
@@ -102,10 +97,10 @@ def probe(
         for start in range(0, size, rows):
             inputs, labels = pools.inputs_and_labels(pools.take(pool, slice(start, start + rows)))
             with torch.no_grad():
-                with exits.captured(anatomy, depths) as outputs:
+                with exits.captured(anatomy, max(depths)) as outputs:
                     states = exits.call(model, inputs)
                 for depth in depths:
-                    with exits.replayed(anatomy, outputs[depth], exit_head=exit_head):
+                    with exits.replayed(anatomy, outputs[:depth], exit_head=exit_head):
                         at_exit = exits.call(model, inputs)
                     scores[depth].append(_per_sample(anatomy, head, at_exit, labels, signal, reduction))
             per_sample, gradient = _losses_and_gradients(anatomy, head, states, labels, reduction)
@@ -115,6 +110,20 @@ def probe(
     return Probe(
         torch.cat(exact), {depth: torch.cat(parts) for depth, parts in scores.items()}, by_sample @ by_sample.T
     )
+
+
+def with_head(anatomy: Anatomy) -> Anatomy:
+    """The anatomy with the modules that states enter as its head, behind pooling if need be.
+
+    Raises:
+        ValueError: If they have no name in the family row.
+    """
+    if not (anatomy.head or anatomy.classifier):
+        raise ValueError(
+            f"Expected a family row that names the head of {type(anatomy.core).__name__}, got none. Probes look at the "
+            "states that enter the head: Family(layers=..., heads=((...),))."
+        )
+    return anatomy._replace(head=anatomy.head or anatomy.classifier)
 
 
 def _per_sample(

@@ -15,13 +15,12 @@ from typing import Any, Literal
 import torch
 from torch import Generator, Tensor, nn
 
-from earlysift import controller, costs, exits, losses, pools, schedules, scorers, selectors
+from earlysift import controller, costs, exits, losses, pools, probes, schedules, scorers, selectors
 from earlysift.controller import Control
 from earlysift.exits import Anatomy, ExitHead, Family
 from earlysift.fidelity import fidelity
 from earlysift.ledger import Ledger
 from earlysift.losses import Reduction
-from earlysift.probes import probe
 from earlysift.schedules import Schedule
 from earlysift.scorers import Scorer
 from earlysift.seeds import seeded
@@ -247,14 +246,16 @@ class Sifter:
         selects = torch.rand((), generator=generator).item() < self.schedule(self._step)
         select, depth, candidates = self.select, self.depth, size
         news: dict[str, Any] = {}
+        steering = None
         if self.mode == "auto":
-            news, choice = self._steer(pool, kept)
+            steering, news = self._steer(pool, kept)
+            choice = steering.choice
             selects = selects and choice is not None
             if choice is not None:
                 select, depth, candidates = _RULES[choice.rule], choice.depth, min(size, round(kept / choice.keep))
-        probes = self._probes_on(pool)
+        probes_now = self._probes_on(pool)
         scores = None
-        if (selects or probes) and self.score != "uniform":
+        if (selects or probes_now) and self.score != "uniform":
             considered = pool if candidates == size else pools.take(pool, slice(0, candidates))
             scores = self._scores(considered, kept, depth)
             news |= {"scored": candidates, "depth": depth, **self._counted_losses(scores, kept)}
@@ -272,10 +273,9 @@ class Sifter:
             # In auto mode the first b, which is as uniform as the pool is shuffled: see `wanted`.
             offered = kept if self.mode == "auto" else size
             selection = Selection(*(t.to(device) for t in selectors.uniform_subset(offered, kept, generator)))
-        if probes and scores is not None:
-            self._fidelity = self._probe(pool, scores, kept)
-            news |= self._fidelity
-            self._warn_of_breakdown()
+        if probes_now and scores is not None:
+            news |= self._probe(pool, scores, kept)
+            self._warn_of_breakdown(news)
         if self.exit_optimizer is not None and scores is not None:
             with self.ledger.timed("exit"):
                 # Uniform, as pools come shuffled; without what would poison the head.
@@ -286,6 +286,7 @@ class Sifter:
             if self.trim:
                 batch = pools.trim_padding(batch)
         self._kept = kept
+        self._steering = steering
         self._commit(pool, batch, selection, news)
         return batch
 
@@ -304,7 +305,7 @@ class Sifter:
         control = self._control or self._candidates(Control())
         options = self._scoring_options(kept)
         signal: Literal["loss", "entropy"] = "entropy" if self.score == "entropy" else "loss"
-        seen = probe(self.model, pool, depths=control.depths, signal=signal, exit_head=self.exit_head, **options)
+        seen = probes.probe(self.model, pool, depths=control.depths, signal=signal, exit_head=self.exit_head, **options)
         return controller.record(seen, kept, control)
 
     def exit_loss(self, batch: Any) -> Tensor:
@@ -409,44 +410,48 @@ class Sifter:
 
     def _candidates(self, control: Control) -> Control:
         """What can be chosen on this model: an exit head belongs to one depth, and a pool is as large as it is."""
-        layers = len(exits.find_anatomy(self.model, self.family).layers)
+        anatomy = probes.with_head(exits.find_anatomy(self.model, self.family))  # refused now, not at the first probe
+        layers = len(anatomy.layers)
         depths = {self.depth} if self.exit_head else {self.depth, *(d for d in control.depths if d < layers)}
         keeps = {self.keep, *(k for k in control.keeps if k > self.keep)}
+        needed = {"train", "probe", *(f"score_{depth}" for depth in depths)}
+        if control.reference_costs is not None and not needed <= control.reference_costs.keys():
+            raise ValueError(
+                f"Expected reference_costs of {', '.join(sorted(needed))}, got {sorted(control.reference_costs)}. "
+                "Give a time for each, or None to measure them."
+            )
         return dataclasses.replace(control, depths=tuple(sorted(depths)), keeps=tuple(sorted(keeps)))
 
-    def _steer(self, pool: Any, kept: int) -> tuple[dict[str, Any], controller.Choice | None]:
-        """Probe if a probe is due, and decide what steps do from here on. Returns what the ledger is to know."""
-        control = self._control
+    def _steer(self, pool: Any, kept: int) -> tuple[controller.State, dict[str, Any]]:
+        """Probe if a probe is due, and decide what steps do from here on; with what the ledger is to know."""
+        control, state = self._control, self._steering
         assert control is not None
-        if self._steering is None:
+        if state is None:
             prices = _mean_over_ranks(self._prices(pool, kept), self.model)
-            self._steering = controller.State(next_probe=controller.next_probe(self._step, control, prices))
-        state = self._steering
+            state = controller.State(next_probe=controller.next_probe(self._step, control, prices))
         news: dict[str, Any] = {}
         if self._step >= state.next_probe and pools.has_labels(pool):
+            timed_depth = control.depths[len(self.ledger.times_ms("probe")) % len(control.depths)]
             with self.ledger.timed("probe"):
                 entry = self.probe(pool)
                 if control.reference_costs is None:  # times are to be known before they are spent
-                    depth = control.depths[len(state.records) % len(control.depths)]
-                    with self.ledger.timed(f"score_{depth}"):
-                        self._scorer(kept, depth)(self.model, pool)
-            names = controller.record_names(control)
-            entry = _mean_over_ranks({name: entry.get(name, math.nan) for name in names}, self.model)
+                    with self.ledger.timed(f"score_{timed_depth}"):
+                        self._scorer(kept, timed_depth)(self.model, pool)
+            numbers = {name: entry.get(name, math.nan) for name in controller.record_names(control)}
+            shared = _mean_over_ranks({**numbers, "weighted": float(self._weights_read)}, self.model)
+            weighted = shared.pop("weighted") == 1  # on every rank
             prices = _mean_over_ranks(self._prices(pool, kept), self.model)
             before = state.choice
-            allowed = control if self._weights_read else dataclasses.replace(control, rules=("greedy",))
-            state, told, reason = controller.advance(state, entry, prices, allowed, self.keep, self._step)
-            self._fidelity = {
-                "rank_correlation": entry[f"correlation.{(state.choice or before or self).depth}"],
-                "gain": entry[f"gain.{(state.choice or before or self).depth}.{self.keep:g}"],
+            state, told, reason = controller.advance(state, shared, prices, control, self.keep, self._step, weighted)
+            seen_at = state.choice or before or self
+            fidelity = {
+                "rank_correlation": shared[f"correlation.{seen_at.depth}"],
+                "gain": shared[f"gain.{seen_at.depth}.{self.keep:g}"],
             }
-            told = {name: value for name, value in told.items() if math.isfinite(value)}
-            news = {"control": told, "probed": pools.pool_size(pool), **self._fidelity}
+            news = {"control": told, "probed": pools.pool_size(pool), **fidelity}
             if state.choice != before:
                 news["event"] = {"from": _words(before), "to": _words(state.choice), "reason": reason}
-                _LOG.warning("step %d: %s -> %s: %s", self._step, _words(before), _words(state.choice), reason)
-            self._steering = state
-        return {**news, "mode": state.choice.rule if state.choice else "off"}, state.choice
+        return state, {**news, "mode": state.choice.rule if state.choice else "off"}
 
     def _prices(self, pool: Any, kept: int) -> dict[str, float]:
         """Times of a step, a probe and scoring at each depth: given, measured, or by FLOPs until they are measured."""
@@ -472,8 +477,8 @@ class Sifter:
             name: measured.get(name, unit * count) if "train" in measured else count for name, count in flops.items()
         }
 
-    def _warn_of_breakdown(self) -> None:
-        correlation = self._fidelity.get("rank_correlation", 1.0)
+    def _warn_of_breakdown(self, seen: Mapping[str, Any]) -> None:
+        correlation = seen.get("rank_correlation", 1.0)
         broken = correlation < controller.LEAST_CORRELATION
         if broken and not self._breakdown:
             _LOG.warning(
@@ -590,6 +595,10 @@ class Sifter:
                 self.ledger.note(**costs.batch_work(self._anatomy, scored, "scored", depth=depth))
             if "rank_correlation" in news:
                 self.ledger.note(**costs.batch_work(self._anatomy, pool, "probed"))
+        if math.isfinite(news.get("rank_correlation", math.nan)):
+            self._fidelity = {name: news[name] for name in ("rank_correlation", "overlap", "gain") if name in news}
+        if event := news.get("event"):
+            _LOG.warning("step %d: %s -> %s: %s", self._step, event["from"], event["to"], event["reason"])
         self.selection = selection
         self._step += 1
         self._left_ms = self.ledger.now_ms()
