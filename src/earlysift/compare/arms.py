@@ -86,6 +86,21 @@ ARMS: dict[str, Arm] = {
         options={"score": "entropy"},
         scoring="entropy_{depth}",
     ),
+    "sift-entropy-warm": Arm(
+        "SIFT, entropy, warmed up",
+        "SIFT by entropy after a first third of the budget with uniform training",
+        _SIFT,
+        options={"score": "entropy", "select_after": 1 / 3},
+        scoring="entropy_{depth}",
+    ),
+    "sift-entropy-3": Arm(
+        "SIFT, entropy, exit 3",
+        "keeps the candidates whose prediction at an early exit after 3 layers has the largest entropy",
+        _SIFT,
+        options={"score": "entropy"},
+        scoring="entropy_{depth}",
+        depths=(3,),
+    ),
     "exact": Arm(
         "exact loss",
         "keeps the candidates with the largest loss under the full model: what SIFT approximates",

@@ -22,9 +22,10 @@ from earlysift.report.page import RESULTS, read_results
 # hours on two cores, models are narrow, samples short and budgets small, and not every arm runs everywhere: deeper
 # exits only on the main workload, the full set of peers where a run is cheap.
 _ALL = tuple(ARMS)
-_PEERS = tuple(name for name in ARMS if name not in ("sift-2", "sift-3", "sift-6"))
-_CORE = ("uniform", "sift", "sift-entropy", "exact", "free", "selective-backprop", "grad-norm", "auto")
-_FEW = ("uniform", "sift", "exact", "auto")
+_DEEPER = ("sift-2", "sift-3", "sift-6", "sift-entropy-3", "sift-joint-2")
+_PEERS = tuple(name for name in ARMS if name not in _DEEPER)
+_CORE = ("uniform", "sift", "sift-entropy", "sift-entropy-warm", "exact", "free", "grad-norm", "auto")
+_FEW = ("uniform", "sift", "sift-entropy", "exact", "auto")
 _SMALL: dict[str, Any] = {"seeds": 5, "evaluations": 11, "validation_samples": 384, "layers": 6, "length": 32}
 _MLM: dict[str, Any] = {**_SMALL, "arms": _ALL, "budget": 40.0, "layers": 8, "vocab_size": 1024, "learning_rate": 2e-3}
 _CLM: dict[str, Any] = {

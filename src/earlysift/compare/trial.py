@@ -61,7 +61,9 @@ def run_trial(bench: Bench, arm: Arm, on_share: Callable[[float], None] = lambda
     spent_ms |= bench.upfront_ms
     upfront_ms = sum(spent_ms.values())
     while not run["finished"]:
-        share = (sum(spent_ms.values()) - upfront_ms) / (budget_ms - upfront_ms)
+        # Probes do not advance the schedule: until auto switches on, its steps are uniform's own, bit for bit, and the
+        # rate at the end of its budget is what the probes' share (1 %) leaves of it.
+        share = (sum(spent_ms.values()) - spent_ms["probe"] - upfront_ms) / (budget_ms - upfront_ms)
         bench.set_rate(share)
         started = time.perf_counter()
         bench.ledger.begin(run["steps"])
