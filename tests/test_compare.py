@@ -239,7 +239,8 @@ def test_resume_of_a_finished_run_adds_seeds_and_keeps_the_finished_ones(finishe
         assert [run["curve"] for run in after["arms"][name]["runs"][:2]] == [run["curve"] for run in arm["runs"]]
 
 
-def test_ctrl_c_leaves_a_readable_partial_result_and_resume_finishes_it(text, tmp_path):
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_leaves_a_readable_partial_result_and_resume_finishes_it(text, tmp_path, stop):
     out = tmp_path / "cut"
     command = [sys.executable, "-m", "earlysift", "compare", "--data", str(text), "--out", str(out), *TINY]
     command[command.index("--budget") + 1] = "2"
@@ -247,7 +248,7 @@ def test_ctrl_c_leaves_a_readable_partial_result_and_resume_finishes_it(text, tm
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (out / "ledgers" / "exact-seed0.jsonl").exists():
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(stop)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 130, output
     assert "partial" in output

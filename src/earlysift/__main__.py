@@ -1,5 +1,6 @@
 """``earlysift`` and ``python -m earlysift``: the command line, or a word on how to install it."""
 
+import signal
 import sys
 
 
@@ -12,6 +13,8 @@ def main() -> int:
             f"earlysift: the command line needs more packages ({error}): pip install 'earlysift[all]'.", file=sys.stderr
         )
         return 2
+    # A scheduler's polite end (SIGTERM), also of a job that ignores Ctrl-C, leaves a readable partial result, too.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     return cli.main()
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -138,7 +137,7 @@ def run_suite(
         reasons |= dict.fromkeys((*waiting, *running), "stopped")
     finally:
         for process in running.values():
-            process.send_signal(signal.SIGINT)
+            process.terminate()  # they end as by Ctrl-C, even where that is ignored
         for process in running.values():
             process.wait()
     return {name: Outcome(_results(workloads[name].out), reasons[name]) for name in names}
