@@ -426,7 +426,7 @@ def entry_of(*, correlation=0.9, loss=1.0):
 
 
 def state_of(choice, *latest):
-    return State(choice, (*[entry_of()] * (WINDOW - len(latest)), *latest))
+    return State(choice, (*[entry_of()] * (WINDOW - len(latest)), *latest), before=(1.0, 0.1))
 
 
 @pytest.mark.parametrize(
@@ -641,3 +641,17 @@ def test_what_cannot_be_controlled_is_refused(options, message):
 def test_all_that_is_wrong_is_said_at_once():
     with pytest.raises(ValueError, match=r"depths must.*keeps must.*probe_share must"):
         Control(depths=(0,), keeps=(2.0,), probe_share=2.0)
+
+
+def test_a_loss_that_rises_slowly_is_held_against_the_loss_at_the_switch():
+    rising = tuple(entry_of(loss=1.3 + 0.02 * number) for number in range(WINDOW))  # each step is within the noise
+    state = State(CHOICE, rising, before=(1.0, 0.1))
+    choice, reason = decide(state, told_of(1.5), ONE, 0)
+    assert choice is None
+    assert "forgotten" in reason
+
+
+def test_a_payoff_below_one_counts_only_over_enough_probes_since_the_switch():
+    few = State(CHOICE, (entry_of(),) * (ENOUGH - 1), before=(1.0, 0.1))
+    assert decide(few, told_of(0.5), ONE, 0)[0] == CHOICE
+    assert decide(State(CHOICE, (entry_of(),) * ENOUGH, before=(1.0, 0.1)), told_of(0.5), ONE, 0)[0] is None

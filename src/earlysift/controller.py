@@ -84,13 +84,15 @@ class State:
 
     Attributes:
         choice: What steps do now; None is uniform.
-        records: The latest records.
+        records: The latest records under this choice, and the one that led to it.
         next_probe: Step of the next probe.
+        before: Mean loss of whole pools when the choice was made, and its standard error.
     """
 
     choice: Choice | None = None
     records: tuple[Record, ...] = ()
     next_probe: int = 0
+    before: tuple[float, float] = (0.0, 0.0)
 
 
 class Verdict(NamedTuple):
@@ -130,6 +132,7 @@ def advance(
     choice, reason = decide(state, told, control, step, weighted)
     if choice != state.choice:
         records = records[-1:]  # what was seen under one way of training says little about another
+        state = replace(state, before=(records[0]["loss"], records[0]["loss_error"]))
     return Verdict(replace(state, choice=choice, records=records), told, reason)
 
 
@@ -288,10 +291,11 @@ def decide(
         correlation = latest[f"correlation.{now.depth}"]
         if correlation < LEAST_CORRELATION:
             return None, f"the exit ranks at random or backwards (rank correlation {correlation:.2f})"
-        risen = latest["loss"] - state.records[0]["loss"]
-        if risen > SURE * math.hypot(latest["loss_error"], state.records[0]["loss_error"]):
+        loss, error = state.before
+        risen = latest["loss"] - loss
+        if risen > SURE * math.hypot(latest["loss_error"], error):
             return None, f"the loss of whole pools has risen by {risen:.2g} since: what is not trained on is forgotten"
-        if told[f"payoff.{_name(now)}"] < 1:
+        if len(state.records) >= ENOUGH and told[f"payoff.{_name(now)}"] < 1:
             return None, f"selection does not pay (payoff {told[f'payoff.{_name(now)}']:.2f})"
         return now, "selection pays"
     if len(state.records) < ENOUGH:
@@ -330,13 +334,14 @@ def to_json(state: State) -> dict[str, Any]:
         "choice": state.choice and list(state.choice),
         "records": list(state.records),
         "next_probe": state.next_probe,
+        "before": list(state.before),
     }
 
 
 def from_json(saved: Mapping[str, Any]) -> State:
     """The state that `to_json` saved."""
-    choice = saved["choice"]
-    return State(choice and Choice(*choice), tuple(saved["records"]), saved["next_probe"])
+    choice, (loss, error) = saved["choice"], saved["before"]
+    return State(choice and Choice(*choice), tuple(saved["records"]), saved["next_probe"], (loss, error))
 
 
 def _name(choice: Choice) -> str:

@@ -42,7 +42,7 @@ class Settings:
     """Seconds of reference time that every arm may spend per seed; its learning rate decays to zero at the end."""
     target: float | None = None
     """Validation accuracy (0 to 1) to reach. Without it: a share of what uniform reaches at the end of its budget."""
-    target_share: float = 0.98
+    target_share: float = 0.95
     """That share, so that noise at the very end does not decide."""
     keep: float = 0.5
     """Share of the pool that is trained on."""
