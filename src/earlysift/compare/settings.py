@@ -34,11 +34,11 @@ class Settings:
     """Save the encoder that uniform training ends with on the first seed (masked LM), to fine-tune from."""
     out: Path = Path("runs/compare")
     """Run folder: config.json, ledgers, results.json, curves.png, report.html; for a suite a folder of these."""
-    arms: tuple[str, ...] = ("uniform", "sift", "exact", "auto")
+    arms: tuple[str, ...] = ("uniform", "sift", "sift-entropy", "exact", "auto")
     """Arms to compare; uniform is always needed."""
     seeds: int = 1
     """Number of seeds; each gives every arm the same initial weights and data order. Three or more make evidence."""
-    budget: float = 75.0
+    budget: float = 60.0
     """Seconds of reference time that every arm may spend per seed; its learning rate decays to zero at the end."""
     target: float | None = None
     """Validation accuracy (0 to 1) to reach. Without it: a share of what uniform reaches at the end of its budget."""
