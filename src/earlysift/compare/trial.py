@@ -63,7 +63,8 @@ def run_trial(bench: Bench, arm: Arm, on_share: Callable[[float], None] = lambda
     while not run["finished"]:
         # Probes do not advance the schedule: until auto switches on, its steps are uniform's own, bit for bit, and the
         # rate at the end of its budget is what the probes' share (1 %) leaves of it.
-        share = (sum(spent_ms.values()) - spent_ms["probe"] - upfront_ms) / (budget_ms - upfront_ms)
+        advance_ms = sum(ms for kind, ms in spent_ms.items() if kind != "probe")
+        share = (advance_ms - upfront_ms) / (budget_ms - upfront_ms)
         bench.set_rate(share)
         started = time.perf_counter()
         bench.ledger.begin(run["steps"])
