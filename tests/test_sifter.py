@@ -1013,7 +1013,7 @@ def test_an_auto_run_cut_anywhere_goes_on_as_if_it_had_not_been(cut, weights):
 def told_to(run, *choice):
     """A run that selects by this choice, as if it had come to it by itself."""
     state = run.save()[0]
-    state["steering"] = {"choice": list(choice), "records": [], "next_probe": 10_000}
+    state["steering"] = {"choice": list(choice), "records": [], "next_probe": 10_000, "before": [1.0, 0.1]}
     run.sifter.load_state_dict(state)
     return run
 
