@@ -18,20 +18,27 @@ from earlysift.compare.settings import Settings
 from earlysift.report.page import RESULTS, read_results
 
 # Rows are settings. Data are folders below --data; a checkpoint is the workload whose encoder is fine-tuned. To fit two
-# hours on two cores, models are narrow, samples short and budgets small, and not every arm runs everywhere: deeper
-# exits only on the main workload, the full set of peers where a run is cheap.
-_ALL = tuple(ARMS)
+# hours on two cores, models are narrow, samples short and budgets small, and not every arm runs everywhere: exits at
+# other depths only on the main workload, the full set of peers where a run is cheap.
 _DEEPER = ("sift-2", "sift-3", "sift-6", "sift-entropy-3", "sift-joint-2")
 _PEERS = tuple(name for name in ARMS if name not in _DEEPER)
-_CORE = ("uniform", "sift", "sift-entropy", "sift-entropy-warm", "exact", "free", "grad-norm", "auto")
-_FEW = ("uniform", "sift", "sift-entropy", "exact", "auto")
+_FEW = ("uniform", "sift-entropy", "exact", "auto")
+_CORE = (*_FEW, "sift", "sift-entropy-warm")
+_MAIN = (*_CORE, "sift-2", "sift-3", "sift-6", "sift-entropy-3", "free", "selective-backprop", "grad-norm")
 _SMALL: dict[str, Any] = {"seeds": 5, "evaluations": 11, "validation_samples": 384, "layers": 6, "length": 32}
-_MLM: dict[str, Any] = {**_SMALL, "arms": _ALL, "budget": 40.0, "layers": 8, "vocab_size": 1024, "learning_rate": 2e-3}
+_MLM: dict[str, Any] = {
+    **_SMALL,
+    "arms": _CORE,
+    "budget": 60.0,
+    "layers": 12,
+    "vocab_size": 1024,
+    "learning_rate": 2e-3,
+}
 _CLM: dict[str, Any] = {
     **_SMALL,
     "arms": _PEERS,
     "task": "causal_lm",
-    "budget": 20.0,
+    "budget": 15.0,
     "vocab_size": 512,
     "learning_rate": 4e-3,
 }
@@ -40,14 +47,14 @@ _CLASSIFY: dict[str, Any] = {
     "arms": _PEERS,
     "task": "classification",
     "data": ("sst2",),
-    "budget": 14.0,
+    "budget": 12.0,
     "learning_rate": 1e-3,
     "validation_samples": 872,
 }
 _PRETRAINING = "mlm-wikipedia-books"
 
 _CPU: dict[str, dict[str, Any]] = {
-    "mlm-stdlib": _MLM,  # the longest first, so that jobs end together
+    "mlm-stdlib": {**_MLM, "arms": _MAIN},  # the longest first, so that jobs end together
     "digits": {**_SMALL, "arms": _PEERS, "task": "image", "budget": 8.0, "learning_rate": 1e-3},
     "sst2": _CLASSIFY,
     "clm-repeated": {**_CLM, "repeated": 0.8},
@@ -55,7 +62,7 @@ _CPU: dict[str, dict[str, Any]] = {
     _PRETRAINING: {
         **_MLM,
         "arms": _FEW,
-        "budget": 30.0,
+        "budget": 40.0,
         "layers": 6,
         "data": ("wikipedia-en", "books-litbank"),
         "max_characters": 10_000_000,
@@ -63,7 +70,7 @@ _CPU: dict[str, dict[str, Any]] = {
     },
     "sst2-finetuned": {**_CLASSIFY, "checkpoint": _PRETRAINING, "budget": 8.0, "learning_rate": 5e-4},
     "sst2-flipped": {**_CLASSIFY, "flipped": 0.2},
-    "mlm-wikitext-2": {**_MLM, "arms": _CORE, "budget": 30.0, "data": ("wikitext-2",)},
+    "mlm-wikitext-2": {**_MLM, "data": ("wikitext-2",)},
     "mlm-stdlib-double": {**_MLM, "arms": _FEW, "budget": _MLM["budget"] * 2},
     "mlm-stdlib-half": {**_MLM, "arms": _FEW, "budget": _MLM["budget"] / 2},
 }
