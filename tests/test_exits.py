@@ -1,7 +1,6 @@
 """Exits: the cut model equals a really shorter one, exactly `depth` layers run, and everything is put back."""
 
 import copy
-import gc
 import itertools
 import warnings
 from contextlib import contextmanager, nullcontext
@@ -291,15 +290,6 @@ def test_scoring_runs_exactly_depth_layers_prepared_by_accelerate_in_bfloat16():
         torch.testing.assert_close(scores, reference, rtol=0.1, atol=0.3)
     finally:
         AcceleratorState._reset_state(True)
-
-
-@pytest.fixture
-def process_group(tmp_path):
-    """A gloo process group of this process alone."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    gc.collect()  # reducers must go before their group
-    torch.distributed.destroy_process_group()
 
 
 def distributed(model):

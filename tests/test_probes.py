@@ -1,6 +1,5 @@
 """Probes: one forward pass sees exact losses, every exit's scores, and inner products of the samples' gradients."""
 
-import gc
 import warnings
 
 import pytest
@@ -311,15 +310,6 @@ def test_hidden_states_first_asked_for_after_a_probe_are_complete(family, task):
     states = model(**inputs, output_hidden_states=True).hidden_states
     assert len(states) == LAYERS + 1
     assert all(torch.equal(state, wanted) for state, wanted in zip(states, expected, strict=True))
-
-
-@pytest.fixture
-def process_group(tmp_path):
-    """A gloo process group of this process alone."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    gc.collect()  # reducers must go before their group
-    torch.distributed.destroy_process_group()
 
 
 def test_a_probe_leaves_the_synchronization_of_gradients_alone(process_group):

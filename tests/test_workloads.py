@@ -103,7 +103,7 @@ def test_the_model_learns_a_batch_by_heart(load, task):
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     for _ in range(60):
-        loss = scorers.training_loss(model, batch, family=workload.family)
+        loss = scorers.training_loss(model, batch)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -116,9 +116,9 @@ def test_models_fit_early_exit_and_their_loss_is_the_one_transformers_computes(l
     workload = load(task)
     model, batch = workload.make_model(0), Stream(workload.samples, seed=0).read(0, 8)
     inputs = {name: value for name, value in batch.items() if name != "labels"}
-    assert exits.check(model, family=workload.family, inputs=inputs) == []
-    assert scorers.early_exit_loss(model, batch, family=workload.family).shape == (8,)
-    own = scorers.training_loss(model, batch, family=workload.family)
+    assert exits.check(model, inputs=inputs) == []
+    assert scorers.early_exit_loss(model, batch).shape == (8,)
+    own = scorers.training_loss(model, batch)
     assert own.item() == pytest.approx(model(**batch).loss.item(), rel=1e-5)
 
 

@@ -158,8 +158,8 @@ def record(probe: Probe, kept: int, control: Control) -> Record:
         ``uniform.signal``, ``uniform.length2``; for each choice ``{choice}.signal`` and ``.length2``, for each depth
         ``correlation.{depth}``, for each depth and keep ``gain...`` and ``second_moment...``; ``floor``, the largest
         loss over the mean one (an upper estimate of M* / F in T1); and ``loss``, the pool's mean exact loss, with its
-        standard error ``loss_error``. All are nan if fewer than two candidates
-        have a finite loss, or none has a gradient.
+        standard error ``loss_error``. All are nan if fewer than two candidates have a finite loss, or none has a
+        gradient.
     """
     finite = torch.isfinite(probe.exact)
     for scores in probe.scores.values():

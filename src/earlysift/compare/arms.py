@@ -38,75 +38,73 @@ class Arm:
 _SIFT = "Das et al., 2024, arXiv 2402.07052"
 
 
-def _sift_at(depth: int) -> Arm:
+def _sift(
+    label: str,
+    description: str,
+    *,
+    score: str = "loss",
+    depth: int | None = None,
+    training: str = "train",
+    **options: Any,
+) -> Arm:
+    scoring = {"loss": "score_{depth}", "entropy": "entropy_{depth}", "exact": "exact"}[score]
     return Arm(
-        f"SIFT, exit {depth}",
-        f"keeps the candidates with the largest loss at an early exit after {depth} layers",
+        label,
+        description,
         _SIFT,
-        options={"score": "loss"},
-        scoring="score_{depth}",
-        depths=(depth,),
-    )
-
-
-def _sift_jointly(depth: int) -> Arm:
-    return Arm(
-        f"SIFT, exit {depth} trained",
-        f"SIFT at an early exit after {depth} layers whose loss is trained along with the model's, by a weight of 0.3",
-        _SIFT,
-        options={"score": "loss", "joint": 0.3},
-        training="train_joint_{depth}",
-        scoring="score_{depth}",
-        depths=(depth,),
+        options={"score": score, **options},
+        training=training,
+        scoring=scoring,
+        depths=() if depth is None else (depth,),
     )
 
 
 ARMS: dict[str, Arm] = {
     "uniform": Arm("uniform", "plain training: every candidate is trained on", options={"keep": 1.0}),
-    "sift": Arm(
-        "SIFT",
-        "keeps the candidates with the largest loss at the early exit",
-        _SIFT,
-        options={"score": "loss"},
-        scoring="score_{depth}",
+    "sift": _sift("SIFT", "keeps the candidates with the largest loss at the early exit"),
+    **{
+        f"sift-{depth}": _sift(
+            f"SIFT, exit {depth}",
+            f"keeps the candidates with the largest loss at an early exit after {depth} layers",
+            depth=depth,
+        )
+        for depth in (2, 3, 6)
+    },
+    "sift-warm": _sift(
+        "SIFT, warmed up", "SIFT after a first third of the budget with uniform training", select_after=1 / 3
     ),
-    **{f"sift-{depth}": _sift_at(depth) for depth in (2, 3, 6)},
-    "sift-warm": Arm(
-        "SIFT, warmed up",
-        "SIFT after a first third of the budget with uniform training",
-        _SIFT,
-        options={"score": "loss", "select_after": 1 / 3},
-        scoring="score_{depth}",
-    ),
-    **{f"sift-joint-{depth}": _sift_jointly(depth) for depth in (1, 2)},
-    "sift-entropy": Arm(
+    **{
+        f"sift-joint-{depth}": _sift(
+            f"SIFT, exit {depth} trained",
+            f"SIFT at an early exit after {depth} layers whose loss is trained along with the model's, by a weight of "
+            "0.3",
+            depth=depth,
+            training="train_joint_{depth}",
+            joint=0.3,
+        )
+        for depth in (1, 2)
+    },
+    "sift-entropy": _sift(
         "SIFT, entropy",
         "keeps the candidates whose prediction at the early exit has the largest entropy",
-        _SIFT,
-        options={"score": "entropy"},
-        scoring="entropy_{depth}",
+        score="entropy",
     ),
-    "sift-entropy-warm": Arm(
+    "sift-entropy-warm": _sift(
         "SIFT, entropy, warmed up",
         "SIFT by entropy after a first third of the budget with uniform training",
-        _SIFT,
-        options={"score": "entropy", "select_after": 1 / 3},
-        scoring="entropy_{depth}",
+        score="entropy",
+        select_after=1 / 3,
     ),
-    "sift-entropy-3": Arm(
+    "sift-entropy-3": _sift(
         "SIFT, entropy, exit 3",
         "keeps the candidates whose prediction at an early exit after 3 layers has the largest entropy",
-        _SIFT,
-        options={"score": "entropy"},
-        scoring="entropy_{depth}",
-        depths=(3,),
+        score="entropy",
+        depth=3,
     ),
-    "exact": Arm(
+    "exact": _sift(
         "exact loss",
         "keeps the candidates with the largest loss under the full model: what SIFT approximates",
-        _SIFT,
-        options={"score": "exact"},
-        scoring="exact",
+        score="exact",
     ),
     "free": Arm(
         "exact loss, free",

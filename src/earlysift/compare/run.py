@@ -136,6 +136,7 @@ def _run_seed(
     results: dict[str, Any], settings: Settings, workload: Workload, seed: int, on_progress: OnProgress
 ) -> None:
     (settings.out / folder.LEDGERS).mkdir(exist_ok=True)
+    commit = environment.commit()
     medians_ms = {name: timing["median"] for name, timing in results["operations_ms"].items()}
     benches: dict[str, Bench] = {}
     turns: dict[str, Iterator[Run]] = {}
@@ -157,7 +158,7 @@ def _run_seed(
                 continue
             if run["finished"] and settings.save_encoder and (name, seed) == ("uniform", 0):
                 save_encoder(benches[name].model, workload.tokenizer_json, settings.out / folder.ENCODER)
-            run["commit"] = environment.commit()  # arms may be added by a later one
+            run["commit"] = commit  # arms may be added by a later one
             others = [other for other in results["arms"][name]["runs"] if other["seed"] != seed]
             results["arms"][name]["runs"] = sorted([*others, run], key=lambda run: run["seed"])
         _save(settings.out, results, settings)

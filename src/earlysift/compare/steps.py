@@ -75,12 +75,12 @@ class Bench:
     def loss(self, batch: Rows, weights: Tensor | None = None) -> Tensor:
         """Training loss; the head runs on labelled positions only, in every arm."""
         with training_precision(self.device):
-            return scorers.training_loss(self.model, batch, family=self.workload.family, weights=weights)
+            return scorers.training_loss(self.model, batch, weights=weights)
 
     def predict(self, batch: Rows) -> Predictions:
         """The same forward pass, for arms that want to know more than the loss."""
         with training_precision(self.device):
-            return peers.predictions(self.model, batch, family=self.workload.family)
+            return peers.predictions(self.model, batch)
 
     def update(self, loss: Tensor) -> None:
         """Backward, clip, update."""
@@ -125,7 +125,6 @@ def make_sifter(bench: Bench, arm: Arm, **options: Any) -> Sifter:
         "keep": bench.settings.keep,
         "kept": bench.settings.batch,
         "depth": exits_of(arm, bench.settings)[0],
-        "family": bench.workload.family,
         "seed": bench.seed,
         "ledger": Ledger(device=bench.device),
     }
@@ -295,7 +294,7 @@ def importance(bench: Bench, arm: Arm, *, presample: int = 3, threshold: float =
 def draw_by_gradient_norm(bench: Bench, pool: Rows, generator: torch.Generator) -> tuple[Rows, Tensor, Tensor]:
     """Draw a batch from a pool in proportion to gradient norms; returns it with its weights and all norms."""
     size = bench.settings.batch
-    norms = peers.gradient_norm_scores(bench.model, pool, family=bench.workload.family, chunk_rows=size)
+    norms = peers.gradient_norm_scores(bench.model, pool, chunk_rows=size)
     selection = selectors.proportional(norms, size, generator, uniform_share=_SMALLEST_SHARE)
     return pools.take(pool, selection.indices), selection.weights, norms
 
@@ -313,7 +312,7 @@ def reducible(bench: Bench, arm: Arm, *, keep: float = 0.1, holdout: float = 0.2
         holdout: Share of the training part that only the reference model sees.
         budget_share: Share of the budget that it is trained for.
     """
-    settings, samples, family = bench.settings, bench.workload.samples, bench.workload.family
+    settings, samples = bench.settings, bench.workload.samples
     order = torch.randperm(len(samples), generator=seeded(bench.seed, "holdout"))
     held_out, rest = (part_of(samples, ids) for ids in order.tensor_split([round(holdout * len(samples))]))
     reference = Bench(
@@ -327,7 +326,6 @@ def reducible(bench: Bench, arm: Arm, *, keep: float = 0.1, holdout: float = 0.2
     bench.upfront_ms = {"reference model": steps * step_ms}
     bench.stream = Stream(rest, seed=bench.seed)
     irreducible = torch.full((len(rest),), torch.nan)
-    options: dict[str, Any] = {"family": family, "chunk_rows": settings.batch}
 
     def step(share: float) -> None:
         rows = round(settings.batch / keep)
@@ -338,10 +336,10 @@ def reducible(bench: Bench, arm: Arm, *, keep: float = 0.1, holdout: float = 0.2
             unknown = (torch.isnan(irreducible[ids]) | again).nonzero().squeeze(1)
             if len(unknown):
                 irreducible[ids[unknown]] = scorers.exact_loss(
-                    reference.model, pools.take(pool, unknown), **options
+                    reference.model, pools.take(pool, unknown), chunk_rows=settings.batch
                 ).cpu()
         with bench.ledger.timed("score"):
-            scores = scorers.exact_loss(bench.model, pool, **options).cpu() - irreducible[ids]
+            scores = scorers.exact_loss(bench.model, pool, chunk_rows=settings.batch).cpu() - irreducible[ids]
             batch = pools.take(pool, selectors.greedy(scores, settings.batch).indices)
         with bench.ledger.timed("train"):
             bench.update(bench.loss(batch))

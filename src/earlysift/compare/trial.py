@@ -139,7 +139,7 @@ def evaluate(bench: Bench, validation: dict[str, Tensor]) -> tuple[Point, Point]
     Returns:
         ``accuracy`` and ``loss``, means over all labelled predictions; and what `earlysift.fidelity.fidelity` returns.
     """
-    settings, family = bench.settings, bench.workload.family
+    settings = bench.settings
     right, per_sample, per_count = [], [], []
     with torch.no_grad(), exits.scoring_mode(bench.model):
         for start in range(0, len(validation["labels"]), settings.batch):
@@ -148,9 +148,7 @@ def evaluate(bench: Bench, validation: dict[str, Tensor]) -> tuple[Point, Point]
             per_sample.append(peers.sample_losses(predicted))
             per_count.append(predicted.counts)
     sums, counts = torch.cat(per_sample), torch.cat(per_count)
-    scores = scorers.early_exit_loss(
-        bench.model, validation, depth=settings.depth, family=family, chunk_rows=settings.batch
-    )
+    scores = scorers.early_exit_loss(bench.model, validation, depth=settings.depth, chunk_rows=settings.batch)
     ranking = fidelity(scores, sums / counts, max(1, round(settings.keep * len(scores))))
     quality = {"accuracy": torch.cat(right).double().mean().item(), "loss": (sums.sum() / counts.sum()).item()}
     return quality, ranking

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from earlysift.exits import Family
 from earlysift.losses import IGNORED_LABEL
 from earlysift.pretrain import models
 from earlysift.pretrain.corpus import Corpus, LabelledCorpus, optional_package, read_corpus, read_labelled
@@ -35,7 +34,6 @@ class Workload:
             predicts how often every token or class occurs in the training part.
         facts: Sizes and settings of the data, for the results file.
         tokenizer_json: The tokenizer, for `save_encoder`; empty for images.
-        family: Row for a model that `earlysift.exits.FAMILIES` does not know.
     """
 
     name: str
@@ -45,7 +43,6 @@ class Workload:
     baseline: dict[str, float]
     facts: dict[str, Any]
     tokenizer_json: str = ""
-    family: Family | None = None
 
 
 def load_workload(
