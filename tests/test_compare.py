@@ -18,8 +18,9 @@ from earlysift import cli
 from earlysift.compare import suite
 from earlysift.compare.arms import ARMS
 from earlysift.compare.settings import Settings, from_file
-from earlysift.compare.steps import learning_rate_factor
-from earlysift.compare.trial import charges_ms
+from earlysift.compare.steps import Bench, learning_rate_factor
+from earlysift.compare.trial import charges_ms, evaluate
+from earlysift.pretrain.workloads import load_workload
 
 SIZE = [
     *("--evaluations", "3", "--validation-samples", "32", "--batch", "8", "--layers", "3", "--width", "32"),
@@ -121,6 +122,8 @@ def test_part_of_a_pool_is_charged_its_part_and_an_uncharged_arm_like_uniform():
         "score": 4.5,
         "probe": 30.0,
     }
+    row = {"candidates": 16, "mode": "off", "probe_ms": 99.0}  # a uniform step whose pool was read for the probe
+    assert charges_ms(row, ARMS["auto"], settings, medians_ms) == {"read": 1.0, "train": 20.0, "probe": 31.0}
     assert charges_ms({"candidates": 8}, ARMS["auto"], settings, medians_ms) == {"read": 1.0, "train": 20.0}
     row = {"candidates": 16, "scored": 16}
     assert charges_ms(row, ARMS["free"], settings, medians_ms) == {"read": 1.0, "train": 20.0}
@@ -303,6 +306,7 @@ def test_an_accelerator_that_is_not_there_is_one_clear_line(text, tmp_path, caps
         ({"keep": 0.0}, "keep must be in (0, 1]"),
         ({"keep": 1.5}, "keep must be in (0, 1]"),
         ({"arms": ("uniform", "sift-6"), "layers": 6}, "['sift-6'] exit after more layers than a model of 6 layers"),
+        ({"arms": ("uniform", "visible"), "task": "causal_lm"}, "the task is causal_lm"),
         ({"flipped": 1.0}, "flipped must be in [0, 1)"),
         ({"select_after": -0.1}, "select_after must be in [0, 1)"),
         ({"target_share": 0.0}, "target_share must be in (0, 1]"),
@@ -397,10 +401,11 @@ def test_flags_of_the_command_line_are_a_frozen_list(capsys):
 @pytest.mark.parametrize("task", ["masked_lm", "causal_lm", "classification", "image"])
 def test_every_arm_runs_on_every_task(task, text, table, tmp_path):
     data = {"classification": ["--data", str(table)], "image": []}.get(task, ["--data", str(text)])
-    size = [*SIZE, "--layers", "7", "--budget", "0.2", "--arms", *ARMS]
+    arms = [name for name in ARMS if name != "visible" or task == "masked_lm"]
+    size = [*SIZE, "--layers", "7", "--budget", "0.2", "--arms", *arms]
     assert cli.main(["compare", "--task", task, *data, "--out", str(tmp_path / "out"), *size]) == 0
     results = results_of(tmp_path / "out")
-    assert set(results["arms"]) == set(ARMS)
+    assert set(results["arms"]) == set(arms)
     assert results["data"]["task"] == task
     assert results["data"]["train_samples"] > 0
     assert set(results["baseline"]) == {"accuracy", "loss"}
@@ -425,8 +430,30 @@ def test_every_arm_runs_on_every_task(task, text, table, tmp_path):
         row["loss"] for row in uniform[:common]
     ]  # off is uniform training
     expected = {"read_batch", "read_pool", "train", "train_joint_1", "train_joint_2", "probe", "exact", "grad_norm"}
-    expected |= {"score_1", "score_2", "score_3", "score_6", "entropy_1", "entropy_3"}
+    expected |= {"score_1", "score_2", "score_3", "score_6", "entropy_1", "entropy_3", "head_1", "head_2"}
+    expected |= {"visible"} if task == "masked_lm" else set()
     assert set(results["operations_ms"]) == expected
+
+
+def test_hidden_accuracy_is_that_of_labelled_tokens_the_model_does_not_see():
+    workload = load_workload(
+        task="masked_lm", layers=2, width=32, length=16, vocab_size=300, validation_samples=40, max_characters=100_000
+    )
+    bench = Bench(workload, Settings(batch=8, layers=2, width=32), seed=0, medians_ms={})
+    bench.set_rate(0.1)
+    for _ in range(20):
+        bench.update(bench.loss(bench.read(8)))
+    rows = workload.samples.validation
+    quality, _ = evaluate(bench, rows)
+    with torch.no_grad():
+        logits = bench.model.eval()(input_ids=rows["input_ids"]).logits
+    hidden = (rows["labels"] != -100) & (rows["input_ids"] != rows["labels"])
+    assert 0 < hidden.sum() < (rows["labels"] != -100).sum()
+    right = (logits.argmax(dim=-1) == rows["labels"])[hidden]
+    assert quality["hidden_accuracy"] == pytest.approx(right.double().mean().item())
+    losses = torch.nn.functional.cross_entropy(logits[hidden], rows["labels"][hidden])
+    assert quality["hidden_loss"] == pytest.approx(losses.item(), rel=1e-4)
+    assert quality["hidden_loss"] != quality["loss"]
 
 
 def test_only_operations_that_the_arms_need_are_measured(finished):

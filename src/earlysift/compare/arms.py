@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 from earlysift import selectors
+from earlysift.compare import peers
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Arm:
     charged: bool = True
 
 
+EXIT_HEAD_WIDTH = 64  # of the residual layer of an exit's own head
 _SIFT = "Das et al., 2024, arXiv 2402.07052"
 
 
@@ -45,9 +47,10 @@ def _sift(
     score: str = "loss",
     depth: int | None = None,
     training: str = "train",
+    scoring: str | None = None,
     **options: Any,
 ) -> Arm:
-    scoring = {"loss": "score_{depth}", "entropy": "entropy_{depth}", "exact": "exact"}[score]
+    scoring = scoring or {"loss": "score_{depth}", "entropy": "entropy_{depth}", "exact": "exact"}[score]
     return Arm(
         label,
         description,
@@ -84,6 +87,16 @@ ARMS: dict[str, Arm] = {
         )
         for depth in (1, 2)
     },
+    **{
+        f"sift-head-{depth}": _sift(
+            f"SIFT, exit {depth} with a head",
+            f"SIFT at an early exit after {depth} layers with a head of its own, trained on detached features",
+            scoring="head_{depth}",
+            depth=depth,
+            own_head=EXIT_HEAD_WIDTH,
+        )
+        for depth in (1, 2)
+    },
     "sift-entropy": _sift(
         "SIFT, entropy",
         "keeps the candidates whose prediction at the early exit has the largest entropy",
@@ -100,6 +113,13 @@ ARMS: dict[str, Arm] = {
         "keeps the candidates whose prediction at an early exit after 3 layers has the largest entropy",
         score="entropy",
         depth=3,
+    ),
+    "sift-unbiased": _sift(
+        "SIFT, unbiased",
+        "draws candidates in proportion to their loss at an early exit after 3 layers, with weights that keep the mean "
+        "gradient unbiased (T7)",
+        depth=3,
+        select=selectors.proportional,
     ),
     "exact": _sift(
         "exact loss",
@@ -153,6 +173,13 @@ ARMS: dict[str, Arm] = {
         "Katharopoulos and Fleuret, 2018, arXiv 1803.00942",
         kind="importance",
         scoring="grad_norm",
+    ),
+    "visible": Arm(
+        "visible labels",
+        "keeps the candidates with the most labelled tokens left in place: a control that needs no model (masked LM "
+        "only). An arm that is not ahead of it may owe its gain to copying",
+        options={"score": peers.visible_labels},
+        scoring="visible",
     ),
     "rs2": Arm(
         "random subsets",

@@ -6,19 +6,27 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from earlysift.compare.arms import ARMS
+from earlysift.compare import peers
+from earlysift.compare.arms import ARMS, EXIT_HEAD_WIDTH
 from earlysift.compare.settings import Settings
-from earlysift.compare.steps import Bench, draw_by_gradient_norm, exits_of, joint_loss, make_sifter
+from earlysift.compare.steps import Bench, draw_by_gradient_norm, exit_head_options, exits_of, joint_loss, make_sifter
 from earlysift.ledger import Ledger
 from earlysift.pretrain.stream import Rows
 from earlysift.pretrain.workloads import Workload
+from earlysift.scorers import Scorer
 from earlysift.seeds import seeded
 
 _WARMUP_ROUNDS = 3
 _FEWEST_ROUNDS = 24
 _LEAST_S, _LEAST_SHARE = 10.0, 0.4  # or this share of the budget, if that is less
 _MOST_S = 40.0
-_SCORES = {"score": "loss", "entropy": "entropy", "exact": "exact"}  # operation to the sifter's score
+_SCORES: dict[str, str | Scorer] = {  # operation to the sifter's score
+    "score": "loss",
+    "entropy": "entropy",
+    "exact": "exact",
+    "head": "loss",
+    "visible": peers.visible_labels,
+}
 
 Timing = dict[str, float]
 
@@ -99,7 +107,8 @@ def _operation(name: str, bench: Bench, batch: Rows, pool: Rows) -> Callable[[],
         sifter = make_sifter(bench, arm, score="loss")
         return lambda: bench.update(joint_loss(bench, sifter, batch, arm.options["joint"]))
     score, _, depth = name.partition("_")
-    sifter = make_sifter(bench, ARMS["sift"], score=_SCORES[score], depth=int(depth or settings.depth))
+    head = exit_head_options(bench, EXIT_HEAD_WIDTH) if score == "head" else {}
+    sifter = make_sifter(bench, ARMS["sift"], score=_SCORES[score], depth=int(depth or settings.depth), **head)
     return lambda: sifter.sift(pool)
 
 

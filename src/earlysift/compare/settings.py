@@ -106,6 +106,10 @@ class Settings:
                 f"The arms {too_deep} exit after more layers than a model of {self.layers} layers has before its last. "
                 "Leave them out, or give more --layers.",
             ),
+            (
+                "visible" in self.arms and self.task != "masked_lm",
+                f"The arm 'visible' counts visible labels of masked language modelling; the task is {self.task}.",
+            ),
             (self.seeds < 1, f"seeds must be at least 1, got {self.seeds}."),
             (not self.budget > 0, f"budget must be more than 0 seconds, got {self.budget}."),
             (not 0 < self.keep <= 1, f"keep must be in (0, 1], got {self.keep}."),

@@ -16,6 +16,7 @@ from earlysift.compare.arms import Arm
 from earlysift.compare.peers import Predictions
 from earlysift.compare.settings import Settings
 from earlysift.controller import Control
+from earlysift.exits import ExitHead
 from earlysift.ledger import Ledger
 from earlysift.pretrain.stream import Rows, Samples, Stream
 from earlysift.pretrain.workloads import Workload
@@ -148,6 +149,13 @@ def make_control(bench: Bench, arm: Arm, keep: float) -> Control:
     )
 
 
+def exit_head_options(bench: Bench, hidden: int) -> dict[str, Any]:
+    """An exit head for a sifter, and its optimizer, like the model's but with a constant learning rate."""
+    head = ExitHead(bench.settings.width, hidden=hidden, seed=bench.seed).to(bench.device)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=bench.settings.learning_rate, betas=(0.9, 0.98), fused=True)
+    return {"exit_head": head, "exit_optimizer": optimizer}
+
+
 def joint_loss(bench: Bench, sifter: Sifter, batch: Rows, weight: float) -> Tensor:
     """The model's loss and a share of its early exit's."""
     with training_precision(bench.device):
@@ -161,6 +169,7 @@ def sifted(
     subset: float = 1.0,
     joint: float = 0.0,
     select_after: float | None = None,
+    own_head: int | None = None,
     **options: Any,
 ) -> Step:
     """Pools through a `Sifter`; keep = 1 is uniform training.
@@ -171,9 +180,12 @@ def sifted(
         subset: Share of the data that an epoch shows.
         joint: Weight of the early exit's loss in the training loss.
         select_after: Share of the budget with uniform training; None is the comparison's.
+        own_head: Width of the residual layer of an `ExitHead` that is trained on detached features; None has none.
         options: Arguments of the sifter.
     """
     bench.stream = Stream(bench.workload.samples, seed=bench.seed, subset=subset)
+    if own_head is not None:
+        options |= exit_head_options(bench, own_head)
     plain, selecting = make_sifter(bench, arm, keep=1.0), make_sifter(bench, arm, **options)
     if select_after is None:  # auto warms up by itself
         select_after = 0.0 if options.get("mode") == "auto" else bench.settings.select_after

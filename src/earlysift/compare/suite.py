@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from earlysift.compare.arms import ARMS
 from earlysift.compare.folder import ENCODER
 from earlysift.compare.run import write_json
 from earlysift.compare.settings import Settings
@@ -20,15 +19,21 @@ from earlysift.report.page import RESULTS, read_results
 # Rows are settings. Data are folders below --data; a checkpoint is the workload whose encoder is fine-tuned. To fit two
 # hours on two cores, models are narrow, samples short and budgets small, and not every arm runs everywhere: exits at
 # other depths only on the main workload, the full set of peers where a run is cheap.
-_DEEPER = ("sift-2", "sift-3", "sift-6", "sift-entropy-3", "sift-joint-2")
-_PEERS = tuple(name for name in ARMS if name not in _DEEPER)
-_FEW = ("uniform", "sift-entropy", "exact", "auto")
-_CORE = (*_FEW, "sift", "sift-entropy-warm")
-_MAIN = (*_CORE, "sift-2", "sift-3", "sift-6", "sift-entropy-3", "free", "selective-backprop", "grad-norm")
+_FEW = ("uniform", "sift-entropy", "visible", "auto")
+_MAIN = (*_FEW, "sift", "exact", "free", "sift-3", "sift-entropy-warm")
+_PEERS = (
+    *("uniform", "sift", "sift-entropy", "sift-entropy-warm", "exact", "free", "selective-backprop", "ordered-sgd"),
+    *("rho-loss", "infobatch", "grad-norm", "rs2", "auto"),
+)
+_LABELS = ("uniform", "sift", "sift-entropy", "exact", "rho-loss", "auto")
+_LONG = (
+    *("uniform", "sift", "sift-3", "sift-head-2", "sift-unbiased", "exact", "free", "selective-backprop", "infobatch"),
+    *("grad-norm", "auto"),
+)
 _SMALL: dict[str, Any] = {"seeds": 5, "evaluations": 11, "validation_samples": 384, "layers": 6, "length": 32}
 _MLM: dict[str, Any] = {
     **_SMALL,
-    "arms": _CORE,
+    "arms": _FEW,
     "budget": 60.0,
     "layers": 12,
     "vocab_size": 1024,
@@ -51,28 +56,29 @@ _CLASSIFY: dict[str, Any] = {
     "learning_rate": 1e-3,
     "validation_samples": 872,
 }
+_IMAGE: dict[str, Any] = {**_SMALL, "arms": _PEERS, "task": "image", "budget": 8.0, "learning_rate": 1e-3}
 _PRETRAINING = "mlm-wikipedia-books"
 
 _CPU: dict[str, dict[str, Any]] = {
     "mlm-stdlib": {**_MLM, "arms": _MAIN},  # the longest first, so that jobs end together
-    "digits": {**_SMALL, "arms": _PEERS, "task": "image", "budget": 8.0, "learning_rate": 1e-3},
+    "digits": _IMAGE,
+    "digits-long": {**_IMAGE, "arms": _LONG, "budget": 30.0, "evaluations": 25, "select_after": 0.2},
     "sst2": _CLASSIFY,
     "clm-repeated": {**_CLM, "repeated": 0.8},
     "clm-wikitext-2": {**_CLM, "data": ("wikitext-2",)},
     _PRETRAINING: {
         **_MLM,
-        "arms": _FEW,
         "budget": 40.0,
         "layers": 6,
         "data": ("wikipedia-en", "books-litbank"),
         "max_characters": 10_000_000,
         "save_encoder": True,
     },
-    "sst2-finetuned": {**_CLASSIFY, "checkpoint": _PRETRAINING, "budget": 8.0, "learning_rate": 5e-4},
-    "sst2-flipped": {**_CLASSIFY, "flipped": 0.2},
+    "sst2-finetuned": {**_CLASSIFY, "arms": _LABELS, "checkpoint": _PRETRAINING, "budget": 8.0, "learning_rate": 5e-4},
+    "sst2-flipped": {**_CLASSIFY, "arms": _LABELS, "flipped": 0.2},
     "mlm-wikitext-2": {**_MLM, "data": ("wikitext-2",)},
-    "mlm-stdlib-double": {**_MLM, "arms": _FEW, "budget": _MLM["budget"] * 2},
-    "mlm-stdlib-half": {**_MLM, "arms": _FEW, "budget": _MLM["budget"] / 2},
+    "mlm-stdlib-double": {**_MLM, "budget": _MLM["budget"] * 2, "seeds": 3},
+    "mlm-stdlib-half": {**_MLM, "budget": _MLM["budget"] / 2},
 }
 _BERT_BASE: dict[str, Any] = {
     "device": "cuda",

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from earlysift import exits, scorers
@@ -15,6 +16,7 @@ from earlysift.compare.settings import Settings
 from earlysift.compare.steps import STEPS, Bench
 from earlysift.fidelity import fidelity
 from earlysift.ledger import plain
+from earlysift.losses import IGNORED_LABEL
 
 Point = dict[str, float]
 Run = dict[str, Any]
@@ -50,7 +52,7 @@ def run_trial(bench: Bench, arm: Arm, on_share: Callable[[float], None] = lambda
         run["curve"].append(plain({**at, "wall_s": run["wall_s"], **samples, **quality}))
         run["fidelity"].append(plain({**at, **ranking}))
         run["spent_s"] = plain({kind: ms / 1e3 for kind, ms in spent_ms.items()})
-        run.update(plain({"final_accuracy": quality["accuracy"], "final_loss": quality["loss"]}))
+        run.update(plain({f"final_{name}": value for name, value in quality.items()}))
         return run
 
     yield evaluated()
@@ -121,15 +123,19 @@ def charges_ms(row: dict[str, Any], arm: Arm, settings: Settings, medians_ms: di
     if not arm.charged:
         return uniform
     candidates = row["candidates"]
-    if candidates > settings.batch:
-        uniform["read"] = medians_ms["read_pool"] * candidates / settings.pool
+    read_ms = medians_ms["read_pool"] * candidates / settings.pool if candidates > settings.batch else uniform["read"]
+    probing_ms = medians_ms["probe"] if "probe_ms" in row else 0.0
+    if row.get("mode") == "off":  # auto's uniform steps are uniform's own; what it reads beyond them, it reads to probe
+        probing_ms += read_ms - uniform["read"]
+    else:
+        uniform["read"] = read_ms
     extra = {}
     if row.get("scored"):
         extra["score"] = medians_ms[str(arm.scoring).format(depth=depth)] * row["scored"] / settings.pool
     if row.get("reference_scored"):
         extra["reference model"] = medians_ms["exact"] * row["reference_scored"] / settings.pool
-    if "probe_ms" in row:
-        extra["probe"] = medians_ms["probe"]
+    if probing_ms:
+        extra["probe"] = probing_ms
     return {**uniform, **extra}
 
 
@@ -137,18 +143,26 @@ def evaluate(bench: Bench, validation: dict[str, Tensor]) -> tuple[Point, Point]
     """Accuracy and loss on the untouched distribution, and fidelity of the exit on the same samples.
 
     Returns:
-        ``accuracy`` and ``loss``, means over all labelled predictions; and what `earlysift.fidelity.fidelity` returns.
+        ``accuracy`` and ``loss``, means over all labelled predictions, in masked language modelling
+        ``hidden_accuracy`` and ``hidden_loss`` over those whose token the model does not see (BERT leaves a tenth in
+        place); and what `earlysift.fidelity.fidelity` returns.
     """
     settings = bench.settings
-    right, per_sample, per_count = [], [], []
+    right, per_prediction, per_count = [], [], []
     with torch.no_grad(), exits.scoring_mode(bench.model):
         for start in range(0, len(validation["labels"]), settings.batch):
             predicted = bench.predict({name: rows[start : start + settings.batch] for name, rows in validation.items()})
             right.append(predicted.logits.argmax(dim=-1) == predicted.targets)
-            per_sample.append(peers.sample_losses(predicted))
+            per_prediction.append(F.cross_entropy(predicted.logits, predicted.targets, reduction="none"))
             per_count.append(predicted.counts)
-    sums, counts = torch.cat(per_sample), torch.cat(per_count)
+    is_right, each, counts = (torch.cat(parts) for parts in (right, per_prediction, per_count))
+    sums = peers.per_sample(each, counts)
     scores = scorers.early_exit_loss(bench.model, validation, depth=settings.depth, chunk_rows=settings.batch)
     ranking = fidelity(scores, sums / counts, max(1, round(settings.keep * len(scores))))
-    quality = {"accuracy": torch.cat(right).double().mean().item(), "loss": (sums.sum() / counts.sum()).item()}
+    quality = {"accuracy": is_right.double().mean().item(), "loss": (sums.sum() / counts.sum()).item()}
+    if bench.workload.task == "masked_lm":
+        labelled = validation["labels"] != IGNORED_LABEL
+        hidden = (validation["input_ids"] != validation["labels"])[labelled]
+        quality["hidden_accuracy"] = is_right[hidden].double().mean().item()
+        quality["hidden_loss"] = each[hidden].mean().item()
     return quality, ranking

@@ -101,10 +101,11 @@ def _against_uniform(runs: list[Run], uniform: list[Run]) -> dict[str, Any]:
         entry[f"{prefix}speedup"] = statistics.geometric_mean(ratios) if whole else None
         interval = paired_interval(ratios, statistics.geometric_mean) if whole else None
         entry[f"{prefix}low"], entry[f"{prefix}high"] = interval or (None, None)
-    for quality in ("final_accuracy", "final_loss"):
-        both = [(run[quality], other[quality]) for run, other in pairs]
+    for quality in ("final_accuracy", "final_loss", "final_hidden_accuracy"):
+        both = [(run.get(quality), other.get(quality)) for run, other in pairs]
         known = all(None not in values for values in both)  # a run that diverged has no loss
-        differences = [value - uniforms for value, uniforms in both] if known else []
+        differences = [value - uniforms for value, uniforms in both if value is not None and uniforms is not None]
+        differences = differences if known else []
         entry[f"{quality}_difference"] = statistics.fmean(differences) if known else None
         interval = paired_interval(differences, statistics.fmean)
         entry[f"{quality}_low"], entry[f"{quality}_high"] = interval or (None, None)

@@ -83,6 +83,8 @@ def verdict_table(results: Results) -> str:
         if arm.get("charged") is False:
             title += " <small>upper bound, not charged</small>"
         words = [f"<b>{text(entry['verdict'])}</b>"] if entry.get("verdict") else []
+        if (hidden := number(entry.get("final_hidden_accuracy_difference"))) is not None:
+            words += [f"on hidden tokens alone {100 * hidden:+.2f} points"]
         words += [text(arm[part]) for part in ("description", "source") if arm.get(part)]
         bodies.append(
             _row([title, *versus, *final], VERDICT_HEADERS)
