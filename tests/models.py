@@ -340,3 +340,23 @@ def sample_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         logits, labels = logits[:, :-1], labels[:, 1:]
     losses = nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
     return losses.sum(dim=1) / (labels != -100).sum(dim=1)
+
+
+def score_by_labels(model, pool):
+    """A score without a model: the mean label, nothing where there is none."""
+    labels = pool["labels"]
+    labelled = labels != -100
+    counts = labelled.sum(dim=1)
+    means = torch.where(labelled, labels, 0).sum(dim=1) / counts.clamp(min=1)
+    return torch.where(counts > 0, means, -torch.inf)
+
+
+def pool_of_rank(rank, step, size):
+    """Candidates of one of several ranks: nested, of several dtypes, the first without a label."""
+    generator = torch.Generator().manual_seed(1000 * step + rank)
+    ids = torch.randint(5, 90, (size, 12), generator=generator)
+    labels = torch.where(torch.rand(ids.shape, generator=generator) < 0.4, ids, -100)
+    labels[0] = -100
+    number = torch.arange(size)
+    extra = {"number": 100 * rank + number, "odd": number % 2 == 1, "half": ids[:, :3].bfloat16()}
+    return {"input_ids": ids, "labels": labels, "extra": (extra,)}

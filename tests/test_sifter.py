@@ -5,11 +5,7 @@ import functools
 import io
 import json
 import math
-import os
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +18,7 @@ from earlysift.controller import Control
 from earlysift.fidelity import fidelity
 from earlysift.selectors import Selection, greedy, percentile, proportional
 from models import LAYERS, WIDTH, build, loss_of, row_of
+from processes import on_ranks
 
 INF, NAN = float("inf"), float("nan")
 COSTS = {"train": 100.0, "probe": 60.0, "score_1": 1.0, "score_2": 2.0, "score_3": 3.0}
@@ -1241,7 +1238,7 @@ import torch, models
 from torch import nn
 from earlysift import Sifter
 rank, store = int(sys.argv[1]), sys.argv[2]
-torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=int(sys.argv[3]))
 model = models.build("bert", "masked_lm")
 wrapped = nn.parallel.DistributedDataParallel(model)
 optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
@@ -1261,31 +1258,8 @@ torch.distributed.destroy_process_group()
 """
 
 
-def on_two_ranks(script, tmp_path):
-    """What two processes print last, as JSON."""
-    source, tests = Path(earlysift.__file__).parents[1], Path(models.__file__).parent
-    environment = {**os.environ, "PYTHONPATH": f"{source}{os.pathsep}{tests}", "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, str(rank), str(tmp_path / "store")],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [rank.communicate(timeout=120) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], outputs
-    return [json.loads(out.splitlines()[-1]) for out, _ in outputs]
-
-
 def test_two_ranks_keep_the_same_number_pick_their_own_and_stay_in_step(tmp_path):
-    first, second = on_two_ranks(RANK, tmp_path)
+    first, second = on_ranks(2, RANK, tmp_path)
     assert {len(indices) for indices in first["picks"] + second["picks"]} == {6}
     # Every other step is uniform: there, ranks must not draw alike.
     assert all(mine != other for mine, other in zip(first["picks"][::2], second["picks"][::2], strict=True))
@@ -1300,7 +1274,7 @@ from torch import nn
 from earlysift import Sifter
 from earlysift.controller import Control
 rank, store = int(sys.argv[1]), sys.argv[2]
-torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=int(sys.argv[3]))
 
 
 def run(costs):
@@ -1333,7 +1307,7 @@ torch.distributed.destroy_process_group()
 
 
 def test_two_ranks_with_data_of_their_own_decide_alike_at_the_same_steps(tmp_path):
-    one, other = on_two_ranks(AUTO_RANK, tmp_path)
+    one, other = on_ranks(2, AUTO_RANK, tmp_path)
     for first, second in zip(one, other, strict=True):  # with costs that are given, and with measured ones
         assert first["rows"] == second["rows"]
         assert first["steering"] == second["steering"]

@@ -23,6 +23,7 @@ FLOORS = {
     "scorers": 1,
     "costs": 1,
     "fidelity": 1,
+    "ranks": 1,
     "ledger": 1,
     "probes": 2,
     "controller": 3,

@@ -67,7 +67,7 @@ def take(pool: Any, indices: Tensor | slice) -> Any:
         {'x': tensor([1, 3]), 'text': ['b', 'd']}
     """
     size = pool_size(pool)
-    return _map_rows(pool, lambda rows: _take_rows(rows, indices), size)
+    return map_rows(pool, lambda rows: _take_rows(rows, indices), size)
 
 
 def inputs_and_labels(pool: Any) -> tuple[Any, Tensor]:
@@ -146,7 +146,7 @@ def trim_padding(batch: Any) -> Any:
             return rows[:, start:stop].contiguous()  # models call view on labels
         return rows
 
-    return _map_rows(batch, cut, mask.size(0))
+    return map_rows(batch, cut, mask.size(0))
 
 
 def _tensors(pool: Any, path: str = "pool") -> Iterator[tuple[str, Tensor]]:
@@ -160,18 +160,25 @@ def _tensors(pool: Any, path: str = "pool") -> Iterator[tuple[str, Tensor]]:
             yield from _tensors(value, f"{path}[{position}]")
 
 
-def _map_rows(pool: Any, function: Callable[[Any], Any], size: int) -> Any:
+def map_rows(pool: Any, function: Callable[[Any], Any], size: int) -> Any:
+    """The same structure with a function applied to everything that has a row per candidate.
+
+    Args:
+        pool: A pool of R candidates.
+        function: Takes a tensor ``(R, ...)``, or a list or tuple of R plain objects.
+        size: R.
+    """
     if isinstance(pool, Tensor):
         return pool if pool.ndim == 0 else function(pool)
     if isinstance(pool, Mapping):
-        items = {key: _map_rows(value, function, size) for key, value in pool.items()}
+        items = {key: map_rows(value, function, size) for key, value in pool.items()}
         if isinstance(pool, defaultdict):
             return defaultdict(pool.default_factory, items)
         return items if type(pool) is dict else type(pool)(items)  # type: ignore[call-arg]
     if isinstance(pool, tuple | list):
         if len(pool) == size and not hasattr(pool, "_fields") and not any(True for _ in _tensors(pool)):
             return function(pool)  # a column of plain objects, one a candidate
-        items_in_order = [_map_rows(value, function, size) for value in pool]
+        items_in_order = [map_rows(value, function, size) for value in pool]
         return type(pool)(*items_in_order) if hasattr(pool, "_fields") else type(pool)(items_in_order)
     return pool
 

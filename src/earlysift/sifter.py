@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Generator, Tensor, nn
 
-from earlysift import controller, costs, exits, losses, pools, probes, schedules, scorers, selectors
+from earlysift import controller, costs, exits, losses, pools, probes, ranks, schedules, scorers, selectors
 from earlysift.controller import Control
 from earlysift.exits import Anatomy, ExitHead, Family
 from earlysift.fidelity import fidelity
@@ -57,6 +57,9 @@ class Sifter:
         drop_outliers: Share of the largest finite scores taken out of candidacy, in [0, 1).
         probe_every: Steps between fidelity probes (one exact scoring of a pool, charged as ``probe``); 0 never probes.
         trim: Whether to cut padding that no kept row needs; shapes then vary.
+        scope: With several ranks, ``"local"`` selects b of the R candidates of every rank, ``"global"`` the best of all
+            ranks' candidates together: scores are gathered and chosen rows exchanged, so that every rank still trains
+            on b rows. Pools then need the same shapes on all ranks, and `selection` counts through all of them.
         seed: Seed of the selection.
         chunk_rows: Candidates scored at once; None is the number kept, so that scoring never needs more memory than
             the training step.
@@ -100,6 +103,7 @@ class Sifter:
         drop_outliers: float = 0.0,
         probe_every: int = 100,
         trim: bool = False,
+        scope: Literal["local", "global"] = "local",
         seed: int = 0,
         chunk_rows: int | None = None,
         dtype: torch.dtype | str | None = scorers.AUTO_DTYPE,
@@ -127,6 +131,8 @@ class Sifter:
             raise ValueError(f"score must be one of {', '.join(_SCORES)} or a callable, got {score!r}.")
         if mode not in ("fixed", "auto"):
             raise ValueError(f"mode must be fixed or auto, got {mode!r}.")
+        if scope not in ("local", "global"):
+            raise ValueError(f"scope must be local or global, got {scope!r}.")
         if mode == "auto" and (score not in ("loss", "entropy") or keep == 1):
             raise ValueError(
                 f"Auto mode chooses among early exits and needs keep below 1, got score={_name(score)!r}, keep={keep}. "
@@ -153,6 +159,7 @@ class Sifter:
         self.drop_outliers = drop_outliers
         self.probe_every = probe_every
         self.trim = trim
+        self.scope = scope
         self.seed = seed
         self.chunk_rows = chunk_rows
         self.dtype = dtype
@@ -242,8 +249,9 @@ class Sifter:
                 "Call model.train() before the loop and after every evaluation."
             )
         self._check_on(pool)
-        generator = self._generator()
-        selects = torch.rand((), generator=generator).item() < self.schedule(self._step)
+        generator, shared = self._generators()
+        # By the same number on all ranks: one that scored alone would wait for the others for ever (FSDP).
+        selects = torch.rand((), generator=shared).item() < self.schedule(self._step)
         select, depth, candidates = self.select, self.depth, size
         news: dict[str, Any] = {}
         steering = None
@@ -258,16 +266,28 @@ class Sifter:
         if (selects or probes_now) and self.score != "uniform":
             considered = pool if candidates == size else pools.take(pool, slice(0, candidates))
             scores = self._scores(considered, kept, depth)
-            news |= {"scored": candidates, "depth": depth, **self._counted_losses(scores, kept)}
+            everyone = ranks.Gathered(scores, [candidates])
+            if selects and self.scope == "global" and ranks.world() > 1:
+                with self.ledger.timed("gather"):
+                    everyone = ranks.gather(scores, considered)
+            unlabelled, broken = self._refuse_unusable(everyone.scores, kept * len(everyone.sizes))
+            if len(everyone.sizes) > 1:  # the ledger counts what this rank saw
+                unlabelled, broken = _without_loss(scores)
+            news |= {"scored": candidates, "depth": depth, "unlabelled": unlabelled, "non_finite": broken}
+        batch = None
         if selects and scores is not None:
+            total = kept * len(everyone.sizes)
             with self.ledger.timed("select"):
-                guarded = selectors.drop_outliers(scores, self.drop_outliers, kept)
-                selection = select(guarded, kept, generator)
-            if len(selection.indices) != kept:
+                guarded = selectors.drop_outliers(everyone.scores, self.drop_outliers, total)
+                selection = select(guarded, total, generator if len(everyone.sizes) == 1 else shared)
+            if len(selection.indices) != total:
                 raise ValueError(
-                    f"Expected the selector to keep {kept} candidates, got {len(selection.indices)}. "
+                    f"Expected the selector to keep {total} candidates, got {len(selection.indices)}. "
                     "A fixed number keeps shapes static and ranks in step."
                 )
+            if len(everyone.sizes) > 1:
+                with self.ledger.timed("gather"):
+                    batch, selection = ranks.exchange(considered, selection, everyone.sizes, kept)
         else:
             device = next(self.model.parameters()).device
             # In auto mode the first b, which is as uniform as the pool is shuffled: see `wanted`.
@@ -282,7 +302,7 @@ class Sifter:
                 healthy = (torch.isfinite(scores) | (scores == losses.UNLABELLED)).nonzero().squeeze(1)
                 self._train_exit(pools.take(pool, healthy[:kept]))
         with self.ledger.timed("gather"):
-            batch = pools.take(pool, selection.indices)
+            batch = pools.take(pool, selection.indices) if batch is None else batch
             if self.trim:
                 batch = pools.trim_padding(batch)
         self._kept = kept
@@ -393,16 +413,17 @@ class Sifter:
             "drop_outliers": self.drop_outliers,
             "probe_every": self.probe_every,
             "trim": self.trim,
+            "scope": self.scope,
             "seed": self.seed,
             "dtype": str(self.dtype),
             "exit_head": self.exit_head and {n: list(v.shape) for n, v in self.exit_head.state_dict().items()},
             "exit_optimizer": self.exit_optimizer is not None,
         }
 
-    def _generator(self) -> Generator:
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        rank = torch.distributed.get_rank() if distributed else 0
-        return seeded(self.seed, "sift", self._step, rank)
+    def _generators(self) -> tuple[Generator, Generator]:
+        """Generators of a step: this rank's own, and one that is the same on all ranks."""
+        shared = seeded(self.seed, "sift", self._step, 0)
+        return (seeded(self.seed, "sift", self._step, ranks.rank()) if ranks.rank() else shared), shared
 
     def _probes_on(self, pool: Any) -> bool:
         due = self.mode == "fixed" and self.probe_every > 0 and self._step % self.probe_every == 0
@@ -552,11 +573,14 @@ class Sifter:
         self.exit_optimizer.step()
         self.exit_optimizer.zero_grad()
 
-    def _counted_losses(self, scores: Tensor, kept: int) -> dict[str, int]:
-        is_unlabelled = scores == losses.UNLABELLED
-        is_broken = ~(torch.isfinite(scores) | is_unlabelled)
-        unlabelled, broken = torch.stack([is_unlabelled.sum(), is_broken.sum()]).tolist()
+    def _refuse_unusable(self, scores: Tensor, kept: int) -> tuple[int, int]:
+        """Refuse scores that no batch can be chosen by, and warn of those that say that something is wrong.
+
+        Returns:
+            How many scores are unlabelled, and how many broken.
+        """
         size = len(scores)
+        unlabelled, broken = _without_loss(scores)
         if unlabelled == size:
             raise ValueError(
                 f"None of the {size} candidates has a labelled position (all labels are {losses.IGNORED_LABEL}). "
@@ -579,7 +603,7 @@ class Sifter:
                 f"{kept} kept, at step {self._step}; the batch is filled up with unlabelled ones.",
                 stacklevel=3,
             )
-        return {"unlabelled": unlabelled, "non_finite": broken}
+        return unlabelled, broken
 
     def _commit(self, pool: Any, batch: Any, selection: Selection, news: dict[str, Any]) -> None:
         size = pools.pool_size(pool)
@@ -602,6 +626,13 @@ class Sifter:
         self.selection = selection
         self._step += 1
         self._left_ms = self.ledger.now_ms()
+
+
+def _without_loss(scores: Tensor) -> tuple[int, int]:
+    """How many scores are unlabelled, and how many broken."""
+    unlabelled = scores == losses.UNLABELLED
+    counts = torch.stack([unlabelled.sum(), (~(torch.isfinite(scores) | unlabelled)).sum()]).tolist()
+    return counts[0], counts[1]
 
 
 def _words(choice: controller.Choice | None) -> str:

@@ -1,0 +1,161 @@
+"""Selection over all ranks: scores are gathered, chosen rows exchanged, so that every rank trains on b rows.
+
+Letters in shapes: W ranks, R candidates of a rank, b kept per rank.
+"""
+
+import bisect
+import itertools
+import zlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, distributed
+
+from earlysift import pools
+from earlysift.selectors import Selection
+
+
+class Gathered(NamedTuple):
+    """The scores of all ranks, one rank after the other, and how many candidates each rank has."""
+
+    scores: Tensor
+    sizes: list[int]
+
+
+class Row(NamedTuple):
+    """One row of a rank's batch: its place in the selection, and the rank that holds it."""
+
+    place: int
+    holder: int
+
+
+def world() -> int:
+    """Number of ranks; 1 without a process group."""
+    return distributed.get_world_size() if _initialized() else 1
+
+
+def rank() -> int:
+    """Number of this rank; 0 without a process group."""
+    return distributed.get_rank() if _initialized() else 0
+
+
+def gather(scores: Tensor, pool: Any) -> Gathered:
+    """Gather the scores of all ranks; their numbers of candidates may differ.
+
+    Args:
+        scores: ``(R,)``.
+        pool: What was scored; its tensors must have the same shapes behind the first dimension on all ranks.
+
+    Returns:
+        The same on every rank.
+
+    Raises:
+        ValueError: On every rank, if shapes or types differ between ranks, so that rows cannot change places.
+    """
+    head = torch.tensor([len(scores), _layout(pool)], device=scores.device)
+    heads = _all(head).reshape(-1, 2).tolist()
+    sizes = [size for size, _ in heads]
+    if len({layout for _, layout in heads}) > 1:
+        raise ValueError(
+            "Expected pools of the same keys, dtypes and lengths on all ranks, got different ones, so that rows cannot "
+            "change places. Pad to a fixed length (and leave out lists of plain objects), or use scope='local'."
+        )
+    most = max(sizes)
+    parts = _all(F.pad(scores, (0, most - len(scores)))).reshape(-1, most)
+    return Gathered(torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]), sizes)
+
+
+def share_out(holders: Sequence[int], kept: int, ranks: int) -> list[list[Row]]:
+    """Who trains on which rows: a rank keeps its own as long as it can, what is over goes to those that lack some.
+
+    Args:
+        holders: For every place of the selection the rank that holds that candidate, ``ranks * kept`` places.
+        kept: b, the rows that every rank trains on.
+        ranks: W.
+
+    Returns:
+        For every rank b rows, its own first; the same on every rank, and no more rows move than must.
+
+    Example:
+        >>> [[tuple(row) for row in rows] for rows in share_out([0, 0, 0, 1], kept=2, ranks=2)]
+        [[(0, 0), (1, 0)], [(3, 1), (2, 0)]]
+    """
+    held: list[list[Row]] = [[] for _ in range(ranks)]
+    for place, holder in enumerate(holders):
+        held[holder].append(Row(place, holder))
+    over = itertools.chain.from_iterable(rows[kept:] for rows in held)
+    return [rows[:kept] + list(itertools.islice(over, max(0, kept - len(rows)))) for rows in held]
+
+
+def exchange(pool: Any, selection: Selection, sizes: Sequence[int], kept: int) -> tuple[Any, Selection]:
+    """Take this rank's b rows of a selection over all ranks, from other ranks where they hold them.
+
+    Args:
+        pool: This rank's pool of R candidates.
+        selection: Over the candidates of all ranks, one rank after the other; W b of them, the same on every rank.
+        sizes: R of every rank.
+        kept: b.
+
+    Returns:
+        The batch, in the structure of the pool, and its selection; indices still count through all ranks.
+    """
+    me, starts = rank(), [0, *itertools.accumulate(sizes)]
+    chosen = selection.indices.tolist()
+    holders = [bisect.bisect_right(starts, index) - 1 for index in chosen]
+    shares = share_out(holders, kept, len(sizes))
+
+    def passed(holder: int, taker: int) -> list[int]:
+        """Rows of the holder's pool that the taker trains on."""
+        return [chosen[row.place] - starts[holder] for row in shares[taker] if row.holder == holder]
+
+    others = [r for r in range(len(sizes)) if r != me]
+    sent = {taker: rows for taker in others if (rows := passed(me, taker))}
+    due = {holder: len(rows) for holder in others if (rows := passed(holder, me))}
+
+    def swap(rows: Tensor) -> Tensor:
+        def mine(indices: list[int]) -> Tensor:
+            return rows.index_select(0, torch.tensor(indices, dtype=torch.int64, device=rows.device))
+
+        come = {holder: rows.new_empty((count, *rows.shape[1:])) for holder, count in due.items()}
+        messages = [
+            *(distributed.P2POp(distributed.isend, _bytes(mine(indices)), taker) for taker, indices in sent.items()),
+            *(distributed.P2POp(distributed.irecv, _bytes(buffer), holder) for holder, buffer in come.items()),
+        ]
+        for work in distributed.batch_isend_irecv(messages) if messages else []:
+            work.wait()
+        return torch.cat([mine(passed(me, me)), *come.values()])
+
+    batch = pools.map_rows(pool, swap, sizes[me])
+    order = [row.place for holder in (me, *due) for row in shares[me] if row.holder == holder]
+    places = torch.tensor(order, dtype=torch.int64, device=selection.indices.device)
+    return batch, Selection(selection.indices[places], selection.weights[places])
+
+
+def _layout(pool: Any) -> int:
+    """A number that is the same on ranks whose pools differ in their number of candidates only."""
+    seen = []
+
+    def see(rows: Any) -> Any:
+        movable = isinstance(rows, Tensor) and not rows.is_nested
+        seen.append(f"{rows.dtype} {tuple(rows.shape[1:])}" if movable else f"of rank {rank()} alone")
+        return rows
+
+    pools.map_rows(pool, see, pools.pool_size(pool))
+    return zlib.crc32(repr(seen).encode())
+
+
+def _all(values: Tensor) -> Tensor:
+    everyone = values.new_empty((world() * len(values), *values.shape[1:]))
+    distributed.all_gather_into_tensor(everyone, values.contiguous())
+    return everyone
+
+
+def _bytes(rows: Tensor) -> Tensor:
+    # Not every backend sends every dtype.
+    return rows.reshape(-1).view(torch.uint8)
+
+
+def _initialized() -> bool:
+    return distributed.is_available() and distributed.is_initialized()

@@ -1,0 +1,138 @@
+"""Selection over all ranks equals selection of one process on all candidates, on real gloo processes."""
+
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import models
+from earlysift import Sifter, ranks, selectors
+from processes import on_ranks
+
+SETUP = """
+import json, sys
+import torch, models
+from earlysift import Sifter, selectors
+rank, store, count = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count)
+
+"""
+
+GLOBAL = (
+    SETUP
+    + """
+told = []
+for name in ("greedy", "proportional"):
+    model = models.build("bert", "masked_lm").train()
+    select, score = getattr(selectors, name), models.score_by_labels
+    sifter = Sifter(model, kept=3, score=score, select=select, scope="global", schedule=lambda step: 0.6)
+    for step in range(8):
+        pool = models.pool_of_rank(rank, step, 6 + (rank + step) % 3)  # ranks differ in their candidates
+        batch = sifter.sift(pool)
+        (extra,) = batch["extra"]
+        told.append({
+            "ids": batch["input_ids"].tolist(), "labels": batch["labels"].tolist(), "number": extra["number"].tolist(),
+            "odd": extra["odd"].tolist(), "half": extra["half"].tolist(),
+            "indices": sifter.selection.indices.tolist(), "weights": sifter.weights.tolist(),
+            "scored": "scored" in sifter.ledger.end(),
+        })
+print(json.dumps(told))
+torch.distributed.destroy_process_group()
+"""
+)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_global_scope_keeps_what_one_process_keeps_of_all_candidates(count, tmp_path):
+    by_rank = on_ranks(count, GLOBAL, tmp_path)
+    selecting = moved = 0
+    for number in range(16):
+        step, select = number % 8, (selectors.greedy, selectors.proportional)[number // 8]
+        pools = [models.pool_of_rank(rank, step, 6 + (rank + step) % 3) for rank in range(count)]
+        ids, labels = (torch.cat([pool[key] for pool in pools]) for key in ("input_ids", "labels"))
+        numbers = torch.cat([pool["extra"][0]["number"] for pool in pools]).tolist()
+        told = [ranks_told[number] for ranks_told in by_rank]
+        assert len({entry["scored"] for entry in told}) == 1, "ranks select at the same steps"
+        assert {len(entry["ids"]) for entry in told} == {3}
+        if told[0]["scored"]:
+            selecting += 1
+            one = Sifter(
+                models.build("bert", "masked_lm").train(),
+                kept=3 * count,
+                score=models.score_by_labels,
+                select=select,
+                probe_every=0,
+            )
+            one.load_state_dict({**one.state_dict(), "step": step})
+            one.sift({"input_ids": ids, "labels": labels})
+            weight_of = dict(zip(one.selection.indices.tolist(), one.weights.tolist(), strict=True))
+            assert sorted(i for entry in told for i in entry["indices"]) == sorted(weight_of)
+            for entry in told:
+                assert entry["weights"] == [weight_of[i] for i in entry["indices"]]
+        for rank, entry in enumerate(told):
+            places = entry["indices"] if entry["scored"] else None
+            if places is not None:
+                assert entry["ids"] == ids[places].tolist()
+                assert entry["labels"] == labels[places].tolist()
+                assert entry["number"] == [numbers[place] for place in places]
+                assert entry["half"] == ids[places][:, :3].bfloat16().tolist()
+                moved += sum(value // 100 != rank for value in entry["number"])
+            assert entry["odd"] == [value % 100 % 2 == 1 for value in entry["number"]]
+    assert 4 <= selecting < 16
+    assert moved > 0
+
+
+REFUSED = (
+    SETUP
+    + """
+model = models.build("bert", "masked_lm").train()
+sifter = Sifter(model, kept=3, score=models.score_by_labels, scope="global", probe_every=0)
+pool = models.pool_of_rank(rank, 0, 6)
+if rank == 1:
+    pool = {**pool, "input_ids": pool["input_ids"][:, :10], "labels": pool["labels"][:, :10]}
+said = []
+for offered in (pool, {**models.pool_of_rank(rank, 0, 6), "text": [str(i) for i in range(6)]}):
+    try:
+        sifter.sift(offered)
+    except ValueError as error:
+        said.append(str(error))
+print(json.dumps([said, sifter.step]))
+torch.distributed.destroy_process_group()
+"""
+)
+
+
+def test_pools_whose_rows_cannot_change_places_are_refused_on_every_rank(tmp_path):
+    for said, step in on_ranks(2, REFUSED, tmp_path):
+        assert len(said) == 2
+        assert all("Pad to a fixed length" in message for message in said)
+        assert step == 0
+
+
+@given(st.integers(1, 5).flatmap(lambda w: st.tuples(st.just(w), st.integers(1, 6), st.randoms())))
+def test_every_rank_gets_b_rows_every_row_one_rank_and_no_more_rows_move_than_must(case):
+    world, kept, random = case
+    holders = [random.randrange(world) for _ in range(world * kept)]
+    shares = ranks.share_out(holders, kept, world)
+    assert [len(rows) for rows in shares] == [kept] * world
+    assert sorted(row.place for rows in shares for row in rows) == list(range(world * kept))
+    assert all(holders[row.place] == row.holder for rows in shares for row in rows)
+    moved = sum(row.holder != taker for taker, rows in enumerate(shares) for row in rows)
+    assert moved == sum(max(0, held - kept) for held in Counter(holders).values())
+
+
+def test_global_scope_of_one_process_is_local_bit_for_bit():
+    picks = []
+    for scope in ("local", "global"):
+        sifter = Sifter(models.build("bert", "masked_lm").train(), keep=0.5, scope=scope, seed=3)
+        ids = torch.randint(5, 90, (8, 12), generator=torch.Generator().manual_seed(0))
+        batch = sifter.sift({"input_ids": ids, "labels": ids})
+        picks.append((sifter.selection.indices.tolist(), batch["input_ids"].tolist()))
+    assert picks[0] == picks[1]
+
+
+def test_unknown_scope_is_refused():
+    with pytest.raises(ValueError, match="scope must be local or global, got 'world'"):
+        Sifter(models.build("bert", "masked_lm"), scope="world")
