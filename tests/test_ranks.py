@@ -136,3 +136,64 @@ def test_global_scope_of_one_process_is_local_bit_for_bit():
 def test_unknown_scope_is_refused():
     with pytest.raises(ValueError, match="scope must be local or global, got 'world'"):
         Sifter(models.build("bert", "masked_lm"), scope="world")
+
+
+TRAINING = (
+    SETUP
+    + """
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+kind = KIND
+model = models.build("bert", "masked_lm").train()
+layers, inner = model.bert.encoder.layer, model
+called = [0] * len(layers)
+for number, layer in enumerate(layers):
+    layer.register_forward_pre_hook(lambda *_, number=number: called.__setitem__(number, called[number] + 1))
+if kind == "fsdp":
+    mesh = torch.distributed.init_device_mesh("cpu", (count,))
+    for layer in layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+elif kind == "ddp":
+    model = DistributedDataParallel(model)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+sifter = Sifter(model, kept=8 // count, keep=0.5, scope="global", probe_every=2, dtype=None)
+losses, picks, calls = [], [], []
+for step in range(4):
+    pools = [models.pool_of_rank(r, step, 8) for r in range(2)]
+    ids = torch.cat([pool["input_ids"] for pool in pools]).tensor_split(count)[rank]
+    called[:] = [0] * len(layers)
+    batch = sifter.sift({"input_ids": ids, "labels": ids})
+    calls.append(list(called))
+    loss = model(**batch).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    losses.append(loss.item())
+    picks.append(sifter.selection.indices.tolist())
+print(json.dumps([losses, picks, calls]))
+torch.distributed.destroy_process_group()
+"""
+)
+
+
+def test_two_ranks_train_like_one_process_on_the_same_candidates_replicated_and_sharded(tmp_path):
+    def trained(count, kind):
+        folder = tmp_path / kind
+        folder.mkdir()
+        told = on_ranks(count, TRAINING.replace("KIND", repr(kind)), folder)
+        losses = [sum(values) / count for values in zip(*(losses for losses, _, _ in told), strict=True)]
+        picks = [
+            sorted(place for part in parts for place in part)
+            for parts in zip(*(picks for _, picks, _ in told), strict=True)
+        ]
+        return losses, picks, [calls for _, _, calls in told]
+
+    one = trained(1, "one")
+    for kind in ("ddp", "fsdp"):
+        losses, picks, calls = trained(2, kind)
+        assert losses == pytest.approx(one[0], rel=1e-4)
+        assert picks == one[1]
+        assert calls[0] == calls[1], "all ranks score and probe at the same steps"
+        assert [called[1:] for called in calls[0]][1::2] == [[0] * (len(calls[0][0]) - 1)] * 2, "one layer, no probe"
+    assert len(set(map(tuple, one[1]))) > 1
