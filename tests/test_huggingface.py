@@ -55,9 +55,7 @@ def samples(count, family="llama", task="causal_lm"):
     return [{key: rows[i] for key, rows in batch.items()} for i in range(count)]
 
 
-def trainer_for(
-    folder, cls=Recorded, *, model=None, data=None, sift=HALF, callbacks=(), eval_dataset=None, **arguments
-):
+def trainer_for(folder, cls=Recorded, *, model=None, data=None, sift=HALF, trainer=None, **arguments):
     defaults = {
         "per_device_train_batch_size": BATCH,
         "max_steps": 5,
@@ -75,8 +73,7 @@ def trainer_for(
         model=llama() if model is None else model,
         args=TrainingArguments(str(folder), **(defaults | arguments)),
         train_dataset=samples(80) if data is None else data,
-        eval_dataset=eval_dataset,
-        callbacks=list(callbacks),
+        **(trainer or {}),
         **({} if sift is None else {"sift": sift}),
     )
 
@@ -204,6 +201,17 @@ def test_picks_and_losses_stay_with_what_changes_only_how_the_model_computes(tmp
     assert tolerance == 0 or logged(other) != logged(plain)  # it did compute otherwise
 
 
+def test_scoring_a_compiled_model_adds_one_graph(tmp_path):
+    graphs = {}
+    for name, cls, sift in (("plain", Trainer, None), ("all", Recorded, ALL), ("half", Recorded, HALF)):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        trained(tmp_path, cls, sift=sift, torch_compile=True, torch_compile_backend="eager")
+        graphs[name] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs["all"] == graphs["plain"] > 0
+    assert graphs["half"] == graphs["plain"] + 1
+
+
 @pytest.mark.parametrize("precision", [{}, {"bf16": True}])
 def test_only_the_first_layers_run_for_a_score(tmp_path, precision):
     trainer = trainer_for(tmp_path, **precision)
@@ -250,13 +258,14 @@ def test_training_twice_with_one_trainer_begins_selection_anew(tmp_path):
 # What else a Trainer does
 
 
+EVALUATING = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}
+
+
 def test_evaluation_leaves_selection_alone_and_sees_all_samples(tmp_path):
     held_out = samples(19)
     uniform = dataclasses.replace(HALF, schedule=lambda step: step % 2)
     plain = trained(tmp_path, sift=uniform)
-    with_evaluation = trained(
-        tmp_path, sift=uniform, eval_dataset=held_out, eval_strategy="steps", eval_steps=1, eval_on_start=True
-    )
+    with_evaluation = trained(tmp_path, sift=uniform, trainer={"eval_dataset": held_out}, **EVALUATING)
     assert with_evaluation.batches == plain.batches
     assert logged(with_evaluation) == logged(plain)
     entries = [entry for entry in with_evaluation.state.log_history if "eval_loss" in entry]
@@ -264,6 +273,37 @@ def test_evaluation_leaves_selection_alone_and_sees_all_samples(tmp_path):
     assert not any("samples_trained" in entry or "sift/step" in entry for entry in entries)
     untouched = Trainer(model=with_evaluation.model, args=with_evaluation.args, eval_dataset=held_out)
     assert entries[-1]["eval_loss"] == untouched.evaluate()["eval_loss"]
+
+
+class Averaging(torch.optim.SGD):
+    """Like schedule-free optimizers it has other weights for evaluation than for training."""
+
+    evaluating = False
+
+    def eval(self):
+        self.scale(not self.evaluating and 0.5)
+        self.evaluating = True
+
+    def train(self):
+        self.scale(self.evaluating and 2.0)
+        self.evaluating = False
+
+    def scale(self, factor):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data.mul_(factor or 1.0)
+
+
+def test_scores_come_from_the_weights_of_training_where_evaluation_has_others(tmp_path):
+    def run(**arguments):
+        model = llama()
+        optimizer = Averaging(model.parameters(), lr=RATE)
+        trainer = {"eval_dataset": samples(8), "optimizers": (optimizer, None)}
+        return trained(tmp_path, model=model, trainer=trainer, **arguments)
+
+    plain, with_evaluation = run(), run(**EVALUATING)
+    assert with_evaluation.batches == plain.batches
+    assert logged(with_evaluation) == logged(plain)
 
 
 class Steps(transformers.TrainerCallback):
@@ -288,9 +328,9 @@ class Steps(transformers.TrainerCallback):
 def test_callbacks_see_the_steps_of_a_trainer_whose_batches_are_pools(tmp_path):
     schedule = {"max_steps": -1, "num_train_epochs": 2, "gradient_accumulation_steps": 2}
     sifting, plain = Steps(), Steps()
-    trained(tmp_path, data=samples(43), callbacks=[sifting], **schedule)
+    trained(tmp_path, data=samples(43), trainer={"callbacks": [sifting]}, **schedule)
     plain_arguments = {"per_device_train_batch_size": 2 * BATCH, **schedule}
-    trained(tmp_path, Trainer, sift=None, data=samples(43), callbacks=[plain], **plain_arguments)
+    trained(tmp_path, Trainer, sift=None, data=samples(43), trainer={"callbacks": [plain]}, **plain_arguments)
     assert sifting.seen == plain.seen
     assert [event[0] for event in sifting.seen].count("epoch") == 2
 
