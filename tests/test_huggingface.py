@@ -354,7 +354,7 @@ def test_candidates_and_trained_samples_are_counted_apart(tmp_path):
 # Resuming
 
 
-SCHEDULED = dataclasses.replace(HALF, schedule=lambda step: step % 3 % 2, probe_every=2)
+SCHEDULED = dataclasses.replace(HALF, schedule=lambda step: step % 3 % 2, probe_every=2)  # a few steps are uniform
 
 
 @pytest.mark.parametrize("cut", [2, 3, 4], ids=["within the first epoch", "at its end", "within the second"])
@@ -510,6 +510,12 @@ RANK = """
 import json, os, sys
 import torch, models
 import test_huggingface as tests
+
+
+def correlations(trainer):  # what this process saw; the log of what was before the checkpoint is that of the first one
+    return tests.logged(trainer, "sift/rank_correlation")[3:]
+
+
 torch.distributed.init_process_group("gloo")
 rank, folder = torch.distributed.get_rank(), sys.argv[1]
 options = {"ddp_backend": "gloo", "train_sampling_strategy": "sequential", "max_grad_norm": 0.0}
@@ -518,12 +524,17 @@ checkpointed = {"sift": tests.SCHEDULED, "ddp_backend": "gloo", "max_steps": 6}
 whole = tests.trained(folder, model=tests.llama(dropout=0.1), save_strategy="steps", save_steps=3, **checkpointed)
 checkpoint = os.path.join(folder, "checkpoint-3")
 resumed = tests.trained(folder, model=tests.llama(dropout=0.1, seed=1), resume=checkpoint, **checkpointed)
+torch.distributed.barrier()
+if rank == 1:
+    os.remove(os.path.join(checkpoint, "sifter_1.json"))  # as if one process had saved it
+grown = tests.trained(folder, resume=checkpoint, **checkpointed)
 compiled = tests.trained(folder, torch_compile=True, torch_compile_backend="eager", **options)
 told = {
     "losses": tests.logged(plain), "batches": plain.batches, "items": plain.items,
     "seen": tests.logged(plain, "candidates_seen"), "trained": tests.logged(plain, "samples_trained"),
-    "whole": [tests.logged(whole), whole.batches[3:], whole.items[3:]],
-    "resumed": [tests.logged(resumed), resumed.batches, resumed.items],
+    "whole": [tests.logged(whole), whole.batches[3:], whole.items[3:], correlations(whole)],
+    "resumed": [tests.logged(resumed), resumed.batches, resumed.items, correlations(resumed)],
+    "grown": [grown.sifter.step, tests.logged(grown, "samples_trained")],
     "weights equal": all(map(torch.equal, resumed.model.state_dict().values(), whole.model.state_dict().values())),
     "compiled": [compiled.batches, tests.logged(compiled)],
 }
@@ -568,7 +579,9 @@ def test_two_processes_resume_bit_equal_each_with_picks_of_its_own(two_ranks):
     for told in two_ranks:
         assert told["resumed"] == told["whole"]
         assert told["weights equal"]
+        assert told["grown"] == [6, [8, 16, 24, 32, 40, 48]]
     assert two_ranks[0]["whole"][1] != two_ranks[1]["whole"][1]
+    assert two_ranks[0]["whole"][3] != two_ranks[1]["whole"][3]
 
 
 def test_two_processes_with_a_compiled_model_pick_and_learn_the_same(two_ranks):

@@ -206,13 +206,14 @@ class SiftTrainer(SiftTrainerMixin, Trainer):  # type: ignore[misc]
     """`transformers.Trainer` that trains on the samples that `sift` selects.
 
     Example:
+        >>> import tempfile
         >>> from transformers import BertConfig, BertForMaskedLM, TrainingArguments
         >>> config = BertConfig(vocab_size=50, hidden_size=16, num_attention_heads=2, intermediate_size=16)
         >>> ids = torch.arange(16 * 8).reshape(16, 8) % 50
         >>> trainer = SiftTrainer(
         ...     model=BertForMaskedLM(config),
-        ...     args=TrainingArguments(per_device_train_batch_size=4, max_steps=2, disable_tqdm=True, use_cpu=True,
-        ...                            save_strategy="no"),
+        ...     args=TrainingArguments(tempfile.mkdtemp(), per_device_train_batch_size=4, max_steps=2, use_cpu=True,
+        ...                            disable_tqdm=True, save_strategy="no"),
         ...     train_dataset=[{"input_ids": row, "labels": row} for row in ids],
         ...     sift=SiftConfig(keep=0.5, depth=1),
         ... )
