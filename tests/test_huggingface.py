@@ -458,6 +458,24 @@ def test_auto_switches_on_where_it_pays_by_the_greedy_rule_and_off_before_the_en
     assert logged(resumed, "sift/scored") == scored
 
 
+class Large(WithLoss):
+    """Runs out of memory when it trains on more than three samples."""
+
+    def forward(self, states, labels=None):
+        if labels is not None and len(states) > 3:
+            raise RuntimeError("CUDA out of memory.")
+        return super().forward(states, labels)
+
+
+def test_a_batch_size_that_is_searched_for_keeps_its_share_of_the_pool(tmp_path):
+    inputs, labels = models.mostly_learnt(Generator().manual_seed(0))
+    data = [{"states": x, "labels": y} for x, y in zip(inputs, labels, strict=True)]
+    config = dataclasses.replace(HALF, family=models.LADDER)
+    run = trained(tmp_path, SiftTrainer, model=Large(), data=data, sift=config, auto_find_batch_size=True)
+    assert logged(run, "samples_trained") == [3, 6, 9, 12, 15]
+    assert logged(run, "candidates_seen") == [6, 12, 18, 24, 30]
+
+
 # What cannot work
 
 

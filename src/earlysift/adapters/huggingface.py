@@ -114,9 +114,9 @@ class SiftTrainerMixin(_Base):  # type: ignore[misc, valid-type]
         """Logs of training, with what was seen, what was trained on, and the sifter's numbers."""
         if "loss" in logs or "train_runtime" in logs:
             logs.update(self._totals | self.sifter.stats())
-        if "train_runtime" in logs:
+        if seconds := logs.get("train_runtime"):
             trained = self._totals["samples_trained"] - self._trained_before
-            logs["train_samples_per_second"] = round(trained / logs["train_runtime"], 3)  # not candidates
+            logs["train_samples_per_second"] = round(trained / seconds, 3)  # not candidates
         super().log(logs, *args, **kwargs)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
@@ -130,7 +130,7 @@ class SiftTrainerMixin(_Base):  # type: ignore[misc, valid-type]
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        state = {"version": 1, "batch_size": self._train_batch_size, "sifter": self.sifter.state_dict(), **self._totals}
+        state = {"batch_size": self._train_batch_size, "sifter": self.sifter.state_dict(), **self._totals}
         path = Path(output_dir, _state_name(self.args.process_index))
         files.write_whole(path, lambda part: part.write_text(json.dumps(state), encoding="utf-8"))
 
