@@ -25,12 +25,18 @@ def results_page():
 
 
 @pytest.mark.parametrize(
-    ("name", "printed"), [("README.md", "sift/rank_correlation"), ("docs/when-it-helps.md", "sift/step")]
+    ("name", "printed"),
+    [
+        ("README.md", "sift/rank_correlation"),
+        ("docs/when-it-helps.md", "sift/step"),
+        ("docs/trainer.md", "'samples_trained': 32"),
+    ],
 )
-def test_a_document_has_one_python_block_and_it_runs(name, printed):
+def test_a_document_has_one_python_block_and_it_runs(name, printed, tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), flags=re.DOTALL)
     assert len(blocks) == 1
-    done = subprocess.run([sys.executable, "-c", blocks[0]], capture_output=True, text=True, timeout=120, check=False)
+    command = [sys.executable, "-c", blocks[0]]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert printed in done.stdout
 
@@ -60,6 +66,7 @@ def test_links_between_documents_lead_somewhere():
         "docs/design.md",
         "docs/log.md",
         "docs/results.md",
+        "docs/trainer.md",
         "docs/when-it-helps.md",
     ):
         text = (ROOT / name).read_text(encoding="utf-8")

@@ -1081,6 +1081,28 @@ def test_without_reference_costs_prices_are_the_times_that_were_measured():
     assert max(counts) - min(counts) <= 1
 
 
+def test_a_loop_that_times_its_training_is_charged_that_and_not_what_else_it_does():
+    now = [0.0]
+    ledger = Ledger(clock=lambda: now[0])
+    control = Control(probe_share=0.2)
+    sifter = sifter_of(models.ladder(), mode="auto", family=models.LADDER, control=control, ledger=ledger)
+
+    def work(module, args, output):
+        now[0] += len(args[0]) * 1e-3  # a layer takes a millisecond per row
+
+    for rung in sifter.model.rungs:
+        rung.register_forward_hook(work)
+    rows = []
+    for pool in sequence("l" * 10):
+        sifter.sift(pool)
+        with ledger.timed("train"):
+            now[0] += 100e-3
+        now[0] += 5.0  # an evaluation, say
+        rows.append(ledger.end())
+    told = [row["control"] for row in rows if "control" in row][-1]
+    assert told["cost.1.0.5"] == pytest.approx(1 + 64 / 100)
+
+
 def test_a_loop_that_reads_only_what_is_wanted_trains_on_the_same_batches():
     def first_rows(sifter, pool):
         return pool[0][: sifter.wanted], pool[1][: sifter.wanted]

@@ -28,6 +28,7 @@ FLOORS = {
     "probes": 2,
     "controller": 3,
     "sifter": 4,
+    "adapters": 5,
     "checkup": 5,
     "pretrain": 5,
     "report": 5,
@@ -161,7 +162,10 @@ def games(source):
 
 @every_file
 def test_no_super_no_abstract_classes_no_registries(path):
-    assert games(path.read_text()) == set()
+    demanded = (
+        {"super()"} if room_of(path) == "adapters" else set()
+    )  # other people's trainers are extended by nothing else
+    assert games(path.read_text()) - demanded == set()
 
 
 def test_the_check_of_inheritance_finds_each_game():

@@ -1,0 +1,232 @@
+"""SIFT inside `transformers.Trainer` and its subclasses: pools from the Trainer's own loader, selected on the device.
+
+Needs ``pip install earlysift[hf]``. For TRL put the mixin in front: ``class MySift(SiftTrainerMixin, SFTTrainer)``.
+"""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from earlysift import exits, files, pools, scorers
+from earlysift.controller import Control
+from earlysift.exits import Family
+from earlysift.ledger import Ledger
+from earlysift.losses import Reduction
+from earlysift.schedules import Schedule
+from earlysift.scorers import Scorer
+from earlysift.sifter import Sifter
+
+try:
+    from transformers import Trainer
+except ImportError as error:
+    raise ImportError(
+        "earlysift.adapters.huggingface needs transformers and accelerate. Install them: pip install 'earlysift[hf]'"
+    ) from error
+
+_LOG = logging.getLogger("earlysift")
+_Base = Trainer if TYPE_CHECKING else object
+
+
+@dataclass(frozen=True)
+class SiftConfig:
+    """What a Trainer is told about selection: arguments of `earlysift.Sifter`, explained there.
+
+    The number kept, b, is the Trainer's own ``per_device_train_batch_size``; its loader gives pools of ``b / keep``.
+    The rule is greedy, as a Trainer's loss does not weigh samples.
+
+    Example:
+        >>> SiftConfig(keep=0.25, depth=2).keep
+        0.25
+    """
+
+    keep: float = 0.5
+    depth: int = 1
+    score: str | Scorer = "loss"
+    schedule: Schedule | None = None
+    mode: Literal["fixed", "auto"] = "fixed"
+    control: Control | None = None
+    family: Family | None = None
+    reduction: Reduction = "mean"
+    drop_outliers: float = 0.0
+    probe_every: int = 100
+    trim: bool = False
+    scope: Literal["local", "global"] = "local"
+    seed: int = 0
+    chunk_rows: int | None = None
+    dtype: torch.dtype | str | None = scorers.AUTO_DTYPE
+
+
+class SiftTrainerMixin(_Base):  # type: ignore[misc, valid-type]
+    """To be put in front of `transformers.Trainer` or a subclass: it then trains on the samples that `sift` selects.
+
+    A micro-batch is b of b / keep candidates, chosen before the Trainer counts the batch's items, so that losses,
+    accumulation and metrics are those of what is trained on. An epoch is one pass over the candidates. A last pool with
+    fewer than b candidates is trained on whole, as the Trainer does with a last batch. Evaluation is left alone.
+
+    Logs of training carry ``candidates_seen`` and ``samples_trained`` (all processes) and ``sift/...`` (this process,
+    see `earlysift.Sifter.stats`). Checkpoints carry the state of selection, a file per process.
+
+    Args:
+        sift: What to keep, and how to score; the other arguments are the Trainer's.
+
+    Raises:
+        ValueError: If the model, the configuration, or what the Trainer does with its data cannot be selected from.
+    """
+
+    _train_batch_size: int  # the Trainer's, which changes while it searches for one that fits
+
+    def __init__(self, *args: Any, sift: SiftConfig, **kwargs: Any) -> None:
+        self.sift = sift
+        super().__init__(*args, **kwargs)
+        self._refuse_what_cannot_work()
+        self._totals = {"candidates_seen": 0, "samples_trained": 0}
+        self._trained_before = 0
+        self.sifter = self._new_sifter(total_steps=None)
+
+    def get_train_dataloader(self) -> Any:
+        """The Trainer's own loader, with pools for batches."""
+        batch_size = self._train_batch_size
+        self._train_batch_size = round(batch_size / self.sift.keep)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self._train_batch_size = batch_size
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        """Selected micro-batches of one optimizer step, and the number of items in them."""
+        # As the Trainer's training_step does later; an evaluation may have ended just now.
+        self.model_wrapped.train()
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()
+        return super().get_batch_samples(map(self._selected, epoch_iterator), num_batches, device)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """One micro-batch, timed: the ledger's price of training."""
+        with self.sifter.ledger.timed("train"):
+            return super().training_step(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Logs of training, with what was seen, what was trained on, and the sifter's numbers."""
+        if "loss" in logs or "train_runtime" in logs:
+            logs.update(self._totals | self.sifter.stats())
+        if seconds := logs.get("train_runtime"):
+            trained = self._totals["samples_trained"] - self._trained_before
+            logs["train_samples_per_second"] = round(trained / seconds, 3)  # not candidates
+        super().log(logs, *args, **kwargs)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        self._totals = dict.fromkeys(self._totals, 0)
+        self.sifter = self._new_sifter(total_steps=max_steps * self.args.gradient_accumulation_steps)
+        if resume_from_checkpoint is not None:
+            self._load_selection(Path(resume_from_checkpoint))
+        self._trained_before = self._totals["samples_trained"]
+        return prepared
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        state = {"batch_size": self._train_batch_size, "sifter": self.sifter.state_dict(), **self._totals}
+        path = Path(output_dir, _state_name(self.args.process_index))
+        files.write_whole(path, lambda part: part.write_text(json.dumps(state), encoding="utf-8"))
+
+    def _load_selection(self, checkpoint: Path) -> None:
+        path = checkpoint / _state_name(self.args.process_index)
+        if not path.exists():  # more processes than before; steps and decisions are common to all
+            path = checkpoint / _state_name(0)
+        if not path.exists():
+            _LOG.warning("%s holds no state of selection (a plain Trainer's?): selection starts anew.", checkpoint)
+            return
+        state = json.loads(path.read_text(encoding="utf-8"))
+        if state["batch_size"] != self._train_batch_size:
+            raise ValueError(
+                f"The checkpoint's batches held {state['batch_size']} samples, now they hold {self._train_batch_size}. "
+                f"Resume with per_device_train_batch_size={state['batch_size']}, or delete {path.name} from "
+                f"{checkpoint} to start selection anew."
+            )
+        self.sifter.load_state_dict(state["sifter"])
+        self._totals = {name: state[name] for name in self._totals}
+
+    def _new_sifter(self, total_steps: int | None) -> Sifter:
+        options = dict(vars(self.sift))
+        ledger = Ledger()
+        if self.sift.mode == "auto":
+            control = self.sift.control or Control()
+            options["control"] = dataclasses.replace(control, total_steps=control.total_steps or total_steps)
+            ledger = Ledger(device=self.args.device)  # decisions rest on its times, which are then worth waiting for
+        # Scoring enters from outside what it knows (compiled code is then used), and goes around other wrappers.
+        known = exits.unwrap(self.model_wrapped) is exits.unwrap(self.model)
+        model = self.model_wrapped if known else self.model
+        return Sifter(model, kept=self._train_batch_size, ledger=ledger, **options)
+
+    def _selected(self, pool: Any) -> Any:
+        pool = self._prepare_inputs(pool)
+        size = pools.pool_size(pool)
+        # Only the last pool of an epoch can be that small: the first one is refused by the sifter.
+        leftover = size < self._train_batch_size and self.sifter.step > 0
+        batch = pool if leftover else self.sifter.sift(pool)
+        # Pools are equally large on all processes: accelerate evens them out.
+        self._totals["candidates_seen"] += size * self.args.world_size
+        self._totals["samples_trained"] += pools.pool_size(batch) * self.args.world_size
+        return batch
+
+    def _refuse_what_cannot_work(self) -> None:
+        batch_size, keep = self._train_batch_size, self.sift.keep
+        problems = [
+            (
+                self.args.train_sampling_strategy == "batch_rebalance",
+                "train_sampling_strategy='batch_rebalance' builds batches of its own, not pools. Use another strategy.",
+            ),
+            (
+                getattr(self, "padding_free", False) or getattr(self.data_collator, "padding_free", False),
+                "Padding-free batches (also packing_strategy='bfd') are one row, whose samples cannot be told apart. "
+                "Use packing_strategy='wrapped', or packing=False and padding_free=False.",
+            ),
+            (
+                self.get_tp_size() * self.get_cp_size() * self.get_sp_size() > 1,
+                "Tensor, context and sequence parallelism share a batch between processes, which select on their own. "
+                "Use data parallelism.",
+            ),
+            (
+                0 < keep < 1 and round(batch_size / keep) == batch_size,
+                f"keep={keep} leaves no choice with batches of {batch_size}: a pool would hold {batch_size}, too. "
+                "Use larger batches or a smaller keep.",
+            ),
+        ]
+        found = [message for bad, message in problems if bad]
+        if found:
+            raise ValueError("SIFT cannot work in this Trainer:\n" + "\n".join(f"- {message}" for message in found))
+
+
+class SiftTrainer(SiftTrainerMixin, Trainer):  # type: ignore[misc]
+    """`transformers.Trainer` that trains on the samples that `sift` selects.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import BertConfig, BertForMaskedLM, TrainingArguments
+        >>> config = BertConfig(vocab_size=50, hidden_size=16, num_attention_heads=2, intermediate_size=16)
+        >>> ids = torch.arange(16 * 8).reshape(16, 8) % 50
+        >>> trainer = SiftTrainer(
+        ...     model=BertForMaskedLM(config),
+        ...     args=TrainingArguments(tempfile.mkdtemp(), per_device_train_batch_size=4, max_steps=2, use_cpu=True,
+        ...                            disable_tqdm=True, save_strategy="no"),
+        ...     train_dataset=[{"input_ids": row, "labels": row} for row in ids],
+        ...     sift=SiftConfig(keep=0.5, depth=1),
+        ... )
+        >>> metrics = trainer.train().metrics  # doctest: +ELLIPSIS
+        {'train_runtime': ...}
+        >>> metrics["candidates_seen"], metrics["samples_trained"]
+        (16, 8)
+
+    Reference:
+        Das et al., SIFT, ICML 2024, arXiv 2402.07052.
+    """
+
+
+def _state_name(process: int) -> str:
+    return f"sifter_{process}.json"
