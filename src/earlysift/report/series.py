@@ -156,9 +156,7 @@ def band(runs: list[Results], kind: str, x: str, y: str) -> Band | None:
     return Band(grid.tolist(), *(reduced.tolist() for reduced in (values.mean(0), values.min(0), values.max(0))))
 
 
-def frame(
-    bands: list[tuple[Band, bool]], levels: Iterable[float] = (), whole: bool = False
-) -> tuple[float, float]:
+def frame(bands: list[tuple[Band, bool]], levels: Iterable[float] = (), whole: bool = False) -> tuple[float, float]:
     """Bottom and top of a chart, from all but the first quarter of the curves, whose steep part would flatten the rest.
 
     Args:
@@ -172,7 +170,12 @@ def frame(
     """
 
     def extent(wanted: list[Band]) -> tuple[float, float]:
-        late = [value for band in wanted for part in (band.low, band.high) for value in part[0 if whole else len(part) // 4 :]]
+        late = [
+            value
+            for band in wanted
+            for part in (band.low, band.high)
+            for value in part[0 if whole else len(part) // 4 :]
+        ]
         return min((*late, *levels)), max((*late, *levels))
 
     every = [band for band, _ in bands]

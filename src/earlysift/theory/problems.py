@@ -14,6 +14,7 @@ from torch import Generator, Tensor
 
 PRECISION = 1e-11  # of the gradient at the minimum, relative to that at the start
 NEWTON_STEPS = 100
+STEPS_AT_ONCE = 64  # of a run, where all losses along it are looked at
 
 
 @dataclass(frozen=True)
@@ -272,7 +273,10 @@ def sample_gradients(given: Problem, weights: Tensor, index: Tensor) -> Tensor:
 
 def objective(given: Problem, weights: Tensor) -> Tensor:
     """F(w), ``(...)`` for weights ``(..., d)``."""
-    return sample_losses(given, weights).mean(dim=-1)
+    if weights.ndim < 3:
+        return sample_losses(given, weights).mean(dim=-1)
+    # A long run has more losses than memory should hold at once.
+    return torch.cat([sample_losses(given, some).mean(dim=-1) for some in weights.split(STEPS_AT_ONCE)])
 
 
 def weighted_gradient(given: Problem, weights: Tensor, shares: Tensor) -> Tensor:

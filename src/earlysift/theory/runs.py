@@ -7,6 +7,7 @@ over ranks with known weights (`rank_shares`), not an estimate.
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -221,6 +222,7 @@ def check_pool(pool: int, kept: int = 1) -> None:
         raise ValueError(f"Expected 1 <= b <= R, got b = {kept} of R = {pool}; enlarge the pool or keep fewer.")
 
 
+@lru_cache(maxsize=64)
 def rank_shares(samples: int, pool: int, kept: int = 1) -> Tensor:
     r"""How much of a greedy batch falls to the sample of each rank, largest score first.
 
