@@ -74,8 +74,8 @@ Examples:
 
 _THEORY_HELP = """Hold what theory promises of selection against what convex problems and linear networks do.
 
-Some two minutes on two cores, nothing to download. Prints bound, measured and ratio; writes theory.html, theory.json and
-a picture of each experiment. Experiments: {experiments}; all if none is named.
+Some two minutes on two cores, nothing to download. Prints bound, measured and ratio; writes theory.html, theory.json
+and a picture of each experiment. Experiments: {experiments}; all if none is named.
 
 Examples:
 

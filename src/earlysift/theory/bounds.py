@@ -1,10 +1,10 @@
 r"""The statements in closed form: T1 to T4, T6 and what sharpens them (T5, T7, C1 and C2 are in `earlysift.costs`).
 
-Notation: f convex, L-smooth, not negative; eta the step size, K steps, D = |w_0 - w*|; R candidates of which b are kept;
-rho the selection gain, M* = E[mean loss at w* of the b candidates that are hardest there] >= F* = F(w*). Proofs, and what
-is the paper's: docs/theory.md. Every statement is derived for this project, after Das, Chen, Ieong, Bansal and Sanghavi,
-Understanding the Training Speedup from Sampling with Approximate Losses, ICML 2024, arXiv 2402.07052, of which the
-abstract was at hand.
+Notation: f convex, L-smooth, not negative; eta the step size, K steps, D = |w_0 - w*|; R candidates of which b are
+kept; rho the selection gain, M* = E[mean loss at w* of the b candidates that are hardest there] >= F* = F(w*). Proofs,
+and what is the paper's: docs/theory.md. Every statement is derived for this project, after Das, Chen, Ieong, Bansal and
+Sanghavi, Understanding the Training Speedup from Sampling with Approximate Losses, ICML 2024, arXiv 2402.07052, of
+which the abstract was at hand.
 """
 
 import math
@@ -145,8 +145,8 @@ def additive_choice(choice: float, e: float) -> float:
 def crossing_step(distance2: float, eta: float, gain: float, floor: float, minimum: float) -> float:
     r"""Number of steps from which on SGD promises more than greedy SGD: where T1 and T2 are equal.
 
-    ``K = D^2 (rho - 1) / (2 eta (M* - rho F*))``; never (infinity) if ``M* <= rho F*``, as in interpolation, and from the
-    first step (0) if rho <= 1.
+    ``K = D^2 (rho - 1) / (2 eta (M* - rho F*))``; never (infinity) if ``M* <= rho F*``, as in interpolation, and from
+    the first step (0) if rho <= 1.
 
     Args:
         distance2: D^2.
@@ -229,8 +229,8 @@ def switch_level(gain: float, floor: float, minimum: float, eta: float, smoothne
 def annealed_bound(distance2: float, steps: int, eta: float, smoothness: float, minimum: float, noise: float) -> float:
     r"""What the uniform end of an annealed run promises: F* is reached, greedy only shortens the way (T9).
 
-    ``E F(mean w) <= F* + E|w_t - w*|^2 / (2 eta K) + eta sigma*^2 / (2 (1 - L eta))`` over the K uniform steps behind the
-    switch at step t; with t = 0 it is T2 in its sharpest form.
+    ``E F(mean w) <= F* + E|w_t - w*|^2 / (2 eta K) + eta sigma*^2 / (2 (1 - L eta))`` over the K uniform steps behind
+    the switch at step t; with t = 0 it is T2 in its sharpest form.
 
     Args:
         distance2: E|w_t - w*|^2 at the switch.
@@ -266,7 +266,9 @@ def normal_choice(pool: int, kept: int = 1) -> float:
 
 
 def gaussian_gain(pool: int, kept: int = 1) -> float:
-    r"""Gain of exact losses in least squares on Gaussian data, everywhere: mean of the b largest of R chi-squares (T10).
+    r"""Gain of exact losses in least squares on Gaussian data, at every w (T10).
+
+    ``rho = E[mean of the b largest of R chi-squares]``
 
     There f is F times a chi-square of one degree of freedom at every w, so ``G = rho F``, ``grad G = rho grad F``, and
     greedy SGD has no floor but that of its noise.

@@ -98,7 +98,7 @@ def greedy_minimum(given: Problem, pool: int, kept: int = 1, steps: int = 1000) 
 def gains(given: Problem, weights: Tensor, pool: int, kept: int = 1, score: Score = exact_loss) -> Tensor:
     """Selection gain rho at every point, exactly, for a score without chance: ``(K, S)`` for weights ``(K, S, d)``."""
     parts = []
-    for some in weights.split(STEPS_AT_ONCE):
+    for some in torch.split(weights, STEPS_AT_ONCE):
         losses = sample_losses(given, some)
         scores = losses
         if score is not exact_loss:
@@ -145,7 +145,7 @@ def check_run(
     if not 0 < eta * given.smoothness < 1:
         raise ValueError(f"The bound needs 0 < eta < 1 / L = {1 / given.smoothness:.4g}, got eta = {eta:.4g}.")
     visited = seen.iterates[:-1]
-    steps, seeds = visited.shape[:2]
+    steps = len(visited)
     rho = gains(given, visited, pool, kept) if gain is None else gain
     least = rho.min().item()
     measured = objective(given, visited.mean(dim=0)).mean().item()
@@ -243,7 +243,7 @@ def check_unbiased_run(given: Problem, seen: Run, *, eta: float, pool: int) -> C
     """T7+ on a run of the unbiased rule by gradient norms: F at the mean iterate against `unbiased_bound`."""
     require_smooth_convex(given)
     visited = seen.iterates[:-1]
-    most = max(_second_moments(given, some, pool).max().item() for some in visited.split(STEPS_AT_ONCE))
+    most = max(_second_moments(given, some, pool).max().item() for some in torch.split(visited, STEPS_AT_ONCE))
     minimum = objective(given, given.optimum).item()
     measured = objective(given, visited.mean(dim=0)).mean().item()
     bound = bounds.unbiased_bound(given.distance2, len(visited), eta, given.smoothness, minimum, most)

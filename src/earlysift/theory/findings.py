@@ -1,4 +1,7 @@
-"""What an experiment found, as data: a sentence, tables, charts. The page, the pictures and the JSON are made from it."""
+"""What an experiment found, as data: a sentence, tables, a chart.
+
+The page, the pictures and the JSON are made from it.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -23,7 +26,7 @@ class Table:
 
     title: str
     headers: tuple[str, ...]
-    rows: list[tuple[Cell, ...]]
+    rows: Sequence[tuple[Cell, ...]]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-r"""Early exit in deep linear networks: does a shallow exit keep the sample with the largest loss?
+r"""Early exit in deep linear networks: how often a shallow exit keeps the sample with the largest loss.
 
 A network of L square layers maps x to ``H W_L ... W_1 x``; the loss is half the squared distance to a teacher's output
 ``T x``, the inputs are Gaussian. An exit at depth k puts the model's own head on layer k: ``H W_k ... W_1 x``. So the
@@ -77,7 +77,7 @@ def direction_correlation(errors: Tensor, exact: Tensor) -> float:
         -1.0
     """
     cosine = (errors * exact).sum() / (errors.norm() * exact.norm())
-    return cosine.clamp(-1, 1).item()
+    return float(cosine.clamp(-1, 1))
 
 
 def loss_correlation(errors: Tensor, exact: Tensor) -> float:
@@ -94,7 +94,7 @@ def loss_correlation(errors: Tensor, exact: Tensor) -> float:
         0.0
     """
     shared = (errors @ exact.T).square().sum()
-    return (shared / ((errors @ errors.T).norm() * (exact @ exact.T).norm())).clamp(-1, 1).item()
+    return float((shared / ((errors @ errors.T).norm() * (exact @ exact.T).norm())).clamp(-1, 1))
 
 
 def measure_agreement(

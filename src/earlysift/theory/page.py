@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,7 +61,7 @@ def write(findings: list[Finding], out: Path, settings: Mapping[str, Any], facts
     for finding in findings:
         drawn = picture(finding.chart)
         for form in ("png", "svg"):
-            write_whole(out / f"{finding.name}.{form}", lambda part, drawn=drawn, form=form: _save(drawn, part, form))
+            write_whole(out / f"{finding.name}.{form}", partial(_save, drawn, form))
     page = render(findings, facts)
     write_whole(out / PAGE, lambda part: part.write_text(page, encoding="utf-8"))
     return out / PAGE
@@ -100,7 +101,7 @@ def picture(chart: Chart) -> Figure:
     return figure
 
 
-def _save(figure: Figure, path: Path, form: str) -> None:
+def _save(figure: Figure, form: str, path: Path) -> None:
     import matplotlib
 
     # Without a date and with fixed names of its parts, the same figure gives the same bytes.

@@ -1,5 +1,6 @@
-r"""Problems whose minimum is known: F(w) = mean over n samples of f_i(w), f_i(w) = loss(a_i . w, y_i) + ridge |w|^2 / 2.
+r"""Problems whose minimum is known.
 
+``F(w) = mean over n samples of f_i(w)``, ``f_i(w) = loss(a_i . w, y_i) + ridge |w|^2 / 2``.
 Letters of shapes: S seeds, n samples, d features, R candidates. Everything is float64 on the CPU.
 """
 
@@ -170,10 +171,10 @@ def synthetic(
 ) -> Problem:
     r"""A random problem with a controlled condition number, noise and tail.
 
-    Features are Gaussian with standard deviations that fall geometrically to ``1 / sqrt(condition)``, besides a constant
-    one. The noise of a regression is ``noise * (exp(tail z) - mean)``, scaled to unit variance (z Gaussian; ``tail = 0``
-    is z itself), so a larger tail is heavier and more one-sided; for the logistic loss, ``noise`` divides the margins
-    from which labels are drawn.
+    Features are Gaussian with standard deviations that fall geometrically to ``1 / sqrt(condition)``, besides a
+    constant one. The noise of a regression is ``noise * (exp(tail z) - mean)``, scaled to unit variance (z Gaussian;
+    ``tail = 0`` is z itself), so a larger tail is heavier and more one-sided; for the logistic loss, ``noise`` divides
+    the margins from which labels are drawn.
 
     Args:
         generator: The only source of randomness.
@@ -276,7 +277,7 @@ def objective(given: Problem, weights: Tensor) -> Tensor:
     if weights.ndim < 3:
         return sample_losses(given, weights).mean(dim=-1)
     # A long run has more losses than memory should hold at once.
-    return torch.cat([sample_losses(given, some).mean(dim=-1) for some in weights.split(STEPS_AT_ONCE)])
+    return torch.cat([sample_losses(given, some).mean(dim=-1) for some in torch.split(weights, STEPS_AT_ONCE)])
 
 
 def weighted_gradient(given: Problem, weights: Tensor, shares: Tensor) -> Tensor:
@@ -300,8 +301,8 @@ def _minimum(given: Problem) -> Tensor:
         bends = given.loss.bend(margins(given, w), given.targets).double()
         hessian = (given.features.T * (bends / n)) @ given.features + given.ridge * torch.eye(width).double()
         step = torch.linalg.lstsq(hessian, gradient.unsqueeze(1), driver="gelsd").solution.squeeze(1)
-        # Halve until it descends: far from the minimum a full step may overshoot. Next to it the objective has no digits
-        # left to fall in, so rounding is forgiven.
+        # Halve until it descends: far from the minimum a full step may overshoot. Next to it the objective has no
+        # digits left to fall in, so rounding is forgiven.
         size, before = 1.0, objective(given, w).item()
         while objective(given, w - size * step).item() > before + 1e-14 * max(1.0, before) and size > 1e-6:
             size /= 2

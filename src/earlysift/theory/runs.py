@@ -7,6 +7,7 @@ over ranks with known weights (`rank_shares`), not an estimate.
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
@@ -19,7 +20,8 @@ from earlysift.theory.problems import Problem, sample_gradients, sample_losses
 Rule = Literal["uniform", "greedy", "unbiased"]
 
 
-class Candidates(NamedTuple):
+@dataclass(frozen=True)
+class Candidates:
     """What a score may look at: the candidates of one step on every seed."""
 
     problem: Problem
@@ -207,7 +209,8 @@ def run(
 
 def gradient_norms(seen: Candidates) -> Tensor:
     """Length of each candidate's gradient: the score for which the unbiased rule is best (T7)."""
-    return sample_gradients(seen.problem, seen.weights, seen.index).norm(dim=-1)
+    norms: Tensor = sample_gradients(seen.problem, seen.weights, seen.index).norm(dim=-1)
+    return norms
 
 
 def check_pool(pool: int, kept: int = 1) -> None:

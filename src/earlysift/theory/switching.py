@@ -59,7 +59,9 @@ def mean_path(given: Problem, *, eta: float, steps: int, pool: int, kept: int = 
 
 
 def turning_point(given: Problem, path: Tensor, pool: int, kept: int = 1) -> int | None:
-    r"""First step of a greedy mean path from which a uniform step lowers F more: ``<grad G, grad F> <= |grad F|^2`` (T8).
+    r"""First step of a greedy mean path from which a uniform step lowers F more (T8).
+
+    ``<grad G, grad F> <= |grad F|^2``
 
     Args:
         given: The problem.
@@ -158,8 +160,8 @@ def best_switch(seen: Switched, target: float) -> tuple[int | None, list[int | N
         target: Objective to reach.
 
     Returns:
-        The best time (middle of those within a hundredth of the best), None where no switch is needed or none helps; and
-        the step at which each is at the target, None where it never is.
+        The best time (middle of those within a hundredth of the best), None where no switch is needed or none helps;
+        and the step at which each is at the target, None where it never is.
     """
     times = [_first(curve <= target) for curve in seen.objective.T]
     reached = [time for time in times if time is not None]
