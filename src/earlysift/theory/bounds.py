@@ -8,6 +8,7 @@ which the abstract was at hand.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from earlysift.theory.runs import check_pool
 
 GRID = 8.0, 500  # reach in standard deviations and cells of the integrals over Gaussians
+LEAST_ANGLE = 0.1  # arccos of the correlation down to which the grid resolves the density of a pair
 
 
 def greedy_bound(distance2: float, steps: int, eta: float, smoothness: float, floor: float, gain: float) -> float:
@@ -299,7 +301,7 @@ def normal_tail(keep: float) -> float:
     """
     if not 0 < keep <= 1:
         raise ValueError(f"keep must be in (0, 1], got {keep}.")
-    z = -torch.special.ndtri(torch.tensor(keep).double())
+    z = -torch.special.ndtri(torch.tensor(keep, dtype=torch.float64))
     return _phi(z).item() / keep
 
 
@@ -326,13 +328,13 @@ def agreement(correlation: float, pool: int) -> float:
     """
     r = _correlation(correlation)
     check_pool(pool)
-    if abs(r) == 1 or pool == 1:
-        return float(r > 0 or pool == 1)
+    if pool == 1:
+        return 1.0
     if pool == 2:
         return 0.5 + math.asin(r) / math.pi
     reach, cells = GRID
     z = _centres(-reach, reach, cells)
-    return _agreement(_pair_density(z, z, r), pool)
+    return _by_angle(r, float(r > 0), lambda r: _agreement(_pair_density(z, z, r), pool))
 
 
 def agreement_of_squares(correlation: float, pool: int) -> float:
@@ -353,13 +355,13 @@ def agreement_of_squares(correlation: float, pool: int) -> float:
     """
     s = _correlation(correlation)
     check_pool(pool)
-    if abs(s) == 1 or pool == 1:
+    if pool == 1:
         return 1.0
     if pool == 2:
         return 0.5 + 2 * (math.asin(s) / math.pi) ** 2
     reach, cells = GRID
     z = _centres(0.0, reach, cells)
-    return _agreement(_pair_density(z, z, s) + _pair_density(z, -z, s), pool)
+    return _by_angle(s, 1.0, lambda s: _agreement(_pair_density(z, z, s) + _pair_density(z, -z, s), pool))
 
 
 def kept_overlap(correlation: float, keep: float) -> float:
@@ -382,7 +384,7 @@ def kept_overlap(correlation: float, keep: float) -> float:
         return 1.0
     if r == -1:
         return max(0.0, 2 - 1 / keep)
-    z = -torch.special.ndtri(torch.tensor(keep).double()).item()
+    z = -torch.special.ndtri(torch.tensor(keep, dtype=torch.float64)).item()
     u = torch.linspace(z, z + 14, 8001, dtype=torch.float64)
     inner = torch.special.ndtr((r * u - z) / math.sqrt(1 - r**2))
     return torch.trapezoid(_phi(u) * inner, u).item() / keep
@@ -409,6 +411,16 @@ def _correlation(r: float) -> float:
     if not -1 <= r <= 1:
         raise ValueError(f"A correlation must be in [-1, 1], got {r}.")
     return r
+
+
+def _by_angle(r: float, limit: float, integral: Callable[[float], float]) -> float:
+    """An integral over pairs with correlation r; next to |r| = 1, a parabola in the angle from what it is there."""
+    angle = math.acos(abs(r))
+    if angle >= LEAST_ANGLE:
+        return integral(r)
+    one, two = (integral(math.copysign(math.cos(times * LEAST_ANGLE), r)) - limit for times in (1, 2))
+    x = angle / LEAST_ANGLE
+    return limit + x * (2 * one - two / 2) + x**2 * (two / 2 - one)
 
 
 def _phi(z: Tensor) -> Tensor:

@@ -64,7 +64,9 @@ def at_least(measured: float, bound: float) -> Check:
 
 def equal(measured: float, predicted: float, error: float, slack: float = 0.0) -> Check:
     """An equality, measured by chance: within five standard errors, and what the prediction is computed to."""
-    return Check(measured, predicted, abs(measured - predicted) <= SURE * error + slack, "equal")
+    return Check(
+        measured, predicted, abs(measured - predicted) <= SURE * error + slack + 1e-9 * abs(predicted), "equal"
+    )
 
 
 def floor(given: Problem, pool: int, kept: int = 1) -> float:

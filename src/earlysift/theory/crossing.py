@@ -80,20 +80,18 @@ def crossing(asked: Asked, show: Show) -> Finding:
             Table(
                 "Switch-off time, in steps: best measured, and found live by the controller (R = 64, "
                 "b = 16, unit steps)",
-                (
-                    "problem",
-                    "best",
-                    "controller",
-                    "controller / best",
-                    "to target: best",
-                    "controller ",
-                    "uniform",
-                    "greedy",
-                    "plain SGD: T8 on the mean path",
-                    "plain SGD: best",
-                    "T8 / best",
-                ),
-                switches,
+                ("problem", "best", "controller", "controller / best"),
+                [row[:4] for row in switches],
+            ),
+            Table(
+                "Steps to the target",
+                ("problem", "best switch", "controller", "uniform", "greedy"),
+                [(row[0], *row[4:8]) for row in switches],
+            ),
+            Table(
+                "Switch-off time of plain SGD, in steps (R = 16, b = 4)",
+                ("problem", "T8 on the mean path", "best measured", "T8 / best"),
+                [(row[0], *row[8:]) for row in switches],
             ),
             Table(
                 "Where each ends, F - F*: annealing keeps no floor",

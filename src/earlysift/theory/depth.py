@@ -55,9 +55,9 @@ def linear(asked: Asked, show: Show) -> Finding:
                     overlaps.append([each.overlap for each in found])
                 depths = list(range(1, depth))
                 mean_seen, mean_said, mean_overlap = (
-                    torch.tensor(x).double().mean(dim=0) for x in (seen, said, overlaps)
+                    torch.tensor(x, dtype=torch.float64).mean(dim=0) for x in (seen, said, overlaps)
                 )
-                error = torch.tensor(seen).double().std(dim=0) / math.sqrt(networks)
+                error = torch.tensor(seen, dtype=torch.float64).std(dim=0) / math.sqrt(networks)
                 name = f"spread {spread:g}, {outputs} output{'s' * (outputs > 1)}"
                 lines.setdefault(name, {})[m] = (
                     depths,
@@ -80,7 +80,7 @@ def linear(asked: Asked, show: Show) -> Finding:
                             mean_said[i].item(),
                             mean_seen[i].item() / mean_said[i].item(),
                             mean_overlap[i].item(),
-                            torch.tensor(kept_said).double().mean(dim=0)[i].item() if kept_said else None,
+                            torch.tensor(kept_said, dtype=torch.float64).mean(dim=0)[i].item() if kept_said else None,
                         )
                     )
                 show((2 * (m * len(spreads) + s) + o + 1) / total)

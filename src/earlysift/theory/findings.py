@@ -83,19 +83,24 @@ def log10(values: Tensor) -> list[float]:
     return [math.log10(max(value, 1e-30)) for value in values.tolist()]
 
 
-def to_json(finding: Finding) -> dict[str, Any]:
-    """The numbers of a finding: its summary, its tables, and the points of its chart."""
+def numbers(finding: Finding) -> dict[str, Any]:
+    """What was found, as plain data: the summary and the tables."""
     return {
         "title": finding.title,
         "summary": finding.summary,
         "tables": {
-            table.title: [dict(zip(table.headers, row, strict=True)) for row in table.rows] for table in finding.tables
+            table.title: {"headers": list(table.headers), "rows": [list(row) for row in table.rows]}
+            for table in finding.tables
         },
-        "chart": {
-            "x": finding.chart.axis.label,
-            "measures": [each.label for each in finding.chart.measures],
-            "lines": {line.label: [run[POINTS] for run in line.runs] for line in finding.chart.traces},
-        },
+    }
+
+
+def curves(finding: Finding) -> dict[str, Any]:
+    """The points of a finding's chart, as plain data: for each line, the points of each of its runs."""
+    return {
+        "x": finding.chart.axis.label,
+        "measures": [each.label for each in finding.chart.measures],
+        "lines": {line.label: [run[POINTS] for run in line.runs] for line in finding.chart.traces},
     }
 
 

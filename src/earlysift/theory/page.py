@@ -15,13 +15,13 @@ from earlysift.report.figures import SETTINGS
 from earlysift.report.page import document
 from earlysift.report.series import band
 from earlysift.report.tables import row, table
-from earlysift.theory.findings import POINTS, Chart, Finding, Table, show_cell, to_json
+from earlysift.theory.findings import POINTS, Chart, Finding, Table, curves, numbers, show_cell
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 VERSION = 1
-NUMBERS, PAGE = "theory.json", "theory.html"
+NUMBERS, CURVES, PAGE = "theory.json", "curves.json", "theory.html"
 PICTURE_COLUMNS = 3
 
 
@@ -55,15 +55,17 @@ def write(findings: list[Finding], out: Path, settings: Mapping[str, Any], facts
         The path of the page.
     """
     out.mkdir(parents=True, exist_ok=True)
-    numbers = {"version": VERSION, **settings, "findings": {each.name: to_json(each) for each in findings}}
-    text = json.dumps(numbers, indent=1, allow_nan=True) + "\n"
-    write_whole(out / NUMBERS, lambda part: part.write_text(text, encoding="utf-8"))
+    tables = {"version": VERSION, **settings, "findings": {each.name: numbers(each) for each in findings}}
+    points = {"version": VERSION, **settings, "charts": {each.name: curves(each) for each in findings}}
+    for name, content, indent in ((NUMBERS, tables, 1), (CURVES, points, None)):
+        text = json.dumps(content, indent=indent) + "\n"
+        write_whole(out / name, partial(_write_text, text))
     for finding in findings:
         drawn = picture(finding.chart)
         for form in ("png", "svg"):
             write_whole(out / f"{finding.name}.{form}", partial(_save, drawn, form))
     page = render(findings, facts)
-    write_whole(out / PAGE, lambda part: part.write_text(page, encoding="utf-8"))
+    write_whole(out / PAGE, partial(_write_text, page))
     return out / PAGE
 
 
@@ -99,6 +101,10 @@ def picture(chart: Chart) -> Figure:
         }
         figure.legend(legend.values(), legend.keys(), loc="outside upper left", ncols=min(len(legend), 4))
     return figure
+
+
+def _write_text(text: str, path: Path) -> None:
+    path.write_text(text, encoding="utf-8")
 
 
 def _save(figure: Figure, form: str, path: Path) -> None:

@@ -107,7 +107,7 @@ def problem(
         features: ``(n, d)``.
         targets: ``(n,)``.
         loss: One of `LOSSES`, or a row of your own.
-        ridge: At least 0; the logistic loss needs some where the classes can be separated.
+        ridge: At least 0, above 0 for all but the squared loss: separable classes have no minimum without.
         start: w_0 ``(d,)``; zero if None.
 
     Raises:
@@ -125,7 +125,7 @@ def problem(
     features, targets = features.double(), targets.double()
     if not bool(features.isfinite().all() and targets.isfinite().all()) or not 0 <= ridge < math.inf:
         raise ValueError(f"Expected finite features and targets and a ridge >= 0, got ridge = {ridge}; clean the data.")
-    start = torch.zeros(features.size(1)).double() if start is None else start.double()
+    start = torch.zeros(features.size(1), dtype=torch.float64) if start is None else start.double()
     made = Problem(name, features, targets, loss, ridge, start, torch.full_like(start, math.nan))
     return replace(made, optimum=_minimum(made)) if not refusals(made) else made
 
@@ -280,22 +280,30 @@ def objective(given: Problem, weights: Tensor) -> Tensor:
     return torch.cat([sample_losses(given, some).mean(dim=-1) for some in torch.split(weights, STEPS_AT_ONCE)])
 
 
-def weighted_gradient(given: Problem, weights: Tensor, shares: Tensor) -> Tensor:
+def weighted_gradient(given: Problem, weights: Tensor, shares: Tensor | float) -> Tensor:
     """Gradient of sum_i shares_i f_i at weights ``(..., d)`` for shares ``(..., n)`` with sum 1: ``(..., d)``."""
     slopes = given.loss.slope(margins(given, weights), given.targets)
     return (shares * slopes) @ given.features + given.ridge * weights
+
+
+def mean_gradient(given: Problem, weights: Tensor) -> Tensor:
+    """Gradient of F at weights ``(..., d)``: ``(..., d)``."""
+    return weighted_gradient(given, weights, 1 / len(given.targets))
 
 
 def _minimum(given: Problem) -> Tensor:
     if given.loss is LOSSES["squared"] and not given.ridge:
         solution: Tensor = torch.linalg.lstsq(given.features, given.targets.unsqueeze(1), driver="gelsd").solution
         return solution.squeeze(1)
+    if not given.ridge:
+        raise ValueError(
+            f"The minimum of {given.name} may lie at infinity, where classes can be separated: give a ridge > 0."
+        )
     n, width = given.features.shape
-    even = torch.full((n,), 1 / n).double()
     w = given.start.clone()
-    first = weighted_gradient(given, w, even).norm().item()
+    first = mean_gradient(given, w).norm().item()
     for _ in range(NEWTON_STEPS):
-        gradient = weighted_gradient(given, w, even)
+        gradient = mean_gradient(given, w)
         if gradient.norm().item() <= PRECISION * max(first, 1.0):
             return w
         bends = given.loss.bend(margins(given, w), given.targets).double()
@@ -307,7 +315,7 @@ def _minimum(given: Problem) -> Tensor:
         while objective(given, w - size * step).item() > before + 1e-14 * max(1.0, before) and size > 1e-6:
             size /= 2
         w = w - size * step
-    raise ValueError(f"The minimum of {given.name} was not found; separable classes need a ridge, got {given.ridge}.")
+    raise ValueError(f"The minimum of {given.name} was not found; a larger ridge than {given.ridge:g} makes it easier.")
 
 
 def _lognormal_deviation(tail: float) -> float:

@@ -247,7 +247,11 @@ def rank_shares(samples: int, pool: int, kept: int = 1) -> Tensor:
     check_pool(pool, kept)
     chance = torch.arange(samples + 1, dtype=torch.float64) / samples
     counts = torch.arange(pool + 1, dtype=torch.float64)
-    ways = torch.lgamma(torch.tensor(pool + 1.0).double()) - torch.lgamma(counts + 1) - torch.lgamma(pool - counts + 1)
+    ways = (
+        torch.lgamma(torch.tensor(pool + 1.0, dtype=torch.float64))
+        - torch.lgamma(counts + 1)
+        - torch.lgamma(pool - counts + 1)
+    )
     log_mass = ways + torch.xlogy(counts, chance[:, None]) + torch.xlogy(pool - counts, 1 - chance[:, None])
     return (log_mass.exp() @ counts.clamp(max=kept)).diff() / kept
 

@@ -15,6 +15,7 @@ from earlysift import controller
 from earlysift.probes import Probe
 from earlysift.theory.problems import (
     Problem,
+    mean_gradient,
     objective,
     require_smooth_convex,
     sample_gradients,
@@ -49,10 +50,9 @@ def mean_path(given: Problem, *, eta: float, steps: int, pool: int, kept: int = 
     require_smooth_convex(given)
     check_pool(pool, kept)
     w, path = given.start, [given.start]
-    even = torch.full((len(given.targets),), 1 / len(given.targets)).double()
     for k in range(steps):
         greedy = until is None or k < until
-        shares = choice_shares(sample_losses(given, w), pool, kept) if greedy else even
+        shares = choice_shares(sample_losses(given, w), pool, kept) if greedy else 1 / len(given.targets)
         w = w - eta * weighted_gradient(given, w, shares)
         path.append(w)
     return torch.stack(path)
@@ -72,8 +72,7 @@ def turning_point(given: Problem, path: Tensor, pool: int, kept: int = 1) -> int
     Returns:
         The step; None if there is none on the path.
     """
-    even = torch.full((len(given.targets),), 1 / len(given.targets)).double()
-    uniform = weighted_gradient(given, path, even)
+    uniform = mean_gradient(given, path)
     greedy = weighted_gradient(given, path, choice_shares(sample_losses(given, path), pool, kept))
     return _first((greedy * uniform).sum(dim=1) <= uniform.square().sum(dim=1))
 
