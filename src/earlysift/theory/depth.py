@@ -130,7 +130,7 @@ def payoff(asked: Asked, show: Show) -> Finding:
     """The gain that pays, by fidelity, keep and depth, and where measured workloads lie."""
     layers, head, forward = 12, 0.04, 1 / 3  # a 12-layer encoder, its head a 25th of the forward pass
     keeps, depths = (0.5, 0.25, 0.125), (1, 2, 3, 6)
-    rs = [i / 20 for i in range(2, 21)]
+    rs = [i / 20 for i in range(6, 21)]
     lines: dict[str, dict[int, Line]] = {}
     rows = []
     for m, keep in enumerate(keeps):
@@ -213,9 +213,7 @@ def _workloads(folder: Path) -> list[tuple[str | int | float | None, ...]]:
                 continue
             r, gain = (sum(point[key] for point in late) / len(late) for key in ("rank_correlation", "gain"))
             cost = 1 + prices[scored] / prices["train"]
-            label = (
-                f"{results['data']['name']}, {results['arms'][name]['label']} ({path.stem.removeprefix('compare_')})"
-            )
+            label = f"{path.stem.removeprefix('compare_')}: {results['arms'][name]['label']}"
             exact = 1 + (gain - 1) / r if r > 0.1 else None
             speedup = results["comparison"].get(name, {}).get("speedup")
             rows.append((label, len(seeds), r, gain, exact, cost, costs.payoff(gain, cost), speedup))

@@ -99,7 +99,7 @@ def picture(chart: Chart) -> Figure:
         legend = {
             label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
         }
-        figure.legend(legend.values(), legend.keys(), loc="outside upper left", ncols=min(len(legend), 4))
+        figure.legend(legend.values(), legend.keys(), loc="outside upper left", ncols=min(len(legend), 1 + columns))
     return figure
 
 
