@@ -321,8 +321,8 @@ def agreement(correlation: float, pool: int) -> float:
         ValueError: If |r| > 1 or R < 1.
 
     Example:
-        >>> agreement(0.5, 2)
-        0.6666666666666666
+        >>> round(agreement(0.5, 2), 9) == round(2 / 3, 9)
+        True
         >>> round(agreement(0.0, 5), 4)
         0.2
     """
