@@ -553,6 +553,9 @@ def test_command_writes_page_pictures_and_numbers_that_are_the_same_again(tmp_pa
         assert cli.main(arguments) == 0
     printed = capsys.readouterr().out
     assert "break-even gain" in printed.lower()
+    html = (tmp_path / "first" / "theory.html").read_text()
+    assert html.count('class="dot"') == len(list(RESULTS.glob("compare_*.json"))) + 3  # three runs have both scores
+    assert "<script" not in html
     names = {path.name for path in (tmp_path / "first").iterdir()}
     assert names == {"theory.html", "theory.json", "curves.json", "payoff.png", "payoff.svg"}
     for name in names:

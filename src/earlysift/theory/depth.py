@@ -193,7 +193,8 @@ def payoff(asked: Asked, show: Show) -> Finding:
             traces,
             "Above a dashed line selection pays by C2 at that exit; dots are measured workloads (keep "
             "0.5, exit 1), their gain "
-            "put back to exact losses by T5.",
+            "put back to exact losses by T5. Lines count FLOPs of 12 layers; the table has each "
+            "workload's measured cost.",
         ),
     )
 
