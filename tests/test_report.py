@@ -396,6 +396,11 @@ def test_unfinished_seeds_count_only_as_long_as_none_has_finished():
     assert "1.00%" in row_of(render(results), "SIFT")
 
 
+def test_a_whole_frame_holds_the_steep_beginning_and_another_need_not():
+    steep = band([{"curve": [{"x": x, "y": y} for x, y in enumerate((100, 5, 4, 3, 2, 1, 1, 1))]}], "curve", "x", "y")
+    assert frame([(steep, True)], whole=True)[1] > 100 > frame([(steep, True)])[1]
+
+
 def test_verdict_table_shows_the_numbers_of_the_results():
     results = make_results()
     accuracies = [run["final_accuracy"] for run in results["arms"]["sift"]["runs"]]

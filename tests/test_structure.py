@@ -33,6 +33,7 @@ FLOORS = {
     "pretrain": 5,
     "report": 5,
     "compare": 6,
+    "theory": 6,
     "cli": 7,
     "__main__": 8,
 }
