@@ -1,7 +1,10 @@
 """Theory: every bound holds on random problems, every closed form is what is measured, and bad input is refused."""
 
+import _thread
 import json
 import math
+import signal
+import threading
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -13,10 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Generator
 
+from browsing import opened
+
 pytest.importorskip("sklearn")
 
 from earlysift import cli, costs, schedules
-from earlysift.theory import bounds, checks, linear, problems, runs, switching
+from earlysift.theory import bounds, checks, linear, page, problems, runs, switching
 from earlysift.theory.experiments import EXPERIMENTS, run_experiments
 from earlysift.theory.problems import LOSSES, bundled, objective, problem, sample_gradients, sample_losses, synthetic
 from earlysift.theory.runs import run
@@ -554,7 +559,11 @@ def test_command_writes_page_pictures_and_numbers_that_are_the_same_again(tmp_pa
     printed = capsys.readouterr().out
     assert "break-even gain" in printed.lower()
     html = (tmp_path / "first" / "theory.html").read_text()
-    assert html.count('class="dot"') == len(list(RESULTS.glob("compare_*.json"))) + 3  # three runs have both scores
+    measured = [json.loads(path.read_text()) for path in RESULTS.glob("compare_*.json")]
+    scores = (("sift", "score_1"), ("sift-entropy", "entropy_1"))
+    assert html.count('class="dot"') == sum(
+        name in results["arms"] and cost in results["operations_ms"] for results in measured for name, cost in scores
+    )
     assert "<script" not in html
     names = {path.name for path in (tmp_path / "first").iterdir()}
     assert names == {"theory.html", "theory.json", "curves.json", "payoff.png", "payoff.svg"}
@@ -584,3 +593,29 @@ def test_payoff_of_the_map_is_that_of_costs(findings):
         assert cost == pytest.approx(costs.relative_cost(1 / 3, 0.04 + 0.96 * depth / 12, keep))
         for r, gain in zip((0.5, 0.9, 1.0), needed, strict=True):
             assert costs.payoff(costs.approximate_gain(gain, r), cost) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("width", [390, 1200])
+def test_browser_shows_the_page_whole_without_sideways_scrolling(browser, findings, tmp_path, width):
+    page_file = tmp_path / "theory.html"
+    page_file.write_text(page.render(findings, "test"), encoding="utf-8")
+    with opened(browser, page_file.as_uri(), width) as shown:
+        assert shown.locator("h1").is_visible()
+        charts = shown.locator(".chart > svg:visible").all()
+        assert len(charts) >= len(EXPERIMENTS)
+        for chart in charts:
+            assert chart.bounding_box()["width"] > 0.6 * min(width, 1100)
+        assert shown.evaluate("document.documentElement.scrollWidth") == width
+
+
+def test_a_stop_ends_the_command_with_130_and_leaves_no_page(tmp_path, capsys):
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as `python -m earlysift` does
+    timer = threading.Timer(2.0, _thread.interrupt_main, [signal.SIGTERM])
+    timer.start()
+    try:
+        assert cli.main(["theory", "--out", str(tmp_path / "out")]) == 130  # it takes minutes
+    finally:
+        timer.cancel()
+        signal.signal(signal.SIGTERM, before)
+    assert capsys.readouterr().err.endswith("stopped before anything was measured.\n")
+    assert not (tmp_path / "out").exists()
