@@ -65,6 +65,7 @@ def test_links_between_documents_lead_somewhere():
         "CONTRIBUTING.md",
         "docs/design.md",
         "docs/log.md",
+        "docs/pretrain.md",
         "docs/results.md",
         "docs/trainer.md",
         "docs/when-it-helps.md",
