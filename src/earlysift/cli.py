@@ -119,7 +119,7 @@ class Report:
     """Which run folders to report on."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Folders that `earlysift compare` wrote; several make one page."""
+    """Folders that `earlysift compare` or `earlysift pretrain` wrote; several make one page."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 import signal
 import sys
@@ -33,6 +34,7 @@ from earlysift.report.page import RESULTS, RESULTS_VERSION, write_report
 DONE, MISSED, DIVERGED, INTERRUPTED = 0, 1, 3, 130
 """Exit codes: target reached (or none given), target not reached, loss not finite, saved after a signal."""
 
+_LOG = logging.getLogger("earlysift")
 _SHOWN_ROWS = 1000  # of the training part, that its digest looks at
 
 
@@ -69,10 +71,12 @@ def pretrain(settings: PretrainSettings) -> tuple[int, str]:
     found = checkpoints.latest(settings.out) if settings.resume else None
     if found is not None:
         checkpoints.require_same(found[0], found[1], about)
-    if args.process_index == 0:
-        _write_setup(settings, workload, model)
+    elif settings.resume:
+        _LOG.warning("%s has no sound checkpoint: the run begins anew.", settings.out)
     with _signals() as signals:
         trainer = _trainer(settings, args, workload, model, about, signals)
+        if args.process_index == 0:  # only now: what is refused leaves nothing
+            _write_setup(settings, workload)
         code, said = _train(trainer, found[0] if found else None)
     if args.process_index == 0:
         results = _results(trainer, workload, code, said)
@@ -208,7 +212,7 @@ def _digest(workload: Workload) -> str:
     return hashlib.sha256(repr(tuple(ids.shape)).encode() + shown.numpy().tobytes()).hexdigest()[:16]
 
 
-def _write_setup(settings: PretrainSettings, workload: Workload, model: nn.Module) -> None:
+def _write_setup(settings: PretrainSettings, workload: Workload) -> None:
     settings.out.mkdir(parents=True, exist_ok=True)
     write_json(
         settings.out / CONFIG, json.loads(json.dumps(vars(settings) | {"resume": False, "config": None}, default=str))

@@ -164,8 +164,7 @@ class Pretrainer(SiftTrainerMixin, Trainer):  # type: ignore[misc]
     def end_step(self) -> bool:
         """Close the step's row of the ledger; whether this was the last step, as all processes see it."""
         self.sifter.ledger.end()
-        spent = self.train_s / (60 * self.settings.minutes) if self.settings.minutes else 0.0
-        seen = torch.tensor([float(bool(self.signals)), spent], device=self.args.device)
+        seen = torch.tensor([float(bool(self.signals)), self._spent_share()], device=self.args.device)
         if self.args.world_size > 1:
             torch.distributed.all_reduce(seen, torch.distributed.ReduceOp.MAX)
         interrupted, self._time_share = seen.tolist()
@@ -176,6 +175,10 @@ class Pretrainer(SiftTrainerMixin, Trainer):  # type: ignore[misc]
     def go_on_from(self, train_s: float) -> None:
         """Start the clock of training where an earlier run stopped it."""
         self._began_s = time.perf_counter() - train_s
+        self._time_share = self._spent_share()
+
+    def _spent_share(self) -> float:
+        return self.train_s / (60 * self.settings.minutes) if self.settings.minutes else 0.0
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         # The last thing before the weights change, and the same on all processes.
