@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 .PHONY: demo test lint bench docs clean
 
 demo: .venv/runtime.stamp  ## train a 12-layer BERT uniformly and with SIFT on text that every machine has
-	$(BIN)/earlysift compare --out runs/demo --force
+	$(BIN)/earlysift compare --arms uniform sift sift-entropy visible auto --out runs/demo --force
 
 test: .venv/dev.stamp  ## all tests
 	$(BIN)/python -m pytest

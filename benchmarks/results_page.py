@@ -2,6 +2,7 @@
 
 Every number of the page comes from a file under benchmarks/results: ``compare_*.json`` (the results.json of a run of
 ``earlysift compare``) and ``score_*.json`` (from ``benchmarks/run.py score``); each names hardware and commit.
+The measured part of docs/theory.md comes from ``theory.json``, which ``earlysift theory`` writes.
 """
 
 import json
@@ -12,11 +13,14 @@ from typing import Any
 
 from earlysift.compare.settings import Settings
 from earlysift.report.page import RESULTS_VERSION
+from earlysift.theory.findings import show_cell
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 _DEMO = "compare_demo.json"
 _DEMO_START, _DEMO_END = "<!-- demo -->", "<!-- /demo -->"
+_THEORY_START, _THEORY_END = "<!-- theory -->", "<!-- /theory -->"
+_SHORT = 20  # rows of a table of docs/theory.md; longer ones stand on the page of `earlysift theory` alone
 _KINDS = ("read", "score", "probe", "train", "reference model")
 _MOST_EVENTS = 4  # decisions shown per seed
 
@@ -35,11 +39,14 @@ is a control without a model that prefers candidates with many visible ones.
 
 def main() -> int:
     """Write the page, and the demo's result into the README."""
-    readme = ROOT / "README.md"
-    if readme.is_file():
-        before, _, rest = readme.read_text(encoding="utf-8").partition(_DEMO_START)
-        _, _, after = rest.partition(_DEMO_END)
-        readme.write_text(f"{before}{_DEMO_START}\n{demo_section()}\n{_DEMO_END}{after}", encoding="utf-8")
+    for path, start, end, section in (
+        (ROOT / "README.md", _DEMO_START, _DEMO_END, demo_section),
+        (ROOT / "docs" / "theory.md", _THEORY_START, _THEORY_END, theory_section),
+    ):
+        if path.is_file():
+            before, _, rest = path.read_text(encoding="utf-8").partition(start)
+            _, _, after = rest.partition(end)
+            path.write_text(f"{before}{start}\n{section()}\n{end}{after}", encoding="utf-8")
     comparisons = [(path, results) for path in sorted(RESULTS.glob("compare_*.json")) if (results := _read(path))]
     parts = [_INTRODUCTION]
     if comparisons:
@@ -48,6 +55,19 @@ def main() -> int:
     parts += [_scoring(path) for path in sorted(RESULTS.glob("score_*.json"))]
     (ROOT / "docs" / "results.md").write_text("\n".join(parts), encoding="utf-8")
     return 0
+
+
+def theory_section() -> str:
+    """What `earlysift theory` measured, as Markdown: the sentence of each experiment, and its short tables."""
+    results = json.loads((RESULTS / "theory.json").read_text(encoding="utf-8"))
+    parts = [f"Command: `earlysift theory --seed {results['seed']} --results benchmarks/results --out runs/theory`."]
+    for finding in results["findings"].values():
+        parts.append(f"### {finding['title']}\n\n{finding['summary']}")
+        for title, table in finding["tables"].items():
+            if len(table["rows"]) <= _SHORT:
+                rows = [[show_cell(cell) for cell in row] for row in table["rows"]]
+                parts.append(f"{title}:\n\n{_table(table['headers'], rows)}")
+    return "\n\n".join(parts)
 
 
 def verdict_table(results: dict[str, Any]) -> str:

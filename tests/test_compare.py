@@ -430,6 +430,10 @@ def test_every_arm_runs_on_every_task(task, text, table, tmp_path):
     assert [row["loss"] for row in auto[:common]] == [
         row["loss"] for row in uniform[:common]
     ]  # off is uniform training
+    if off == len(auto):  # evaluated after the same steps, too, as long as the budget lasts
+        curves = [results["arms"][name]["runs"][0]["curve"] for name in ("auto", "uniform")]
+        seen = [[(point["step"], point["accuracy"]) for point in curve] for curve in curves]
+        assert seen[0][:-1] == seen[1][: len(seen[0]) - 1]
     expected = {"read_batch", "read_pool", "train", "train_joint_1", "train_joint_2", "probe", "exact", "grad_norm"}
     expected |= {"score_1", "score_2", "score_3", "score_6", "entropy_1", "entropy_3", "head_1", "head_2"}
     expected |= {"visible"} if task == "masked_lm" else set()

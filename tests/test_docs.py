@@ -1,5 +1,6 @@
 """What the documents say is true: blocks run, the file map is complete, numbers come from committed results."""
 
+import importlib
 import importlib.util
 import re
 import subprocess
@@ -59,6 +60,23 @@ def test_readme_shows_the_committed_demo_result(results_page):
     assert results_page.demo_section() in README
 
 
+def test_theory_page_shows_the_committed_measurements(results_page):
+    assert results_page.theory_section() in (ROOT / "docs" / "theory.md").read_text(encoding="utf-8")
+
+
+def test_theory_page_links_statements_to_functions_and_tests_that_exist():
+    text = (ROOT / "docs" / "theory.md").read_text(encoding="utf-8")
+    functions = re.findall(r"`((?:theory\.)?\w+\.\w+)`", text.partition("## Where each statement is")[2])
+    tests = set(re.findall(r"`(test_\w+)`", text))
+    assert len(functions) > 20
+    for name in functions:
+        module, function = name.rsplit(".", 1)
+        assert hasattr(importlib.import_module(f"earlysift.{module}"), function), name
+    source = "".join((ROOT / "tests" / name).read_text() for name in ("test_theory.py", "test_costs.py"))
+    assert len(tests) > 10
+    assert [name for name in tests if f"def {name}(" not in source] == []
+
+
 def test_links_between_documents_lead_somewhere():
     for name in (
         "README.md",
@@ -67,6 +85,7 @@ def test_links_between_documents_lead_somewhere():
         "docs/log.md",
         "docs/pretrain.md",
         "docs/results.md",
+        "docs/theory.md",
         "docs/trainer.md",
         "docs/when-it-helps.md",
     ):

@@ -8,13 +8,14 @@ import math
 import random
 import re
 import resource
-import shutil
 from contextlib import contextmanager
 from html.parser import HTMLParser
 from statistics import fmean
 from typing import NamedTuple
 
 import pytest
+
+from browsing import opened
 
 pytest.importorskip("matplotlib")
 
@@ -396,6 +397,11 @@ def test_unfinished_seeds_count_only_as_long_as_none_has_finished():
     assert "1.00%" in row_of(render(results), "SIFT")
 
 
+def test_a_whole_frame_holds_the_steep_beginning_and_another_need_not():
+    steep = band([{"curve": [{"x": x, "y": y} for x, y in enumerate((100, 5, 4, 3, 2, 1, 1, 1))]}], "curve", "x", "y")
+    assert frame([(steep, True)], whole=True)[1] > 100 > frame([(steep, True)])[1]
+
+
 def test_verdict_table_shows_the_numbers_of_the_results():
     results = make_results()
     accuracies = [run["final_accuracy"] for run in results["arms"]["sift"]["runs"]]
@@ -714,39 +720,11 @@ def test_previous_files_survive_results_that_cannot_be_drawn(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def browser():
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("no chromium on this machine")
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with sync_api.sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield running
-        running.close()
-
-
-@pytest.fixture(scope="module")
 def addresses(tmp_path_factory):
     """A page of one large run, and a page of two."""
     parent = tmp_path_factory.mktemp("runs")
     folders = [write_results(parent / name, make_results(16, arms=tuple(FAKES), seeds=5)) for name in ("a", "b")]
     return {1: write_report(folders[0]).as_uri(), 2: write_report(*folders).as_uri()}
-
-
-@contextmanager
-def opened(browser, address: str, width: int = 1200, color_scheme: str = "light"):
-    """The page in a browser that is offline; afterwards it must have complained of nothing and asked for nothing."""
-    troubles, requests = [], []
-    context = browser.new_context(viewport={"width": width, "height": 800}, offline=True, color_scheme=color_scheme)
-    page = context.new_page()
-    page.on("pageerror", lambda error: troubles.append(str(error)))
-    page.on("console", lambda message: troubles.append(message.text))
-    page.on("request", lambda request: requests.append(request.url))
-    page.goto(address)
-    yield page
-    context.close()
-    assert troubles == []
-    assert requests == [address]
 
 
 def visible_charts(explorer) -> list[str]:

@@ -35,6 +35,7 @@ FLOORS = {
     "settings": 5,
     "pretrain": 6,
     "compare": 7,
+    "theory": 7,
     "cli": 8,
     "__main__": 9,
 }

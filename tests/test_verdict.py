@@ -2,8 +2,11 @@ import itertools
 import statistics
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.isotonic import IsotonicRegression
 
-from earlysift.compare.verdict import compare_arms, overall_verdict, paired_interval, time_to_target
+from earlysift.compare.verdict import compare_arms, overall_verdict, paired_interval, rising, time_to_target
 
 
 def curve(*accuracies):
@@ -39,6 +42,20 @@ def verdict(results, arm="sift"):
 def test_time_to_target_interpolates_between_the_evaluations_around_it():
     assert time_to_target(curve(0.0, 0.2, 0.4), 0.3) == pytest.approx(15.0)
     assert time_to_target(curve(0.0, 0.2, 0.4), 0.3, "wall_s") == pytest.approx(16.5)
+
+
+def test_one_lucky_evaluation_does_not_reach_a_target():
+    assert time_to_target(curve(0.0, 0.35, 0.1, 0.3), 0.3) == pytest.approx(30.0)
+    assert time_to_target(curve(0.0, 0.35, 0.2, 0.1), 0.3) is None
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=30))
+def test_rising_fit_is_isotonic_regression(values):
+    fitted = rising(values)
+    assert fitted == sorted(fitted)
+    twin = IsotonicRegression().fit_transform(range(len(values)), values)
+    assert fitted == pytest.approx(twin.tolist(), abs=1e-9)
 
 
 def test_target_never_reached_has_no_time():

@@ -1,4 +1,4 @@
-"""The command line: ``earlysift check``, ``earlysift compare``, ``earlysift pretrain`` and ``earlysift report``.
+"""The command line: ``earlysift check``, ``compare``, ``pretrain``, ``report`` and ``theory``.
 
 Exit codes: 0 done; 1 unexpected error, or the target of ``pretrain`` not reached; 2 bad input (one line says what was
 expected, what came, and the way out); 3 loss not finite; 130 stopped by Ctrl-C or SIGTERM, with a readable partial
@@ -36,6 +36,9 @@ from earlysift.files import write_whole
 from earlysift.pretrain.settings import PretrainSettings
 from earlysift.report.page import write_report
 from earlysift.settings import read_settings
+from earlysift.theory import page as theory_page
+from earlysift.theory.experiments import EXPERIMENTS, run_experiments
+from earlysift.theory.findings import Finding, show_cell
 
 EXIT_OK, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 2, 130
 
@@ -89,6 +92,19 @@ Examples:
 
   earlysift report runs/cpu/mlm-stdlib runs/cpu/sst2      # one page of both"""
 
+_THEORY_HELP = """Hold what theory promises of selection against what convex problems and linear networks do.
+
+Some two minutes on two cores, nothing to download. Prints bound, measured and ratio; writes theory.html, theory.json
+and a picture of each experiment. Experiments: {experiments}; all if none is named.
+
+Examples:
+
+  earlysift theory                                  # everything, into runs/theory
+
+  earlysift theory crossing floor --seed 1 --out runs/floor
+
+  earlysift theory payoff --results benchmarks/results    # draws measured workloads into the payoff map"""
+
 
 @dataclass(frozen=True)
 class Check:
@@ -122,6 +138,20 @@ class Report:
     """Folders that `earlysift compare` or `earlysift pretrain` wrote; several make one page."""
 
 
+@dataclass(frozen=True)
+class Theory:
+    """Which experiments to run."""
+
+    experiments: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Names of experiments; all if there are none."""
+    seed: int = 0
+    """Of all randomness: the same seed gives the same digits on the same machine."""
+    out: Path = Path("runs/theory")
+    """Folder for the page, the pictures and the numbers; what it holds of an earlier run is replaced."""
+    results: Path | None = None
+    """Folder with the results of comparisons, as `compare_*.json`, to draw into the payoff map."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
@@ -140,6 +170,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _report(command.runs)
         if isinstance(command, PretrainSettings):
             return _pretrain(command)
+        if isinstance(command, Theory):
+            return _theory(command)
         return _suite(command, given) if command.suite else _compare(command)
     except (ValueError, OSError, ImportError) as error:
         print(f"earlysift: {error}", file=sys.stderr)
@@ -149,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
-def _parse(given: list[str]) -> Settings | Report | Check | PretrainSettings:
+def _parse(given: list[str]) -> Settings | Report | Check | PretrainSettings | Theory:
     config = _value_of("--config", given)
     pretraining = given[:1] == ["pretrain"]
     compared = read_settings(Path(config), Settings) if config and not pretraining else Settings()
@@ -163,8 +195,10 @@ def _parse(given: list[str]) -> Settings | Report | Check | PretrainSettings:
     report_command = Annotated[Report, tyro.conf.subcommand("report", description=_REPORT_HELP)]
     check_help = _CHECK_HELP.format(built_in=names)
     check_command = Annotated[Check, tyro.conf.subcommand("check", description=check_help)]
-    command: Settings | Report | Check | PretrainSettings = tyro.cli(
-        compare_command | pretrain_command | report_command | check_command,
+    theory_help = _THEORY_HELP.format(experiments=", ".join(EXPERIMENTS))
+    theory_command = Annotated[Theory, tyro.conf.subcommand("theory", description=theory_help)]
+    command: Settings | Report | Check | PretrainSettings | Theory = tyro.cli(
+        compare_command | pretrain_command | report_command | check_command | theory_command,
         prog="earlysift",
         description="Train faster by back-propagating only the samples that matter, and prove that it paid.",
         args=given,
@@ -345,3 +379,27 @@ def _pretrain(settings: PretrainSettings) -> int:
 def _report(runs: tuple[Path, ...]) -> int:
     print(write_report(*runs))
     return EXIT_OK
+
+
+def _theory(command: Theory) -> int:
+    console = Console()
+    with _progress(console) as show:
+        findings = run_experiments(command.experiments, show, seed=command.seed, results=command.results)
+    for finding in findings:
+        _print_finding(console, finding)
+    names = [finding.name for finding in findings]
+    settings = {"seed": command.seed, "experiments": names, "results": command.results and str(command.results)}
+    facts = f"seed {command.seed}, float64 on the CPU; experiments: {', '.join(names)}"
+    console.print(f"Report: {theory_page.write(findings, command.out, settings, facts)}", soft_wrap=True)
+    return EXIT_OK
+
+
+def _print_finding(console: Console, finding: Finding) -> None:
+    console.print(f"\n{finding.title}. {finding.summary}", highlight=False)
+    for shown in finding.tables:
+        table = Table(title=shown.title, title_justify="left")
+        for i, heading in enumerate(shown.headers):
+            table.add_column(heading, justify="right" if i else "left")
+        for cells in shown.rows:
+            table.add_row(*map(show_cell, cells))
+        console.print(table)

@@ -90,11 +90,14 @@ def run_trial(bench: Bench, arm: Arm, on_share: Callable[[float], None] = lambda
         for name, place in (("control", "control"), ("event", "events")):
             if row.get(name):
                 run[place].append(plain({**at, **row[name]}))
-        spent = sum(spent_ms.values()) / budget_ms
+        charged_ms = sum(spent_ms.values())
+        spent = charged_ms / budget_ms
+        # Without probes, as in the schedule: auto, while off, is evaluated after the very steps that uniform is.
+        done = 1.0 if spent >= 1 else (charged_ms - spent_ms["probe"]) / budget_ms
         on_share(min(1.0, spent))
         diverged = not math.isfinite(row["loss"])
         run["finished"] = spent >= 1 or diverged
-        due = math.floor(min(1.0, spent) * (settings.evaluations - 1)) + 1
+        due = math.floor(done * (settings.evaluations - 1)) + 1
         if due > evaluations or diverged:
             evaluations = due
             yield evaluated()

@@ -14,22 +14,37 @@ Run = dict[str, Any]
 
 
 def time_to_target(curve: Sequence[dict[str, float]], target: float, axis: str = "reference_s") -> float | None:
-    """Where a curve first reaches an accuracy, interpolated linearly between evaluations; None if it never does.
+    """Where the rising fit of a curve reaches an accuracy, interpolated between evaluations; None if it never does.
+
+    The first crossing of a noisy curve is luck, and early more often than late; `rising` takes the noise out.
 
     Example:
         >>> curve = [{"reference_s": 0.0, "accuracy": 0.0}, {"reference_s": 10.0, "accuracy": 0.2}]
         >>> time_to_target(curve, 0.1), time_to_target(curve, 0.3)
         (5.0, None)
     """
-    before = None
-    for point in curve:
-        if point["accuracy"] >= target:
-            if before is None:
-                return point[axis]
-            share = (target - before["accuracy"]) / (point["accuracy"] - before["accuracy"])
-            return before[axis] + share * (point[axis] - before[axis])
-        before = point
-    return None
+    fitted = rising([point["accuracy"] for point in curve])
+    reached = next((i for i, accuracy in enumerate(fitted) if accuracy >= target), None)
+    if not reached:
+        return None if reached is None else curve[0][axis]
+    (low, high), (before, after) = fitted[reached - 1 : reached + 1], curve[reached - 1 : reached + 1]
+    return before[axis] + (target - low) / (high - low) * (after[axis] - before[axis])
+
+
+def rising(values: Sequence[float]) -> list[float]:
+    """The nearest sequence (least squares) that never falls: isotonic regression by pooling neighbours.
+
+    Example:
+        >>> rising([1.0, 3.0, 2.0, 4.0])
+        [1.0, 2.5, 2.5, 4.0]
+    """
+    pools: list[list[float]] = []
+    for value in values:
+        pool = [value]
+        while pools and statistics.fmean(pools[-1]) >= statistics.fmean(pool):
+            pool = pools.pop() + pool
+        pools.append(pool)
+    return [statistics.fmean(pool) for pool in pools for _ in pool]
 
 
 def paired_interval(values: Sequence[float], mean: Callable[[Sequence[float]], float]) -> tuple[float, float] | None:
@@ -59,7 +74,7 @@ def compare_arms(arms: dict[str, Any], fixed_target: float | None, target_share:
     Args:
         arms: The ``arms`` part of results.json with finished runs only; every run gains its times to target.
         fixed_target: Target accuracy; None takes a share of what uniform reaches at the end of its budget on the same
-            seed.
+            seed (of its rising fit, which one lucky evaluation does not move).
         target_share: That share.
 
     Returns:
@@ -67,7 +82,10 @@ def compare_arms(arms: dict[str, Any], fixed_target: float | None, target_share:
         mean over seeds) is given only if every seed reached the target.
     """
     uniform = {run["seed"]: run for run in arms.get("uniform", {}).get("runs", [])}
-    targets = {seed: fixed_target or target_share * run["final_accuracy"] for seed, run in uniform.items()}
+    targets = {
+        seed: fixed_target or target_share * rising([point["accuracy"] for point in run["curve"]])[-1]
+        for seed, run in uniform.items()
+    }
     for arm in arms.values():
         for run in arm["runs"]:
             target = targets.get(run["seed"])

@@ -26,6 +26,8 @@ class Measure:
     is_share: bool = False
     levels: dict[str, float | None] = field(default_factory=dict)
     """Name and height; the frame of the chart reaches to the first."""
+    whole: bool = False
+    """Whether the frame holds the curves from their first point on; else their steep beginning may lie outside."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ def explorer(
         height = frame(
             [(line, traces[t].shown) for (of, _, t), line in bands.items() if of == m],
             [] if first_level is None else [first_level],
+            measures[m].whole,
         )
         for a, axis in enumerate(axes):
             lines = {t: (traces[t].style, line) for (*of, t), line in bands.items() if of == [m, a]}
@@ -182,9 +185,11 @@ def _chart(
     for t, (style, line) in sorted(lines.items(), key=lambda drawn: drawn[1][0].strong):
         edge = path(line.x + line.x[::-1], line.high + line.low[::-1])
         filled = f'<path class="band" d="{edge}"/>' if line.low != line.high else ""
+        # A line of one point is a dot: a stroke without length, with round ends.
+        kind, d = ("dot", path(line.x, line.mean) + "h0") if len(line.x) == 1 else ("line", path(line.x, line.mean))
         drawing.append(
             f'<g class="t{t}{"" if style.strong else " thin"}" style="{_look(style)}">{filled}'
-            f'<path class="line" d="{path(line.x, line.mean)}"/></g>'
+            f'<path class="{kind}" d="{d}"/></g>'
         )
     about = f"{measure.label} against {axis.label}"
     return (

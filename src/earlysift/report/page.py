@@ -110,6 +110,21 @@ def render(*runs: Results) -> str:
 ▲ gain, ■ no gain, ▼ harm, ? not proved: too few seeds.</p></section>"""
     lines = max(explorer.count('type="checkbox"') for explorer in body.split('class="explorer"'))
     method = "".join(f"<div><dt>{term}</dt><dd>{meaning}</dd></div>" for term, meaning in METHOD.items())
+    content = f"""{overview if several else ""}
+{body}
+<section><h2>How it was measured</h2><dl>{method}</dl></section>"""
+    switches = switch_css(measures=len(ESTIMATES), axes=len(CURVE_AXES), lines=lines)
+    return document(f"earlysift compare: {title}", content, switches)
+
+
+def document(title: str, body: str, switches: str) -> str:
+    """The frame of every page: one file that loads nothing from anywhere and runs nothing.
+
+    Args:
+        title: In HTML, for the window.
+        body: What stands on the page, in HTML.
+        switches: The rules of its explorers, from `earlysift.report.chart.switch_css`.
+    """
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -117,15 +132,13 @@ def render(*runs: Results) -> str:
 <meta http-equiv="Content-Security-Policy"
  content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>earlysift compare: {title}</title>
+<title>{title}</title>
 <style>{CSS}
-{switch_css(measures=len(ESTIMATES), axes=len(CURVE_AXES), lines=lines)}</style>
+{switches}</style>
 </head>
 <body>
 <main>
-{overview if several else ""}
 {body}
-<section><h2>How it was measured</h2><dl>{method}</dl></section>
 </main>
 </body>
 </html>

@@ -156,20 +156,26 @@ def band(runs: list[Results], kind: str, x: str, y: str) -> Band | None:
     return Band(grid.tolist(), *(reduced.tolist() for reduced in (values.mean(0), values.min(0), values.max(0))))
 
 
-def frame(bands: list[tuple[Band, bool]], levels: Iterable[float] = ()) -> tuple[float, float]:
+def frame(bands: list[tuple[Band, bool]], levels: Iterable[float] = (), whole: bool = False) -> tuple[float, float]:
     """Bottom and top of a chart, from all but the first quarter of the curves, whose steep part would flatten the rest.
 
     Args:
         bands: What is drawn, and whether it is shown at first. Others may stretch the frame to three times its height
             at most: an arm that went astray must not flatten those that did not.
         levels: Heights that must lie within.
+        whole: Whether the first quarter counts, too.
 
     Returns:
         Bottom and top, with a margin.
     """
 
     def extent(wanted: list[Band]) -> tuple[float, float]:
-        late = [value for band in wanted for part in (band.low, band.high) for value in part[len(part) // 4 :]]
+        late = [
+            value
+            for band in wanted
+            for part in (band.low, band.high)
+            for value in part[0 if whole else len(part) // 4 :]
+        ]
         return min((*late, *levels)), max((*late, *levels))
 
     every = [band for band, _ in bands]

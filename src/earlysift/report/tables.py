@@ -87,11 +87,11 @@ def verdict_table(results: Results) -> str:
             words += [f"on hidden tokens alone {100 * hidden:+.2f} points"]
         words += [text(arm[part]) for part in ("description", "source") if arm.get(part)]
         bodies.append(
-            _row([title, *versus, *final], VERDICT_HEADERS)
+            row([title, *versus, *final], VERDICT_HEADERS)
             + f'<tr class="words"><td colspan="{len(VERDICT_HEADERS)}">'
             + f"{' · '.join(words)}</td></tr>"
         )
-    return _table("Arms", "numbers cards verdicts", VERDICT_HEADERS, bodies)
+    return table("Arms", "numbers cards verdicts", VERDICT_HEADERS, bodies)
 
 
 def spent_table(results: Results) -> str:
@@ -114,14 +114,14 @@ def spent_table(results: Results) -> str:
             bar = "".join(_block(kind, f"width:{parts.get(kind, 0) / scale:.2%};") for kind in kinds)
             shares = [f"{parts[kind] / whole:.1%}" if parts.get(kind) else MISSING for kind in kinds]
             title = swatch(look[name]) + text(arms[name].get("label") or name)
-            rows.append(_row([title, f'<div class="bar">{bar}</div>', *shares], headers))
-    return f'<p class="legend">{legend}</p>' + _table("Time by kind", "numbers cards spent", headers, rows)
+            rows.append(row([title, f'<div class="bar">{bar}</div>', *shares], headers))
+    return f'<p class="legend">{legend}</p>' + table("Time by kind", "numbers cards spent", headers, rows)
 
 
 def decisions_table(arm: Results) -> str:
     """What an arm that decides for itself decided, seed by seed; a note if it never changed its mind."""
     rows = [
-        _row(
+        row(
             [
                 f"seed {text(run.get('seed'))}",
                 show(event.get("step"), "{:,.0f}"),
@@ -137,7 +137,7 @@ def decisions_table(arm: Results) -> str:
     ]
     if not rows:
         return '<p class="note">It never switched.</p>'
-    return _table("Decisions", "cards decisions", DECISION_HEADERS, rows)
+    return table("Decisions", "cards decisions", DECISION_HEADERS, rows)
 
 
 def overview_table(runs: Sequence[Results]) -> str:
@@ -153,14 +153,14 @@ def overview_table(runs: Sequence[Results]) -> str:
     rows = []
     for name, label in labels.items():
         entries = [section(section(results, "comparison"), name) for results in runs]
-        rows.append(_row([label, *(_overview_cell(entry) if entry else MISSING for entry in entries)]))
-    return _table("Workloads and arms", "numbers overview", headers, rows)
+        rows.append(row([label, *(_overview_cell(entry) if entry else MISSING for entry in entries)]))
+    return table("Workloads and arms", "numbers overview", headers, rows)
 
 
 def operations_table(results: Results, part: str) -> str:
     """Measured times, one row per operation."""
     rows = [
-        _row(
+        row(
             [
                 text(name),
                 *(show(timing.get(key), "{:,.2f} ms") for key in ("median", "low", "high")),
@@ -169,12 +169,12 @@ def operations_table(results: Results, part: str) -> str:
         )
         for name, timing in sections(results, part).items()
     ]
-    return _table("Time of each operation", "numbers operations", OPERATION_HEADERS, rows)
+    return table("Time of each operation", "numbers operations", OPERATION_HEADERS, rows)
 
 
 def pairs_table(title: str, pairs: Results) -> str:
     """Names and values."""
-    return _table(title, "", (), [_row([text(key), text(value)]) for key, value in pairs.items()])
+    return table(title, "", (), [row([text(key), text(value)]) for key, value in pairs.items()])
 
 
 def workload(results: Results) -> str:
@@ -245,7 +245,7 @@ def _block(kind: str, size: str) -> str:
     return f'<i style="{size}background:{KINDS.get(kind, OTHER_KIND)}"></i>'
 
 
-def _table(title: str, kind: str, headers: Iterable[str], rows: Iterable[str]) -> str:
+def table(title: str, kind: str, headers: Iterable[str], rows: Iterable[str]) -> str:
     """A table in a box of its own to scroll in."""
     head = "".join(f'<th scope="col">{header}</th>' for header in headers)
     return (
@@ -254,7 +254,7 @@ def _table(title: str, kind: str, headers: Iterable[str], rows: Iterable[str]) -
     )
 
 
-def _row(cells: Iterable[str], headers: Sequence[str] = ()) -> str:
+def row(cells: Iterable[str], headers: Sequence[str] = ()) -> str:
     """One row of cells in HTML, the first its header. Given the columns' headers, narrow screens show them by cell."""
     first, *rest = cells
     names = [f' data-label="{header}"' for header in headers[1:]] or [""] * len(rest)
