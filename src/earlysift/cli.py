@@ -370,8 +370,8 @@ def _pretrain(settings: PretrainSettings) -> int:
             f"Pre-training needs transformers and accelerate: pip install 'earlysift[hf]' ({error})."
         ) from error
     code, said = pretrain(settings)
-    print(f"earlysift: {said}", file=sys.stderr if code else sys.stdout)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if os.environ.get("RANK", "0") == "0":  # the first process that torchrun started, or the only one
+        print(f"earlysift: {said}", file=sys.stderr if code else sys.stdout)
         print(f"Report: {settings.out / 'report.html'}")
     return code
 
