@@ -21,8 +21,7 @@ import torch.nn.functional as F
 from rich.progress import track
 from torch import Tensor, nn
 
-from earlysift import costs, exits, scorers
-from earlysift.compare import environment
+from earlysift import costs, environment, exits, scorers
 from earlysift.compare.calibrate import summary
 from earlysift.pretrain.masking import mask_tokens
 from earlysift.pretrain.models import build_bert

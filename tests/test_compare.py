@@ -17,10 +17,11 @@ import torch
 from earlysift import cli
 from earlysift.compare import suite
 from earlysift.compare.arms import ARMS
-from earlysift.compare.settings import Settings, from_file
+from earlysift.compare.settings import Settings
 from earlysift.compare.steps import Bench, learning_rate_factor
 from earlysift.compare.trial import charges_ms, evaluate
 from earlysift.pretrain.workloads import load_workload
+from earlysift.settings import read_settings
 
 SIZE = [
     *("--evaluations", "3", "--validation-samples", "32", "--batch", "8", "--layers", "3", "--width", "32"),
@@ -92,7 +93,7 @@ def test_every_arm_spends_the_budget_of_reference_time_and_at_most_one_step_more
 def test_charges_of_the_ledgers_rows_add_up_to_the_reference_time(finished):
     results = results_of(finished)
     medians_ms = {name: timing["median"] for name, timing in results["operations_ms"].items()}
-    settings = from_file(finished / "config.json")
+    settings = read_settings(finished / "config.json", Settings)
     for name, arm in results["arms"].items():
         charges = [charges_ms(row, ARMS[name], settings, medians_ms) for row in ledger_of(finished, name)]
         for kind, spent_s in arm["runs"][0]["spent_s"].items():
@@ -336,7 +337,7 @@ def test_all_problems_of_the_settings_come_at_once():
 def test_config_file_gives_defaults_and_the_command_line_has_the_last_word(tmp_path):
     path = tmp_path / "settings.toml"
     path.write_text('keep = 0.25\ndepth = 2\narms = ["uniform", "sift"]\ndata = "corpus"\n')
-    assert (from_file(path).keep, from_file(path).depth) == (0.25, 2)
+    assert (read_settings(path, Settings).keep, read_settings(path, Settings).depth) == (0.25, 2)
     command = cli._parse(["compare", "--config", str(path), "--depth", "3"])
     assert (command.keep, command.depth, command.arms) == (0.25, 3, ("uniform", "sift"))
     assert command.data == (Path("corpus"),)
@@ -348,7 +349,7 @@ def test_arms_may_be_separated_by_commas_or_spaces():
 
 
 def test_config_of_a_run_folder_gives_the_same_settings_again(finished):
-    again = from_file(finished / "config.json")
+    again = read_settings(finished / "config.json", Settings)
     assert json.loads(json.dumps(again.identity())) == results_of(finished)["config"]
 
 
@@ -360,9 +361,9 @@ def test_bad_config_files_are_refused_with_a_way_out(tmp_path, content, message)
     path = tmp_path / "settings.toml"
     path.write_text(content)
     with pytest.raises(ValueError, match=re.escape(message)):
-        from_file(path)
+        read_settings(path, Settings)
     with pytest.raises(FileNotFoundError, match="found none"):
-        from_file(tmp_path / "none.toml")
+        read_settings(tmp_path / "none.toml", Settings)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["compare", "--help"], ["report", "--help"]])

@@ -83,6 +83,7 @@ def test_links_between_documents_lead_somewhere():
         "CONTRIBUTING.md",
         "docs/design.md",
         "docs/log.md",
+        "docs/pretrain.md",
         "docs/results.md",
         "docs/theory.md",
         "docs/trainer.md",

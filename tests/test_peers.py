@@ -11,11 +11,11 @@ from torch import Generator
 from earlysift import scorers
 from earlysift.compare import peers
 from earlysift.compare.arms import ARMS, Arm
-from earlysift.compare.peers import Predictions
 from earlysift.compare.settings import Settings
 from earlysift.compare.steps import STEPS, Bench
 from earlysift.pretrain.stream import Samples
 from earlysift.pretrain.workloads import Workload
+from earlysift.scorers import Predictions
 from models import BUILDERS, TASKS, batch_for, build, row_of, sample_losses
 
 every_task = pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def top_loss_by_sorting(predicted, q):
 @every_task
 def test_losses_of_the_predictions_are_those_of_the_full_logits(family, task):
     model, batch = example(family, task)
-    predicted = peers.predictions(model, batch, family=row_of(model))
+    predicted = scorers.predictions(model, batch, family=row_of(model))
     losses = (peers.sample_losses(predicted) / predicted.counts).detach()
     assert torch.allclose(losses, sample_losses(model, batch), atol=1e-5)
 
@@ -64,7 +64,7 @@ def test_weighted_loss_and_its_gradients_are_those_of_the_training_loss(family, 
     for use_predictions in (True, False):
         model.zero_grad()
         if use_predictions:
-            predicted = peers.predictions(model, batch, family=row_of(model))
+            predicted = scorers.predictions(model, batch, family=row_of(model))
             loss = peers.weighted_loss(peers.sample_losses(predicted), predicted.counts, weights)
         else:
             loss = scorers.training_loss(model, batch, family=row_of(model), weights=weights)
@@ -77,14 +77,14 @@ def test_weighted_loss_and_its_gradients_are_those_of_the_training_loss(family, 
 @every_task
 def test_gradient_norms_are_those_of_autograd_sample_by_sample(family, task):
     model, batch = example(family, task)
-    predicted = peers.predictions(model, batch, family=row_of(model))
+    predicted = scorers.predictions(model, batch, family=row_of(model))
     assert torch.allclose(peers.gradient_norms(predicted), gradient_norms_by_autograd(predicted), atol=1e-5)
 
 
 @pytest.mark.parametrize("chunk_rows", [None, 1, 4])
 def test_gradient_norm_scores_do_not_depend_on_chunks_and_leave_the_model_as_it_was(chunk_rows):
     model, batch = example("bert", "masked_lm")
-    predicted = peers.predictions(model, batch)
+    predicted = scorers.predictions(model, batch)
     scores = peers.gradient_norm_scores(model, batch, chunk_rows=chunk_rows)
     assert torch.allclose(scores, peers.gradient_norms(predicted), rtol=0.05)  # scores may be in bfloat16
     assert model.training
@@ -95,14 +95,14 @@ def test_gradient_norm_scores_do_not_depend_on_chunks_and_leave_the_model_as_it_
 @pytest.mark.parametrize("q", [1, 3, 6])
 def test_top_loss_is_the_mean_over_the_hardest_samples(family, task, q):
     model, batch = example(family, task)
-    predicted = peers.predictions(model, batch, family=row_of(model))
+    predicted = scorers.predictions(model, batch, family=row_of(model))
     ours = peers.top_loss(peers.sample_losses(predicted), predicted.counts, q)
     assert torch.allclose(ours, top_loss_by_sorting(predicted, q), atol=1e-5)
 
 
 def test_top_loss_of_the_whole_batch_is_the_training_loss():
     model, batch = example("bert", "masked_lm")
-    predicted = peers.predictions(model, batch)
+    predicted = scorers.predictions(model, batch)
     whole = peers.top_loss(peers.sample_losses(predicted), predicted.counts, 6)
     assert torch.allclose(whole, scorers.training_loss(model, batch), atol=1e-6)
 

@@ -6,7 +6,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -22,9 +22,14 @@ from earlysift.seeds import seeded
 from earlysift.sifter import Sifter
 
 # Configs for names that are no file. What is not given is transformers' default, which is that model's own.
+_BERT: dict[str, Any] = {"model_type": "bert", "architectures": ["BertForMaskedLM"]}
 BUILT_IN: dict[str, dict[str, Any]] = {
-    "bert-base": {"model_type": "bert", "architectures": ["BertForMaskedLM"]},
-    "gpt2": {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]},
+    "bert-base": _BERT,
+    "bert-small": {**_BERT, "hidden_size": 512, "num_attention_heads": 8, "intermediate_size": 2048},
+    "bert-mini": {**_BERT, "hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 1024},
+    "bert-tiny": {**_BERT, "hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 512},
+    "modernbert-base": {"model_type": "modernbert", "architectures": ["ModernBertForMaskedLM"]},
+    "gpt2-small": {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]},
     "demo": {
         "model_type": "bert",
         "architectures": ["BertForMaskedLM"],
@@ -163,19 +168,20 @@ def checkup(
     }
 
 
-def build_model(source: str, task: Task | None = None) -> nn.Module:
+def build_model(source: str, task: Task | None = None, changes: Mapping[str, Any] | None = None) -> nn.Module:
     """A model with random weights, from the global generator, in training mode; nothing is downloaded.
 
     Args:
         source: A transformers config.json, a folder that holds one, or a name in `BUILT_IN`.
         task: What the model is to do; None takes the class that the config names, else its usual language modelling.
+        changes: What differs from that config.
 
     Raises:
         ValueError: If the config is none, or transformers has no such model.
         FileNotFoundError: If there is no such config.
         ImportError: If transformers is not installed.
     """
-    values = _read_config(source)
+    values = {**_read_config(source), **(changes or {})}
     try:
         import transformers
     except ImportError as error:

@@ -1,10 +1,12 @@
-"""The command line: ``earlysift check``, ``earlysift compare``, ``earlysift report`` and ``earlysift theory``.
+"""The command line: ``earlysift check``, ``compare``, ``pretrain``, ``report`` and ``theory``.
 
-Exit codes: 0 done; 1 unexpected error; 2 bad input (one line says what was expected, what came, and the way out);
-130 stopped by Ctrl-C, with a readable partial result.
+Exit codes: 0 done; 1 unexpected error, or the target of ``pretrain`` not reached; 2 bad input (one line says what was
+expected, what came, and the way out); 3 loss not finite; 130 stopped by Ctrl-C or SIGTERM, with a readable partial
+result.
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,11 +29,13 @@ from rich.table import Table
 
 from earlysift.checkup import BUILT_IN, checkup
 from earlysift.compare.run import compare
-from earlysift.compare.settings import Settings, from_file
+from earlysift.compare.settings import Settings
 from earlysift.compare.suite import Outcome, run_suite
 from earlysift.exits import Task
 from earlysift.files import write_whole
+from earlysift.pretrain.settings import PretrainSettings
 from earlysift.report.page import write_report
+from earlysift.settings import read_settings
 from earlysift.theory import page as theory_page
 from earlysift.theory.experiments import EXPERIMENTS, run_experiments
 from earlysift.theory.findings import Finding, show_cell
@@ -64,6 +68,22 @@ Examples:
   earlysift check my_model/config.json --seq-length 256 --depths 1 2 4
 
   earlysift check my_model/ --task sequence_classification --json check.json"""
+_PRETRAIN_HELP = """Train a model from random weights on the samples that matter, resumable bit for bit.
+
+Exit codes: 0 done (target reached, or none given); 1 target not reached; 2 bad input; 3 loss not finite (stopped at the
+last good checkpoint); 130 stopped by SIGTERM or Ctrl-C (saved; go on with --resume).
+
+Examples:
+
+  earlysift pretrain --preset bert-base --data wikipedia.txt books.txt --target-accuracy 0.64 --arm sift --depth 1
+
+  earlysift pretrain --preset bert-tiny --data notes/ --tokenizer vocab.txt --minutes 60 --out runs/tiny
+
+  earlysift pretrain --config runs/tiny/config.json --resume
+
+  torchrun --nproc-per-node 8 -m earlysift pretrain --preset bert-base --data wikipedia.txt --accumulate 1
+
+Presets: {built_in}; or a transformers config.json."""
 _REPORT_HELP = """Draw the figures and the self-contained HTML page of run folders again.
 
 Examples:
@@ -115,7 +135,7 @@ class Report:
     """Which run folders to report on."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Folders that `earlysift compare` wrote; several make one page."""
+    """Folders that `earlysift compare` or `earlysift pretrain` wrote; several make one page."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +168,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _check(command)
         if isinstance(command, Report):
             return _report(command.runs)
+        if isinstance(command, PretrainSettings):
+            return _pretrain(command)
         if isinstance(command, Theory):
             return _theory(command)
         return _suite(command, given) if command.suite else _compare(command)
@@ -159,17 +181,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
-def _parse(given: list[str]) -> Settings | Report | Check | Theory:
+def _parse(given: list[str]) -> Settings | Report | Check | PretrainSettings | Theory:
     config = _value_of("--config", given)
-    defaults = from_file(Path(config)) if config else Settings()
-    compare_command = Annotated[Settings, tyro.conf.subcommand("compare", description=_COMPARE_HELP, default=defaults)]
+    pretraining = given[:1] == ["pretrain"]
+    compared = read_settings(Path(config), Settings) if config and not pretraining else Settings()
+    pretrained = read_settings(Path(config), PretrainSettings) if config and pretraining else PretrainSettings()
+    compare_command = Annotated[Settings, tyro.conf.subcommand("compare", description=_COMPARE_HELP, default=compared)]
+    names = ", ".join(BUILT_IN)
+    pretrain_command = Annotated[
+        PretrainSettings,
+        tyro.conf.subcommand("pretrain", description=_PRETRAIN_HELP.format(built_in=names), default=pretrained),
+    ]
     report_command = Annotated[Report, tyro.conf.subcommand("report", description=_REPORT_HELP)]
-    check_help = _CHECK_HELP.format(built_in=", ".join(BUILT_IN))
+    check_help = _CHECK_HELP.format(built_in=names)
     check_command = Annotated[Check, tyro.conf.subcommand("check", description=check_help)]
     theory_help = _THEORY_HELP.format(experiments=", ".join(EXPERIMENTS))
     theory_command = Annotated[Theory, tyro.conf.subcommand("theory", description=theory_help)]
-    command: Settings | Report | Check | Theory = tyro.cli(
-        compare_command | report_command | check_command | theory_command,
+    command: Settings | Report | Check | PretrainSettings | Theory = tyro.cli(
+        compare_command | pretrain_command | report_command | check_command | theory_command,
         prog="earlysift",
         description="Train faster by back-propagating only the samples that matter, and prove that it paid.",
         args=given,
@@ -331,6 +360,20 @@ def _print_check(console: Console, numbers: dict[str, Any]) -> None:
         "Selection pays only while the live gain (mean exact loss of the kept samples over that of the pool; "
         "sift/gain in Sifter.stats()) is more than the break-even gain of its depth."
     )
+
+
+def _pretrain(settings: PretrainSettings) -> int:
+    try:
+        from earlysift.pretrain.run import pretrain  # transformers takes seconds that other commands do not need
+    except ImportError as error:
+        raise ImportError(
+            f"Pre-training needs transformers and accelerate: pip install 'earlysift[hf]' ({error})."
+        ) from error
+    code, said = pretrain(settings)
+    if os.environ.get("RANK", "0") == "0":  # the first process that torchrun started, or the only one
+        print(f"earlysift: {said}", file=sys.stderr if code else sys.stdout)
+        print(f"Report: {settings.out / 'report.html'}")
+    return code
 
 
 def _report(runs: tuple[Path, ...]) -> int:

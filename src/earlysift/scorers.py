@@ -8,7 +8,7 @@ generator.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
@@ -153,6 +153,7 @@ def training_loss(
     exit_head: nn.Module | None = None,
     detach_exit: bool = False,
     weights: Tensor | None = None,
+    items: Tensor | float | None = None,
     chunk_tokens: int = 1 << 30,
 ) -> Tensor:
     """Differentiable loss of a batch, through the head on labelled positions only.
@@ -169,6 +170,8 @@ def training_loss(
         exit_head: Module behind the exit, if any.
         detach_exit: Whether gradients of the exit stop at the exit head.
         weights: Weight of every sample, ``(b,)`` (unbiased selection); None weighs every labelled position alike.
+        items: What to divide the sum by, where a step has more batches than this one (accumulation, several processes);
+            None is the number of labelled positions of this batch.
         chunk_tokens: Positions that pass through the head at once.
 
     Returns:
@@ -199,7 +202,40 @@ def training_loss(
     per_sample = torch.where(counts > 0, per_sample, 0.0)
     if weights is not None:
         per_sample = per_sample * weights
-    return per_sample.sum() / counts.sum().clamp(min=1)
+    return per_sample.sum() / (counts.sum().clamp(min=1) if items is None else items)
+
+
+class Predictions(NamedTuple):
+    """The labelled predictions of a batch of R samples, sample by sample: n predictions among V tokens or classes.
+
+    ``logits`` float32 ``(n, V)``, ``targets`` int64 ``(n,)``, and ``counts`` int64 ``(R,)``: how many each sample has.
+    """
+
+    logits: Tensor
+    targets: Tensor
+    counts: Tensor
+
+
+def predictions(model: nn.Module, batch: Any, *, family: Family | None = None) -> Predictions:
+    """Run the model on a batch, its head on labelled positions only.
+
+    Args:
+        model: The model, wrapped or not, in the mode that it is to run in.
+        batch: Batch of R samples with labels; classes, not indicators or numbers.
+        family: A row for a model that `earlysift.exits.FAMILIES` does not know.
+    """
+    anatomy = exits.find_anatomy(model, family)
+    inputs, labels = pools.inputs_and_labels(batch)
+    if anatomy.task == "sequence_classification":
+        logits = exits.call(model, inputs, synchronized=True)
+        return Predictions(logits.float(), labels, torch.ones_like(labels))
+    with exits.headless(anatomy):
+        hidden = exits.call(model, inputs, synchronized=True)
+    if anatomy.task == "causal_lm":
+        hidden, labels = hidden[:, :-1], labels[:, 1:]
+    labelled = losses.labelled_positions(labels)
+    logits = exits.head_of(anatomy)(hidden[labelled]).float()
+    return Predictions(logits, labels[labelled], labelled.sum(dim=1))
 
 
 _PROBLEM_OF_CONFIG: dict[str, Problem] = {

@@ -79,6 +79,8 @@ class SiftTrainerMixin(_Base):  # type: ignore[misc, valid-type]
         ValueError: If the model, the configuration, or what the Trainer does with its data cannot be selected from.
     """
 
+    ledger_path: Path | None = None
+    """Where the rows of the ledger go, to be set before construction; None keeps only their statistics."""
     _train_batch_size: int  # the Trainer's, which changes while it searches for one that fits
 
     def __init__(self, *args: Any, sift: SiftConfig, **kwargs: Any) -> None:
@@ -154,11 +156,13 @@ class SiftTrainerMixin(_Base):  # type: ignore[misc, valid-type]
 
     def _new_sifter(self, total_steps: int | None) -> Sifter:
         options = dict(vars(self.sift))
-        ledger = Ledger()
+        ledger = Ledger(self.ledger_path)
         if self.sift.mode == "auto":
             control = self.sift.control or Control()
             options["control"] = dataclasses.replace(control, total_steps=control.total_steps or total_steps)
-            ledger = Ledger(device=self.args.device)  # decisions rest on its times, which are then worth waiting for
+            ledger = Ledger(
+                self.ledger_path, device=self.args.device
+            )  # decisions rest on its times, which are then worth waiting for
         # Scoring enters from outside what it knows (compiled code is then used), and goes around other wrappers.
         known = exits.unwrap(self.model_wrapped) is exits.unwrap(self.model)
         model = self.model_wrapped if known else self.model

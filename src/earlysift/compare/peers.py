@@ -4,47 +4,15 @@ Letters in shapes: R samples, n labelled predictions of all samples together (po
 classification), V classes.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from earlysift import exits, losses, pools, scorers
+from earlysift import exits, pools, scorers
 from earlysift.exits import Family
-
-
-class Predictions(NamedTuple):
-    """The labelled predictions of a batch, sample by sample.
-
-    ``logits`` float32 ``(n, V)``, ``targets`` int64 ``(n,)``, and ``counts`` int64 ``(R,)``: how many each sample has.
-    """
-
-    logits: Tensor
-    targets: Tensor
-    counts: Tensor
-
-
-def predictions(model: nn.Module, batch: Any, *, family: Family | None = None) -> Predictions:
-    """Run the model on a batch, its head on labelled positions only.
-
-    Args:
-        model: The model, wrapped or not, in the mode that it is to run in.
-        batch: Batch of R samples with labels; classes, not indicators or numbers.
-        family: A row for a model that `earlysift.exits.FAMILIES` does not know.
-    """
-    anatomy = exits.find_anatomy(model, family)
-    inputs, labels = pools.inputs_and_labels(batch)
-    if anatomy.task == "sequence_classification":
-        logits = exits.call(model, inputs, synchronized=True)
-        return Predictions(logits.float(), labels, torch.ones_like(labels))
-    with exits.headless(anatomy):
-        hidden = exits.call(model, inputs, synchronized=True)
-    if anatomy.task == "causal_lm":
-        hidden, labels = hidden[:, :-1], labels[:, 1:]
-    labelled = losses.labelled_positions(labels)
-    logits = exits.head_of(anatomy)(hidden[labelled]).float()
-    return Predictions(logits, labels[labelled], labelled.sum(dim=1))
+from earlysift.scorers import Predictions, predictions
 
 
 def per_sample(values: Tensor, counts: Tensor) -> Tensor:

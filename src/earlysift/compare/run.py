@@ -1,6 +1,5 @@
 """`earlysift compare`: data, calibration, arms x seeds, results. Start reading here."""
 
-import json
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from functools import partial
@@ -9,14 +8,15 @@ from typing import Any
 
 import torch
 
-from earlysift.compare import environment, folder
+from earlysift import environment
+from earlysift.compare import folder
 from earlysift.compare.arms import ARMS
 from earlysift.compare.calibrate import Timing, measure_operations, operations_of, summary
 from earlysift.compare.settings import Settings
 from earlysift.compare.steps import Bench
 from earlysift.compare.trial import Run, run_trial
 from earlysift.compare.verdict import compare_arms, overall_verdict
-from earlysift.files import write_whole
+from earlysift.files import write_json
 from earlysift.ledger import Ledger, read_rows
 from earlysift.pretrain.models import save_encoder
 from earlysift.pretrain.workloads import Workload, load_workload
@@ -175,12 +175,6 @@ def _save(out: Path, results: dict[str, Any], settings: Settings) -> None:
     results.update(compare_arms(finished, settings.target, settings.target_share))
     results["verdict"] = overall_verdict(results)
     write_json(out / RESULTS, results)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Put a JSON file in place, whole or not at all."""
-    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-    write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def _measured_ms(out: Path) -> dict[str, Timing]:

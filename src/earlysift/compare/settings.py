@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -139,33 +138,3 @@ class Settings:
             del values[name]
         plain: dict[str, object] = json.loads(json.dumps(values, default=str))
         return plain
-
-
-def from_file(path: Path) -> Settings:
-    """Settings from a TOML or JSON file.
-
-    Raises:
-        ValueError: If the file is neither or has a key that is not a setting.
-        FileNotFoundError: If there is no such file.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"Expected a TOML or JSON file with settings at {path}, found none.")
-    kind, parse = ("JSON", json.loads) if path.suffix == ".json" else ("TOML", tomllib.loads)
-    try:
-        values = parse(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not a {kind} file: {error}.") from error
-    fields = {field.name for field in dataclasses.fields(Settings)}
-    unknown = sorted(set(values) - fields)
-    if unknown:
-        raise ValueError(f"{path} has unknown settings {unknown}; known are {', '.join(sorted(fields))}.")
-    for name in ("out", "checkpoint"):
-        if values.get(name) is not None:
-            values[name] = Path(values[name])
-    if "data" in values:
-        given = values["data"]
-        values["data"] = tuple(Path(name) for name in ([given] if isinstance(given, str) else given))
-    for name in ("arms", "only"):
-        if name in values:
-            values[name] = tuple(values[name])
-    return Settings(**values)

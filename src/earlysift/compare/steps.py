@@ -13,13 +13,13 @@ from torch import Tensor
 from earlysift import pools, scorers, selectors
 from earlysift.compare import peers
 from earlysift.compare.arms import Arm
-from earlysift.compare.peers import Predictions
 from earlysift.compare.settings import Settings
 from earlysift.controller import Control
 from earlysift.exits import ExitHead
 from earlysift.ledger import Ledger
 from earlysift.pretrain.stream import Rows, Samples, Stream
 from earlysift.pretrain.workloads import Workload
+from earlysift.scorers import Predictions
 from earlysift.seeds import seeded
 from earlysift.sifter import Sifter
 
@@ -81,7 +81,7 @@ class Bench:
     def predict(self, batch: Rows) -> Predictions:
         """The same forward pass, for arms that want to know more than the loss."""
         with training_precision(self.device):
-            return peers.predictions(self.model, batch)
+            return scorers.predictions(self.model, batch)
 
     def update(self, loss: Tensor) -> None:
         """Backward, clip, update."""

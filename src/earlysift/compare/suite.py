@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from earlysift.compare.folder import ENCODER
-from earlysift.compare.run import write_json
 from earlysift.compare.settings import Settings
+from earlysift.files import write_json
 from earlysift.report.page import RESULTS, read_results
 
 # Rows are settings. Data are folders below --data; a checkpoint is the workload whose encoder is fine-tuned. To fit two

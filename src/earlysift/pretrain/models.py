@@ -3,13 +3,14 @@
 import json
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from earlysift.checkup import build_model
 from earlysift.exits import unwrap
 from earlysift.files import write_whole
 from earlysift.pretrain.corpus import optional_package
@@ -107,6 +108,20 @@ def build_vit(*, size: int, channels: int, patch: int, classes: int, layers: int
         image_size=size, patch_size=patch, num_channels=channels, num_labels=classes, **_bert(layers, width)
     )
     return _seeded_model(lambda: transformers.ViTForImageClassification(config), seed)
+
+
+def build_preset(source: str, *, changes: Mapping[str, Any], seed: int) -> nn.Module:
+    """A model from a built-in name or a transformers config, with weights from a seed.
+
+    Args:
+        source: What `earlysift.checkup.build_model` takes.
+        changes: What differs from that config.
+        seed: Seed of the weights.
+
+    Raises:
+        ValueError: If there is no such model.
+    """
+    return _seeded_model(lambda: build_model(source, changes=changes), seed)
 
 
 def save_encoder(model: nn.Module, tokenizer_json: str, folder: Path) -> None:

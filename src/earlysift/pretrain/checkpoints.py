@@ -1,0 +1,121 @@
+"""Checkpoints that are whole or not used: a manifest with the digest of every file, written last.
+
+The Trainer writes a folder file by file. Here the folder is sealed when all of it is there; without a seal that fits,
+it is cut or damaged, and the one before is used.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from earlysift.files import write_json
+
+MANIFEST = "manifest.json"
+_VERSION = 1  # of the manifest; count up when older ones cannot be read
+_PREFIX = "checkpoint-"  # the Trainer's
+_KEPT = 2
+_LOG = logging.getLogger("earlysift")
+
+
+def folder_of(run: Path, step: int) -> Path:
+    """Where the Trainer puts the checkpoint of a step."""
+    return run / f"{_PREFIX}{step}"
+
+
+def seal(folder: Path, about: Mapping[str, Any]) -> None:
+    """Write the manifest of a checkpoint that is complete.
+
+    Args:
+        folder: The checkpoint.
+        about: What a run must have in common with this one to go on from it.
+    """
+    files = {path.name: _digest(path) for path in sorted(folder.iterdir()) if path.name != MANIFEST}
+    content = {"version": _VERSION, "about": dict(about), "files": files}
+    write_json(folder / MANIFEST, {"sha256": _digest_of(content), **content})
+
+
+def latest(run: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The latest sound checkpoint of a run and what its manifest says it is about; None if there is none.
+
+    Later ones that are cut or damaged are named in a warning.
+
+    Raises:
+        ValueError: If the manifest is of another version.
+    """
+    for folder in reversed(_folders(run)):
+        problem, about = _verified(folder)
+        if not problem:
+            return folder, about
+        _LOG.warning("%s is not used: %s.", folder, problem)
+    return None
+
+
+def prune(run: Path) -> None:
+    """Delete all checkpoints but the latest two that are sealed."""
+    sealed = [folder for folder in _folders(run) if (folder / MANIFEST).is_file()]
+    for folder in _folders(run):
+        if folder not in sealed[-_KEPT:]:
+            shutil.rmtree(folder)
+
+
+def require_same(folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse to go on from the checkpoint of another training.
+
+    Raises:
+        ValueError: If anything differs; lists what.
+    """
+    differing = [
+        f"{key}: was {saved.get(key)!r}, is {now.get(key)!r}"
+        for key in sorted(saved.keys() | now.keys())
+        if saved.get(key) != now.get(key)
+    ]
+    if differing:
+        raise ValueError(
+            f"{folder} is a checkpoint of another training ({'; '.join(differing)}). Resume with the same, or start "
+            "anew in another --out."
+        )
+
+
+def _folders(run: Path) -> list[Path]:
+    """Folders of checkpoints, by step."""
+    found = [path for path in run.glob(f"{_PREFIX}*") if path.is_dir() and path.name[len(_PREFIX) :].isdecimal()]
+    return sorted(found, key=lambda path: int(path.name[len(_PREFIX) :]))
+
+
+def _verified(folder: Path) -> tuple[str, dict[str, Any]]:
+    """What is wrong with a checkpoint (nothing if empty), and what it is about."""
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        return f"incomplete, it has no {MANIFEST}", {}
+    try:
+        content = json.loads(manifest.read_bytes())
+        sealed = content.pop("sha256")
+    except (ValueError, AttributeError, KeyError, TypeError):
+        return f"{MANIFEST} is damaged", {}
+    if sealed != _digest_of(content):
+        return f"{MANIFEST} is damaged", {}
+    if content["version"] != _VERSION:
+        raise ValueError(
+            f"Expected a checkpoint of version {_VERSION} in {folder}, got {content['version']}. Use the release of "
+            "earlysift that wrote it."
+        )
+    for name, digest in content["files"].items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing", {}
+        if _digest(path) != digest:
+            return f"{name} is damaged", {}
+    return "", content["about"]
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest_of(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,365 @@
+"""`earlysift pretrain`: data, model, training, results. Start reading here."""
+
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+
+from earlysift import environment, exits, scorers
+from earlysift.adapters.huggingface import SiftConfig
+from earlysift.checkup import BUILT_IN, build_model
+from earlysift.files import write_json, write_whole
+from earlysift.pretrain import checkpoints
+from earlysift.pretrain.corpus import optional_package
+from earlysift.pretrain.models import CONFIG, TOKENIZER, build_preset
+from earlysift.pretrain.settings import ARMS, PretrainSettings
+from earlysift.pretrain.stream import Stream
+from earlysift.pretrain.trainer import Candidates, NotFinite, Pretrainer, as_it_is
+from earlysift.pretrain.workloads import Workload, load_workload
+from earlysift.report.page import RESULTS, RESULTS_VERSION, write_report
+
+DONE, MISSED, DIVERGED, INTERRUPTED = 0, 1, 3, 130
+"""Exit codes: target reached (or none given), target not reached, loss not finite, saved after a signal."""
+
+_LOG = logging.getLogger("earlysift")
+_SHOWN_ROWS = 1000  # of the training part, that its digest looks at
+
+
+def pretrain(settings: PretrainSettings) -> tuple[int, str]:
+    """Train a model from random weights on selected samples, and write the run folder.
+
+    Under torchrun every process calls this; the first one writes.
+
+    Args:
+        settings: The training.
+
+    Returns:
+        The exit code, and a sentence on how it ended.
+
+    Raises:
+        ValueError: If settings, data, or the checkpoint to resume from do not fit.
+        FileNotFoundError: If a path leads nowhere.
+        FileExistsError: If the run folder holds another run.
+        ImportError: If an optional package is missing.
+    """
+    optional_package("matplotlib", extra="report")  # asked for at the end, which is no time to find it missing
+    shape = _shape(settings)
+    _require_free(settings)
+    args = _arguments(settings)
+    with args.main_process_first():  # the others find what it prepared in the cache
+        workload = _workload(settings, shape)
+    model = _model(settings, workload)
+    about = {
+        **settings.identity(),
+        "processes": args.world_size,
+        "training data": _digest(workload),
+        "model": hashlib.sha256(model.config.to_json_string().encode()).hexdigest()[:16],
+    }
+    found = checkpoints.latest(settings.out) if settings.resume else None
+    if found is not None:
+        checkpoints.require_same(found[0], found[1], about)
+    elif settings.resume:
+        _LOG.warning("%s has no sound checkpoint: the run begins anew.", settings.out)
+    with _signals() as signals:
+        trainer = _trainer(settings, args, workload, model, about, signals)
+        if args.process_index == 0:  # only now: what is refused leaves nothing
+            _write_setup(settings, workload)
+        code, said = _train(trainer, found[0] if found else None)
+    if args.process_index == 0:
+        results = _results(trainer, workload, code, said)
+        write_json(settings.out / RESULTS, results)
+        write_report(settings.out)
+    return code, said
+
+
+def _shape(settings: PretrainSettings) -> Any:
+    """The model without its weights."""
+    try:
+        with torch.device("meta"):
+            model: Any = build_model(settings.preset, changes=_sized(settings.vocab_size))
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"Unknown preset {settings.preset!r}; known are {', '.join(BUILT_IN)}, and any path of a transformers "
+            "config.json or of the folder that holds it."
+        ) from error
+    anatomy = exits.find_anatomy(model)
+    longest = getattr(model.config, "max_position_embeddings", settings.length)
+    problems = (
+        [str(problem) for problem in exits.check(model, depth=settings.depth)] if settings.arm != "uniform" else []
+    )
+    if anatomy.task not in ("masked_lm", "causal_lm"):
+        problems.append(
+            f"A model for {anatomy.task} cannot be pre-trained; expected a masked or causal language model."
+        )
+    if settings.length > longest:
+        problems.append(f"length must be at most {longest} for {settings.preset}, got {settings.length}.")
+    if problems:
+        raise ValueError(" ".join(problems))
+    return model
+
+
+def _sized(vocab_size: int | None) -> dict[str, int]:
+    return {} if vocab_size is None else {"vocab_size": vocab_size}
+
+
+def _require_free(settings: PretrainSettings) -> None:
+    """Never mix two runs in a folder; nothing is ever deleted."""
+    out = settings.out
+    occupied = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    if occupied and not settings.resume:
+        raise FileExistsError(f"{out} is not an empty folder. Go on with its run by --resume, or choose another --out.")
+    if settings.resume and not occupied:
+        raise FileNotFoundError(f"There is no run to resume in {out}. Check --out, or leave --resume out.")
+    if settings.resume and not (out / CONFIG).is_file():
+        raise FileExistsError(f"{out} holds files that earlysift pretrain did not write. Choose another --out.")
+
+
+def _arguments(settings: PretrainSettings) -> TrainingArguments:
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("Expected a CUDA device for device='cuda', found none. Use --device cpu.")
+    on_cpu = settings.device == "cpu" or not torch.cuda.is_available()
+    launched = "LOCAL_RANK" in os.environ  # by torchrun
+    if not on_cpu and not launched and torch.cuda.device_count() > 1:
+        count = torch.cuda.device_count()
+        raise ValueError(
+            f"This process sees {count} devices and would train on one. Start it as torchrun --nproc-per-node {count} "
+            "-m earlysift pretrain ..., or set CUDA_VISIBLE_DEVICES to one of them."
+        )
+    return TrainingArguments(
+        output_dir=str(settings.out),
+        per_device_train_batch_size=settings.batch,
+        gradient_accumulation_steps=settings.accumulate,
+        max_steps=settings.steps,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.schedule,
+        warmup_steps=round(settings.warmup * settings.steps),
+        weight_decay=settings.weight_decay,
+        optim="adamw_torch_fused",
+        max_grad_norm=1.0,
+        bf16=not on_cpu and scorers.scoring_dtype(torch.device("cuda")) is not None,
+        use_cpu=on_cpu,
+        ddp_backend="gloo" if on_cpu and launched else None,
+        ddp_find_unused_parameters=False,  # else the head, which runs behind the wrapped forward, would count as unused
+        torch_compile=settings.compile,
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        dataloader_num_workers=settings.workers,
+        dataloader_multiprocessing_context="fork" if settings.workers else None,
+        dataloader_pin_memory=not on_cpu,
+        eval_strategy="no",  # when to evaluate and save is told by the trainer's own callback
+        save_strategy="no",
+        logging_steps=settings.log_every,
+        logging_nan_inf_filter=False,
+        report_to=_tracker(settings),
+        disable_tqdm=not sys.stderr.isatty(),
+        seed=settings.seed,
+    )
+
+
+def _tracker(settings: PretrainSettings) -> str:
+    if settings.track == "auto":
+        return "tensorboard" if importlib.util.find_spec("tensorboard") else "none"
+    if settings.track != "none" and importlib.util.find_spec(settings.track) is None:
+        raise ValueError(f"{settings.track} is not installed: pip install {settings.track}, or use --track none.")
+    return settings.track
+
+
+def _workload(settings: PretrainSettings, shape: Any) -> Workload:
+    workload = load_workload(
+        task=exits.find_anatomy(shape).task,
+        data=settings.data or None,
+        layers=1,  # of the workload's own model, which is not built
+        width=32,
+        length=settings.length,
+        vocab_size=shape.config.vocab_size,
+        validation_samples=settings.validation_samples,
+        tokenizer_file=settings.tokenizer,
+    )
+    known, needed = shape.config.vocab_size, workload.facts["vocab_size"]
+    if needed > known:
+        raise ValueError(
+            f"The tokenizer {settings.tokenizer} has {needed} tokens, and {settings.preset} knows {known}. Give "
+            f"--vocab-size {needed}, or another tokenizer."
+        )
+    return workload
+
+
+def _model(settings: PretrainSettings, workload: Workload) -> Any:
+    """The model with its weights, told the special tokens of the tokenizer."""
+    tokenizer = optional_package("tokenizers", extra="hf").Tokenizer.from_str(workload.tokenizer_json)
+    names = {"pad": "[PAD]", "cls": "[CLS]", "bos": "[CLS]", "sep": "[SEP]", "eos": "[SEP]"}
+    special = {f"{name}_token_id": tokenizer.token_to_id(token) for name, token in names.items()}
+    return build_preset(settings.preset, changes=_sized(settings.vocab_size) | special, seed=settings.seed)
+
+
+def _digest(workload: Workload) -> str:
+    """Tells other data apart, by its size and a part of its rows."""
+    ids = workload.samples.train["input_ids"]
+    shown = ids[torch.linspace(0, len(ids) - 1, min(_SHOWN_ROWS, len(ids))).long()]
+    return hashlib.sha256(repr(tuple(ids.shape)).encode() + shown.numpy().tobytes()).hexdigest()[:16]
+
+
+def _write_setup(settings: PretrainSettings, workload: Workload) -> None:
+    settings.out.mkdir(parents=True, exist_ok=True)
+    write_json(
+        settings.out / CONFIG, json.loads(json.dumps(vars(settings) | {"resume": False, "config": None}, default=str))
+    )
+    write_whole(settings.out / TOKENIZER, lambda part: part.write_text(workload.tokenizer_json, encoding="utf-8"))
+
+
+def _trainer(
+    settings: PretrainSettings,
+    args: TrainingArguments,
+    workload: Workload,
+    model: nn.Module,
+    about: dict[str, Any],
+    signals: list[int],
+) -> Pretrainer:
+    options = {"keep": settings.keep, "depth": settings.depth, "seed": settings.seed} | ARMS[settings.arm]
+    pool = round(settings.batch / options["keep"])
+    stream = Stream(workload.samples, seed=settings.seed)
+    return Pretrainer(
+        settings=settings,
+        validation=workload.samples.validation,
+        about=about,
+        signals=signals,
+        model=model,
+        args=args,
+        train_dataset=Candidates(stream, settings.steps * settings.accumulate * pool * args.world_size),
+        data_collator=as_it_is,
+        sift=SiftConfig(**options),
+    )
+
+
+def _train(trainer: Pretrainer, checkpoint: Path | None) -> tuple[int, str]:
+    """Train to the end, whatever ends it; returns the exit code and a sentence on it."""
+    settings = trainer.settings
+    if checkpoint is not None:
+        trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    try:
+        if _reached(settings, _points(trainer)) is None:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except NotFinite as error:
+        good = checkpoints.latest(settings.out)
+        where = f"the last good checkpoint is {good[0]}" if good else "there is no checkpoint yet"
+        return DIVERGED, f"Stopped, as {error}; {where}. Try a lower learning rate, or a longer warm-up."
+    points = _points(trainer)
+    if (reached := _reached(settings, points)) is not None:
+        return DONE, (
+            f"Accuracy {reached['accuracy']:.2%} (target {settings.target_accuracy:.2%}) at step {reached['step']}, "
+            f"after {reached['wall_s']:,.1f} s of training."
+        )
+    step = trainer.state.global_step
+    if trainer.signals:
+        return INTERRUPTED, f"Stopped by a signal and saved at step {step}. Go on with --resume."
+    best = max(point["accuracy"] for point in points)
+    if settings.target_accuracy is not None:
+        return MISSED, (
+            f"The target accuracy of {settings.target_accuracy:.2%} was not reached in {step} steps; the best was "
+            f"{best:.2%}."
+        )
+    last = points[-1]
+    return DONE, f"Trained {step} steps: accuracy {last['accuracy']:.2%}, loss {last['loss']:.4f}."
+
+
+def _points(trainer: Pretrainer) -> list[dict[str, Any]]:
+    """The learning curve, over all runs that were resumed."""
+    return [
+        {
+            "step": entry["step"],
+            "reference_s": entry["train_s"],
+            "wall_s": entry["train_s"],
+            "trained_samples": entry["samples_trained"],
+            "scored_samples": int(entry["sift/scored"]) * trainer.args.world_size,
+            "accuracy": entry["eval_accuracy"],
+            "loss": entry["eval_loss"],
+        }
+        for entry in trainer.state.log_history
+        if "eval_accuracy" in entry
+    ]
+
+
+def _reached(settings: PretrainSettings, points: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The first point of the curve at or above the target."""
+    target = settings.target_accuracy
+    return next((point for point in points if target is not None and point["accuracy"] >= target), None)
+
+
+def _results(trainer: Pretrainer, workload: Workload, code: int, said: str) -> dict[str, Any]:
+    """What `earlysift report` reads: a comparison with one arm and one seed, charged by the clock."""
+    settings = trainer.settings
+    points = _points(trainer)
+    reached = _reached(settings, points)
+    names = ("rank_correlation", "overlap", "gain")
+    fidelity = [
+        {"step": entry["step"], "reference_s": entry["train_s"], **{name: entry[f"sift/{name}"] for name in names}}
+        for entry in trainer.state.log_history
+        if "eval_accuracy" in entry and all(f"sift/{name}" in entry for name in names)
+    ]
+    run = {
+        "seed": settings.seed,
+        "finished": code in (DONE, MISSED),
+        "steps": trainer.state.global_step,
+        "wall_s": points[-1]["wall_s"] if points else 0.0,
+        "spent_s": {},
+        "curve": points,
+        "fidelity": fidelity,
+        "control": [],
+        "events": [],
+        "final_accuracy": points[-1]["accuracy"] if points else None,
+        "final_loss": points[-1]["loss"] if points else None,
+        "reference_s_to_target": reached and reached["wall_s"],
+        "exit_code": code,
+    }
+    arm = {"label": settings.arm, "description": "Times are those of training by the clock.", "source": None}
+    return {
+        "version": RESULTS_VERSION,
+        "complete": run["finished"],
+        "created": datetime.now().isoformat(timespec="seconds"),
+        "config": settings.identity(),
+        "machine": environment.machine(trainer.args.device),
+        "versions": environment.versions(),
+        "commit": environment.commit(),
+        "data": {"name": f"{settings.preset} on {workload.name}", "task": workload.task, **workload.facts},
+        "baseline": workload.baseline,
+        "operations_ms": {},
+        "measured_ms": {},
+        "arms": {settings.arm: {**arm, "charged": True, "runs": [run]}},
+        "comparison": {},
+        "target": {"accuracy": settings.target_accuracy, "source": "given"},
+        "verdict": said,
+    }
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """SIGTERM and Ctrl-C are noted inside; a second one interrupts at once."""
+    owner = os.getpid()
+    came: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if os.getpid() != owner:
+            return  # a worker of the loader, which the run that saves still needs
+        if came:
+            raise KeyboardInterrupt
+        came.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,111 @@
+"""What a pre-training run is made of. One dataclass is the command line, the config file and the API."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+ARMS: dict[str, dict[str, Any]] = {
+    "uniform": {"keep": 1.0},
+    "sift": {"score": "loss"},
+    "sift-entropy": {"score": "entropy"},
+    "exact": {"score": "exact"},
+    "auto": {"mode": "auto"},
+}
+"""Arms as rows of data: what each changes in `earlysift.adapters.huggingface.SiftConfig`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainSettings:
+    """One training from random weights."""
+
+    preset: str = "bert-base"
+    """The model: a built-in name, a transformers config.json, or a folder that holds one."""
+    data: tuple[Path, ...] = ()
+    """Files or folders of text, JSON lines, CSV/TSV or parquet, plain, .gz or .zst; several are one corpus. Without it:
+    the standard library of the running Python."""
+    tokenizer: Path | None = None
+    """BERT's vocab.txt or a tokenizer.json; without it a WordPiece tokenizer is trained on the training part."""
+    vocab_size: int | None = None
+    """Tokens that the model knows, and that a trained tokenizer has at most; without it what the preset says."""
+    length: int = 128
+    """Tokens per sample."""
+    validation_samples: int = 2048
+    """Held-out samples that every evaluation uses."""
+    arm: str = "sift"
+    """What is trained on: uniform (all), sift (by the exit's loss), sift-entropy, exact (full model's loss), auto."""
+    depth: int = 1
+    """Layers that run for an early-exit score."""
+    keep: float = 0.5
+    """Share of the candidates that is trained on, but for the arm uniform."""
+    batch: int = 32
+    """Samples trained on per process and micro-step; b / keep candidates are read."""
+    accumulate: int = 8
+    """Micro-steps per optimizer step."""
+    steps: int = 100_000
+    """Optimizer steps; the learning rate has decayed at their end."""
+    minutes: float | None = None
+    """Minutes of training (evaluations not counted) after which the learning rate has decayed and the run ends, if the
+    steps are not done before. Such a run depends on the clock: it resumes, but not bit for bit."""
+    target_accuracy: float | None = None
+    """Validation accuracy (0 to 1) at which the run ends."""
+    learning_rate: float = 1e-4
+    """Peak learning rate of AdamW."""
+    schedule: Literal["linear", "cosine"] = "linear"
+    """How the learning rate decays to zero."""
+    warmup: float = 0.01
+    """Share of the training with rising learning rate."""
+    weight_decay: float = 0.01
+    """Decay of weights, biases and norms excepted."""
+    every: int = 1000
+    """Optimizer steps from one evaluation to the next; a checkpoint follows each, and the latest two are kept."""
+    log_every: int = 50
+    """Optimizer steps from one line of the log to the next; the ledger has every step."""
+    seed: int = 0
+    """Seed of weights, order, masks and dropout."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train. An accelerator computes in bfloat16 if it can, the processor in float32."""
+    compile: bool = False
+    """Compile the model by torch.compile."""
+    workers: int = 0
+    """Processes that prepare candidates beside each training process; samples do not depend on it."""
+    track: Literal["auto", "none", "tensorboard", "wandb", "mlflow"] = "auto"
+    """Tracker to log to. auto is TensorBoard if it is installed, which writes into the run folder."""
+    out: Path = Path("runs/pretrain")
+    """Run folder: config.json, checkpoints, ledgers, results.json, curves.png, report.html."""
+    resume: bool = False
+    """Go on in the run folder from its latest sound checkpoint."""
+    config: Path | None = None
+    """TOML or JSON file with any of these settings (the config.json of a run folder, say); the command line has the
+    last word."""
+
+    def __post_init__(self) -> None:
+        problems = [message for bad, message in self._rules() if bad]
+        if problems:
+            raise ValueError(" ".join(problems))
+
+    def _rules(self) -> list[tuple[bool, str]]:
+        counts = ("length", "validation_samples", "depth", "batch", "accumulate", "steps", "every", "log_every")
+        few = {name: getattr(self, name) for name in counts if getattr(self, name) < 1}
+        return [
+            (self.arm not in ARMS, f"Unknown arm {self.arm!r}; known are {', '.join(ARMS)}."),
+            *((True, f"{name} must be at least 1, got {value}.") for name, value in few.items()),
+            (not 0 < self.keep <= 1, f"keep must be in (0, 1], got {self.keep}."),
+            (self.workers < 0, f"workers must be at least 0, got {self.workers}."),
+            (not self.learning_rate > 0, f"learning_rate must be more than 0, got {self.learning_rate}."),
+            (not 0 <= self.warmup < 1, f"warmup must be a share in [0, 1), got {self.warmup}."),
+            (self.minutes is not None and not self.minutes > 0, f"minutes must be more than 0, got {self.minutes}."),
+            (
+                self.target_accuracy is not None and not 0 < self.target_accuracy < 1,
+                f"target_accuracy must be between 0 and 1, got {self.target_accuracy}.",
+            ),
+        ]
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that make two runs the same training: all but where and how it is run, and watched."""
+        values = dataclasses.asdict(self)
+        for name in ("target_accuracy", "workers", "track", "out", "resume", "config"):
+            del values[name]
+        plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
+        return plain

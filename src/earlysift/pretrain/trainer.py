@@ -1,0 +1,268 @@
+"""`Pretrainer`: transformers' Trainer on a seeded stream of samples, resumable bit for bit."""
+
+import hashlib
+import math
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback
+
+from earlysift import exits, scorers
+from earlysift.adapters.huggingface import SiftTrainerMixin
+from earlysift.files import write_whole
+from earlysift.ledger import read_rows
+from earlysift.losses import IGNORED_LABEL
+from earlysift.pretrain import checkpoints
+from earlysift.pretrain.settings import PretrainSettings
+from earlysift.pretrain.stream import Rows, Stream
+
+_EVALUATED_LABELS = 4096  # whose logits are held at once
+
+
+class NotFinite(Exception):
+    """The loss, or the length of its gradient, is nan or infinite; weights were not updated by it."""
+
+
+class Candidates(Dataset[Rows]):
+    """Numbers of candidates to candidates: workers, processes and resumed runs see the same, whatever they read.
+
+    Args:
+        stream: The stream.
+        count: How many candidates the whole training reads.
+    """
+
+    def __init__(self, stream: Stream, count: int) -> None:
+        self._stream = stream
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, position: int) -> Rows:
+        return {name: rows[0] for name, rows in self.__getitems__([position]).items()}
+
+    def __getitems__(self, positions: list[int]) -> Rows:
+        """A batch of candidates, as it is: there is nothing left to collate."""
+        return self._stream.take(torch.tensor(positions))
+
+
+def as_it_is(batch: Rows) -> Rows:
+    """The collator of `Candidates`."""
+    return batch
+
+
+class Pretrainer(SiftTrainerMixin, Trainer):  # type: ignore[misc]
+    """A Trainer whose loss needs no logits but those of labelled tokens, and that leaves nothing half done.
+
+    The ledger has a row per micro-step, checkpoints are sealed, and a loss that is not finite changes no weights.
+
+    Args:
+        settings: The training.
+        validation: Rows to evaluate on, ``(M, ...)``, with labels.
+        about: What a run must have in common with this one to go on from its checkpoints.
+        signals: Signals that came so far; after the first the run saves and stops.
+        options: Arguments of `transformers.Trainer`, and ``sift``.
+    """
+
+    ledger_path: Path
+    control: Any
+
+    def __init__(
+        self,
+        *,
+        settings: PretrainSettings,
+        validation: Rows,
+        about: Mapping[str, Any],
+        signals: list[int],
+        **options: Any,
+    ) -> None:
+        self.settings = settings
+        self.validation = validation
+        self.about = about
+        self.signals = signals
+        self.ledger_path = settings.out / "ledgers" / f"process{options['args'].process_index}.jsonl"
+        super().__init__(**options)
+        self.model_accepts_loss_kwargs = True  # labelled tokens are counted over a whole step and all processes
+        self.loss_is_scaled_for_ga = True  # and the loss is divided by them
+        self._losses: list[Tensor] = []
+        self._began_s = 0.0
+        self._time_share = 0.0
+        self.add_callback(_Steps(self))
+
+    @property
+    def train_s(self) -> float:
+        """Seconds of training so far, over all runs that were resumed; without evaluations and checkpoints."""
+        return time.perf_counter() - self._began_s
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Rows, return_outputs: bool = False, num_items_in_batch: Tensor | None = None
+    ) -> Tensor:
+        """The batch's part of the step's mean loss over labelled tokens."""
+        with self.accelerator.autocast():
+            loss = scorers.training_loss(model, inputs, items=num_items_in_batch)
+        processes: int = self.args.world_size
+        return loss * processes  # gradients are averaged over processes
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """One micro-batch, whose loss is noted."""
+        loss: Tensor = super().training_step(*args, **kwargs)
+        self._losses.append(loss)
+        return loss
+
+    def get_batch_samples(self, *args: Any) -> Any:
+        """Selected micro-batches of one step.
+
+        Raises:
+            NotFinite: If the weights have diverged, so that nothing can be selected.
+        """
+        try:
+            return super().get_batch_samples(*args)
+        except ValueError as error:
+            rows = {name: values[:1] for name, values in self.validation.items()}
+            if self._sums(rows).isfinite().all():
+                raise
+            raise NotFinite(f"the loss after step {self.state.global_step} is not finite") from error
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Accuracy and mean loss on all labelled tokens of the validation samples.
+
+        Raises:
+            NotFinite: If the loss is not.
+        """
+        began_s = time.perf_counter()
+        train_s = self.train_s
+        own = {name: rows[self.args.process_index :: self.args.world_size] for name, rows in self.validation.items()}
+        right, loss, count = self.accelerator.reduce(self._sums(own), "sum").tolist()
+        if not math.isfinite(loss):
+            raise NotFinite(f"the validation loss after step {self.state.global_step} is {loss}")
+        seen = {name: value for name, value in self.sifter.stats().items() if not name.endswith("_ms")}
+        metrics = {"eval_accuracy": right / count, "eval_loss": loss / count, "train_s": train_s}
+        metrics |= self._totals | seen
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self._began_s += time.perf_counter() - began_s
+        return metrics
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The Trainer's schedule; by the share of the time budget where that is ahead of the share of steps."""
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if self.settings.minutes is not None:
+            by_step = scheduler.lr_lambdas[0]
+            self.lr_scheduler = LambdaLR(
+                self.optimizer, lambda step: by_step(max(step, self._time_share * num_training_steps))
+            )
+        return self.lr_scheduler
+
+    def end_step(self) -> bool:
+        """Close the step's row of the ledger; whether this was the last step, as all processes see it."""
+        self.sifter.ledger.end()
+        seen = torch.tensor([float(bool(self.signals)), self._spent_share()], device=self.args.device)
+        if self.args.world_size > 1:
+            torch.distributed.all_reduce(seen, torch.distributed.ReduceOp.MAX)
+        interrupted, self._time_share = seen.tolist()
+        if interrupted and not self.signals:
+            self.signals.append(0)  # another process was told
+        return bool(interrupted) or self._time_share >= 1
+
+    def go_on_from(self, train_s: float) -> None:
+        """Start the clock of training where an earlier run stopped it."""
+        self._began_s = time.perf_counter() - train_s
+        self._time_share = self._spent_share()
+
+    def _spent_share(self) -> float:
+        return self.train_s / (60 * self.settings.minutes) if self.settings.minutes else 0.0
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        # The last thing before the weights change, and the same on all processes.
+        norm = super()._clip_grad_norm(model)
+        loss, length = torch.stack([torch.stack(self._losses).sum(), torch.as_tensor(norm)]).tolist()
+        self._losses.clear()
+        if not math.isfinite(loss + length):
+            step = self.state.global_step + 1
+            raise NotFinite(f"at step {step} the loss is {loss} and the length of its gradient {length}")
+        rate = self.lr_scheduler.get_last_lr()[0]
+        self.sifter.ledger.note(loss=loss, gradient_norm=length, learning_rate=rate)
+        return norm
+
+    def _selected(self, pool: Any) -> Any:
+        batch = super()._selected(pool)
+        ids = batch["input_ids"].cpu().contiguous().numpy()
+        self.sifter.ledger.note(picks=hashlib.sha256(ids.tobytes()).hexdigest()[:16])
+        return batch
+
+    def _prepare_for_training(self, *args: Any) -> Any:
+        prepared = super()._prepare_for_training(*args)
+        _cut_ledger(self.ledger_path, self.sifter.step)
+        return prepared
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        began_s = time.perf_counter()
+        self.log({"train_s": self.train_s})  # for the clock of the run that goes on from here
+        folder = checkpoints.folder_of(Path(self.args.output_dir), self.state.global_step)
+        if self.args.should_save:
+            shutil.rmtree(folder, ignore_errors=True)  # what a run that was cut while saving left
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            checkpoints.seal(folder, self.about)
+            checkpoints.prune(folder.parent)
+        self._began_s += time.perf_counter() - began_s
+
+    def _sums(self, rows: Rows) -> Tensor:
+        """Right predictions, sum of losses and number of labelled tokens of these rows, float64 ``(3,)``."""
+        sums = torch.zeros(3, dtype=torch.float64, device=self.args.device)
+        labelled = int((rows["labels"][:1] != IGNORED_LABEL).sum())
+        size = max(1, _EVALUATED_LABELS // max(1, labelled))
+        # Not the wrapped model: processes may have different numbers of rows.
+        with torch.no_grad(), exits.scoring_mode(self.model), self.accelerator.autocast():
+            for start in range(0, len(rows["labels"]), size):
+                batch = {name: values[start : start + size].to(self.args.device) for name, values in rows.items()}
+                logits, targets, _ = scorers.predictions(self.model, batch)
+                losses = F.cross_entropy(logits, targets, reduction="sum")
+                right = (logits.argmax(dim=-1) == targets).sum()
+                sums += torch.stack(
+                    [right.double(), losses.double(), torch.tensor(float(len(targets))).to(right.device)]
+                )
+        return sums
+
+
+class _Steps(TrainerCallback):  # type: ignore[misc]
+    """When to evaluate, save and stop."""
+
+    def __init__(self, trainer: Pretrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.go_on_from(next((e["train_s"] for e in reversed(state.log_history) if "train_s" in e), 0.0))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        over = self._trainer.end_step() or state.global_step >= state.max_steps
+        due = state.global_step % self._trainer.settings.every == 0
+        control.should_training_stop = over
+        control.should_save = over or due
+        # Only what evaluations found sound is saved; but a signal wants to be obeyed at once.
+        control.should_evaluate = due or (over and not self._trainer.signals)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any, **kwargs: Any) -> None:
+        target = self._trainer.settings.target_accuracy
+        if target is not None and metrics["eval_accuracy"] >= target:
+            control.should_training_stop = True
+
+
+def _cut_ledger(path: Path, step: int) -> None:
+    """Leave out the rows of steps that were taken after the checkpoint from which a run goes on."""
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return
+    lines = path.read_text(encoding="utf-8").split("\n")
+    kept = [line for line, row in zip(lines, read_rows(path), strict=False) if row["step"] < step]
+    write_whole(path, lambda part: part.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8"))

@@ -1,0 +1,44 @@
+"""Settings from a TOML or JSON file: the fields of a dataclass, by name."""
+
+import dataclasses
+import json
+import tomllib
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+Settings = TypeVar("Settings")
+
+
+def read_settings(path: Path, kind: type[Settings]) -> Settings:
+    """Settings from a TOML or JSON file.
+
+    Args:
+        path: The file.
+        kind: The dataclass that the file fills.
+
+    Raises:
+        ValueError: If the file is neither or has a key that is not a setting.
+        FileNotFoundError: If there is no such file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"Expected a TOML or JSON file with settings at {path}, found none.")
+    name, parse = ("JSON", json.loads) if path.suffix == ".json" else ("TOML", tomllib.loads)
+    try:
+        values = parse(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not a {name} file: {error}.") from error
+    fields = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    unknown = sorted(set(values) - fields)
+    if unknown:
+        raise ValueError(f"{path} has unknown settings {unknown}; known are {', '.join(sorted(fields))}.")
+    hints = get_type_hints(kind)
+    return kind(**{name: _as(hints[name], value) for name, value in values.items()})
+
+
+def _as(hint: Any, value: Any) -> Any:
+    """A value of JSON or TOML, which know neither paths nor tuples, as its field wants it."""
+    if value is None:
+        return None
+    if get_origin(hint) is tuple:
+        return tuple(_as(get_args(hint)[0], item) for item in ([value] if isinstance(value, str) else value))
+    return Path(value) if Path in (hint, *get_args(hint)) else value

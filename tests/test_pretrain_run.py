@@ -1,0 +1,563 @@
+"""`earlysift pretrain` as real processes: resumes bit-equal wherever it is killed, and says what is wrong with what."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import earlysift
+from earlysift.checkup import BUILT_IN, build_model
+from earlysift.pretrain import checkpoints
+from earlysift.pretrain.settings import ARMS, PretrainSettings
+from earlysift.report.page import write_report
+from earlysift.seeds import seeded
+
+SOURCE = Path(earlysift.__file__).parents[1]
+MODEL = {
+    "model_type": "bert",
+    "architectures": ["BertForMaskedLM"],
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 32,
+}
+WITHOUT_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+STEPS, EVERY, ACCUMULATE = 12, 3, 2
+
+# Runs commands in processes of their own, forked from one that has imported what they need. A command may be told to
+# send itself a signal at the nth call of a function of earlysift.
+STARTER = """
+import json, os, sys, traceback
+import earlysift.__main__, earlysift.cli, earlysift.pretrain.run
+
+def interrupted(name, count, number):
+    def watch(frame, event, argument):
+        nonlocal count
+        if event == "call" and frame.f_code.co_name == name and "/earlysift/" in frame.f_code.co_filename:
+            count -= 1
+            if count == 0:
+                os.kill(os.getpid(), number)
+    return watch
+
+for line in sys.stdin:
+    told = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        for stream, path in ((0, os.devnull), (1, told["out"]), (2, told["err"])):
+            os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), stream)
+        sys.argv = ["earlysift", *told["arguments"]]
+        code = 1
+        try:
+            if told["signal"]:
+                sys.setprofile(interrupted(*told["signal"]))
+            code = earlysift.__main__.main()
+        except SystemExit as error:
+            code = error.code
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    print(os.waitstatus_to_exitcode(status), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder with text, and models of two layers to train on it."""
+    folder = tmp_path_factory.mktemp("data")
+    generator = seeded("text")
+    words = ["".join("abcdefgh"[i] for i in torch.randint(8, (n,), generator=generator)) for n in (2, 3, 4, 5) * 50]
+
+    def document():
+        ids = (torch.rand(400, generator=generator) ** 3 * len(words)).long().tolist()
+        return ". ".join(" ".join(words[i] for i in ids[start : start + 10]) for start in range(0, 400, 10))
+
+    (folder / "text.txt").write_text("\n\n".join(document() for _ in range(120)))
+    (folder / "model.json").write_text(json.dumps(MODEL))
+    (folder / "plain.json").write_text(json.dumps(MODEL | WITHOUT_DROPOUT))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    cache = str(tmp_path_factory.mktemp("cache"))
+    return {**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": cache}
+
+
+@pytest.fixture(scope="module")
+def start(data, environment, tmp_path_factory):
+    """Run ``earlysift pretrain`` in a process; gives exit code, what it printed, and what it printed as errors."""
+    folder = tmp_path_factory.mktemp("output")
+    starter = subprocess.Popen(
+        [sys.executable, "-c", STARTER], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+    def run(out, *options, at=None, model="model.json"):
+        out_path, err_path = folder / "out", folder / "err"
+        arguments = ["pretrain", *arguments_for(data, out, model), *map(str, options)]
+        told = {"arguments": arguments, "signal": at, "out": str(out_path), "err": str(err_path)}
+        starter.stdin.write(json.dumps(told) + "\n")
+        starter.stdin.flush()
+        code = int(starter.stdout.readline())
+        return code, out_path.read_text(), err_path.read_text()
+
+    with starter:
+        yield run
+        starter.stdin.close()
+
+
+def arguments_for(data, out, model="model.json"):
+    options = {
+        "preset": data / model,
+        "data": data / "text.txt",
+        "out": out,
+        "length": 16,
+        "validation-samples": 32,
+        "batch": 4,
+        "accumulate": ACCUMULATE,
+        "steps": STEPS,
+        "every": EVERY,
+        "log-every": EVERY,
+        "learning-rate": 0.01,
+        "device": "cpu",
+        "track": "none",
+    }
+    return [part for name, value in options.items() for part in (f"--{name}", str(value))]
+
+
+def kill(name, count):
+    return [name, count, signal.SIGKILL]
+
+
+def ledger(out, process=0):
+    """The rows of a ledger, without times."""
+    lines = (out / "ledgers" / f"process{process}.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if not key.endswith("_ms")} for line in lines]
+
+
+def curve(out):
+    """The points of the learning curve, without times."""
+    results = json.loads((out / "results.json").read_text())
+    ((arm,),) = [[arm["runs"][0] for arm in results["arms"].values()]]
+    return [{key: value for key, value in point.items() if not key.endswith("_s")} for point in arm["curve"]]
+
+
+def log(out, step=STEPS):
+    """What the Trainer logged of training, without times."""
+    state = json.loads((out / f"checkpoint-{step}" / "trainer_state.json").read_text())
+    entries = [entry for entry in state["log_history"] if "loss" in entry]
+    return [{key: value for key, value in entry.items() if not key.endswith("_ms")} for entry in entries]
+
+
+def tensors(value):
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict | list | tuple):
+        return [found for part in (value.values() if isinstance(value, dict) else value) for found in tensors(part)]
+    return []
+
+
+def weights(out, step=STEPS):
+    """Weights, state of the optimizer and of random numbers, in one list."""
+    folder = out / f"checkpoint-{step}"
+    loaded = [load_file(folder / "model.safetensors"), torch.load(folder / "optimizer.pt", weights_only=True)]
+    return tensors(loaded)
+
+
+def assert_bit_equal(one, other):
+    rows = ledger(one)
+    assert len(rows) == STEPS * ACCUMULATE
+    assert [row["step"] for row in rows] == list(range(STEPS * ACCUMULATE))
+    assert len({row["picks"] for row in rows}) == len(rows)
+    assert sum("loss" in row and "learning_rate" in row for row in rows) == STEPS
+    assert rows == ledger(other)
+    assert curve(one) == curve(other)
+    assert len(curve(one)) == STEPS // EVERY
+    assert log(one) == log(other)
+    ours, theirs = weights(one), weights(other)
+    assert len(ours) == len(theirs) > 60
+    assert all(map(torch.equal, ours, theirs))
+
+
+@pytest.fixture(scope="module")
+def uncut(start, tmp_path_factory):
+    """The folder of a run that nothing disturbed."""
+    out = tmp_path_factory.mktemp("uncut") / "run"
+    code, said, err = start(out)
+    assert code == 0, err
+    assert re.search(r"Trained 12 steps: accuracy [\d.]+%, loss [\d.]+", said)
+    return out
+
+
+@pytest.fixture
+def copy(uncut, tmp_path):
+    """A copy of that run, to be tampered with."""
+    return Path(shutil.copytree(uncut, tmp_path / "run"))
+
+
+# Resuming
+
+
+def test_a_run_killed_again_and_again_is_bit_equal_to_one_that_was_not(start, uncut, tmp_path):
+    out = tmp_path / "run"
+    cuts = [
+        ("before anything is saved, within accumulation", kill("compute_loss", 2), 0, None),
+        ("within accumulation, with workers", kill("compute_loss", 10), 2, None),
+        ("while a checkpoint is written", kill("_save_rng_state", 1), 0, None),
+        ("before its manifest", kill("write_json", 2), 2, "checkpoint-6 is not used: incomplete"),
+        ("before older ones are deleted", kill("prune", 2), 0, "checkpoint-6 is not used: incomplete"),
+        ("in the last evaluation", kill("evaluate", 1), 2, None),
+    ]
+    for i, (where, at, workers, told) in enumerate(cuts):
+        resume = ["--resume"] if i else []
+        code, _, err = start(out, *resume, "--workers", workers, at=at)
+        assert code == -signal.SIGKILL, (where, err)
+        assert (told in err) if told else ("is not used" not in err), (where, err)
+        assert ("no sound checkpoint: the run begins anew" in err) == (i == 1), (where, err)
+    assert [path.name for path in sorted(out.glob("checkpoint-*"))] == ["checkpoint-3", "checkpoint-6", "checkpoint-9"]
+    code, _, err = start(out, "--resume")
+    assert code == 0, err
+    assert_bit_equal(out, uncut)
+    assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-9", "checkpoint-12"}
+
+
+@pytest.mark.parametrize("arm", ["uniform", "sift-entropy", "exact", "auto"])
+def test_every_arm_resumes_bit_equal_within_accumulation(arm, start, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert start(whole, "--arm", arm)[0] == 0
+    assert start(cut, "--arm", arm, at=kill("compute_loss", 14))[0] == -signal.SIGKILL
+    assert start(cut, "--arm", arm, "--resume")[0] == 0
+    if arm == "auto":  # whose decisions rest on measured times
+        assert [row["picks"] for row in ledger(cut)] == [row["picks"] for row in ledger(whole)]
+    else:
+        assert_bit_equal(cut, whole)
+    kept = {row["trained"] / row["candidates"] for row in ledger(whole)}
+    assert kept == {1.0 if arm == "uniform" else 0.5}
+    assert any("scored" in row for row in ledger(whole)) == (arm not in ("uniform", "auto"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_at_the_end_of_the_step_and_the_run_goes_on_bit_equal(number, start, uncut, tmp_path):
+    out = tmp_path / "run"
+    code, _, err = start(out, at=["compute_loss", 7, number])
+    assert code == 130
+    assert "Stopped by a signal and saved at step 4. Go on with --resume." in err
+    assert checkpoints.latest(out)[0].name == "checkpoint-4"
+    assert not json.loads((out / "results.json").read_text())["complete"]
+    assert start(out, "--resume")[0] == 0
+    assert ledger(out) == ledger(uncut)
+    assert curve(out) == curve(uncut)
+    assert all(map(torch.equal, weights(out), weights(uncut)))
+
+
+def test_a_signal_from_outside_stops_the_command_line_and_saves(data, environment, tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "earlysift", "pretrain", *arguments_for(data, out), "--steps", "100000"]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        rows = out / "ledgers" / "process0.jsonl"
+        for _ in range(2000):
+            if rows.is_file() and rows.read_text().count("\n") > 4:
+                break
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=100)
+    finally:
+        process.kill()
+    assert process.returncode == 130, err
+    folder, _ = checkpoints.latest(out)
+    assert f"saved at step {folder.name.removeprefix('checkpoint-')}" in err
+    assert (out / "report.html").is_file()
+
+
+# Damaged checkpoints
+
+
+def damage_flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def damage_truncate(path):
+    path.write_bytes(path.read_bytes()[:-2])  # the last byte of a JSON file is the end of its line
+
+
+def damage_delete(path):
+    path.unlink()
+
+
+@pytest.mark.parametrize("damage", [damage_flip, damage_truncate, damage_delete])
+def test_damage_to_any_file_is_named_and_the_checkpoint_before_is_used(damage, uncut, tmp_path, caplog):
+    names = sorted(path.name for path in (uncut / "checkpoint-12").iterdir())
+    assert {"manifest.json", "model.safetensors", "optimizer.pt", "sifter_0.json", "trainer_state.json"} <= set(names)
+    for name in names:
+        out = Path(shutil.copytree(uncut, tmp_path / name))
+        damage(out / "checkpoint-12" / name)
+        caplog.clear()
+        folder, _ = checkpoints.latest(out)
+        assert folder.name == "checkpoint-9"
+        assert "checkpoint-12 is not used" in caplog.text
+        assert name in caplog.text
+
+
+def test_a_run_with_a_damaged_checkpoint_resumes_from_the_one_before_bit_equal(start, uncut, copy):
+    damage_flip(copy / "checkpoint-12" / "model.safetensors")
+    code, _, err = start(copy, "--resume")
+    assert code == 0
+    assert "checkpoint-12 is not used: model.safetensors is damaged" in err
+    assert_bit_equal(copy, uncut)
+
+
+class Hostile:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, canary):
+        self.canary = canary
+
+    def __reduce__(self):
+        return os.mkdir, (self.canary,)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"])
+def test_nothing_in_a_checkpoint_is_executed(name, start, copy, tmp_path):
+    shutil.rmtree(copy / "checkpoint-12")
+    canary = tmp_path / "canary"
+    torch.save(Hostile(str(canary)), copy / "checkpoint-9" / name)
+    checkpoints.seal(copy / "checkpoint-9", manifest_of(copy / "checkpoint-9"))
+    code, _, _ = start(copy, "--resume")
+    assert (code == 0) == (name == "training_args.bin")  # which nobody reads
+    assert not canary.exists()
+    torch.load(copy / "checkpoint-9" / name, weights_only=False)
+    assert canary.exists()  # it would have been
+
+
+def manifest_of(folder):
+    return json.loads((folder / "manifest.json").read_text())["about"]
+
+
+# Endings
+
+
+def test_a_target_ends_the_run_when_it_is_reached_and_is_reported_when_it_is_not(start, tmp_path):
+    out = tmp_path / "run"
+    code, said, err = start(out, "--steps", 200, "--target-accuracy", 0.02, "--arm", "uniform")
+    assert code == 0, err
+    step = int(re.search(r"target 2.00%\) at step (\d+), after [\d.,]+ s of training", said)[1])
+    assert step < 200
+    points = curve(out)
+    assert [point["accuracy"] >= 0.02 for point in points] == [False] * (len(points) - 1) + [True]
+    assert points[-1]["step"] == step
+    arm = json.loads((out / "results.json").read_text())["arms"]["uniform"]["runs"][0]
+    assert arm["reference_s_to_target"] == arm["curve"][-1]["wall_s"] > 0
+    rows = ledger(out)
+    code, said, _ = start(out, "--steps", 200, "--target-accuracy", 0.02, "--arm", "uniform", "--resume")
+    assert (code, f"at step {step}" in said) == (0, True)
+    assert ledger(out) == rows  # there was nothing left to do
+
+
+def test_a_target_that_is_not_reached_is_a_clear_end(start, copy):
+    code, _, err = start(copy, "--resume", "--target-accuracy", 0.999)
+    assert code == 1
+    assert "The target accuracy of 99.90% was not reached in 12 steps; the best was" in err
+
+
+@pytest.mark.parametrize("arm", ["uniform", "sift"])
+def test_a_loss_that_is_not_finite_ends_the_run_at_the_last_good_checkpoint(arm, start, tmp_path):
+    out = tmp_path / "run"
+    options = ["--arm", arm, "--learning-rate", 1e30, "--warmup", 0.5, "--every", 1]  # the first step has rate zero
+    code, _, err = start(out, *options)
+    assert code == 3
+    assert re.search(r"Stopped, as .* is not finite|Stopped, as .* loss .* (nan|inf)", err)
+    assert f"the last good checkpoint is {out / 'checkpoint-1'}" in err
+    assert checkpoints.latest(out)[0].name == "checkpoint-1"
+    assert all(value.isfinite().all() for value in weights(out, 1))
+    assert not json.loads((out / "results.json").read_text())["complete"]
+    assert (out / "report.html").is_file()
+
+
+def test_a_time_budget_ends_the_run_with_a_decayed_rate(start, tmp_path):
+    out = tmp_path / "run"
+    code, said, err = start(out, "--steps", 100000, "--minutes", 0.04, "--schedule", "cosine", "--warmup", 0)
+    assert code == 0, err
+    rates = [row["learning_rate"] for row in ledger(out) if "learning_rate" in row]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[0] == 0.01
+    assert rates[-1] < rates[0]
+    assert len(rates) < 100000
+    assert f"Trained {len(rates)} steps" in said
+
+
+# What is computed
+
+
+def test_accumulated_micro_batches_are_one_large_batch(start, tmp_path):
+    small, large = tmp_path / "small", tmp_path / "large"
+    start(small, "--arm", "uniform", model="plain.json")
+    start(large, "--arm", "uniform", "--batch", 8, "--accumulate", 1, model="plain.json")
+    losses = [[row["loss"] for row in ledger(out) if "loss" in row] for out in (small, large)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert len(losses[0]) == STEPS
+    assert losses[0][-1] < losses[0][0]
+
+
+def test_rates_are_those_of_the_schedule(uncut):
+    rates = [row["learning_rate"] for row in ledger(uncut) if "learning_rate" in row]
+    assert rates == pytest.approx([0.01 * (STEPS - step) / STEPS for step in range(STEPS)], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "millions", "task", "layers"),
+    [
+        ("bert-base", 110, "ForMaskedLM", 12),
+        ("bert-small", 54, "ForMaskedLM", 12),
+        ("bert-mini", 17.5, "ForMaskedLM", 12),
+        ("bert-tiny", 6.4, "ForMaskedLM", 12),
+        ("modernbert-base", 149.7, "ForMaskedLM", 22),
+        ("gpt2-small", 124.4, "LMHeadModel", 12),
+    ],
+)
+def test_presets_are_the_models_of_that_name(name, millions, task, layers):
+    assert name in BUILT_IN
+    with torch.device("meta"):
+        model = build_model(name)
+    assert type(model).__name__.endswith(task)
+    assert len(earlysift.exits.find_anatomy(model).layers) == layers
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.01)
+    assert earlysift.check(model) == []
+
+
+def test_runs_of_several_arms_make_one_page(start, uncut, tmp_path):
+    assert start(tmp_path / "run", "--arm", "uniform")[0] == 0
+    page = write_report(uncut, tmp_path / "run", out=tmp_path / "page.html").read_text()
+    assert all(word in page for word in (*("sift", "uniform"), "Trained 12 steps", "text.txt, masked LM"))
+
+
+def test_a_causal_model_trains_too(start, data, tmp_path):
+    config = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 32, "vocab_size": 300}
+    (data / "gpt2.json").write_text(json.dumps(config))
+    code, _, err = start(tmp_path / "run", model="gpt2.json")
+    assert code == 0, err
+    points = curve(tmp_path / "run")
+    assert points[-1]["loss"] < points[0]["loss"]
+
+
+# Bad input
+
+
+BAD = {  # options, and what the message says
+    "preset": (["--preset", "bert-huge"], r"Unknown preset 'bert-huge'; known are bert-base, bert-small, "),
+    "arm": (["--arm", "best"], r"Unknown arm 'best'; known are uniform, sift, sift-entropy, exact, auto"),
+    "depth": (["--depth", "2"], r"Expected depth in 1\.\.1.*got 2"),
+    "length": (["--length", "64"], r"length must be at most 32 for .*model\.json, got 64"),
+    "tokenizer": (["--tokenizer", "{tmp}/vocab.txt"], r"has 1005 tokens, and .* knows 300\. Give --vocab-size 1005"),
+    "no text": (["--data", "{tmp}/none.jsonl"], r"found the columns first \(string\), second \(string\)"),
+    "empty": (["--data", "{tmp}/empty.txt"], r"expected text, found none"),
+    "empty documents": (["--data", "{tmp}/blank.jsonl"], r"expected text, found none"),
+    "cuda": (["--device", "cuda"], r"Expected a CUDA device for device='cuda', found none\. Use --device cpu"),
+    "tracker": (["--track", "wandb"], r"wandb is not installed: pip install wandb, or use --track none"),
+    "ranges": (["--keep", "0", "--steps", "0"], r"steps must be at least 1, got 0\. keep must be in \(0, 1\], got 0"),
+    "no choice": (["--keep", "0.9"], r"keep=0\.9 leaves no choice with batches of 4"),
+    "resume": (["--resume"], r"There is no run to resume in"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_refused_in_one_message_and_leaves_nothing(name, start, tmp_path):
+    if name == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is one")
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    (tmp_path / "vocab.txt").write_text("\n".join([*special, *(f"word{i}" for i in range(1000))]))
+    rows = [{"first": f"a {i}", "second": f"b {i}"} for i in range(300)]
+    (tmp_path / "none.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "blank.jsonl").write_text("\n".join(json.dumps({"text": " "}) for _ in range(300)))
+    (tmp_path / "empty.txt").write_text("")
+    options, message = BAD[name]
+    code, _, err = start(tmp_path / "run", *(option.format(tmp=tmp_path) for option in options))
+    assert code == 2
+    assert re.search(message, " ".join(err.replace("│", "").split())), err
+    assert "Traceback" not in err
+    assert not list((tmp_path / "run").glob("*"))
+
+
+def test_a_folder_in_use_and_a_checkpoint_of_another_training_are_refused(start, copy, data, tmp_path):
+    before = sorted(path.name for path in copy.iterdir())
+    code, _, err = start(copy)
+    assert (code, "Go on with its run by --resume, or choose another --out" in err) == (2, True)
+    code, _, err = start(copy, "--resume", "--learning-rate", 0.02, "--arm", "exact")
+    assert code == 2
+    assert "another training (arm: was 'sift', is 'exact'; learning_rate: was 0.01, is 0.02)" in err
+    other = json.loads((data / "model.json").read_text()) | {"intermediate_size": 32}
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    code, _, err = start(copy, "--resume", "--preset", tmp_path / "other.json")
+    assert (code, "model: was" in err, "preset: was" in err) == (2, True, True)
+    (data / "more.txt").write_text((data / "text.txt").read_text() * 2)
+    code, _, err = start(copy, "--resume", "--data", data / "more.txt")
+    assert (code, "training data: was" in err) == (2, True)
+    path = copy / "checkpoint-12" / "manifest.json"
+    content = json.loads(path.read_text()) | {"version": 99}
+    del content["sha256"]
+    path.write_text(json.dumps({"sha256": checkpoints._digest_of(content), **content}))
+    code, _, err = start(copy, "--resume")
+    assert (code, "Expected a checkpoint of version 1 in" in err, "got 99" in err) == (2, True, True)
+    assert sorted(path.name for path in copy.iterdir()) == before
+
+
+def test_settings_are_the_command_line_and_the_config_file(start, uncut, tmp_path, copy):
+    named = {f"--{name.replace('_', '-')}" for name in PretrainSettings.__dataclass_fields__}
+    code, shown, _ = start(tmp_path / "none", "--help")
+    assert code == 0
+    assert named <= {word.rstrip(",") for word in shown.split()}
+    for number in ("0 done", "1 target not reached", "2 bad input", "3 loss not finite", "130 stopped"):
+        assert number in " ".join(shown.replace("│", "").split())
+    config = json.loads((uncut / "config.json").read_text())
+    assert set(config) == set(PretrainSettings.__dataclass_fields__)
+    code, said, err = start(copy, "--config", uncut / "config.json", "--resume")
+    assert (code, "Trained 12 steps" in said) == (0, True), err
+    assert set(ARMS) == {"uniform", "sift", "sift-entropy", "exact", "auto"}
+
+
+# Several processes
+
+
+def torchrun(data, environment, out, *options):
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "earlysift", "pretrain"]
+    arguments = [*arguments_for(data, out, "plain.json"), "--accumulate", "1", *options]
+    return subprocess.run(
+        [sys.executable, *launch, *arguments], env=environment, capture_output=True, text=True, timeout=200, check=False
+    )
+
+
+def test_two_processes_train_as_one_that_accumulates_and_resume_bit_equal(data, environment, start, tmp_path):
+    out, one = tmp_path / "two", tmp_path / "one"
+    done = torchrun(data, environment, out, "--arm", "uniform")
+    assert done.returncode == 0, done.stderr
+    assert start(one, "--arm", "uniform", model="plain.json")[0] == 0
+    losses = [[row["loss"] for row in ledger(out, process)] for process in range(2)]
+    single = [row["loss"] for row in ledger(one) if "loss" in row]
+    assert [(a + b) / 2 for a, b in zip(*losses, strict=True)] == pytest.approx(single, rel=1e-4)
+    ours, theirs = curve(out), curve(one)
+    assert [p["loss"] for p in ours] == pytest.approx([p["loss"] for p in theirs], rel=1e-4)
+    cut = Path(shutil.copytree(out, tmp_path / "cut"))
+    shutil.rmtree(cut / "checkpoint-12")
+    resumed = torchrun(data, environment, cut, "--arm", "uniform", "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert all(ledger(cut, process) == ledger(out, process) for process in range(2))
+    assert curve(cut) == curve(out)
+    assert all(map(torch.equal, weights(cut), weights(out)))
+    code, _, err = start(cut, "--arm", "uniform", "--accumulate", 1, "--resume", model="plain.json")
+    assert (code, "processes: was 2, is 1" in err) == (2, True)
