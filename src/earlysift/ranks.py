@@ -6,7 +6,7 @@ Letters in shapes: W ranks, R candidates of a rank, b kept per rank.
 import bisect
 import itertools
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -39,6 +39,20 @@ def world() -> int:
 def rank() -> int:
     """Number of this rank; 0 without a process group."""
     return distributed.get_rank() if _initialized() else 0
+
+
+def mean(numbers: Mapping[str, float], device: torch.device) -> dict[str, float]:
+    """Mean over the ranks of numbers that all of them have, by name: the same on every rank.
+
+    Args:
+        numbers: The same names in the same order on every rank.
+        device: Where the backend of the process group works.
+    """
+    if world() == 1:
+        return dict(numbers)
+    values = torch.tensor(list(numbers.values()), dtype=torch.float64, device=device)
+    distributed.all_reduce(values)
+    return dict(zip(numbers, (values / world()).tolist(), strict=True))
 
 
 def gather(scores: Tensor, pool: Any) -> Gathered:
@@ -110,6 +124,7 @@ def exchange(pool: Any, selection: Selection, sizes: Sequence[int], kept: int) -
         """Rows of the holder's pool that the taker trains on."""
         return [chosen[row.place] - starts[holder] for row in shares[taker] if row.holder == holder]
 
+    own = passed(me, me)
     others = [r for r in range(len(sizes)) if r != me]
     sent = {taker: rows for taker in others if (rows := passed(me, taker))}
     due = {holder: len(rows) for holder in others if (rows := passed(holder, me))}
@@ -125,7 +140,7 @@ def exchange(pool: Any, selection: Selection, sizes: Sequence[int], kept: int) -
         ]
         for work in distributed.batch_isend_irecv(messages) if messages else []:
             work.wait()
-        return torch.cat([mine(passed(me, me)), *come.values()])
+        return torch.cat([mine(own), *come.values()])
 
     batch = pools.map_rows(pool, swap, sizes[me])
     order = [row.place for holder in (me, *due) for row in shares[me] if row.holder == holder]

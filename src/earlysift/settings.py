@@ -1,8 +1,9 @@
-"""Settings from a TOML or JSON file: the fields of a dataclass, by name."""
+"""Settings from a TOML or JSON file, the fields of a dataclass by name; and where two sets of settings differ."""
 
 import dataclasses
 import json
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -33,6 +34,17 @@ def read_settings(path: Path, kind: type[Settings]) -> Settings:
         raise ValueError(f"{path} has unknown settings {unknown}; known are {', '.join(sorted(fields))}.")
     hints = get_type_hints(kind)
     return kind(**{name: _as(hints[name], value) for name, value in values.items()})
+
+
+def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Where two sets of settings differ: name, what was saved, what is now, by name; None stands for what is missing.
+
+    Example:
+        >>> differences({"keep": 0.5, "seed": 0}, {"keep": 0.25, "seed": 0, "trim": True})
+        [('keep', 0.5, 0.25), ('trim', None, True)]
+    """
+    names = sorted(saved.keys() | now.keys())
+    return [(name, saved.get(name), now.get(name)) for name in names if saved.get(name) != now.get(name)]
 
 
 def _as(hint: Any, value: Any) -> Any:

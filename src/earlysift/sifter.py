@@ -25,6 +25,7 @@ from earlysift.schedules import Schedule
 from earlysift.scorers import Scorer
 from earlysift.seeds import seeded
 from earlysift.selectors import Selection, Selector
+from earlysift.settings import differences
 
 STATE_VERSION = 2
 _LOG = logging.getLogger("earlysift")
@@ -378,11 +379,7 @@ class Sifter:
                 f"Expected a Sifter state of version {STATE_VERSION}, got {version!r}. Use the release that wrote it."
             )
         ours, theirs = self._config(), state["config"]
-        differing = [
-            f"{key}: saved {theirs.get(key)!r}, now {ours.get(key)!r}"
-            for key in sorted(ours.keys() | theirs.keys())
-            if ours.get(key) != theirs.get(key)
-        ]
+        differing = [f"{key}: saved {saved!r}, now {now!r}" for key, saved, now in differences(theirs, ours)]
         if differing:
             raise ValueError(
                 "The saved Sifter was configured otherwise (" + "; ".join(differing) + "). "
@@ -448,7 +445,7 @@ class Sifter:
         control, state = self._control, self._steering
         assert control is not None
         if state is None:
-            prices = _mean_over_ranks(self._prices(pool, kept), self.model)
+            prices = self._mean_over_ranks(self._prices(pool, kept))
             state = controller.State(next_probe=controller.next_probe(self._step, control, prices))
         news: dict[str, Any] = {}
         if self._step >= state.next_probe and pools.has_labels(pool):
@@ -459,9 +456,9 @@ class Sifter:
                     with self.ledger.timed(f"score_{timed_depth}"):
                         self._scorer(kept, timed_depth)(self.model, pool)
             numbers = {name: entry.get(name, math.nan) for name in controller.record_names(control)}
-            shared = _mean_over_ranks({**numbers, "weighted": float(self._weights_read)}, self.model)
+            shared = self._mean_over_ranks({**numbers, "weighted": float(self._weights_read)})
             weighted = shared.pop("weighted") == 1  # on every rank
-            prices = _mean_over_ranks(self._prices(pool, kept), self.model)
+            prices = self._mean_over_ranks(self._prices(pool, kept))
             before = state.choice
             state, told, reason = controller.advance(state, shared, prices, control, self.keep, self._step, weighted)
             seen_at = state.choice or before or self
@@ -473,6 +470,10 @@ class Sifter:
             if state.choice != before:
                 news["event"] = {"from": _words(before), "to": _words(state.choice), "reason": reason}
         return state, {**news, "mode": state.choice.rule if state.choice else "off"}
+
+    def _mean_over_ranks(self, numbers: Mapping[str, float]) -> dict[str, float]:
+        """The same numbers on every rank, so that all ranks decide alike."""
+        return ranks.mean(numbers, next(self.model.parameters()).device)
 
     def _prices(self, pool: Any, kept: int) -> dict[str, float]:
         """Times of a step, a probe and scoring at each depth: given, measured, or by FLOPs until they are measured."""
@@ -637,16 +638,6 @@ def _without_loss(scores: Tensor) -> tuple[int, int]:
 
 def _words(choice: controller.Choice | None) -> str:
     return "uniform" if choice is None else str(choice)
-
-
-def _mean_over_ranks(numbers: Mapping[str, float], model: nn.Module) -> dict[str, float]:
-    """The same numbers on every rank, so that all ranks decide alike."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return dict(numbers)
-    device = next(model.parameters()).device
-    values = torch.tensor(list(numbers.values()), dtype=torch.float64, device=device)
-    torch.distributed.all_reduce(values)
-    return dict(zip(numbers, (values / torch.distributed.get_world_size()).tolist(), strict=True))
 
 
 def _name(function: str | Callable[..., Any]) -> str:

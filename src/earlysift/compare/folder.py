@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from earlysift.report.page import RESULTS, read_results
+from earlysift.settings import differences
 
 CONFIG = "config.json"
 LEDGERS = "ledgers"
@@ -51,9 +52,7 @@ def clear(folder: Path) -> None:
 
 def _require_same(saved: dict[str, Any], now: dict[str, object]) -> None:
     differing = [
-        f"{key}: was {saved.get(key)!r}, is {now.get(key)!r}"
-        for key in sorted(saved.keys() | now.keys())
-        if key not in _MAY_GROW and saved.get(key) != now.get(key)
+        f"{key}: was {was!r}, is {value!r}" for key, was, value in differences(saved, now) if key not in _MAY_GROW
     ]
     if differing:
         raise ValueError(

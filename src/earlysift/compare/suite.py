@@ -61,7 +61,7 @@ _PRETRAINING = "mlm-wikipedia-books"
 
 _CPU: dict[str, dict[str, Any]] = {
     "mlm-stdlib": {**_MLM, "arms": _MAIN},  # the longest first, so that jobs end together
-    "digits": _IMAGE,
+    "digits": {**_IMAGE, "arms": (*_PEERS, "sift-warm", "sift-joint-1")},
     "digits-long": {**_IMAGE, "arms": _LONG, "budget": 30.0, "evaluations": 25, "select_after": 0.2},
     "sst2": _CLASSIFY,
     "clm-repeated": {**_CLM, "repeated": 0.8},

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from earlysift.files import write_json
+from earlysift.settings import differences
 
 MANIFEST = "manifest.json"
 _VERSION = 1  # of the manifest; count up when older ones cannot be read
@@ -68,11 +69,7 @@ def require_same(folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any])
     Raises:
         ValueError: If anything differs; lists what.
     """
-    differing = [
-        f"{key}: was {saved.get(key)!r}, is {now.get(key)!r}"
-        for key in sorted(saved.keys() | now.keys())
-        if saved.get(key) != now.get(key)
-    ]
+    differing = [f"{key}: was {was!r}, is {value!r}" for key, was, value in differences(saved, now)]
     if differing:
         raise ValueError(
             f"{folder} is a checkpoint of another training ({'; '.join(differing)}). Resume with the same, or start "

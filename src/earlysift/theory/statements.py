@@ -1,6 +1,7 @@
 """Every statement on random instances: how often it was broken (never), and how tight it is."""
 
 import math
+from functools import partial
 from statistics import median
 
 import torch
@@ -13,7 +14,7 @@ from earlysift.theory import bounds, checks
 from earlysift.theory.asked import Asked, Show
 from earlysift.theory.findings import Chart, Finding, Table, measure, trace
 from earlysift.theory.problems import objective, synthetic
-from earlysift.theory.runs import Run, Score, additive, exact_loss, gradient_norms, multiplicative, run
+from earlysift.theory.runs import additive, gradient_norms, multiplicative, run
 
 
 def statements(asked: Asked, show: Show) -> Finding:
@@ -78,42 +79,22 @@ def _instance(generator: Generator) -> dict[str, checks.Check]:
     kept, worst = whole(1, pool), bool(whole(0, 1))
     eta, steps, seeds = real(0.02, 0.95) / given.smoothness, whole(20, 200), 16
 
-    def train(score: Score = exact_loss) -> Run:
-        return run(
-            given,
-            eta=eta,
-            steps=steps,
-            seeds=seeds,
-            generator=generator,
-            pool=pool,
-            kept=kept,
-            rule="greedy",
-            score=score,
-        )
-
-    greedy = train()
+    train = partial(run, given, eta=eta, steps=steps, seeds=seeds, generator=generator)
+    choose = partial(train, pool=pool, kept=kept, rule="greedy")
+    greedy = choose()
     u = checks.greedy_minimum(given, pool, kept, steps=200)
     exact = checks.check_run(given, greedy, eta=eta, pool=pool, kept=kept, comparator=u)
-    plain = run(given, eta=eta, steps=steps, seeds=seeds, generator=generator)
+    plain = train()
     uniform = checks.check_run(given, plain, eta=eta)
     d, e, r = real(0, 0.9), real(0, 0.2) * objective(given, given.start).item(), real(-1, 1)
     factor = bounds.multiplicative_gain(1.0, d)
     scaled, shifted = multiplicative(d, worst=worst), additive(e, worst=worst)
-    by_scaled, by_shifted = train(scaled), train(shifted)
+    by_scaled, by_shifted = choose(score=scaled), choose(score=shifted)
     rho = checks.gains(given, by_scaled.iterates[:-1], pool, kept)
     rho_shifted = checks.gains(given, by_shifted.iterates[:-1], pool, kept)
     with_d = checks.check_run(given, by_scaled, eta=eta, pool=pool, kept=kept, gain=factor * rho)
     with_e = checks.check_run(given, by_shifted, eta=eta, pool=pool, kept=kept, gain=rho_shifted, lost=2 * e)
-    weighted = run(
-        given,
-        eta=eta,
-        steps=steps,
-        seeds=seeds,
-        generator=generator,
-        pool=pool,
-        rule="unbiased",
-        score=gradient_norms,
-    )
+    weighted = train(pool=pool, rule="unbiased", score=gradient_norms)
     points = greedy.iterates[-1].repeat(20, 1)
     return {
         "path: the inequality behind T1, on every seed": exact["path"],
