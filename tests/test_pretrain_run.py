@@ -445,6 +445,8 @@ def test_runs_of_several_arms_make_one_page(start, uncut, tmp_path):
     assert start(tmp_path / "run", "--arm", "uniform")[0] == 0
     page = write_report(uncut, tmp_path / "run", out=tmp_path / "page.html").read_text()
     assert all(word in page for word in (*("sift", "uniform"), "Trained 12 steps", "text.txt, masked LM"))
+    assert "By the clock" in page
+    assert "Noise of the machine therefore cannot favour an arm" not in page
 
 
 def test_a_causal_model_trains_too(start, data, tmp_path):

@@ -576,6 +576,14 @@ def test_order_of_the_page_is_answer_first():
     assert positions == sorted(positions)
 
 
+def test_results_that_say_how_they_were_measured_are_believed_and_others_were_compared():
+    compared, timed = make_results(4, seeds=1), make_results(4, seeds=1) | {"method": {"Time": "by <b> the clock"}}
+    assert "by &lt;b&gt; the clock" in render(timed)
+    assert "Equal budgets" not in render(timed)
+    assert all(word in render(compared, timed) for word in ("by &lt;b&gt; the clock", "Equal budgets"))
+    assert "by &lt;b&gt; the clock" not in render(compared)
+
+
 def test_picture_has_eight_panels_that_share_the_vertical_axis_in_a_row():
     grid = curves_figure(make_results()).axes
     assert len(grid) == 8

@@ -34,6 +34,18 @@ from earlysift.report.page import RESULTS, RESULTS_VERSION, write_report
 DONE, MISSED, DIVERGED, INTERRUPTED = 0, 1, 3, 130
 """Exit codes: target reached (or none given), target not reached, loss not finite, saved after a signal."""
 
+METHOD = {
+    "Time": "By the clock, evaluations and checkpoints left out; also where a column says reference time. It is noisy: "
+    "compare runs of one machine that nothing else kept busy.",
+    "Learning rate": "It decays to zero at the end of the steps, or of the minutes, that the run was given. A run that "
+    "ended earlier, by a target or a signal, ended with a higher rate.",
+    "Evaluation": "Accuracy and loss on all labelled tokens of held-out rows in their untouched distribution, masked "
+    "once and for all.",
+    "Costs": "Reading candidates, scoring and selecting are part of the time, and so are probes where the arm takes any.",
+    "One run": "One seed and one arm: without an interval, and without a verdict against uniform training.",
+}
+"""How a run is measured, for its page."""
+
 _LOG = logging.getLogger("earlysift")
 _SHOWN_ROWS = 1000  # of the training part, that its digest looks at
 
@@ -341,6 +353,7 @@ def _results(trainer: Pretrainer, workload: Workload, code: int, said: str) -> d
         "comparison": {},
         "target": {"accuracy": settings.target_accuracy, "source": "given"},
         "verdict": said,
+        "method": METHOD,
     }
 
 

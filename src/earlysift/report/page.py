@@ -75,6 +75,7 @@ kept sets; the gain is the mean loss of the kept samples over that of the pool: 
 CONTROL_CAPTION = """What the arm estimated while it trained. A payoff above 1: selecting was predicted to be worth its
 cost. Vertical lines: switches, of all seeds."""
 
+# How results were measured that do not say so themselves (as "method", by the same terms).
 METHOD = {
     "Reference time": "Every operation is timed in this run, and an arm is charged its number of operations "
     "times their median time. Noise of the machine therefore cannot favour an arm.",
@@ -104,17 +105,18 @@ def render(*runs: Results) -> str:
     several = len(runs) > 1
     title = f"{len(runs)} comparisons" if several else workload(runs[0])
     body = "\n".join(_run(results, f"run{i}", 2 if several else 1) for i, results in enumerate(runs))
-    overview = f"""<header><p class="eyebrow">earlysift compare</p><h1>{_headline(runs)}</h1></header>
+    overview = f"""<header><p class="eyebrow">earlysift</p><h1>{_headline(runs)}</h1></header>
 <section><h2>Overview</h2>{overview_table(runs)}
 <p class="note">Speed-up over uniform in reference time with its 95 % interval, and final accuracy over uniform's.
 ▲ gain, ■ no gain, ▼ harm, ? not proved: too few seeds.</p></section>"""
     lines = max(explorer.count('type="checkbox"') for explorer in body.split('class="explorer"'))
-    method = "".join(f"<div><dt>{term}</dt><dd>{meaning}</dd></div>" for term, meaning in METHOD.items())
+    method = {term: meaning for results in runs for term, meaning in (section(results, "method") or METHOD).items()}
+    terms = "".join(f"<div><dt>{text(term)}</dt><dd>{text(meaning)}</dd></div>" for term, meaning in method.items())
     content = f"""{overview if several else ""}
 {body}
-<section><h2>How it was measured</h2><dl>{method}</dl></section>"""
+<section><h2>How it was measured</h2><dl>{terms}</dl></section>"""
     switches = switch_css(measures=len(ESTIMATES), axes=len(CURVE_AXES), lines=lines)
-    return document(f"earlysift compare: {title}", content, switches)
+    return document(f"earlysift: {title}", content, switches)
 
 
 def document(title: str, body: str, switches: str) -> str:
@@ -149,7 +151,7 @@ def write_report(*run_folders: Path, out: Path | None = None) -> Path:
     """Read `results.json` of run folders and write one page; for a single run, its `curves.png` too.
 
     Args:
-        run_folders: folders that `earlysift compare` wrote, at least one.
+        run_folders: folders that `earlysift compare` or `earlysift pretrain` wrote, at least one.
         out: where to write the page; `report.html` in the run folder, or in the common parent of several, if None.
 
     Returns:
@@ -212,7 +214,7 @@ def _run(results: Results, anchor: str, level: int) -> str:
     body = "\n".join(f"<section><{below}>{heading}</{below}>{content}</section>" for heading, content in parts)
     return f"""<article id="{anchor}">
 <header>
-<p class="eyebrow">earlysift compare · {workload(results)}</p>
+<p class="eyebrow">earlysift · {workload(results)}</p>
 <{h}>{text(results.get("verdict") or "No verdict yet")}</{h}>
 {"" if results.get("complete") else badge}
 <p class="facts">{_facts(results)}</p>
