@@ -31,6 +31,7 @@ def results_page():
         ("README.md", "sift/rank_correlation"),
         ("docs/when-it-helps.md", "sift/step"),
         ("docs/trainer.md", "'samples_trained': 32"),
+        ("docs/scaling.md", "scoring 64 at depth 1 takes"),
     ],
 )
 def test_a_document_has_one_python_block_and_it_runs(name, printed, tmp_path):
@@ -40,6 +41,8 @@ def test_a_document_has_one_python_block_and_it_runs(name, printed, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert printed in done.stdout
+    shown = re.findall(r"```text\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert all(text == done.stdout for text in shown if printed in text)
 
 
 def test_file_map_names_every_source_file_and_no_other():

@@ -3,8 +3,6 @@
 Letters in shapes: W ranks, R candidates of a rank, b kept per rank.
 """
 
-import bisect
-import itertools
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -22,13 +20,6 @@ class Gathered(NamedTuple):
 
     scores: Tensor
     sizes: list[int]
-
-
-class Row(NamedTuple):
-    """One row of a rank's batch: its place in the selection, and the rank that holds it."""
-
-    place: int
-    holder: int
 
 
 def world() -> int:
@@ -81,26 +72,28 @@ def gather(scores: Tensor, pool: Any) -> Gathered:
     return Gathered(torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]), sizes)
 
 
-def share_out(holders: Sequence[int], kept: int, ranks: int) -> list[list[Row]]:
-    """Who trains on which rows: a rank keeps its own as long as it can, what is over goes to those that lack some.
+def takers(holders: Tensor, kept: int, ranks: int) -> Tensor:
+    """Who trains on which row: a rank keeps its own as long as it can, what is over goes to those that lack some.
 
     Args:
-        holders: For every place of the selection the rank that holds that candidate, ``ranks * kept`` places.
+        holders: The rank that holds the candidate at every place of the selection, int64 ``(W b,)``.
         kept: b, the rows that every rank trains on.
         ranks: W.
 
     Returns:
-        For every rank b rows, its own first; the same on every rank, and no more rows move than must.
+        A rank for every place, ``(W b,)``, each b times; no more rows move than must.
 
     Example:
-        >>> [[tuple(row) for row in rows] for rows in share_out([0, 0, 0, 1], kept=2, ranks=2)]
-        [[(0, 0), (1, 0)], [(3, 1), (2, 0)]]
+        >>> takers(torch.tensor([0, 0, 0, 1]), kept=2, ranks=2)
+        tensor([0, 0, 1, 1])
     """
-    held: list[list[Row]] = [[] for _ in range(ranks)]
-    for place, holder in enumerate(holders):
-        held[holder].append(Row(place, holder))
-    over = itertools.chain.from_iterable(rows[kept:] for rows in held)
-    return [rows[:kept] + list(itertools.islice(over, max(0, kept - len(rows)))) for rows in held]
+    by_holder = holders.argsort(stable=True)
+    held = torch.bincount(holders, minlength=ranks)
+    before = (held.cumsum(0) - held).repeat_interleave(held)
+    over = by_holder[torch.arange(len(holders)) - before >= kept]
+    taken = holders.clone()
+    taken[over] = torch.arange(ranks).repeat_interleave((kept - held).clamp(min=0))
+    return taken
 
 
 def exchange(pool: Any, selection: Selection, sizes: Sequence[int], kept: int) -> tuple[Any, Selection]:
@@ -115,36 +108,34 @@ def exchange(pool: Any, selection: Selection, sizes: Sequence[int], kept: int) -
     Returns:
         The batch, in the structure of the pool, and its selection; indices still count through all ranks.
     """
-    me, starts = rank(), [0, *itertools.accumulate(sizes)]
-    chosen = selection.indices.tolist()
-    holders = [bisect.bisect_right(starts, index) - 1 for index in chosen]
-    shares = share_out(holders, kept, len(sizes))
-
-    def passed(holder: int, taker: int) -> list[int]:
-        """Rows of the holder's pool that the taker trains on."""
-        return [chosen[row.place] - starts[holder] for row in shares[taker] if row.holder == holder]
-
-    own = passed(me, me)
-    others = [r for r in range(len(sizes)) if r != me]
-    sent = {taker: rows for taker in others if (rows := passed(me, taker))}
-    due = {holder: len(rows) for holder in others if (rows := passed(holder, me))}
+    me, chosen = rank(), selection.indices.cpu()
+    ends = torch.tensor(sizes).cumsum(0)
+    holders = torch.searchsorted(ends, chosen, right=True)
+    taken = takers(holders, kept, len(sizes))
+    rows_of_holder = chosen - (ends - torch.tensor(sizes))[holders]
+    held, mine = holders == me, taken == me
+    own = rows_of_holder[held & mine]
+    sent = {taker: rows_of_holder[held & (taken == taker)] for taker in torch.unique(taken[held & ~mine]).tolist()}
+    from_whom, counts = torch.unique(holders[mine & ~held], return_counts=True)
+    due = dict(zip(from_whom.tolist(), counts.tolist(), strict=True))
 
     def swap(rows: Tensor) -> Tensor:
-        def mine(indices: list[int]) -> Tensor:
-            return rows.index_select(0, torch.tensor(indices, dtype=torch.int64, device=rows.device))
+        def picked(indices: Tensor) -> Tensor:
+            return rows.index_select(0, indices.to(rows.device))
 
         come = {holder: rows.new_empty((count, *rows.shape[1:])) for holder, count in due.items()}
         messages = [
-            *(distributed.P2POp(distributed.isend, _bytes(mine(indices)), taker) for taker, indices in sent.items()),
+            *(distributed.P2POp(distributed.isend, _bytes(picked(indices)), taker) for taker, indices in sent.items()),
             *(distributed.P2POp(distributed.irecv, _bytes(buffer), holder) for holder, buffer in come.items()),
         ]
         for work in distributed.batch_isend_irecv(messages) if messages else []:
             work.wait()
-        return torch.cat([mine(own), *come.values()])
+        return torch.cat([picked(own), *come.values()])
 
     batch = pools.map_rows(pool, swap, sizes[me])
-    order = [row.place for holder in (me, *due) for row in shares[me] if row.holder == holder]
-    places = torch.tensor(order, dtype=torch.int64, device=selection.indices.device)
+    places = mine.nonzero().squeeze(1)
+    places = places[torch.where(held, -1, holders)[places].argsort(stable=True)]  # as `swap` puts them together
+    places = places.to(selection.indices.device)
     return batch, Selection(selection.indices[places], selection.weights[places])
 
 

@@ -41,7 +41,7 @@ METHOD = {
     "ended earlier, by a target or a signal, ended with a higher rate.",
     "Evaluation": "Accuracy and loss on all labelled tokens of held-out rows in their untouched distribution, masked "
     "once and for all.",
-    "Costs": "Reading candidates, scoring and selecting are part of the time, and so are probes where the arm takes any.",
+    "Costs": "Reading candidates, scoring and selecting are part of the time, and so are probes where there are any.",
     "One run": "One seed and one arm: without an interval, and without a verdict against uniform training.",
 }
 """How a run is measured, for its page."""
