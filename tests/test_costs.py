@@ -14,6 +14,7 @@ from earlysift.costs import (
     approximate_gain,
     batch_work,
     break_even_gain,
+    flops_law,
     forward_flops,
     payoff,
     relative_cost,
@@ -51,7 +52,8 @@ def counted_flops(model, batch, depth, family=None):
 
 def agree(model, batch, depth, family=None):
     """Whether our FLOPs are those that torch counts: promised within 2 %, held here far closer."""
-    ours = batch_work(find_anatomy(model, family), batch, "scored", depth=depth)["scored_flops"]
+    anatomy = find_anatomy(model, family)
+    ours = batch_work(anatomy, batch, "scored", flops_law(anatomy, depth))["scored_flops"]
     return ours == pytest.approx(counted_flops(model, batch, depth, family), rel=1e-3)
 
 
@@ -105,7 +107,8 @@ def test_flops_of_an_image_model_are_those_that_torch_counts(patch, depth):
     with torch.random.fork_rng(devices=[]):
         model = ViTForImageClassification(config)
     batch = {"pixel_values": torch.zeros(3, 1, 8, 8), "labels": torch.zeros(3, dtype=torch.long)}
-    ours = batch_work(find_anatomy(model), batch, "scored", depth=depth)
+    anatomy = find_anatomy(model)
+    ours = batch_work(anatomy, batch, "scored", flops_law(anatomy, depth))
     assert ours["scored_tokens"] == 3 * ((8 // patch) ** 2 + 1)
     # The patches' kernel runs on all positions but the class token's.
     assert ours["scored_flops"] == pytest.approx(counted_flops(model, batch, depth), rel=0.02)
@@ -239,8 +242,8 @@ def test_work_of_a_batch_counts_its_positions_and_labels(family, task):
         labelled = 5
     else:
         labelled = int((batch["labels"][:, 1:] if task == "causal_lm" else batch["labels"]).ne(-100).sum())
-    trained = batch_work(anatomy, batch, "trained", passes=3)
-    scored = batch_work(anatomy, batch, "scored", depth=1)
+    trained = batch_work(anatomy, batch, "trained", flops_law(anatomy), passes=3)
+    scored = batch_work(anatomy, batch, "scored", flops_law(anatomy, 1))
     flops = forward_flops(anatomy, rows=5, length=12, labelled=labelled)
     assert trained == {"trained_tokens": 60, "trained_flops": 3 * flops}
     assert scored["scored_flops"] == forward_flops(anatomy, rows=5, length=12, labelled=labelled, depth=1)

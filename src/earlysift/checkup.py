@@ -124,7 +124,7 @@ def checkup(
         operations = _operations(model, pool, trained, keep, depths)
         memory_bytes = _memory_bytes(operations, device, on_progress)
         times_ms = _times_ms(operations, device, seconds, on_progress)
-    work = costs.batch_work(anatomy, trained, "step", passes=3)
+    work = costs.batch_work(anatomy, trained, "step", costs.flops_law(anatomy), passes=3)
     step = {
         "flops": work["step_flops"],
         "ms": statistics.median(times_ms["train"]),
@@ -132,7 +132,7 @@ def checkup(
     }
 
     def score(depth: int, name: str) -> dict[str, Any]:
-        flops = costs.batch_work(anatomy, pool, "pool", depth=depth)["pool_flops"]
+        flops = costs.batch_work(anatomy, pool, "pool", costs.flops_law(anatomy, depth))["pool_flops"]
         ms = statistics.median(times_ms[name])
         cost = 1.0 + ms / step["ms"]  # C1: f p / keep is the share of scoring a pool in the time of a step
         return {

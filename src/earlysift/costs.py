@@ -4,7 +4,7 @@ The statements are derived for this project (the paper's text was not at hand); 
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +14,53 @@ from earlysift.exits import Anatomy
 
 # Where a matrix of these names runs, as it differs from what its place in the model tells (see `_outer_weights`).
 _BEFORE_POOLING = ("score",)  # decoders classify every position, then pick the last one
-_ON_DISTANCES = ("pos_key_proj", "pos_query_proj")  # DeBERTa's, on embeddings of distances: in `_distance_flops`
+_ON_DISTANCES = ("pos_key_proj", "pos_query_proj")  # DeBERTa's, on embeddings of distances: in `_distances`
+
+
+class FlopsLaw(NamedTuple):
+    """FLOPs of one forward pass of a model to some depth, by its sizes: what `flops_law` found, once and for all.
+
+    ``2 * everywhere * positions + 2 * head * labelled + 4 * attention * rows * length^2 + fixed``
+    """
+
+    everywhere: float
+    head: float
+    attention: float
+    fixed: float
+
+    def flops(self, *, rows: int, length: int, labelled: int) -> float:
+        """FLOPs (a multiply-add counts two) of so many samples, positions per sample, labelled positions of all."""
+        positions = rows * length
+        by_position = 2.0 * self.everywhere * positions + 2.0 * self.head * labelled
+        return by_position + 4.0 * self.attention * rows * length**2 + self.fixed
+
+
+def flops_law(anatomy: Anatomy, depth: int | None = None) -> FlopsLaw:
+    """Walk a model once for the FLOPs of its forward passes with the head on labelled positions only.
+
+    Every matrix (and kernel) of the model counts, the attention of a layer, and DeBERTa's attention to distances. Left
+    out, as torch's own counter does: look-ups in embeddings, norms, biases and activations. Local or causal attention
+    is counted as if it were full.
+
+    Args:
+        anatomy: Where layers and head are (`earlysift.exits.find_anatomy`).
+        depth: Layers that run; None runs all.
+    """
+    everywhere, head = _outer_weights(anatomy)
+    distances = _distances(anatomy)
+    attention = fixed = 0.0
+    for layer in list(anatomy.layers)[:depth]:
+        everywhere += sum(_own_weights(name, module) for name, module in layer.named_modules())
+        width = _attention_width(anatomy, layer)
+        attention += width
+        # Embeddings of distances are projected once, then multiplied with all states.
+        everywhere += distances * width
+        fixed += 2.0 * distances * width**2
+    return FlopsLaw(everywhere, head, attention, fixed)
 
 
 def forward_flops(anatomy: Anatomy, *, rows: int, length: int, labelled: int, depth: int | None = None) -> float:
-    """FLOPs of one forward pass with the head on labelled positions only.
-
-    ``2 * weights * positions`` for every matrix (and kernel) of the model, ``4 * rows * length^2 * width`` for the
-    attention of a layer, and DeBERTa's attention to distances. Left out, as torch's own counter does: look-ups in
-    embeddings, norms, biases and activations. Local or causal attention is counted as if it were full.
+    """FLOPs of one forward pass with the head on labelled positions only, by `flops_law`.
 
     Args:
         anatomy: Where layers and head are (`earlysift.exits.find_anatomy`).
@@ -42,25 +80,17 @@ def forward_flops(anatomy: Anatomy, *, rows: int, length: int, labelled: int, de
         >>> forward_flops(anatomy, rows=1, length=8, labelled=2, depth=1)
         1440.0
     """
-    everywhere, head = _outer_weights(anatomy)
-    attention = 0.0
-    for layer in list(anatomy.layers)[:depth]:
-        everywhere += sum(_own_weights(name, module) for name, module in layer.named_modules())
-        width = _attention_width(anatomy, layer)
-        attention += 4.0 * rows * length**2 * width + _distance_flops(anatomy, rows, length, width)
-    return 2.0 * everywhere * rows * length + 2.0 * head * labelled + attention
+    return flops_law(anatomy, depth).flops(rows=rows, length=length, labelled=labelled)
 
 
-def batch_work(
-    anatomy: Anatomy, batch: Any, name: str, *, depth: int | None = None, passes: int = 1
-) -> dict[str, float]:
+def batch_work(anatomy: Anatomy, batch: Any, name: str, law: FlopsLaw, *, passes: int = 1) -> dict[str, float]:
     """Positions and FLOPs of running a labelled batch, as entries for the ledger.
 
     Args:
         anatomy: Where layers and head are.
         batch: Batch or pool with labels.
         name: What is done with it: the entries are ``{name}_tokens`` and ``{name}_flops``.
-        depth: Layers that run; None runs all.
+        law: The model's, to the depth that runs.
         passes: Forward passes that the work amounts to: 1 for scoring, 3 for training.
     """
     inputs, labels = pools.inputs_and_labels(batch)
@@ -70,7 +100,7 @@ def batch_work(
     else:
         length = labels.size(1)
         labelled = int(losses.labelled_positions(labels, causal=anatomy.task == "causal_lm").sum())
-    flops = forward_flops(anatomy, rows=rows, length=length, labelled=labelled, depth=depth)
+    flops = law.flops(rows=rows, length=length, labelled=labelled)
     return {f"{name}_tokens": rows * length, f"{name}_flops": passes * flops}
 
 
@@ -232,12 +262,11 @@ def _attention_width(anatomy: Anatomy, layer: nn.Module) -> int:
     return min((min(p.shape) for p in layer.parameters() if p.ndim == 2), default=0)
 
 
-def _distance_flops(anatomy: Anatomy, rows: int, length: int, width: int) -> float:
-    """DeBERTa's attention to distances in a layer: their embeddings projected once, then multiplied with all states."""
+def _distances(anatomy: Anatomy) -> int:
+    """Distances that DeBERTa's layers attend to, counted for each kind of attention to them; 0 for others."""
     config: Any = getattr(anatomy.core, "config", None)
     if not getattr(config, "relative_attention", False):
-        return 0.0
+        return 0
     kinds, buckets = len(config.pos_att_type or ()), int(config.position_buckets)
     reach = buckets if buckets > 0 else int(config.max_relative_positions)
-    distances = 2 * (reach if reach > 0 else int(config.max_position_embeddings))
-    return 2.0 * kinds * distances * width * (width + rows * length)
+    return kinds * 2 * (reach if reach > 0 else int(config.max_position_embeddings))

@@ -217,13 +217,13 @@ def shortened(
     if exit_head is not None:
         last = list(kept)[-1]
         kept[last] = _ExitLayer(kept[last], exit_head, detach_exit)
-    hooked = _modules_with_capture_hooks(anatomy.core)
     anatomy.layers._modules = kept
+    hooked = _modules_with_capture_hooks(anatomy.core)  # of the short model, as the others are not run
     try:
         yield
     finally:
-        anatomy.layers._modules = all_layers
         _drop_new_capture_hooks(anatomy.core, hooked)
+        anatomy.layers._modules = all_layers
 
 
 @contextmanager

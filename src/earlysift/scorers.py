@@ -279,12 +279,10 @@ def _scores(
     rows = chunk_rows or size
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(exits.scoring_mode(model))
         stack.enter_context(precision(anatomy, dtype))
-        if exit_head is not None:
-            stack.enter_context(exits.scoring_mode(exit_head))
         if depth is not None:
             stack.enter_context(exits.shortened(anatomy, depth, exit_head=exit_head))
+        stack.enter_context(exits.scoring_mode(model))  # of the short model: walking the other layers takes time
         scores = []
         for start in range(0, size, rows):
             inputs, labels = pools.inputs_and_labels(pools.take(pool, slice(start, start + rows)))

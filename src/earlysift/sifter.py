@@ -174,6 +174,7 @@ class Sifter:
         required = needs_exit or score == "exact" or family is not None
         with nullcontext() if required else suppress(ValueError):
             self._anatomy = exits.find_anatomy(model, family)
+        self._laws: dict[int | None, costs.FlopsLaw] = {}
         self._step = 0
         self._kept = kept
         self._counts = dict.fromkeys(("candidates", "scored", "trained", "unlabelled", "non_finite"), 0)
@@ -484,10 +485,10 @@ class Sifter:
             return dict(control.reference_costs)
         batch = pools.take(pool, slice(0, kept))
         flops = {
-            "train": costs.batch_work(anatomy, batch, "train", passes=3)["train_flops"],
-            "probe": costs.batch_work(anatomy, pool, "probe")["probe_flops"],
+            "train": costs.batch_work(anatomy, batch, "train", self._flops(None), passes=3)["train_flops"],
+            "probe": costs.batch_work(anatomy, pool, "probe", self._flops(None))["probe_flops"],
             **{
-                f"score_{depth}": costs.batch_work(anatomy, pool, "score", depth=depth)["score_flops"]
+                f"score_{depth}": costs.batch_work(anatomy, pool, "score", self._flops(depth))["score_flops"]
                 for depth in control.depths
             },
         }
@@ -498,6 +499,13 @@ class Sifter:
         return {
             name: measured.get(name, unit * count) if "train" in measured else count for name, count in flops.items()
         }
+
+    def _flops(self, depth: int | None) -> costs.FlopsLaw:
+        """FLOPs to a depth; found once, as walking a model takes longer than many a kernel."""
+        assert self._anatomy is not None
+        if depth not in self._laws:
+            self._laws[depth] = costs.flops_law(self._anatomy, depth)
+        return self._laws[depth]
 
     def _warn_of_breakdown(self, seen: Mapping[str, Any]) -> None:
         correlation = seen.get("rank_correlation", 1.0)
@@ -613,13 +621,13 @@ class Sifter:
             self._counts[name] += int(news.get(name, 0))
         self.ledger.note(**news)
         if self._anatomy is not None and pools.has_labels(batch):
-            self.ledger.note(**costs.batch_work(self._anatomy, batch, "trained", passes=3))
+            self.ledger.note(**costs.batch_work(self._anatomy, batch, "trained", self._flops(None), passes=3))
             if news.get("scored") and not callable(self.score):  # what a scorer of one's own costs is unknown
                 depth = None if self.score == "exact" else news["depth"]
                 scored = pools.take(pool, slice(0, news["scored"])) if news["scored"] < size else pool
-                self.ledger.note(**costs.batch_work(self._anatomy, scored, "scored", depth=depth))
+                self.ledger.note(**costs.batch_work(self._anatomy, scored, "scored", self._flops(depth)))
             if "rank_correlation" in news:
-                self.ledger.note(**costs.batch_work(self._anatomy, pool, "probed"))
+                self.ledger.note(**costs.batch_work(self._anatomy, pool, "probed", self._flops(None)))
         if math.isfinite(news.get("rank_correlation", math.nan)):
             self._fidelity = {name: news[name] for name in ("rank_correlation", "overlap", "gain") if name in news}
         if event := news.get("event"):
