@@ -235,6 +235,18 @@ def test_a_run_killed_again_and_again_is_bit_equal_to_one_that_was_not(start, un
     assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-9", "checkpoint-12"}
 
 
+def test_a_run_that_hides_whole_words_resumes_bit_equal(start, tmp_path):
+    tokens, whole, cut = tmp_path / "tokens", tmp_path / "whole", tmp_path / "cut"
+    options = ["--vocab-size", 100]  # few, so that words have pieces
+    assert start(tokens, *options)[0] == 0
+    assert start(whole, *options, "--whole-word")[0] == 0
+    assert start(cut, *options, "--whole-word", at=kill("compute_loss", 14))[0] == -signal.SIGKILL
+    assert start(cut, *options, "--whole-word", "--resume")[0] == 0
+    assert_bit_equal(cut, whole)
+    assert ledger(whole)[0]["picks"] != ledger(tokens)[0]["picks"]
+    assert curve(whole)[0]["loss"] != curve(tokens)[0]["loss"]
+
+
 @pytest.mark.parametrize("arm", ["uniform", "sift-entropy", "exact", "auto"])
 def test_every_arm_resumes_bit_equal_within_accumulation(arm, start, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -472,6 +484,7 @@ BAD = {  # options, and what the message says
     "tracker": (["--track", "wandb"], r"wandb is not installed: pip install wandb, or use --track none"),
     "ranges": (["--keep", "0", "--steps", "0"], r"steps must be at least 1, got 0\. keep must be in \(0, 1\], got 0"),
     "no choice": (["--keep", "0.9"], r"keep=0\.9 leaves no choice with batches of 4"),
+    "whole words": (["--preset", "gpt2-small", "--whole-word"], r"hidden in masked .* not in causal_lm"),
     "resume": (["--resume"], r"There is no run to resume in"),
 }
 
@@ -498,9 +511,10 @@ def test_a_folder_in_use_and_a_checkpoint_of_another_training_are_refused(start,
     before = sorted(path.name for path in copy.iterdir())
     code, _, err = start(copy)
     assert (code, "Go on with its run by --resume, or choose another --out" in err) == (2, True)
-    code, _, err = start(copy, "--resume", "--learning-rate", 0.02, "--arm", "exact")
+    code, _, err = start(copy, "--resume", "--learning-rate", 0.02, "--arm", "exact", "--whole-word")
     assert code == 2
-    assert "another training (arm: was 'sift', is 'exact'; learning_rate: was 0.01, is 0.02)" in err
+    changed = "arm: was 'sift', is 'exact'; learning_rate: was 0.01, is 0.02; whole_word: was False, is True"
+    assert f"another training ({changed})" in err
     other = json.loads((data / "model.json").read_text()) | {"intermediate_size": 32}
     (tmp_path / "other.json").write_text(json.dumps(other))
     code, _, err = start(copy, "--resume", "--preset", tmp_path / "other.json")

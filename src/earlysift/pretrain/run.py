@@ -187,6 +187,7 @@ def _workload(settings: PretrainSettings, shape: Any) -> Workload:
         vocab_size=shape.config.vocab_size,
         validation_samples=settings.validation_samples,
         tokenizer_file=settings.tokenizer,
+        whole_word=settings.whole_word,
     )
     known, needed = shape.config.vocab_size, workload.facts["vocab_size"]
     if needed > known:

@@ -29,6 +29,8 @@ class PretrainSettings:
     """BERT's vocab.txt or a tokenizer.json; without it a WordPiece tokenizer is trained on the training part."""
     vocab_size: int | None = None
     """Tokens that the model knows, and that a trained tokenizer has at most; without it what the preset says."""
+    whole_word: bool = False
+    """Hide all tokens of a word together (masked models, WordPiece or byte-level BPE)."""
     length: int = 128
     """Tokens per sample."""
     validation_samples: int = 2048

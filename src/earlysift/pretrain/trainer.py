@@ -220,8 +220,8 @@ class Pretrainer(SiftTrainerMixin, Trainer):  # type: ignore[misc]
     def _sums(self, rows: Rows) -> Tensor:
         """Right predictions, sum of losses and number of labelled tokens of these rows, float64 ``(3,)``."""
         sums = torch.zeros(3, dtype=torch.float64, device=self.args.device)
-        labelled = int((rows["labels"][:1] != IGNORED_LABEL).sum())
-        size = max(1, _EVALUATED_LABELS // max(1, labelled))
+        labels = rows["labels"]
+        size = max(1, _EVALUATED_LABELS * len(labels) // max(1, int((labels != IGNORED_LABEL).sum())))
         # Not the wrapped model: processes may have different numbers of rows.
         with torch.no_grad(), exits.scoring_mode(self.model), self.accelerator.autocast():
             for start in range(0, len(rows["labels"]), size):
