@@ -247,6 +247,34 @@ def test_a_run_that_hides_whole_words_resumes_bit_equal(start, tmp_path):
     assert curve(whole)[0]["loss"] != curve(tokens)[0]["loss"]
 
 
+@pytest.fixture(scope="module")
+def streamed(start, tmp_path_factory):
+    """The folder of a run on text that is read in passing, which nothing disturbed."""
+    out = tmp_path_factory.mktemp("streamed") / "run"
+    code, _, err = start(out, "--stream")
+    assert code == 0, err
+    return out
+
+
+def test_a_run_on_text_in_passing_resumes_bit_equal_with_any_number_of_workers(start, streamed, uncut, tmp_path):
+    out = tmp_path / "run"
+    for i, (count, workers) in enumerate([(2, 1), (14, 2), (8, 0)]):
+        resume = ["--resume"] if i else []
+        code, _, err = start(out, "--stream", *resume, "--workers", workers, at=kill("compute_loss", count))
+        assert code == -signal.SIGKILL, err
+    code, _, err = start(out, "--stream", "--resume", "--workers", 2)
+    assert code == 0, err
+    assert "Traceback" not in err
+    assert_bit_equal(out, streamed)
+    assert_bit_equal(out, uncut)  # as all of this text is shuffled at a time
+
+
+def test_a_run_on_text_in_passing_and_one_on_stored_text_are_two_trainings(start, streamed, tmp_path):
+    out = Path(shutil.copytree(streamed, tmp_path / "run"))
+    code, _, err = start(out, "--resume")
+    assert (code, "another training (stream: was True, is False)" in err) == (2, True)
+
+
 @pytest.mark.parametrize("arm", ["uniform", "sift-entropy", "exact", "auto"])
 def test_every_arm_resumes_bit_equal_within_accumulation(arm, start, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -485,6 +513,19 @@ BAD = {  # options, and what the message says
     "ranges": (["--keep", "0", "--steps", "0"], r"steps must be at least 1, got 0\. keep must be in \(0, 1\], got 0"),
     "no choice": (["--keep", "0.9"], r"keep=0\.9 leaves no choice with batches of 4"),
     "whole words": (["--preset", "gpt2-small", "--whole-word"], r"hidden in masked .* not in causal_lm"),
+    "no data set": (
+        ["--data", "nobody-0/nothing:plain"],
+        r"nobody-0/nothing:plain: there is no such file or folder, and",
+    ),
+    "no data set in passing": (
+        ["--stream", "--data", "nobody-0/nothing"],
+        r"could be fetched from the Hugging Face hub",
+    ),
+    "nothing in passing": (
+        ["--stream", "--data", "{tmp}/missing.txt"],
+        r"expected a file or folder .* nothing is there",
+    ),
+    "little in passing": (["--stream", "--data", "{tmp}/empty.txt"], r"too little text to hold out"),
     "resume": (["--resume"], r"There is no run to resume in"),
 }
 
@@ -575,3 +616,12 @@ def test_two_processes_train_as_one_that_accumulates_and_resume_bit_equal(data, 
     assert all(map(torch.equal, weights(cut), weights(out)))
     code, _, err = start(cut, "--arm", "uniform", "--accumulate", 1, "--resume", model="plain.json")
     assert (code, "processes: was 2, is 1" in err) == (2, True)
+
+
+def test_two_processes_see_the_candidates_of_one_on_text_in_passing(data, environment, start, tmp_path):
+    out, one = tmp_path / "two", tmp_path / "one"
+    done = torchrun(data, environment, out, "--arm", "uniform", "--stream", "--workers", "1")
+    assert done.returncode == 0, done.stderr
+    assert start(one, "--arm", "uniform", "--stream", model="plain.json")[0] == 0
+    picks = [[row["picks"] for row in ledger(out, process)] for process in range(2)]
+    assert [pick for step in zip(*picks, strict=True) for pick in step] == [row["picks"] for row in ledger(one)]

@@ -13,6 +13,7 @@ from earlysift.pretrain import models
 from earlysift.pretrain.corpus import Corpus, LabelledCorpus, optional_package, read_corpus, read_labelled
 from earlysift.pretrain.masking import begins_word, mask_tokens
 from earlysift.pretrain.stream import Rows, Samples
+from earlysift.pretrain.streaming import FIRST_CHARACTERS, first_part
 from earlysift.pretrain.tokens import Blocks, load_blocks
 from earlysift.seeds import seeded
 
@@ -61,6 +62,7 @@ def load_workload(
     checkpoint: Path | None = None,
     tokenizer_file: Path | None = None,
     whole_word: bool = False,
+    stream: bool = False,
     seed_of_data: int = 0,
 ) -> Workload:
     """Read the data of a task and make it ready to train on.
@@ -83,6 +85,7 @@ def load_workload(
         checkpoint: Folder of `save_encoder` to fine-tune from, for classification; its tokenizer is used, too.
         tokenizer_file: BERT vocab.txt or tokenizer.json, in place of a trained tokenizer.
         whole_word: For masked language modelling, hide all tokens of a word together.
+        stream: For language modelling, read only the first part of the data, see `streaming`.
         seed_of_data: Seed of which samples are used, copied and flipped.
 
     Returns:
@@ -98,7 +101,9 @@ def load_workload(
         >>> {name: tuple(rows.shape) for name, rows in workload.samples.validation.items()}
         {'pixel_values': (99, 1, 8, 8), 'labels': (99,)}
     """
-    request = _Request(data, layers, width, length, vocab_size, max_characters, checkpoint, tokenizer_file, whole_word)
+    request = _Request(
+        data, layers, width, length, vocab_size, max_characters, checkpoint, tokenizer_file, whole_word, stream
+    )
     problems = _problems(task, request, validation_samples, train_samples, flipped, repeated)
     if problems:
         raise ValueError(" ".join(problems))
@@ -143,6 +148,7 @@ class _Request:
     checkpoint: Path | None
     tokenizer_file: Path | None
     whole_word: bool
+    stream: bool
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -195,6 +201,10 @@ def _problems(
         (
             request.whole_word and task != "masked_lm",
             f"Whole words are hidden in masked language modelling, not in {task}; leave whole_word out.",
+        ),
+        (
+            request.stream and (labelled or not request.paths),
+            f"Text is read in passing from data that are given; for {task} without a path leave stream out.",
         ),
         (validation_samples < 1, f"validation_samples must be at least 1, got {validation_samples}."),
         (train_samples is not None and train_samples < 1, f"train_samples must be at least 1, got {train_samples}."),
@@ -274,7 +284,11 @@ def _language_source(
 
 
 def _read_blocks(request: _Request) -> tuple[Corpus, Blocks]:
-    corpus = _joined([read_corpus(path) for path in request.paths or (None,)])
+    if request.stream:
+        corpora = [first_part(path, FIRST_CHARACTERS // len(request.paths)) for path in request.paths]
+    else:
+        corpora = [read_corpus(path) for path in request.paths or (None,)]
+    corpus = _joined(corpora)
     if request.max_characters is not None:
         train, validation = (_shortened(part, request.max_characters) for part in (corpus.train, corpus.validation))
         corpus = Corpus(corpus.name, train, validation)
