@@ -1,5 +1,6 @@
 """`earlysift pretrain` as real processes: resumes bit-equal wherever it is killed, and says what is wrong with what."""
 
+import importlib.util
 import json
 import os
 import re
@@ -496,6 +497,21 @@ def test_a_causal_model_trains_too(start, data, tmp_path):
     assert points[-1]["loss"] < points[0]["loss"]
 
 
+def test_tensorboard_reads_loss_and_accuracy_from_the_run_folder(start, uncut, tmp_path):
+    reader = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="tensorboard is not installed"
+    )
+    out = tmp_path / "run"
+    code, _, err = start(out, "--track", "tensorboard")
+    assert code == 0, err
+    (file,) = out.rglob("events.out.tfevents.*")
+    events = reader.EventAccumulator(str(file.parent)).Reload()
+    read = {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+    assert read["eval/accuracy"] == pytest.approx({point["step"]: point["accuracy"] for point in curve(uncut)})
+    assert read["train/loss"] == pytest.approx({entry["step"]: entry["loss"] for entry in log(uncut)})
+    assert len(read["train/loss"]) == STEPS // EVERY
+
+
 # Bad input
 
 
@@ -509,6 +525,7 @@ BAD = {  # options, and what the message says
     "empty": (["--data", "{tmp}/empty.txt"], r"expected text, found none"),
     "empty documents": (["--data", "{tmp}/blank.jsonl"], r"expected text, found none"),
     "cuda": (["--device", "cuda"], r"Expected a CUDA device for device='cuda', found none\. Use --device cpu"),
+    "local tracker": (["--track", "trackio"], r"trackio is not installed: pip install trackio, or use --track none"),
     "tracker": (["--track", "wandb"], r"wandb is not installed: pip install wandb, or use --track none"),
     "ranges": (["--keep", "0", "--steps", "0"], r"steps must be at least 1, got 0\. keep must be in \(0, 1\], got 0"),
     "no choice": (["--keep", "0.9"], r"keep=0\.9 leaves no choice with batches of 4"),
@@ -534,6 +551,9 @@ BAD = {  # options, and what the message says
 def test_bad_input_is_refused_in_one_message_and_leaves_nothing(name, start, tmp_path):
     if name == "cuda" and torch.cuda.is_available():
         pytest.skip("there is one")
+    tracker = BAD[name][0][1] if "--track" in BAD[name][0] else None
+    if tracker and importlib.util.find_spec(tracker):
+        pytest.skip(f"{tracker} is installed")
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     (tmp_path / "vocab.txt").write_text("\n".join([*special, *(f"word{i}" for i in range(1000))]))
     rows = [{"first": f"a {i}", "second": f"b {i}"} for i in range(300)]
