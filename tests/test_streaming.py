@@ -23,7 +23,8 @@ zstandard = pytest.importorskip("zstandard")
 
 ALL = 10**9
 TEXTS = [
-    f"document {n} has the {n % 7}th colour\nand a second line, with {'many ' * (n % 30)}words" for n in range(400)
+    f"document {n} has the {n % 7}th [MASK] colour\nand a second line, with {'many ' * (n % 30)}words"
+    for n in range(400)
 ]
 
 
@@ -81,6 +82,14 @@ def test_a_file_in_passing_gives_the_documents_of_a_stored_one(name, tmp_path):
     assert list(training_documents([path])) == stored.train
     assert len(stored.train) > 100
     assert passing.name == f"{name} in passing"
+
+
+def test_byte_order_mark_and_line_ends_of_windows_are_no_text(tmp_path):
+    text = "\n\n".join(text * 40 for text in TEXTS)
+    (tmp_path / "windows.txt").write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+    stored, passing = read_corpus(tmp_path / "windows.txt"), first_part(tmp_path / "windows.txt", ALL)
+    assert (passing.train, passing.validation) == (stored.train, stored.validation)
+    assert stored.train[0].startswith(TEXTS[0])
 
 
 def test_a_folder_in_passing_has_the_parts_of_a_stored_one(tmp_path):
