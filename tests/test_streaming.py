@@ -44,7 +44,8 @@ def write_lines(path):
 
 
 def write_csv(path):
-    datasets.Dataset.from_dict({"words": TEXTS, "number": list(range(400))}).to_csv(path, index=False)
+    columns = {"words": TEXTS, "number": list(range(400)), "empty": [None] * 400}
+    datasets.Dataset.from_dict(columns).to_csv(path, index=False)
 
 
 def write_parquet(path):

@@ -208,5 +208,5 @@ def _table(path: Path) -> Any:
 def _features(batch: dict[str, list[Any]]) -> Any:
     """The types of columns, which CSV tells only by its rows."""
     value = optional_package("datasets", extra="data").Value
-    texts = {name: all(isinstance(cell, str | None) for cell in cells) for name, cells in batch.items()}
+    texts = {name: any(isinstance(cell, str) for cell in cells) for name, cells in batch.items()}
     return {name: value("string" if text else "null") for name, text in texts.items()}
