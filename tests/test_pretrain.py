@@ -1,7 +1,9 @@
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from earlysift.pretrain.masking import mask_tokens
+from earlysift.pretrain.masking import begins_word, mask_tokens
 from earlysift.pretrain.models import build_bert, build_bert_classifier, build_llama, build_vit
 from earlysift.pretrain.stream import Samples, Stream
 from earlysift.pretrain.tokens import Blocks
@@ -53,6 +55,129 @@ def test_hidden_tokens_are_80_percent_mask_10_random_10_kept():
 def test_rows_of_special_tokens_only_stay_unlabelled():
     batch = masked(torch.full((2, 20), 3))
     assert (batch["labels"] == -100).all()
+
+
+# Whole words
+
+
+def slowly_masked(rows, begins, *, seed, first, stop, share):
+    """`mask_tokens` with whole words, token by token."""
+    generator = torch.Generator().manual_seed(seed)
+    priority, fate = (torch.rand(rows.shape, generator=generator) for _ in range(2))
+    other = torch.randint(first, stop, rows.shape, generator=generator)
+    inputs, labels = rows.clone(), torch.full_like(rows, -100)
+    count = max(1, round(share * rows.size(1)))
+    for r, row in enumerate(rows.tolist()):
+        words = []
+        for t, token in enumerate(row):
+            ordinary = first <= token < stop
+            if ordinary and not begins[token] and words and words[-1][-1] == t - 1:
+                words[-1].append(t)
+            elif ordinary:
+                words.append([t])
+        hidden = []
+        for word in sorted(words, key=lambda word: -priority[r, word[0]]):
+            if len(hidden) + len(word) <= count:
+                hidden += word
+        for t in hidden:
+            labels[r, t] = row[t]
+            if fate[r, t] < 0.8:
+                inputs[r, t] = 99
+            elif fate[r, t] >= 0.9:
+                inputs[r, t] = other[r, t]
+    return {"input_ids": inputs, "labels": labels}
+
+
+@given(
+    seed=st.integers(0, 2**32),
+    shape=st.tuples(st.integers(1, 6), st.integers(1, 40)),
+    special=st.tuples(st.integers(0, 4), st.integers(16, 20)),
+    inside=st.sampled_from([0.0, 0.3, 0.7, 1.0]),
+    share=st.sampled_from([0.15, 0.4, 1.0]),
+)
+def test_whole_words_are_chosen_as_a_loop_over_words_would(seed, shape, special, inside, share):
+    first, stop = special
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(20, shape, generator=generator)
+    begins = torch.rand(20, generator=generator) >= inside
+    batch = mask_tokens(
+        rows,
+        mask_id=99,
+        vocab_size=stop,
+        first_ordinary_id=first,
+        generator=torch.Generator().manual_seed(seed),
+        share=share,
+        word_begins=begins,
+    )
+    assert equal(batch, slowly_masked(rows, begins, seed=seed, first=first, stop=stop, share=share))
+
+
+@pytest.fixture
+def text():
+    """Rows of 128 tokens, of which 40 % continue a word, and where words begin."""
+    generator = torch.Generator().manual_seed(2)
+    rows = torch.randint(5, 100, (2000, 128), generator=generator)
+    rows[:, 0] = 2
+    rows[:, -1] = 3
+    return rows, torch.arange(100) < 62
+
+
+def hide_words(rows, begins):
+    return mask_tokens(
+        rows,
+        mask_id=4,
+        vocab_size=100,
+        first_ordinary_id=5,
+        generator=torch.Generator().manual_seed(0),
+        word_begins=begins,
+    )
+
+
+def test_pieces_of_a_word_are_hidden_together_and_their_number_is_near_the_bound(text):
+    rows, begins = text
+    labelled = hide_words(*text)["labels"] != -100
+    inside = ~begins[rows[:, 2:-1]]
+    assert inside.double().mean().item() == pytest.approx(0.4, abs=0.01)
+    assert torch.equal(labelled[:, 2:-1][inside], labelled[:, 1:-2][inside])
+    counts = labelled.sum(dim=1)
+    assert counts.max() == 19  # 15 % of 128
+    assert counts.double().mean() > 18.9
+    assert not labelled[:, [0, -1]].any()
+
+
+def test_hidden_pieces_meet_their_fates_one_by_one(text):
+    rows, begins = text
+    batch = hide_words(*text)
+    labelled = batch["labels"] != -100
+    masked = batch["input_ids"] == 4
+    assert masked[labelled].double().mean().item() == pytest.approx(0.8, abs=0.01)
+    second = labelled[:, 1:] & ~begins[rows[:, 1:]] & labelled[:, :-1]
+    both = (masked[:, 1:] & masked[:, :-1])[second].double().mean().item()
+    assert both == pytest.approx(0.64, abs=0.02)  # 0.8 if words met it as a whole
+
+
+def test_words_of_one_token_are_masked_as_tokens_are():
+    rows = blocks(rows=300).train
+    whole = hide_words(rows, torch.ones(100, dtype=torch.bool))
+    assert equal(whole, masked(rows))
+
+
+def test_special_tokens_behind_the_ordinary_ones_are_never_chosen():
+    rows = blocks(rows=300).train
+    rows[:, 5:9] = 97  # as [SEP] of a vocabulary that ends with special tokens
+    batch = mask_tokens(rows, mask_id=99, vocab_size=95, first_ordinary_id=0, generator=seeded(0))
+    assert not (batch["labels"] >= 95).any()
+    assert (batch["labels"] != -100).any()
+    assert batch["input_ids"][:, 5:9].unique().tolist() == [97]
+
+
+def test_words_begin_where_the_vocabulary_says():
+    wordpiece = {"[CLS]": 0, "play": 1, "##ing": 2, "##ed": 4, "Ġ": 5}
+    assert begins_word(wordpiece).tolist() == [True, True, False, False, False, True]
+    bytes_bpe = {"Ġplay": 0, "ing": 1, "Ċ": 2, "ĉif": 3, ".": 4, "##": 5}
+    assert begins_word(bytes_bpe).tolist() == [True, False, True, True, False, False]
+    with pytest.raises(ValueError, match=r"expected WordPiece .* byte-level BPE .* found neither"):
+        begins_word({"▁play": 0, "ing": 1})
 
 
 def samples(rows=37):

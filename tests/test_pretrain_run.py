@@ -1,5 +1,6 @@
 """`earlysift pretrain` as real processes: resumes bit-equal wherever it is killed, and says what is wrong with what."""
 
+import importlib.util
 import json
 import os
 import re
@@ -235,6 +236,46 @@ def test_a_run_killed_again_and_again_is_bit_equal_to_one_that_was_not(start, un
     assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-9", "checkpoint-12"}
 
 
+def test_a_run_that_hides_whole_words_resumes_bit_equal(start, tmp_path):
+    tokens, whole, cut = tmp_path / "tokens", tmp_path / "whole", tmp_path / "cut"
+    options = ["--vocab-size", 100]  # few, so that words have pieces
+    assert start(tokens, *options)[0] == 0
+    assert start(whole, *options, "--whole-word")[0] == 0
+    assert start(cut, *options, "--whole-word", at=kill("compute_loss", 14))[0] == -signal.SIGKILL
+    assert start(cut, *options, "--whole-word", "--resume")[0] == 0
+    assert_bit_equal(cut, whole)
+    assert ledger(whole)[0]["picks"] != ledger(tokens)[0]["picks"]
+    assert curve(whole)[0]["loss"] != curve(tokens)[0]["loss"]
+
+
+@pytest.fixture(scope="module")
+def streamed(start, tmp_path_factory):
+    """The folder of a run on text that is read in passing, which nothing disturbed."""
+    out = tmp_path_factory.mktemp("streamed") / "run"
+    code, _, err = start(out, "--stream")
+    assert code == 0, err
+    return out
+
+
+def test_a_run_on_text_in_passing_resumes_bit_equal_with_any_number_of_workers(start, streamed, uncut, tmp_path):
+    out = tmp_path / "run"
+    for i, (count, workers) in enumerate([(2, 1), (14, 2), (8, 0)]):
+        resume = ["--resume"] if i else []
+        code, _, err = start(out, "--stream", *resume, "--workers", workers, at=kill("compute_loss", count))
+        assert code == -signal.SIGKILL, err
+    code, _, err = start(out, "--stream", "--resume", "--workers", 2)
+    assert code == 0, err
+    assert "Traceback" not in err
+    assert_bit_equal(out, streamed)
+    assert_bit_equal(out, uncut)  # as all of this text is shuffled at a time
+
+
+def test_a_run_on_text_in_passing_and_one_on_stored_text_are_two_trainings(start, streamed, tmp_path):
+    out = Path(shutil.copytree(streamed, tmp_path / "run"))
+    code, _, err = start(out, "--resume")
+    assert (code, "another training (stream: was True, is False)" in err) == (2, True)
+
+
 @pytest.mark.parametrize("arm", ["uniform", "sift-entropy", "exact", "auto"])
 def test_every_arm_resumes_bit_equal_within_accumulation(arm, start, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -458,6 +499,21 @@ def test_a_causal_model_trains_too(start, data, tmp_path):
     assert points[-1]["loss"] < points[0]["loss"]
 
 
+def test_tensorboard_reads_loss_and_accuracy_from_the_run_folder(start, uncut, tmp_path):
+    reader = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="tensorboard is not installed"
+    )
+    out = tmp_path / "run"
+    code, _, err = start(out, "--track", "tensorboard")
+    assert code == 0, err
+    (file,) = out.rglob("events.out.tfevents.*")
+    events = reader.EventAccumulator(str(file.parent)).Reload()
+    read = {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+    assert read["eval/accuracy"] == pytest.approx({point["step"]: point["accuracy"] for point in curve(uncut)})
+    assert read["train/loss"] == pytest.approx({entry["step"]: entry["loss"] for entry in log(uncut)})
+    assert len(read["train/loss"]) == STEPS // EVERY
+
+
 # Bad input
 
 
@@ -471,9 +527,24 @@ BAD = {  # options, and what the message says
     "empty": (["--data", "{tmp}/empty.txt"], r"expected text, found none"),
     "empty documents": (["--data", "{tmp}/blank.jsonl"], r"expected text, found none"),
     "cuda": (["--device", "cuda"], r"Expected a CUDA device for device='cuda', found none\. Use --device cpu"),
+    "local tracker": (["--track", "trackio"], r"trackio is not installed: pip install trackio, or use --track none"),
     "tracker": (["--track", "wandb"], r"wandb is not installed: pip install wandb, or use --track none"),
     "ranges": (["--keep", "0", "--steps", "0"], r"steps must be at least 1, got 0\. keep must be in \(0, 1\], got 0"),
     "no choice": (["--keep", "0.9"], r"keep=0\.9 leaves no choice with batches of 4"),
+    "whole words": (["--preset", "gpt2-small", "--whole-word"], r"hidden in masked .* not in causal_lm"),
+    "no data set": (
+        ["--data", "nobody-0/nothing:plain"],
+        r"nobody-0/nothing:plain: there is no such file or folder, and",
+    ),
+    "no data set in passing": (
+        ["--stream", "--data", "nobody-0/nothing"],
+        r"could be fetched from the Hugging Face hub",
+    ),
+    "nothing in passing": (
+        ["--stream", "--data", "{tmp}/missing.txt"],
+        r"expected a file or folder .* nothing is there",
+    ),
+    "little in passing": (["--stream", "--data", "{tmp}/empty.txt"], r"too little text to hold out"),
     "resume": (["--resume"], r"There is no run to resume in"),
 }
 
@@ -482,6 +553,9 @@ BAD = {  # options, and what the message says
 def test_bad_input_is_refused_in_one_message_and_leaves_nothing(name, start, tmp_path):
     if name == "cuda" and torch.cuda.is_available():
         pytest.skip("there is one")
+    tracker = BAD[name][0][1] if "--track" in BAD[name][0] else None
+    if tracker and importlib.util.find_spec(tracker):
+        pytest.skip(f"{tracker} is installed")
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     (tmp_path / "vocab.txt").write_text("\n".join([*special, *(f"word{i}" for i in range(1000))]))
     rows = [{"first": f"a {i}", "second": f"b {i}"} for i in range(300)]
@@ -500,9 +574,10 @@ def test_a_folder_in_use_and_a_checkpoint_of_another_training_are_refused(start,
     before = sorted(path.name for path in copy.iterdir())
     code, _, err = start(copy)
     assert (code, "Go on with its run by --resume, or choose another --out" in err) == (2, True)
-    code, _, err = start(copy, "--resume", "--learning-rate", 0.02, "--arm", "exact")
+    code, _, err = start(copy, "--resume", "--learning-rate", 0.02, "--arm", "exact", "--whole-word")
     assert code == 2
-    assert "another training (arm: was 'sift', is 'exact'; learning_rate: was 0.01, is 0.02)" in err
+    changed = "arm: was 'sift', is 'exact'; learning_rate: was 0.01, is 0.02; whole_word: was False, is True"
+    assert f"another training ({changed})" in err
     other = json.loads((data / "model.json").read_text()) | {"intermediate_size": 32}
     (tmp_path / "other.json").write_text(json.dumps(other))
     code, _, err = start(copy, "--resume", "--preset", tmp_path / "other.json")
@@ -563,3 +638,12 @@ def test_two_processes_train_as_one_that_accumulates_and_resume_bit_equal(data, 
     assert all(map(torch.equal, weights(cut), weights(out)))
     code, _, err = start(cut, "--arm", "uniform", "--accumulate", 1, "--resume", model="plain.json")
     assert (code, "processes: was 2, is 1" in err) == (2, True)
+
+
+def test_two_processes_see_the_candidates_of_one_on_text_in_passing(data, environment, start, tmp_path):
+    out, one = tmp_path / "two", tmp_path / "one"
+    done = torchrun(data, environment, out, "--arm", "uniform", "--stream", "--workers", "1")
+    assert done.returncode == 0, done.stderr
+    assert start(one, "--arm", "uniform", "--stream", model="plain.json")[0] == 0
+    picks = [[row["picks"] for row in ledger(out, process)] for process in range(2)]
+    assert [pick for step in zip(*picks, strict=True) for pick in step] == [row["picks"] for row in ledger(one)]

@@ -1,3 +1,4 @@
+import argparse
 import json
 import math
 from collections import Counter
@@ -488,3 +489,61 @@ def test_wikipedia_and_books_are_one_corpus_that_loads_cut():
     workload = load_workload(task="masked_lm", data=paths, max_characters=400_000, **SMALL)
     assert workload.name == "wikipedia-en + books-litbank, masked LM"
     assert len(workload.samples) > 5_000
+
+
+# Whole words
+
+
+def byte_level(path, special_first):
+    """A byte-level BPE tokenizer.json trained on this Python's `this` and `argparse`, with BERT's special tokens."""
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=special if special_first else [],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([Path(argparse.__file__).read_text()], trainer)
+    tokenizer.add_special_tokens(special)
+    tokenizer.save(str(path))
+    return tokenizer
+
+
+@pytest.mark.parametrize("special_first", [True, False])
+def test_whole_words_of_byte_level_bpe_are_hidden_together(special_first, load, tmp_path):
+    tokenizer = byte_level(tmp_path / "tokenizer.json", special_first)
+    workload = load("masked_lm", whole_word=True, length=64, tokenizer_file=tmp_path / "tokenizer.json")
+    first = torch.tensor([tokenizer.id_to_token(i)[0] in "ĠĊ" for i in range(tokenizer.get_vocab_size())])
+    special = {tokenizer.token_to_id(name) for name in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")}
+    for batch in (workload.samples.validation, Stream(workload.samples, seed=0).read(0, 64)):
+        labels = batch["labels"]
+        hidden = labels != -100
+        assert hidden.any()
+        assert special.isdisjoint(labels.unique().tolist())
+        inputs = torch.where(hidden, labels, batch["input_ids"])
+        inside = ~first[inputs[:, 2:-1]] & ~torch.isin(inputs[:, 1:-2], torch.tensor(sorted(special)))
+        inside &= ~torch.isin(inputs[:, 2:-1], torch.tensor(sorted(special)))
+        assert inside.double().mean() > 0.3
+        assert torch.equal(hidden[:, 2:-1][inside], hidden[:, 1:-2][inside])
+
+
+def test_validation_hides_whole_words_as_training_does(load):
+    workload = load("masked_lm", whole_word=True, length=64)
+    vocabulary = json.loads(workload.tokenizer_json)["model"]["vocab"]
+    inside = torch.tensor([token.startswith("##") for token in sorted(vocabulary, key=vocabulary.get)])
+    for batch in (workload.samples.validation, Stream(workload.samples, seed=0).read(0, 64)):
+        hidden = batch["labels"] != -100
+        shown = torch.where(hidden, batch["labels"], batch["input_ids"])
+        continues = inside[shown[:, 2:-1]] & (shown[:, 1:-2] > 4)
+        assert continues.any()
+        assert torch.equal(hidden[:, 2:-1][continues], hidden[:, 1:-2][continues])
+        assert hidden.sum(dim=1).max() <= 10
+
+
+def test_whole_words_of_other_tasks_are_refused(load):
+    for task in ("causal_lm", "classification", "image"):
+        with pytest.raises(ValueError, match=rf"Whole words are hidden in masked .* not in {task}"):
+            load(task, whole_word=True)

@@ -81,6 +81,8 @@ Examples:
 
   earlysift pretrain --config runs/tiny/config.json --resume
 
+  earlysift pretrain --data Salesforce/wikitext:wikitext-103-raw-v1 --stream --whole-word
+
   torchrun --nproc-per-node 8 -m earlysift pretrain --preset bert-base --data wikipedia.txt --accumulate 1
 
 Presets: {built_in}; or a transformers config.json."""

@@ -1,4 +1,4 @@
-"""Texts in, labelled or not, split documents out: files, folders, or the standard library of the running Python."""
+"""Texts in, labelled or not, split documents out: files, folders, data sets on the hub, Python's standard library."""
 
 import csv
 import gzip
@@ -11,7 +11,7 @@ import re
 import sysconfig
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,7 +30,7 @@ _TEXT_SUFFIXES = frozenset({".txt", ".text", ".md", ".rst", ".tex", ".py"})
 _CSV = {"keep_default_na": False, "na_values": [""]}
 # Suffix -> what `datasets.load_dataset` is to be told. Tab-separated files know no quotes: in SST-2 and its
 # like a lone quote mark would silently swallow every line up to the next one.
-_TABLES: dict[str, tuple[str, dict[str, Any]]] = {
+TABLES: dict[str, tuple[str, dict[str, Any]]] = {
     ".json": ("json", {}),
     ".jsonl": ("json", {}),
     ".csv": ("csv", _CSV),
@@ -48,6 +48,8 @@ _PART_NAMES = {
 }
 
 _LABEL = "label"
+_HUB_NAME = re.compile(r"(?P<repository>\w[\w.-]*(/\w[\w.-]*)?)(:(?P<configuration>\w[\w.-]*))?")
+_HUB_PATIENCE_S = 10
 
 Item = TypeVar("Item")
 
@@ -76,6 +78,21 @@ class Corpus:
                 digest.update(len(encoded).to_bytes(8))
                 digest.update(encoded)
         return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Split:
+    """A split of a data set on the Hugging Face hub: a `datasets.Dataset`, or IterableDataset, and its name."""
+
+    name: str
+    table: Any
+
+    def __str__(self) -> str:
+        return self.name
+
+
+Source = Path | Split
+"""What documents are read from."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +126,7 @@ def optional_package(name: str, *, extra: str) -> Any:
 
 
 def read_corpus(path: Path | None) -> Corpus:
-    """Read the documents of a file or folder and split them into training and validation part.
+    """Read the documents of a file, folder or data set and split them into training and validation part.
 
     Files may be plain text (.txt .text .md .rst .tex .py), JSON lines, CSV, TSV or Parquet, the first four
     kinds also as .gz or .zst. A table's text is its column `text`, else its only column of strings. Plain
@@ -120,14 +137,17 @@ def read_corpus(path: Path | None) -> Corpus:
     document in twenty, chosen by the hash of its text, is held out of the training files or, if no file is
     named so, of all files. README and LICENSE files, and hidden ones, are passed over.
 
+    Where no such file is, `owner/name:configuration` (owner and configuration may be missing) is a data set on the
+    Hugging Face hub; its splits belong to the parts by their names, as files do.
+
     Args:
-        path: the file or folder; None for the standard library of the running Python.
+        path: the file, folder or name; None for the standard library of the running Python.
 
     Returns:
         The corpus, named like the path; the same text gives the same split everywhere.
 
     Raises:
-        FileNotFoundError: nothing is there.
+        FileNotFoundError: nothing is there, or the data set cannot be fetched.
         ValueError: no text, not UTF-8, a damaged archive or table, or nothing left for validation.
     """
     if path is None:
@@ -168,18 +188,56 @@ def _first(pair: tuple[str, str]) -> str:
 
 
 def _read_parts(
-    path: Path, read: Callable[[Path], list[Item]], text_of: Callable[[Item], str]
+    path: Path, read: Callable[[Source], list[Item]], text_of: Callable[[Item], str]
 ) -> tuple[list[Item], list[Item]]:
-    if not path.exists():
+    train_sources, validation_sources = sources_of(path)
+    train = _read_items(train_sources, read, text_of, where=path)
+    if validation_sources:
+        return train, _read_items(validation_sources, read, text_of, where=path)
+    return split_by_content(train, text_of, where=path)
+
+
+def sources_of(path: Path, *, streaming: bool = False) -> tuple[list[Source], list[Source]]:
+    """Find what the documents of a path are read from.
+
+    Args:
+        path: a file, a folder, or the name of a data set on the hub; what exists is no name.
+        streaming: whether a data set is read from the hub in passing, or fetched first.
+
+    Returns:
+        The sources of the training and of the validation part; the second list may be empty.
+
+    Raises:
+        FileNotFoundError: nothing is there, or the data set cannot be fetched.
+        ValueError: a folder without text, or with a validation part alone.
+    """
+    if path.is_dir():
+        return _in_parts(_files_of(path), path)
+    if path.exists():
+        return [path], []
+    name = _HUB_NAME.fullmatch(path.as_posix())
+    if name is None or format_of(path):
         raise FileNotFoundError(
             f"{path}: expected a file or folder with data, but nothing is there; check the path (language modelling "
             "without one uses the standard library of this Python)"
         )
-    train_files, validation_files = _files_by_part(path) if path.is_dir() else ([path], [])
-    train = _read_items(train_files, read, text_of, where=path)
-    if validation_files:
-        return train, _read_items(validation_files, read, text_of, where=path)
-    return _split_by_content(train, text_of, where=path)
+    return _in_parts(_splits_of(path, name["repository"], name["configuration"], streaming), path)
+
+
+def _splits_of(path: Path, repository: str, configuration: str | None, streaming: bool) -> list[tuple[Path, Source]]:
+    datasets = optional_package("datasets", extra="data")
+    hub = optional_package("huggingface_hub", extra="data")
+    try:
+        if not datasets.config.HF_HUB_OFFLINE:  # asked for once, as `datasets` would try for half a minute
+            hub.HfApi().dataset_info(repository, timeout=_HUB_PATIENCE_S)
+        splits = datasets.load_dataset(repository, configuration, streaming=streaming)
+    except Exception as error:  # the network raises nearly anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise FileNotFoundError(
+            f"{path}: there is no such file or folder, and no data set of this name could be fetched from the Hugging "
+            f"Face hub ({reason}); check the spelling and the network, or set HF_HUB_OFFLINE=1 if it was fetched before"
+        ) from error
+    return [(Path(name), Split(f"{path}, split {name}", table)) for name, table in splits.items()]
 
 
 def stdlib_corpus() -> Corpus:
@@ -200,7 +258,7 @@ def stdlib_corpus() -> Corpus:
         except ValueError:  # a few sources declare another encoding
             continue
         if document.strip():
-            parts[_held_out(name)].append(document)
+            parts[held_out(name)].append(document)
     if not all(parts.values()):
         raise FileNotFoundError(
             f"{root}: expected the source files of Python's standard library, found too few of them; give "
@@ -219,18 +277,19 @@ def _stdlib_files(root: Path) -> list[str]:
     return sorted(file.relative_to(root).as_posix() for file in files)
 
 
-def _held_out(key: str) -> bool:
+def held_out(key: str) -> bool:
+    """Tell whether a document belongs to the validation part, by the hash of its text."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) % _VALIDATION_ONE_IN == 0
 
 
-def _split_by_content(
+def split_by_content(
     documents: list[Item], text_of: Callable[[Item], str], *, where: Path
 ) -> tuple[list[Item], list[Item]]:
     """Split documents by their text alone, so that a copy of a document never sits in both parts."""
     train: list[Item] = []
     validation: list[Item] = []
     for document in documents:
-        (validation if _held_out(text_of(document)) else train).append(document)
+        (validation if held_out(text_of(document)) else train).append(document)
     if not train or not validation:
         empty = "validation" if train else "training"
         raise ValueError(
@@ -242,24 +301,30 @@ def _split_by_content(
     return train, validation
 
 
-def _files_by_part(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Return the files of the training and of the validation part; the second list may be empty."""
-    parts: dict[str, list[Path]] = {part: [] for part in (*_PART_NAMES, "unnamed")}
+def _files_of(folder: Path) -> list[tuple[Path, Source]]:
+    """Return the files of text in a folder, behind their paths within it."""
+    found: list[tuple[Path, Source]] = []
     for file in sorted(folder.rglob("*")):
         relative = file.relative_to(folder)
         hidden = any(name.startswith(".") for name in relative.parts)
-        if file.is_file() and not hidden and not _ABOUT_THE_DATA.match(file.name) and _format(file):
-            parts[_part(relative)].append(file)
-    train, validation = parts["train"], parts["validation"]
+        if file.is_file() and not hidden and not _ABOUT_THE_DATA.match(file.name) and format_of(file):
+            found.append((relative, file))
+    if not found:
+        raise ValueError(f"{folder}: expected files of text, found none; {_supported()}")
+    return found
+
+
+def _in_parts(named: Sequence[tuple[Path, Source]], where: Path) -> tuple[list[Source], list[Source]]:
+    """Return the sources of the training and of the validation part; the second list may be empty."""
+    parts = [(_part(name), source) for name, source in named]
+    train = [source for part, source in parts if part == "train"]
+    validation = [source for part, source in parts if part == "validation"]
     if validation and not train:
         raise ValueError(
-            f"{folder}: found a validation file ({validation[0].name}), but no file named train*; name the "
+            f"{where}: found a validation file ({validation[0].name}), but no file named train*; name the "
             "training files so"
         )
-    files = train or sorted(parts["unnamed"] + parts["test"])
-    if not files:
-        raise ValueError(f"{folder}: expected files of text, found none; {_supported()}")
-    return files, validation
+    return train or [source for _, source in parts], validation
 
 
 def _part(relative: Path) -> str:
@@ -271,46 +336,55 @@ def _part(relative: Path) -> str:
     return "unnamed"
 
 
-def _format(path: Path) -> str:
+def is_table(path: Path) -> bool:
+    """Tell whether a file is a table, and not plain text.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    suffix = format_of(path)
+    if not suffix:
+        raise ValueError(f"{path}: expected a file of text, got one of unknown format; {_supported()}")
+    return suffix in TABLES
+
+
+def format_of(path: Path) -> str:
     """Return the suffix that tells a file's format, that of its compression set aside; empty if unknown."""
     name = path.with_suffix("") if path.suffix.lower() in _DECOMPRESS else path
     suffix = name.suffix.lower()
-    return suffix if suffix in _TEXT_SUFFIXES or suffix in _TABLES else ""
+    return suffix if suffix in _TEXT_SUFFIXES or suffix in TABLES else ""
 
 
 def _supported() -> str:
-    formats = " ".join(sorted(_TEXT_SUFFIXES) + list(_TABLES))
+    formats = " ".join(sorted(_TEXT_SUFFIXES) + list(TABLES))
     return f"supported are {formats}, each also compressed ({' '.join(_DECOMPRESS)})"
 
 
 def _read_items(
-    files: Sequence[Path], read: Callable[[Path], list[Item]], text_of: Callable[[Item], str], *, where: Path
+    sources: Sequence[Source], read: Callable[[Source], list[Item]], text_of: Callable[[Item], str], *, where: Path
 ) -> list[Item]:
-    documents = [document for file in files for document in read(file) if text_of(document).strip()]
+    documents = [document for source in sources for document in read(source) if text_of(document).strip()]
     if not documents:
-        names = ", ".join(file.name for file in files[:3])
+        names = ", ".join(source.name for source in sources[:3])
         raise ValueError(f"{where}: expected text, found none in {names}; is the file empty?")
     return documents
 
 
-def _read_file(path: Path) -> list[str]:
-    suffix = _format(path)
-    if not suffix:
-        raise ValueError(f"{path}: expected a file of text, got one of unknown format; {_supported()}")
-    if suffix not in _TABLES:
-        return list(_plain_documents(_decode(_decompressed(path), path)))
-    table = _read_table(path)
+def _read_file(source: Source) -> list[str]:
+    if isinstance(source, Path) and not is_table(source):
+        return list(plain_documents(_decode(_decompressed(source), source).split("\n")))
+    table = _read_table(source)
     if table is None:
         return []
-    column = _text_column(table.features, path)
+    column = text_column(table.features, source)
     return [text for text in table.select_columns(column)[:][column] if text is not None]
 
 
-def _read_labelled_file(path: Path) -> list[tuple[str, str]]:
+def _read_labelled_file(path: Source) -> list[tuple[str, str]]:
     """Return the texts and labels of a table."""
-    if _format(path) not in _TABLES:
+    if isinstance(path, Path) and format_of(path) not in TABLES:
         raise ValueError(
-            f"{path}: expected a table with a column of labels ({' '.join(_TABLES)}, each also compressed), got a file "
+            f"{path}: expected a table with a column of labels ({' '.join(TABLES)}, each also compressed), got a file "
             "of another format; for text without labels choose the task masked_lm or causal_lm"
         )
     table = _read_table(path)
@@ -321,7 +395,7 @@ def _read_labelled_file(path: Path) -> list[tuple[str, str]]:
             f"{path}: expected a column named {_LABEL!r}, found the columns {', '.join(table.features)}; rename the "
             "column that holds the label"
         )
-    text = _text_column({name: feature for name, feature in table.features.items() if name != _LABEL}, path)
+    text = text_column({name: feature for name, feature in table.features.items() if name != _LABEL}, path)
     rows = table.select_columns([text, _LABEL])[:]
     pairs = zip(rows[text], rows[_LABEL], strict=True)
     return [(text, _label_name(label)) for text, label in pairs if text is not None and label is not None]
@@ -333,17 +407,18 @@ def _label_name(label: Any) -> str:
     return str(int(label) if whole else label)
 
 
-def _plain_documents(text: str) -> Iterator[str]:
-    lines: list[str] = []
+def plain_documents(lines: Iterable[str]) -> Iterator[str]:
+    """Cut a plain text, given by its lines, into documents."""
+    document: list[str] = []
     characters = 0
-    for line in text.split("\n"):
-        lines.append(line)
+    for line in lines:
+        document.append(line)
         characters += len(line) + 1
         blank = not line.strip()
         if characters >= (_DOCUMENT_CHARACTERS if blank else _DOCUMENT_CHARACTERS_WITHOUT_BLANK_LINE):
-            yield "\n".join(lines).strip()
-            lines, characters = [], 0
-    yield "\n".join(lines).strip()
+            yield "\n".join(document).strip()
+            document, characters = [], 0
+    yield "\n".join(document).strip()
 
 
 def _decode(raw: bytes, path: Path) -> str:
@@ -398,11 +473,13 @@ def _unzstd(raw: bytes) -> bytes:
 _DECOMPRESS: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.decompress, ".zst": _unzstd}
 
 
-def _read_table(path: Path) -> Any:
+def _read_table(path: Source) -> Any:
     """Return a table as a Dataset; None if the file is empty."""
-    suffix = _format(path)
+    if isinstance(path, Split):
+        return path.table
+    suffix = format_of(path)
     raw = _decompressed(path)
-    kind, options = _TABLES[suffix]
+    kind, options = TABLES[suffix]
     text = "" if kind == "parquet" else _decode(raw, path)
     if kind != "parquet" and not text.strip():
         return None
@@ -437,7 +514,8 @@ _EXPECTED = {
 }
 
 
-def _text_column(features: Any, path: Path) -> str:
+def text_column(features: Any, path: Source) -> str:
+    """Return the name of the column of texts: `text`, else the only one of strings."""
     types = {name: getattr(feature, "dtype", "nested") for name, feature in features.items()}
     strings = [name for name, dtype in types.items() if dtype in ("string", "large_string")]
     candidates = ["text"] if "text" in types else strings

@@ -1,9 +1,13 @@
 """Masked language modelling: which tokens are hidden, reproducibly from a generator."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Generator, Tensor
 
 from earlysift.losses import IGNORED_LABEL
+
+_WHITE_SPACE = ("Ġ", "Ċ", "č", "ĉ")  # blank, line feed, carriage return, tab, as byte-level BPE writes them
 
 
 def mask_tokens(
@@ -14,19 +18,23 @@ def mask_tokens(
     first_ordinary_id: int,
     generator: Generator,
     share: float = 0.15,
+    word_begins: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Hide a fixed number of tokens in every block and make their ids the labels.
 
     Of the chosen positions 80 % become the mask token, 10 % a random token and 10 % stay. The number is the same in
-    every block, so shapes and the noise of per-sample losses do not vary with the draw.
+    every block, so shapes and the noise of per-sample losses do not vary with the draw. Of whole words it is an upper
+    bound: a word that would exceed it is left out, and the next one is tried.
 
     Args:
-        blocks: Token ids ``(R, T)``; ids below ``first_ordinary_id`` are special and never chosen.
+        blocks: Token ids ``(R, T)``; those outside ``first_ordinary_id`` to ``vocab_size`` are special, never chosen.
         mask_id: Id of the mask token.
         vocab_size: Random tokens are drawn from ``first_ordinary_id`` to this, exclusive.
         first_ordinary_id: The smallest id that is not special.
         generator: The only source of randomness.
         share: Share of the T positions to choose.
+        word_begins: Choose whole words: for every id whether its token begins a word, bool ``(ids,)``, as `begins_word`
+            tells. Without it tokens are chosen one by one.
 
     Returns:
         ``input_ids`` and ``labels``, int64 ``(R, T)``; labels are -100 where nothing is predicted.
@@ -38,16 +46,75 @@ def mask_tokens(
         tensor([3, 3])
 
     Reference:
-        Devlin et al., BERT, 2019, arXiv 1810.04805, section 3.1.
+        Devlin et al., BERT, 2019, arXiv 1810.04805, section 3.1; whole words: github.com/google-research/bert, 2019.
     """
     blocks = blocks.long()
     count = max(1, round(share * blocks.size(1)))
+    ordinary = (blocks >= first_ordinary_id) & (blocks < vocab_size)
     priority = torch.rand(blocks.shape, generator=generator)
-    priority[blocks < first_ordinary_id] = -1.0
-    chosen = torch.zeros_like(blocks, dtype=torch.bool).scatter_(1, priority.topk(count, dim=1).indices, True)
-    chosen &= blocks >= first_ordinary_id
+    priority[~ordinary] = -1.0
+    if word_begins is None:
+        chosen = torch.zeros_like(ordinary).scatter_(1, priority.topk(count, dim=1).indices, True)
+    else:
+        chosen = _whole_words(_first_of_words(blocks, ordinary, word_begins), ordinary, priority, count)
+    chosen &= ordinary
     fate = torch.rand(blocks.shape, generator=generator)
     random_ids = torch.randint(first_ordinary_id, vocab_size, blocks.shape, generator=generator)
     inputs = torch.where(chosen & (fate < 0.8), mask_id, blocks)
     inputs = torch.where(chosen & (fate >= 0.9), random_ids, inputs)
     return {"input_ids": inputs, "labels": torch.where(chosen, blocks, IGNORED_LABEL)}
+
+
+def begins_word(vocabulary: Mapping[str, int]) -> Tensor:
+    """Which tokens begin a word, told by how their tokenizer writes them.
+
+    Args:
+        vocabulary: Tokens and their ids: WordPiece, where pieces inside a word begin with ``##``, or byte-level BPE,
+            where a token that begins a word begins with white space, written as Ġ (blank), Ċ, č (line end) or ĉ (tab).
+
+    Returns:
+        Bool ``(largest id + 1,)``.
+
+    Raises:
+        ValueError: If tokens are written in neither way.
+
+    Example:
+        >>> begins_word({"play": 0, "##ing": 1})
+        tensor([ True, False])
+    """
+    inside = torch.tensor([token.startswith("##") for token in vocabulary])
+    before = torch.tensor([token.startswith(_WHITE_SPACE) for token in vocabulary])
+    if not (inside | before).any():
+        raise ValueError(
+            "Whole words cannot be told from this tokenizer's vocabulary: expected WordPiece ('##' inside words) or "
+            "byte-level BPE ('Ġ' before words), found neither. Use another tokenizer, or leave whole_word out."
+        )
+    begins = torch.zeros(1 + max(vocabulary.values()), dtype=torch.bool)
+    # The more frequent mark counts: GPT-2 has a token "##", and Ġ is a letter of Maltese.
+    begins[list(vocabulary.values())] = before if before.sum() > inside.sum() else ~inside
+    return begins
+
+
+def _first_of_words(blocks: Tensor, ordinary: Tensor, word_begins: Tensor) -> Tensor:
+    """The tokens that begin a word; a special token is a word of its own."""
+    first = word_begins[blocks] | ~ordinary
+    first[:, 1:] |= ~ordinary[:, :-1]
+    first[:, 0] = True
+    return first
+
+
+def _whole_words(first: Tensor, ordinary: Tensor, priority: Tensor, count: int) -> Tensor:
+    """Words in the order of their first token's priority, each if it leaves at most ``count`` tokens chosen."""
+    words = first.cumsum(dim=1) - 1
+    sizes = torch.zeros_like(words).scatter_add_(1, words, ordinary.long())
+    order = torch.zeros_like(priority).scatter_add_(1, words, priority * first)
+    taken = torch.zeros_like(first)
+    left = torch.full((len(words), 1), count)
+    for word in order.argsort(dim=1, descending=True, stable=True).unsqueeze(2).unbind(dim=1):
+        size = sizes.gather(1, word)
+        fits = size <= left
+        taken.scatter_(1, word, fits)
+        left -= size * fits
+        if not left.any():
+            break
+    return taken.gather(1, words)

@@ -27,6 +27,8 @@ from earlysift.pretrain.corpus import optional_package
 from earlysift.pretrain.models import CONFIG, TOKENIZER, build_preset
 from earlysift.pretrain.settings import ARMS, PretrainSettings
 from earlysift.pretrain.stream import Stream
+from earlysift.pretrain.streaming import PassingStream, training_documents
+from earlysift.pretrain.tokens import packed_rows
 from earlysift.pretrain.trainer import Candidates, NotFinite, Pretrainer, as_it_is
 from earlysift.pretrain.workloads import Workload, load_workload
 from earlysift.report.page import RESULTS, RESULTS_VERSION, write_report
@@ -199,6 +201,8 @@ def _workload(settings: PretrainSettings, shape: Any) -> Workload:
         vocab_size=shape.config.vocab_size,
         validation_samples=settings.validation_samples,
         tokenizer_file=settings.tokenizer,
+        whole_word=settings.whole_word,
+        stream=settings.stream,
     )
     known, needed = shape.config.vocab_size, workload.facts["vocab_size"]
     if needed > known:
@@ -242,7 +246,14 @@ def _trainer(
 ) -> Pretrainer:
     options = {"keep": settings.keep, "depth": settings.depth, "seed": settings.seed} | ARMS[settings.arm]
     pool = round(settings.batch / options["keep"])
-    stream = Stream(workload.samples, seed=settings.seed)
+    if settings.stream:
+        stream: Stream | PassingStream = PassingStream(
+            lambda: packed_rows(training_documents(settings.data), workload.tokenizer_json, settings.length),
+            workload.samples.prepare,
+            seed=settings.seed,
+        )
+    else:
+        stream = Stream(workload.samples, seed=settings.seed)
     return Pretrainer(
         settings=settings,
         validation=workload.samples.validation,
@@ -250,7 +261,7 @@ def _trainer(
         signals=signals,
         model=model,
         args=args,
-        train_dataset=Candidates(stream, settings.steps * settings.accumulate * pool * args.world_size),
+        train_dataset=Candidates(stream.take, settings.steps * settings.accumulate * pool * args.world_size),
         data_collator=as_it_is,
         sift=SiftConfig(**options),
     )

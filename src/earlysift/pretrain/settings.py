@@ -23,12 +23,17 @@ class PretrainSettings:
     preset: str = "bert-base"
     """The model: a built-in name, a transformers config.json, or a folder that holds one."""
     data: tuple[Path, ...] = ()
-    """Files or folders of text, JSON lines, CSV/TSV or parquet, plain, .gz or .zst; several are one corpus. Without it:
-    the standard library of the running Python."""
+    """Files or folders of text, JSON lines, CSV/TSV or parquet, plain, .gz or .zst, or names of data sets on the
+    Hugging Face hub, owner/name:configuration; several are one corpus. Without it: the standard library of the running
+    Python."""
+    stream: bool = False
+    """Read the data in passing, for what is larger than memory or disk."""
     tokenizer: Path | None = None
     """BERT's vocab.txt or a tokenizer.json; without it a WordPiece tokenizer is trained on the training part."""
     vocab_size: int | None = None
     """Tokens that the model knows, and that a trained tokenizer has at most; without it what the preset says."""
+    whole_word: bool = False
+    """Hide all tokens of a word together (masked models, WordPiece or byte-level BPE)."""
     length: int = 128
     """Tokens per sample."""
     validation_samples: int = 2048
@@ -70,7 +75,7 @@ class PretrainSettings:
     """Compile the model by torch.compile."""
     workers: int = 0
     """Processes that prepare candidates beside each training process; samples do not depend on it."""
-    track: Literal["auto", "none", "tensorboard", "wandb", "mlflow"] = "auto"
+    track: Literal["auto", "none", "tensorboard", "trackio", "wandb", "mlflow"] = "auto"
     """Tracker to log to. auto is TensorBoard if it is installed, which writes into the run folder."""
     out: Path = Path("runs/pretrain")
     """Run folder: config.json, checkpoints, ledgers, results.json, curves.png, report.html."""

@@ -11,7 +11,8 @@ from earlysift.seeds import seeded
 
 Rows = dict[str, Tensor]
 
-_UNIT = 16  # samples prepared together; a fixed number, so that masks do not depend on how many rows a step reads
+UNIT = 16
+"""Samples prepared together; a fixed number, so that masks do not depend on how many rows a step reads."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,26 @@ class Samples:
     def __len__(self) -> int:
         """N, the number of training samples."""
         return len(next(iter(self.train.values())))
+
+
+def take(unit: Callable[[int], Rows], positions: Tensor) -> Rows:
+    """Candidates by their numbers.
+
+    Args:
+        unit: From n to candidates number ``UNIT * n`` and following, ``UNIT`` of them; called with rising numbers.
+        positions: The numbers, int64 ``(n,)``.
+
+    Returns:
+        A batch of n rows, in the order of the positions.
+
+    Example:
+        >>> take(lambda n: {"x": torch.arange(UNIT * n, UNIT * (n + 1))}, torch.tensor([40, 3]))
+        {'x': tensor([40,  3])}
+    """
+    numbers, place = torch.unique(positions // UNIT, return_inverse=True)
+    units = [unit(number) for number in numbers.tolist()]
+    rows = place * UNIT + positions % UNIT
+    return {name: torch.cat([part[name] for part in units])[rows] for name in units[0]}
 
 
 class Stream:
@@ -75,10 +96,7 @@ class Stream:
 
     def take(self, positions: Tensor) -> Rows:
         """The candidates with these numbers, int64 ``(n,)``, in this order: a batch of n rows."""
-        numbers, unit = torch.unique(positions // _UNIT, return_inverse=True)
-        units = [self._unit(number) for number in numbers.tolist()]
-        rows = unit * _UNIT + positions % _UNIT
-        return {name: torch.cat([part[name] for part in units])[rows] for name in units[0]}
+        return take(self._unit, positions)
 
     def ids(self, start: int, count: int) -> Tensor:
         """Index of every candidate within the training part, int64 ``(count,)``."""
@@ -89,6 +107,6 @@ class Stream:
         return torch.randperm(len(self._samples), generator=seeded(self._seed, "order", epoch))[: self.epoch]
 
     def _make_unit(self, number: int) -> Rows:
-        ids = self.ids(number * _UNIT, _UNIT)
+        ids = self.ids(number * UNIT, UNIT)
         rows = {name: values[ids] for name, values in self._samples.train.items()}
         return self._samples.prepare(rows, seeded(self._seed, "mask", number))

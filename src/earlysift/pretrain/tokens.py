@@ -8,7 +8,7 @@ import tempfile
 import warnings
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -234,22 +234,51 @@ def _encode(corpus: Corpus, tokenizer: "Tokenizer", length: int, to_rows: _ToRow
     return Blocks(train, validation, vocab_size, special, tokenizer.to_str())
 
 
+def packed_rows(documents: Iterable[str], tokenizer_json: str, length: int) -> Iterator[torch.Tensor]:
+    """Pack documents that are read in passing into the very rows that `load_blocks` makes of them.
+
+    Args:
+        documents: the texts; about a million characters are held at once.
+        tokenizer_json: the tokenizer, as `Blocks` hold it.
+        length: tokens a row.
+
+    Yields:
+        Rows of token ids, int32 (length,).
+    """
+    tokenizer = optional_package("tokenizers", extra="hf").Tokenizer.from_str(tokenizer_json)
+    tokenizer.encode_special_tokens = True
+    special = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
+    for blocks in _packed(documents, tokenizer, special, length):
+        for row in blocks:
+            yield row.clone()  # a view would keep all blocks in memory
+
+
 def _pack(documents: list[str], tokenizer: "Tokenizer", special: dict[str, int], length: int) -> torch.Tensor:
     """Return the documents as blocks, (N, length) int32, N = 0 if they do not fill one."""
+    return torch.cat(list(_packed(documents, tokenizer, special, length)))
+
+
+def _packed(
+    documents: Iterable[str], tokenizer: "Tokenizer", special: dict[str, int], length: int
+) -> Iterator[torch.Tensor]:
+    """Yield the documents as blocks, in portions (N, length) int32 that may be empty."""
+    body = length - 2
     ids = array("i")
+    begun = False
     for batch in _batches(documents):
         for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
-            if ids and encoding.ids:
+            if begun and encoding.ids:
                 ids.append(special["[SEP]"])
             ids.extend(encoding.ids)
-    body = length - 2
-    count = len(ids) // body
-    blocks = torch.empty(count, length, dtype=torch.int32)
-    blocks[:, 0] = special["[CLS]"]
-    blocks[:, -1] = special["[SEP]"]
-    if count:
-        blocks[:, 1:-1] = torch.frombuffer(ids, dtype=torch.int32)[: count * body].view(count, body)
-    return blocks
+            begun = begun or bool(encoding.ids)
+        count = len(ids) // body
+        blocks = torch.empty(count, length, dtype=torch.int32)
+        blocks[:, 0] = special["[CLS]"]
+        blocks[:, -1] = special["[SEP]"]
+        if count:
+            blocks[:, 1:-1] = torch.frombuffer(ids[: count * body], dtype=torch.int32).view(count, body)
+            del ids[: count * body]
+        yield blocks
 
 
 def _fill(documents: list[str], tokenizer: "Tokenizer", special: dict[str, int], length: int) -> torch.Tensor:
@@ -263,7 +292,7 @@ def _fill(documents: list[str], tokenizer: "Tokenizer", special: dict[str, int],
     return torch.frombuffer(ids, dtype=torch.int32).view(-1, length).clone()
 
 
-def _batches(documents: list[str]) -> Iterator[list[str]]:
+def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
     batch: list[str] = []
     characters = 0
     for document in documents:

@@ -4,7 +4,7 @@ import hashlib
 import math
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from earlysift.ledger import read_rows
 from earlysift.losses import IGNORED_LABEL
 from earlysift.pretrain import checkpoints
 from earlysift.pretrain.settings import PretrainSettings
-from earlysift.pretrain.stream import Rows, Stream
+from earlysift.pretrain.stream import Rows
 
 _EVALUATED_LABELS = 4096  # whose logits are held at once
 
@@ -35,12 +35,12 @@ class Candidates(Dataset[Rows]):
     """Numbers of candidates to candidates: workers, processes and resumed runs see the same, whatever they read.
 
     Args:
-        stream: The stream.
+        take: From numbers of candidates, int64 ``(n,)``, to a batch of n rows.
         count: How many candidates the whole training reads.
     """
 
-    def __init__(self, stream: Stream, count: int) -> None:
-        self._stream = stream
+    def __init__(self, take: Callable[[Tensor], Rows], count: int) -> None:
+        self._take = take
         self._count = count
 
     def __len__(self) -> int:
@@ -51,7 +51,7 @@ class Candidates(Dataset[Rows]):
 
     def __getitems__(self, positions: list[int]) -> Rows:
         """A batch of candidates, as it is: there is nothing left to collate."""
-        return self._stream.take(torch.tensor(positions))
+        return self._take(torch.tensor(positions))
 
 
 def as_it_is(batch: Rows) -> Rows:
@@ -220,8 +220,8 @@ class Pretrainer(SiftTrainerMixin, Trainer):  # type: ignore[misc]
     def _sums(self, rows: Rows) -> Tensor:
         """Right predictions, sum of losses and number of labelled tokens of these rows, float64 ``(3,)``."""
         sums = torch.zeros(3, dtype=torch.float64, device=self.args.device)
-        labelled = int((rows["labels"][:1] != IGNORED_LABEL).sum())
-        size = max(1, _EVALUATED_LABELS // max(1, labelled))
+        labels = rows["labels"]
+        size = max(1, _EVALUATED_LABELS * len(labels) // max(1, int((labels != IGNORED_LABEL).sum())))
         # Not the wrapped model: processes may have different numbers of rows.
         with torch.no_grad(), exits.scoring_mode(self.model), self.accelerator.autocast():
             for start in range(0, len(rows["labels"]), size):

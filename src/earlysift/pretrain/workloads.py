@@ -11,8 +11,9 @@ from torch import Generator, Tensor, nn
 from earlysift.losses import IGNORED_LABEL
 from earlysift.pretrain import models
 from earlysift.pretrain.corpus import Corpus, LabelledCorpus, optional_package, read_corpus, read_labelled
-from earlysift.pretrain.masking import mask_tokens
+from earlysift.pretrain.masking import begins_word, mask_tokens
 from earlysift.pretrain.stream import Rows, Samples
+from earlysift.pretrain.streaming import FIRST_CHARACTERS, first_part
 from earlysift.pretrain.tokens import Blocks, load_blocks
 from earlysift.seeds import seeded
 
@@ -60,6 +61,8 @@ def load_workload(
     repeated: float = 0.0,
     checkpoint: Path | None = None,
     tokenizer_file: Path | None = None,
+    whole_word: bool = False,
+    stream: bool = False,
     seed_of_data: int = 0,
 ) -> Workload:
     """Read the data of a task and make it ready to train on.
@@ -81,6 +84,8 @@ def load_workload(
         repeated: Share of the samples, in both parts, that are copies of 64 training samples: boilerplate.
         checkpoint: Folder of `save_encoder` to fine-tune from, for classification; its tokenizer is used, too.
         tokenizer_file: BERT vocab.txt or tokenizer.json, in place of a trained tokenizer.
+        whole_word: For masked language modelling, hide all tokens of a word together.
+        stream: For language modelling, read only the first part of the data, see `streaming`.
         seed_of_data: Seed of which samples are used, copied and flipped.
 
     Returns:
@@ -96,7 +101,9 @@ def load_workload(
         >>> {name: tuple(rows.shape) for name, rows in workload.samples.validation.items()}
         {'pixel_values': (99, 1, 8, 8), 'labels': (99,)}
     """
-    request = _Request(data, layers, width, length, vocab_size, max_characters, checkpoint, tokenizer_file)
+    request = _Request(
+        data, layers, width, length, vocab_size, max_characters, checkpoint, tokenizer_file, whole_word, stream
+    )
     problems = _problems(task, request, validation_samples, train_samples, flipped, repeated)
     if problems:
         raise ValueError(" ".join(problems))
@@ -140,6 +147,8 @@ class _Request:
     max_characters: int | None
     checkpoint: Path | None
     tokenizer_file: Path | None
+    whole_word: bool
+    stream: bool
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -189,6 +198,14 @@ def _problems(
             request.checkpoint is not None and request.tokenizer_file is not None,
             "A checkpoint brings its tokenizer; leave tokenizer_file out.",
         ),
+        (
+            request.whole_word and task != "masked_lm",
+            f"Whole words are hidden in masked language modelling, not in {task}; leave whole_word out.",
+        ),
+        (
+            request.stream and (labelled or not request.paths),
+            f"Text is read in passing from data that are given; for {task} without a path leave stream out.",
+        ),
         (validation_samples < 1, f"validation_samples must be at least 1, got {validation_samples}."),
         (train_samples is not None and train_samples < 1, f"train_samples must be at least 1, got {train_samples}."),
         (not 0 <= flipped < 1, f"flipped must be a share in [0, 1), got {flipped}."),
@@ -202,17 +219,29 @@ def _masked_lm(request: _Request) -> _Source:
         return mask_tokens(
             rows["input_ids"],
             mask_id=blocks.special["[MASK]"],
-            vocab_size=blocks.vocab_size,
-            first_ordinary_id=first_ordinary_id,
+            vocab_size=ordinary.stop,
+            first_ordinary_id=ordinary.start,
             generator=generator,
+            word_begins=word_begins,
         )
 
     def targets(rows: Rows) -> Tensor:
-        return rows["input_ids"][rows["input_ids"] >= first_ordinary_id]
+        ids = rows["input_ids"]
+        return ids[(ids >= ordinary.start) & (ids < ordinary.stop)]
 
     corpus, blocks = _read_blocks(request)
-    first_ordinary_id = max(blocks.special.values()) + 1
+    ordinary = _ordinary(blocks)
+    word_begins = None
+    if request.whole_word:
+        tokenizer = optional_package("tokenizers", extra="hf").Tokenizer.from_str(blocks.tokenizer_json)
+        word_begins = begins_word(tokenizer.get_vocab())
     return _language_source(corpus, blocks, request, "masked LM", prepare, targets, models.build_bert)
+
+
+def _ordinary(blocks: Blocks) -> range:
+    """The ids of ordinary tokens: those behind the special ones, or before them where a vocabulary ends with these."""
+    special = blocks.special.values()
+    return max(range(max(special) + 1, blocks.vocab_size), range(min(special)), key=len)
 
 
 def _causal_lm(request: _Request) -> _Source:
@@ -255,7 +284,11 @@ def _language_source(
 
 
 def _read_blocks(request: _Request) -> tuple[Corpus, Blocks]:
-    corpus = _joined([read_corpus(path) for path in request.paths or (None,)])
+    if request.stream:
+        corpora = [first_part(path, FIRST_CHARACTERS // len(request.paths)) for path in request.paths]
+    else:
+        corpora = [read_corpus(path) for path in request.paths or (None,)]
+    corpus = _joined(corpora)
     if request.max_characters is not None:
         train, validation = (_shortened(part, request.max_characters) for part in (corpus.train, corpus.validation))
         corpus = Corpus(corpus.name, train, validation)
