@@ -1,0 +1,67 @@
+"""`memory`: peak memory of sifting larger and larger pools and training on b, beside the plain step of b."""
+
+from argparse import Namespace
+from functools import partial
+from typing import Any
+
+import measuring
+import shapes
+from rich.progress import track
+from shapes import Shape
+
+from earlysift import Sifter, pools, scorers
+from earlysift.checkup import peak_growth_bytes
+
+TITLE = "Peak memory of sifting"
+ABOUT = """How far memory grows, at its peak, above what is held between steps (weights, optimizer, the pool), in MiB: in a plain
+step of b, and in sifting a pool of 2b, 4b, 8b and a step on what is kept. CUDA: `max_memory_allocated`; CPU: torch's
+profiler on its allocator. Scoring runs b rows at a time, so the ratio should be 1."""
+POOLS = (2, 4, 8)
+TABLES: dict[str, measuring.Columns] = {
+    "rows": {
+        "held_mib": ("held", "{:,.0f}"),
+        "plain_mib": ("plain step", "{:,.0f}"),
+        **{f"pool_{times}b_mib": (f"pool of {times}b", "{:,.0f}") for times in POOLS},
+        "ratio": ("most / plain", "{:.3f}"),
+    }
+}
+_MIB = 2**20
+
+
+def plan(given: Namespace) -> dict[str, partial[dict[str, Any]]]:
+    """What is to be measured, by name of the entry."""
+    return {
+        f"{name}, b {shape.batch}, {dtype}": partial(measure, shape, dtype)
+        for name, shape in shapes.chosen(given.shape, given.batch, given.smoke).items()
+        for dtype in given.dtype
+    }
+
+
+def measure(shape: Shape, dtype: str) -> dict[str, Any]:
+    """Growth of memory in a plain step, and in sifting and a step."""
+    place, precision = measuring.device(), measuring.DTYPES[dtype]
+    model = shapes.build(shape).to(place)
+    largest = shapes.pool(model, shape, max(POOLS) * shape.batch, place)
+    trained = pools.take(largest, slice(0, shape.batch))
+    step = measuring.step(model, lambda: scorers.training_loss(model, trained), precision)
+
+    def sift_and_step(times: int) -> None:
+        nonlocal trained
+        trained = sifters[times].sift(pools.take(largest, slice(0, times * shape.batch)))
+        step()
+
+    sifters = {times: Sifter(model, keep=1 / times, kept=shape.batch, probe_every=0, dtype=precision) for times in POOLS}
+    operations = {"plain": step, **{f"pool_{times}b": partial(sift_and_step, times) for times in POOLS}}
+    for operation in operations.values():  # optimizer states, the model's first check, caches
+        operation()
+    growth = {
+        name: peak_growth_bytes(operation, place) / _MIB
+        for name, operation in track(operations.items(), description="memory")
+    }
+    held = 3 * sum(p.numel() * p.element_size() for p in model.parameters())  # weights and AdamW's two moments
+    row = {
+        "held_mib": held / _MIB,
+        **{f"{name}_mib": value for name, value in growth.items()},
+        "ratio": max(growth.values()) / growth["plain"],
+    }
+    return {"rows": [row]}

@@ -1,0 +1,2 @@
+TABLES = {}
+def plan(given): return {}
