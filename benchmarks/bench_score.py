@@ -9,24 +9,24 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-import measuring
-import shapes
 import torch
 import torch.nn.functional as F
-from shapes import Shape
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+import measuring
+import shapes
 from earlysift import exits, losses, pools, scorers
 from earlysift.exits import Anatomy
+from shapes import Shape
 
 TITLE = "Cost of scoring"
-ABOUT = """Scoring a pool of 2b beside a training step of b (labelled-tokens-only head), interleaved. "By FLOPs" is the ratio that
-`costs.py` predicts. "Roof": the matrix products and attentions of scoring alone, made again without the model, its norms and
-activations. "Stock, hidden states": the model's own forward with `output_hidden_states`, and its head on all
-positions of one hidden state; it costs the same for every depth. "Stock / ours" and "dense exact / ours" are the times of
-that and of "exact loss, dense head" over ours. FLOP/s count what `costs.py` counts."""
+ABOUT = """Scoring a pool of 2b beside a training step of b (labelled-tokens-only head), interleaved. "By FLOPs" is
+the ratio that `costs.py` predicts. "Roof": the matrix products and attentions of scoring alone, made again without
+the model, its norms and activations. "Stock, hidden states": the model's own forward with `output_hidden_states`, and
+its head on all positions of one hidden state; it costs the same for every depth. "Stock / ours" and "dense exact /
+ours" are the times of that and of "exact loss, dense head" over ours. FLOP/s count what `costs.py` counts."""
 TABLES: dict[str, measuring.Columns] = {
     "rows": {
         "operation": ("operation", "{}"),
@@ -36,21 +36,19 @@ TABLES: dict[str, measuring.Columns] = {
         "to_step": ("of a step", "{:.3f}"),
         "predicted": ("by FLOPs", "{:.3f}"),
         "gflops_per_s": ("GFLOP/s", "{:,.0f}"),
-        "to_roof": ("of its roof", "{:.2f}"),
+        "to_roof": ("over its roof", "{:.2f}"),
         "stock_ratio": ("stock / ours", "{:.2f}"),
         "dense_exact_ratio": ("dense exact / ours", "{:.2f}"),
     }
 }
+# What torch's own FLOP counter counts; it does not know attention on a CPU.
+_PRODUCTS = {*flop_registry, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu}
 STEP, STOCK, DENSE_EXACT = "train step", "stock, hidden states", "exact loss, dense head"
 
 
 def plan(given: Namespace) -> dict[str, partial[dict[str, Any]]]:
     """What is to be measured, by name of the entry."""
-    return {
-        f"{name}, b {shape.batch}, {dtype}": partial(measure, shape, dtype, given.rounds)
-        for name, shape in shapes.chosen(given.shape, given.batch, given.smoke).items()
-        for dtype in given.dtype
-    }
+    return shapes.entries(measure, given)
 
 
 def measure(shape: Shape, dtype: str, rounds: int) -> dict[str, Any]:
@@ -78,10 +76,11 @@ def measure(shape: Shape, dtype: str, rounds: int) -> dict[str, Any]:
             )
             for depth in depths
         },
-        **{
-            f"roof, depth {depth}": (roof(model, pool, depth, precision), flops(depth=depth)) for depth in depths
-        },
-        "score, depth 1, dense head": (partial(dense, logits_of=partial(_exit_logits, anatomy, 1)), flops(depth=1, dense=True)),
+        **{f"roof, depth {depth}": (roof(model, pool, depth, precision), flops(depth=depth)) for depth in depths},
+        "score, depth 1, dense head": (
+            partial(dense, logits_of=partial(_exit_logits, anatomy, 1)),
+            flops(depth=1, dense=True),
+        ),
         STOCK: (partial(dense, logits_of=partial(_hidden_state_logits, anatomy, 1)), flops(dense=True) + every_head),
         "exact loss": (partial(scorers.exact_loss, model, pool, **options), flops()),
         DENSE_EXACT: (partial(dense, logits_of=_own_logits), flops(dense=True)),
@@ -106,11 +105,11 @@ def measure(shape: Shape, dtype: str, rounds: int) -> dict[str, Any]:
     return {"rows": results}
 
 
-class Products(TorchDispatchMode):
-    """Keeps the operations that torch's own FLOP counter counts, with their tensors."""
+class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Keeps matrix products, convolutions and attentions, with their tensors."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.made: list[partial[Any]] = []
 
     def __torch_dispatch__(
@@ -118,14 +117,12 @@ class Products(TorchDispatchMode):
     ) -> Any:
         """Note a product, and make it."""
         made = partial(func, *args, **(kwargs or {}))
-        if func.overloadpacket in flop_registry:
+        if func.overloadpacket in _PRODUCTS:
             self.made.append(made)
         return made()
 
 
-def roof(
-    model: nn.Module, pool: Mapping[str, Tensor], depth: int, dtype: torch.dtype | None
-) -> Callable[[], None]:
+def roof(model: nn.Module, pool: Mapping[str, Tensor], depth: int, dtype: torch.dtype | None) -> Callable[[], None]:
     """The products of scoring the whole pool at a depth, to be made again: no norms, no activations, no modules."""
     with Products() as products:
         scorers.early_exit_loss(model, pool, depth=depth, dtype=dtype)
@@ -178,4 +175,3 @@ def _hidden_state_logits(anatomy: Anatomy, depth: int, model: nn.Module, inputs:
     if anatomy.task == "sequence_classification":
         return exits.head_of(anatomy._replace(head=anatomy.classifier))(states[:, 0])
     return exits.head_of(anatomy)(states)
-

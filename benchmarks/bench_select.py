@@ -1,4 +1,4 @@
-"""`select`: what a real `Sifter` step costs beside scoring, and where it would make the host wait for an accelerator."""
+"""`select`: what a real `Sifter` step costs beside scoring, and where it makes the host wait for an accelerator."""
 
 import sys
 import tempfile
@@ -9,22 +9,23 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import measuring
-import shapes
 import torch
 import transformers
-from shapes import Shape
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import earlysift
+import measuring
+import shapes
 from earlysift import Ledger, Sifter, pools, scorers
+from shapes import Shape
 
 TITLE = "Cost of selecting"
-ABOUT = """One call of `Sifter.sift` on a pool of 2b, its row of the ledger written to a file, less the scoring in it, over a
-training step of b: ranking, gathering rows, counting and bookkeeping. Then every operation in one such call whose answer the
-host needs (or, as an index by a mask, whose size it needs): on an accelerator each makes the host wait."""
+ABOUT = """One call of `Sifter.sift` on a pool of 2b, its row of the ledger written to a file, less the scoring in it,
+over a training step of b: ranking, gathering rows, counting and bookkeeping. Then every operation in one such call
+whose answer the host needs (or, as an index by a mask, whose size it needs): on an accelerator each makes the host
+wait."""
 TABLES: dict[str, measuring.Columns] = {
     "rows": {
         "sift_ms": ("sift, ms", "{:.2f}"),
@@ -55,16 +56,12 @@ _WAITING = {
     "aten::repeat_interleave.Tensor",
 }
 _INDEXING = {"aten::index", "aten::index_put", "aten::index_put_"}  # by a mask they look for its true entries
-_SOURCES = {Path(package.__file__).parent: package.__name__ for package in (earlysift, transformers)}
+_SOURCES = {Path(str(package.__file__)).parent: package.__name__ for package in (earlysift, transformers)}
 
 
 def plan(given: Namespace) -> dict[str, partial[dict[str, Any]]]:
     """What is to be measured, by name of the entry."""
-    return {
-        f"{name}, b {shape.batch}, {dtype}": partial(measure, shape, dtype, given.rounds)
-        for name, shape in shapes.chosen(given.shape, given.batch, given.smoke).items()
-        for dtype in given.dtype
-    }
+    return shapes.entries(measure, given)
 
 
 def measure(shape: Shape, dtype: str, rounds: int) -> dict[str, Any]:
@@ -84,7 +81,7 @@ def measure(shape: Shape, dtype: str, rounds: int) -> dict[str, Any]:
 
         step = measuring.step(model, lambda: scorers.training_loss(model, rows), precision)
         times_ms = measuring.interleaved({"step": step, "sift": sift}, rounds, "select")
-        with Waits(place) as waits:
+        with Waits(place) as waits, Lists(waits):
             sift()
     of_rounds = parts[1:-1]  # without the warm-up, and the call that was watched
     # Of the same call: scoring times of two calls differ by more than selecting takes.
@@ -101,7 +98,7 @@ def measure(shape: Shape, dtype: str, rounds: int) -> dict[str, Any]:
     return {"rows": [row], "waits": found}
 
 
-class Waits(TorchDispatchMode):
+class Waits(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts operations that make the host wait for a device, by operation, our line, and the line that asked.
 
     On a CPU, where nothing waits, it counts what would wait if the tensors were on an accelerator: all but the draws of
@@ -109,20 +106,10 @@ class Waits(TorchDispatchMode):
     """
 
     def __init__(self, place: torch.device) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.place = place
         self.found: Counter[tuple[str, str, str]] = Counter()
-        self._drawn: list[Tensor] = []
-        self._lists = _Lists(self)
-
-    def __enter__(self) -> "Waits":
-        self._lists.__enter__()
-        super().__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self._lists.__exit__(*error)
+        self._drawn: dict[int, Tensor] = {}  # by address; held, so that no other tensor comes to lie there
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -131,7 +118,7 @@ class Waits(TorchDispatchMode):
         given = kwargs or {}
         result = func(*args, **given)
         if given.get("generator") is not None:
-            self._drawn.append(result)
+            self._drawn[result.data_ptr()] = result
         tensor = next((value for value in args if isinstance(value, Tensor)), None)
         if tensor is not None and self.is_here(tensor) and _waits(func, args, result):
             self.note(func.name())
@@ -139,7 +126,7 @@ class Waits(TorchDispatchMode):
 
     def is_here(self, tensor: Tensor) -> bool:
         """Whether a tensor is (or would be) on the device."""
-        return tensor.device.type == self.place.type and not any(tensor is drawn for drawn in self._drawn)
+        return tensor.device.type == self.place.type and tensor.data_ptr() not in self._drawn
 
     def note(self, name: str) -> None:
         """Count an operation where it is called from."""
@@ -153,7 +140,7 @@ class Waits(TorchDispatchMode):
         self.found[name, ours, any_of_them] += 1
 
 
-class _Lists(TorchFunctionMode):
+class Lists(TorchFunctionMode):
     """Notes `tolist` and `numpy`, which on a CPU are no operations; on an accelerator they begin with a copy."""
 
     def __init__(self, waits: Waits) -> None:
@@ -163,6 +150,7 @@ class _Lists(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        """Call the function, and note it."""
         if func in (Tensor.tolist, Tensor.numpy) and args[0].device.type == "cpu" and self.waits.is_here(args[0]):
             self.waits.note(func.__name__)
         return func(*args, **(kwargs or {}))

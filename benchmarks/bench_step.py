@@ -1,19 +1,21 @@
 """`step`: our plain training step beside the model's own, on the same rows."""
 
 from argparse import Namespace
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
+
 import measuring
 import shapes
-import torch
+from earlysift import exits, scorers
 from shapes import Shape
 
-from earlysift import scorers
-
 TITLE = "Training step, ours and the model's own"
-ABOUT = """A step on b rows with the head on labelled positions only (`scorers.training_loss`) beside the model's own loss, which
-computes the logits of every position; fused AdamW in both, interleaved. The losses are those of the same weights and rows."""
+ABOUT = """A step on b rows with the head on labelled positions only (`scorers.training_loss`) beside the model's own
+loss, which computes the logits of every position; fused AdamW in both, interleaved. The losses are those of the same
+weights and rows."""
 TABLES: dict[str, measuring.Columns] = {
     "rows": {
         "median_ms": ("ours, ms", "{:.1f}"),
@@ -30,11 +32,7 @@ _ROUNDING = {"float32": 1e-5, "bfloat16": 1e-2}
 
 def plan(given: Namespace) -> dict[str, partial[dict[str, Any]]]:
     """What is to be measured, by name of the entry."""
-    return {
-        f"{name}, b {shape.batch}, {dtype}": partial(measure, shape, dtype, given.rounds)
-        for name, shape in shapes.chosen(given.shape, given.batch, given.smoke).items()
-        for dtype in given.dtype
-    }
+    return shapes.entries(measure, given)
 
 
 def measure(shape: Shape, dtype: str, rounds: int) -> dict[str, Any]:
@@ -46,10 +44,13 @@ def measure(shape: Shape, dtype: str, rounds: int) -> dict[str, Any]:
     place, precision = measuring.device(), measuring.DTYPES[dtype]
     model: Any = shapes.build(shape).to(place)
     rows = shapes.pool(model, shape, shape.batch, place)
-    anatomy = scorers.exits.find_anatomy(model)
-    loss_of = {"ours": lambda: scorers.training_loss(model, rows), "stock": lambda: model(**rows).loss}
+    anatomy = exits.find_anatomy(model)
+    loss_of: dict[str, Callable[[], Any]] = {
+        "ours": lambda: scorers.training_loss(model, rows),
+        "stock": lambda: model(**rows).loss,
+    }
     with torch.no_grad(), measuring.autocast(precision):
-        ours, stock = (loss().item() for loss in loss_of.values())
+        ours, stock = (float(loss()) for loss in loss_of.values())
     difference = abs(ours - stock) / abs(stock)
     if difference > _ROUNDING[dtype]:
         raise RuntimeError(f"Our loss is {ours} and the model's own {stock}, which is no rounding in {dtype}.")

@@ -134,9 +134,14 @@ def tables(columns_of: Mapping[str, Columns], entries: Mapping[str, Mapping[str,
         headings = [heading for heading, _ in columns.values()]
         rows_of = {name: [_cells(row, columns) for row in entry[key]] for name, entry in entries.items()}
         if all(len(rows) == 1 for rows in rows_of.values()):
-            parts.append(markdown(["shape", *headings], [[name, *row] for name, rows in rows_of.items() for row in rows]))
+            parts.append(
+                markdown(["shape", *headings], [[name, *row] for name, rows in rows_of.items() for row in rows])
+            )
         else:
-            parts += [f"{name}:\n\n{markdown(headings, rows)}" for name, rows in rows_of.items()]
+            names_of: dict[str, list[str]] = {}  # entries whose tables are the same share one
+            for name, rows in rows_of.items():
+                names_of.setdefault(markdown(headings, rows), []).append(name)
+            parts += [f"{'; '.join(names)}:\n\n{table}" for table, names in names_of.items()]
     return "\n\n".join(parts)
 
 

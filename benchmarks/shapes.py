@@ -1,7 +1,10 @@
 """The models that benchmarks run on, as rows of data, and random inputs for them."""
 
 import dataclasses
+from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -81,10 +84,21 @@ def tiny(shape: Shape) -> Shape:
     return Shape(shape.config | changes, _TINY_BATCH, shape.length and _TINY_LENGTH)
 
 
-def chosen(names: list[str], batch: int | None, smoke: bool) -> dict[str, Shape]:
-    """The shapes of these names, as the command line wants them: tiny, or with another b."""
-    shapes = {name: tiny(SHAPES[name]) if smoke else SHAPES[name] for name in names}
-    return {name: dataclasses.replace(shape, batch=batch or shape.batch) for name, shape in shapes.items()}
+def entries(
+    measure: Callable[[Shape, str, int], dict[str, Any]], given: Namespace
+) -> dict[str, partial[dict[str, Any]]]:
+    """A measurement for every shape and dtype that the command line asks for, by name of its entry."""
+    return {
+        f"{name}, b {shape.batch}, {dtype}": partial(measure, shape, dtype, given.rounds)
+        for name, shape in chosen(given).items()
+        for dtype in given.dtype
+    }
+
+
+def chosen(given: Namespace) -> dict[str, Shape]:
+    """The shapes that the command line asks for: tiny, or with another b."""
+    shapes = {name: tiny(SHAPES[name]) if given.smoke else SHAPES[name] for name in given.shape}
+    return {name: dataclasses.replace(shape, batch=given.batch or shape.batch) for name, shape in shapes.items()}
 
 
 def build(shape: Shape) -> nn.Module:

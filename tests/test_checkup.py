@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from earlysift import exits, losses, scorers
-from earlysift.checkup import BUILT_IN, peak_growth_bytes, build_model, checkup, random_pool
+from earlysift.checkup import BUILT_IN, build_model, checkup, peak_growth_bytes, random_pool
 from earlysift.cli import main
 from earlysift.costs import forward_flops, relative_cost
 
