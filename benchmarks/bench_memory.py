@@ -40,20 +40,17 @@ def measure(shape: Shape, dtype: str, rounds: int) -> dict[str, Any]:
     model = shapes.build(shape).to(place)
     largest = shapes.pool(model, shape, max(POOLS) * shape.batch, place)
     trained = pools.take(largest, slice(0, shape.batch))
-    step = measuring.step(model, lambda: scorers.training_loss(model, trained), precision)
+    step = measuring.step(model, lambda: scorers.training_loss(model, trained), precision.train)
 
     def sift_and_step(times: int) -> None:
         nonlocal trained
         trained = sifters[times].sift(pools.take(largest, slice(0, times * shape.batch)))
         step()
 
-    sifters = {
-        times: Sifter(model, keep=1 / times, kept=shape.batch, probe_every=0, dtype=precision) for times in POOLS
-    }
-    operations: dict[str, Callable[[], object]] = {
-        "plain": step,
-        **{f"pool_{times}b": partial(sift_and_step, times) for times in POOLS},
-    }
+    options: dict[str, Any] = {"kept": shape.batch, "probe_every": 0, "dtype": precision.score}
+    sifters = {times: Sifter(model, keep=1 / times, **options) for times in POOLS}
+    operations: dict[str, Callable[[], object]] = {"plain": step}
+    operations |= {f"pool_{times}b": partial(sift_and_step, times) for times in POOLS}
     for operation in operations.values():  # optimizer states, the model's first check, caches
         operation()
     growth = {

@@ -103,7 +103,7 @@ def _points(base: Point) -> list[tuple[str, str, Point]]:
     lengths = [length // 2, length, 2 * length, 4 * length] if length else []
     points = [
         *(("depth", f"{depth}", change(base, depth=depth)) for depth in depths),
-        *(("keep", f"{kept / pool:.2f}", of_shape(batch=kept)) for kept in keeps),
+        *(("keep", f"{kept / pool:.3g}", of_shape(batch=kept)) for kept in keeps),
         *(("pool", f"{times} b", change(base, pool=times * batch)) for times in (2, 4, 8)),
         *(("batch", f"{b}", change(of_shape(batch=b), pool=round(b / measuring.KEEP))) for b in batches),
         *(("length", f"{t}", of_config(t, max_position_embeddings=max(512, t))) for t in lengths),
@@ -148,14 +148,14 @@ def _times(
         depth=point.depth,
         scope=point.scope,  # type: ignore[arg-type]
         probe_every=0,
-        dtype=precision,
+        dtype=precision.score,
     )
     operations: dict[str, Callable[[], Any]] = {
-        "step": measuring.step(model, lambda: scorers.training_loss(model, rows), precision),
+        "step": measuring.step(model, lambda: scorers.training_loss(model, rows), precision.train),
         "sift": partial(sifter.sift, pool),
     }
     if calibrate:
-        operations["forward"] = partial(scorers.exact_loss, model, rows, dtype=precision)
+        operations["forward"] = partial(scorers.exact_loss, model, rows, dtype=precision.score)
     times_ms = measuring.interleaved(operations, point.rounds, "", together)
     seen = {
         "step_ms": median(times_ms["step"]),

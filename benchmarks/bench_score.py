@@ -59,14 +59,14 @@ def measure(shape: Shape, dtype: str, rounds: int) -> dict[str, Any]:
     pool = shapes.pool(model, shape, round(shape.batch / measuring.KEEP), place)
     rows = pools.take(pool, slice(0, shape.batch))
     depths = [depth for depth in measuring.DEPTHS if depth < len(anatomy.layers)]
-    options: dict[str, Any] = {"chunk_rows": shape.batch, "dtype": precision}
+    options: dict[str, Any] = {"chunk_rows": shape.batch, "dtype": precision.score}
     flops = partial(measuring.flops, anatomy, pool)
     dense = partial(_dense_scores, model, anatomy, pool, **options)
     unlabelled = {**pool, "labels": torch.full_like(pool["labels"], losses.IGNORED_LABEL)}
     every_head = flops(dense=True) - measuring.flops(anatomy, unlabelled)  # on all positions
     timed: dict[str, tuple[Callable[[], Any], float]] = {  # operation and its FLOPs
         STEP: (
-            measuring.step(model, lambda: scorers.training_loss(model, rows), precision),
+            measuring.step(model, lambda: scorers.training_loss(model, rows), precision.train),
             3 * measuring.flops(anatomy, rows),
         ),
         **{
@@ -76,7 +76,7 @@ def measure(shape: Shape, dtype: str, rounds: int) -> dict[str, Any]:
             )
             for depth in depths
         },
-        **{f"roof, depth {depth}": (roof(model, pool, depth, precision), flops(depth=depth)) for depth in depths},
+        **{f"roof, depth {depth}": (roof(model, pool, depth, precision.score), flops(depth=depth)) for depth in depths},
         "score, depth 1, dense head": (
             partial(dense, logits_of=partial(_exit_logits, anatomy, 1)),
             flops(depth=1, dense=True),
@@ -122,7 +122,9 @@ class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return made()
 
 
-def roof(model: nn.Module, pool: Mapping[str, Tensor], depth: int, dtype: torch.dtype | None) -> Callable[[], None]:
+def roof(
+    model: nn.Module, pool: Mapping[str, Tensor], depth: int, dtype: torch.dtype | str | None
+) -> Callable[[], None]:
     """The products of scoring the whole pool at a depth, to be made again: no norms, no activations, no modules."""
     with Products() as products:
         scorers.early_exit_loss(model, pool, depth=depth, dtype=dtype)
@@ -142,11 +144,11 @@ def _dense_scores(
     *,
     logits_of: Callable[[nn.Module, Mapping[str, Tensor]], Tensor],
     chunk_rows: int,
-    dtype: torch.dtype | None,
+    dtype: torch.dtype | str | None,
 ) -> Tensor:
     """Scores as most scripts make them: logits of every position, then a mean over the labelled ones."""
     scores = []
-    with torch.no_grad(), exits.scoring_mode(model), measuring.autocast(dtype):
+    with torch.no_grad(), exits.scoring_mode(model), scorers.precision(anatomy, dtype):
         for start in range(0, pools.pool_size(pool), chunk_rows):
             inputs, labels = pools.inputs_and_labels(pools.take(pool, slice(start, start + chunk_rows)))
             logits = logits_of(model, inputs)

@@ -72,14 +72,14 @@ def measure(shape: Shape, dtype: str, rounds: int) -> dict[str, Any]:
     rows = pools.take(pool, slice(0, shape.batch))
     with tempfile.TemporaryDirectory() as folder:
         ledger = Ledger(Path(folder) / "ledger.jsonl", device=place)
-        sifter = Sifter(model, keep=measuring.KEEP, probe_every=0, dtype=precision, ledger=ledger)
+        sifter = Sifter(model, keep=measuring.KEEP, probe_every=0, dtype=precision.score, ledger=ledger)
         parts: list[dict[str, Any]] = []
 
         def sift() -> None:
             sifter.sift(pool)
             parts.append(ledger.end())
 
-        step = measuring.step(model, lambda: scorers.training_loss(model, rows), precision)
+        step = measuring.step(model, lambda: scorers.training_loss(model, rows), precision.train)
         times_ms = measuring.interleaved({"step": step, "sift": sift}, rounds, "select")
         with Waits(place) as waits, Lists(waits):
             sift()

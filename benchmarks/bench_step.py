@@ -27,7 +27,7 @@ TABLES: dict[str, measuring.Columns] = {
         "loss_difference": ("losses differ by (relative)", "{:.1e}"),
     }
 }
-_ROUNDING = {"float32": 1e-5, "bfloat16": 1e-2}
+_ROUNDING = {None: 1e-5, torch.bfloat16: 1e-2}
 
 
 def plan(given: Namespace) -> dict[str, partial[dict[str, Any]]]:
@@ -41,7 +41,7 @@ def measure(shape: Shape, dtype: str, rounds: int) -> dict[str, Any]:
     Raises:
         RuntimeError: If the losses differ by more than rounding.
     """
-    place, precision = measuring.device(), measuring.DTYPES[dtype]
+    place, precision = measuring.device(), measuring.DTYPES[dtype].train
     model: Any = shapes.build(shape).to(place)
     rows = shapes.pool(model, shape, shape.batch, place)
     anatomy = exits.find_anatomy(model)
@@ -52,7 +52,7 @@ def measure(shape: Shape, dtype: str, rounds: int) -> dict[str, Any]:
     with torch.no_grad(), measuring.autocast(precision):
         ours, stock = (float(loss()) for loss in loss_of.values())
     difference = abs(ours - stock) / abs(stock)
-    if difference > _ROUNDING[dtype]:
+    if difference > _ROUNDING[precision]:
         raise RuntimeError(f"Our loss is {ours} and the model's own {stock}, which is no rounding in {dtype}.")
     steps = {name: measuring.step(model, loss, precision) for name, loss in loss_of.items()}
     times_ms = measuring.interleaved(steps, rounds, "step")

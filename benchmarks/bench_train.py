@@ -26,6 +26,7 @@ from earlysift.compare.verdict import rising, time_to_target
 from earlysift.ledger import read_rows
 from earlysift.pretrain import checkpoints
 
+_ARMS = ("uniform", "sift", "exact")
 TITLE = "Pre-training"
 ABOUT = """`earlysift pretrain` on the same data, seed and minutes of training (evaluations left out) in every arm.
 MFU: FLOPs by `costs.py` over what a bare square matrix product achieves on this machine in the same precision. Times
@@ -47,7 +48,7 @@ TABLES: dict[str, measuring.Columns] = {
     },
     "times": {
         "accuracy": ("accuracy reached after, s", "{:.2%}"),
-        **{arm: (arm, "{:,.0f}") for arm in ("uniform", "sift", "exact")},
+        **{arm: (arm, "{:,.0f}") for arm in _ARMS},
     },
     "scoring": {
         "operation": ("operation", "{}"),
@@ -85,8 +86,9 @@ class Size:
     dtype: str
     batch: int
     minutes: float
-    killed: bool
-    arms: tuple[str, ...] = ("uniform", "sift", "exact")
+    arms: tuple[str, ...]
+    killed: tuple[str, ...]
+    """Arms that are killed half-way and resumed."""
 
 
 _CORPORA = (_SHARED / "wikipedia-en" / "train.txt.zst", _SHARED / "books-litbank" / "train.txt.zst")
@@ -101,10 +103,11 @@ SIZES = {
         texts=_CORPORA,
         characters=10_000_000,
         shape="bert-mini-128",
-        dtype="float32",
+        dtype="mixed",
         batch=16,
         minutes=30,
-        killed=True,
+        arms=_ARMS,
+        killed=_ARMS,
     ),
     "gpu": Size(
         arguments=(
@@ -118,7 +121,8 @@ SIZES = {
         dtype="bfloat16",
         batch=256,
         minutes=60,
-        killed=False,
+        arms=_ARMS,
+        killed=(),
     ),
     "smoke": Size(
         arguments=(
@@ -128,11 +132,11 @@ SIZES = {
         texts=(_ROOT / "src",),
         characters=None,
         shape="bert-mini-128",
-        dtype="float32",
+        dtype="mixed",
         batch=4,
         minutes=0.05,
-        killed=True,
         arms=("uniform", "sift"),
+        killed=("sift",),
     ),
 }
 
@@ -193,9 +197,9 @@ def _trained(
     command = [sys.executable, "-c", _COMMAND, "pretrain", "--arm", arm, "--data", *data, "--out", str(out)]
     command += [*size.arguments, "--batch", str(size.batch), "--minutes", str(size.minutes), "--track", "none"]
     notes_file, results_file = out.with_suffix(".json"), out / "results.json"
-    if not results_file.is_file():
+    if not notes_file.is_file():
         notes: dict[str, Any] = {}
-        if size.killed and not out.is_dir():
+        if arm in size.killed and not out.is_dir():
             notes = _kill_half_way(command, out, size.minutes)
         resume = ["--resume"] if out.is_dir() else []
         print(f"train: {arm}{' (resumed)' if resume else ''}", flush=True)
@@ -205,8 +209,8 @@ def _trained(
         notes |= json.loads(done.stdout.splitlines()[-1])
         notes_file.write_text(json.dumps(notes), encoding="utf-8")
     results = json.loads(results_file.read_text(encoding="utf-8"))
-    rows = read_rows(out / "ledgers" / "process0.jsonl")
-    return results["arms"][arm]["runs"][0], rows, json.loads(notes_file.read_text(encoding="utf-8"))
+    told = json.loads(notes_file.read_text(encoding="utf-8")) | {"commit": results["commit"]}
+    return results["arms"][arm]["runs"][0], read_rows(out / "ledgers" / "process0.jsonl"), told
 
 
 def _kill_half_way(command: list[str], out: Path, minutes: float) -> dict[str, Any]:
@@ -265,7 +269,7 @@ def _times(curves: dict[str, list[dict[str, float]]]) -> list[dict[str, Any]]:
 
 def _product_flops_per_s(size: int, dtype: str, rounds: int) -> float:
     """What a bare square matrix product achieves."""
-    place, precision = measuring.device(), measuring.DTYPES[dtype] or torch.float32
+    place, precision = measuring.device(), measuring.DTYPES[dtype].train or torch.float32
     matrix = torch.ones(size, size, dtype=precision, device=place)
     times_ms = measuring.interleaved({"product": lambda: matrix @ matrix}, rounds, "product")
     flops = 2.0 * size * size * size

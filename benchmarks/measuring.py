@@ -5,20 +5,32 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import date
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.progress import track
 from torch import Tensor, nn
 
-from earlysift import costs, environment
+from earlysift import costs, environment, scorers
 from earlysift.compare.calibrate import summary
 from earlysift.exits import Anatomy
 
 KEEP = 0.5
 DEPTHS = (1, 2, 3, 6)
-DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
-"""Autocast dtype by name; None is plain float32."""
+
+
+class Precision(NamedTuple):
+    """Autocast dtypes of training and of scoring; None is plain float32, "auto" what `scorers` makes of it."""
+
+    train: torch.dtype | None
+    score: torch.dtype | str | None
+
+
+DTYPES = {
+    "float32": Precision(None, None),
+    "bfloat16": Precision(torch.bfloat16, torch.bfloat16),
+    "mixed": Precision(None, scorers.AUTO_DTYPE),  # what `earlysift pretrain` does on a CPU
+}
 
 Operations = Mapping[str, Callable[[], Any]]
 Columns = Mapping[str, tuple[str, str]]

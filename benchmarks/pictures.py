@@ -32,6 +32,7 @@ def score_picture(entries: dict[str, Any], path: Path) -> None:
         axes.set_yticks(range(len(entries)), list(entries))
         axes.invert_yaxis()
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:,.9g}")
         axes.margins(x=0.12)
         axes.set_xlabel("GFLOP/s (what costs.py counts, over the time)")
         figure.legend(loc="outside upper left", ncols=2)
