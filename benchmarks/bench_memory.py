@@ -31,11 +31,11 @@ _MIB = 2**20
 
 def plan(given: Namespace) -> dict[str, partial[dict[str, Any]]]:
     """What is to be measured, by name of the entry."""
-    return shapes.entries(measure, given)
+    return shapes.entries(lambda shape, dtype, rounds: measure(shape, dtype), given)
 
 
-def measure(shape: Shape, dtype: str, rounds: int) -> dict[str, Any]:
-    """Growth of memory in a plain step, and in sifting and a step: the most of several rounds."""
+def measure(shape: Shape, dtype: str) -> dict[str, Any]:
+    """Growth of memory in a plain step, and in sifting and a step; an allocator's peak needs no rounds."""
     place, precision = measuring.device(), measuring.DTYPES[dtype]
     model = shapes.build(shape).to(place)
     largest = shapes.pool(model, shape, max(POOLS) * shape.batch, place)
@@ -54,7 +54,7 @@ def measure(shape: Shape, dtype: str, rounds: int) -> dict[str, Any]:
     for operation in operations.values():  # optimizer states, the model's first check, caches
         operation()
     growth = {
-        name: max(peak_growth_bytes(operation, place) for _ in range(rounds)) / _MIB
+        name: peak_growth_bytes(operation, place) / _MIB
         for name, operation in track(operations.items(), description="memory")
     }
     held = 3 * sum(p.numel() * p.element_size() for p in model.parameters())  # weights and AdamW's two moments

@@ -194,7 +194,6 @@ def _as_rank(told: Path, seen: Path) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    # The head, which runs behind the wrapped forward, would count as unused if DDP looked for unused parameters.
     found = _times(point, wrap=nn.parallel.DistributedDataParallel, together=distributed.barrier)
     if distributed.get_rank() == 0:
         write_json(seen, found)

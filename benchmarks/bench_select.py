@@ -119,8 +119,8 @@ class Waits(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **given)
         if given.get("generator") is not None:
             self._drawn[result.data_ptr()] = result
-        tensor = next((value for value in args if isinstance(value, Tensor)), None)
-        if tensor is not None and self.is_here(tensor) and _waits(func, args, result):
+        tensors = [value for value in (*args, result) if isinstance(value, Tensor)]
+        if any(self.is_here(tensor) for tensor in tensors) and _waits(func, args, tensors):
             self.note(func.name())
         return result
 
@@ -156,12 +156,12 @@ class Lists(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _waits(func: Any, args: tuple[Any, ...], result: Any) -> bool:
+def _waits(func: Any, args: tuple[Any, ...], tensors: list[Tensor]) -> bool:
     packet = func.name().partition(".")[0]
     if packet in _INDEXING:
         return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
     if packet in ("aten::_to_copy", "aten::copy_"):
-        devices = {value.device.type for value in (*args, result) if isinstance(value, Tensor)}
+        devices = {tensor.device.type for tensor in tensors}
         return "cpu" in devices and len(devices) > 1
     return func.name() in _WAITING
 

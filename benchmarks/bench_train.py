@@ -168,13 +168,9 @@ def measure(size: Size, given: Namespace) -> dict[str, Any]:
         "product_flops_per_s": rate,
         "arms": arms,
         "times": _times({arm: results["curve"] for arm, (results, *_) in seen.items()}),
-        "scoring": [row for row in scoring if row["operation"] in _exits()],
+        "scoring": [row for row in scoring if "to_roof" in row],
         "curves": {arm: results["curve"] for arm, (results, *_) in seen.items()},
     }
-
-
-def _exits() -> list[str]:
-    return [f"score, depth {depth}" for depth in measuring.DEPTHS]
 
 
 def _excerpt(path: Path, characters: int | None, home: Path) -> Path:

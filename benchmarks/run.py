@@ -46,7 +46,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("benchmark", nargs="+", choices=BENCHMARKS)
     parser.add_argument("--shape", nargs="+", choices=SHAPES, help="models (default: all; scale: bert-mini-128)")
-    parser.add_argument("--dtype", nargs="+", choices=measuring.DTYPES, default=["float32", "bfloat16"])
+    parser.add_argument(
+        "--dtype", nargs="+", choices=measuring.DTYPES, default=["float32", "bfloat16"], help="precision"
+    )
     parser.add_argument("--batch", type=int, help="b (default: the shape's own, which is for two CPU cores)")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds (a warm-up round comes before)")
     parser.add_argument("--size", choices=bench_train.SIZES, default="cpu", help="what to train")

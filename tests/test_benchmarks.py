@@ -1,5 +1,6 @@
 """Benchmarks run at smoke size, go on where they were cut, and measure what they say."""
 
+import dataclasses
 import importlib
 import json
 import os
@@ -166,6 +167,14 @@ def test_waits_name_the_line_of_ours(modules):
     with bench.Waits(torch.device("cpu")) as waits, bench.Lists(waits):
         pools.trim_padding({"attention_mask": mask})
     assert {line.partition(":")[0] for _, line, _ in waits.found} == {"earlysift/pools.py"}
+
+
+def test_training_is_skipped_with_a_reason_where_there_is_no_text(modules, monkeypatch, tmp_path, capsys):
+    bench = modules("bench_train")
+    elsewhere = dataclasses.replace(bench.SIZES["cpu"], texts=(tmp_path / "text.zst",))
+    monkeypatch.setitem(bench.SIZES, "cpu", elsewhere)
+    assert bench.plan(Namespace(size="cpu", minutes=None)) == {}
+    assert f"skipped, as there is no {tmp_path / 'text.zst'}" in capsys.readouterr().out
 
 
 def test_the_command_line_measures_no_shape_that_it_was_not_asked_for(modules):
