@@ -182,7 +182,7 @@ def _excerpt(path: Path, characters: int | None, home: Path) -> Path:
     out = home / f"{path.parent.name}.txt"
     opened = zstandard.open(path, "rt", encoding="utf-8") if path.suffix == ".zst" else path.open(encoding="utf-8")
     with opened as file:
-        out.write_text(file.read(characters).rpartition("\n\n")[0] + "\n", encoding="utf-8")
+        out.write_text(file.read(characters).rpartition("\n")[0] + "\n", encoding="utf-8")
     return out
 
 
