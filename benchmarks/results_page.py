@@ -1,7 +1,7 @@
 """Write docs/results.md from the committed results: ``python benchmarks/results_page.py`` (or ``make docs``).
 
 Every number of the page comes from a file under benchmarks/results: ``compare_*.json`` (the results.json of a run of
-``earlysift compare``) and ``score_*.json`` (from ``benchmarks/run.py score``); each names hardware and commit.
+``earlysift compare``), and those of ``benchmarks/run.py``; each names hardware and commit.
 The measured part of docs/theory.md comes from ``theory.json``, which ``earlysift theory`` writes.
 """
 
@@ -14,6 +14,7 @@ from typing import Any
 from earlysift.compare.settings import Settings
 from earlysift.report.page import RESULTS_VERSION
 from earlysift.theory.findings import show_cell
+from sections import benchmark_sections
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -52,7 +53,7 @@ def main() -> int:
     if comparisons:
         parts += [_overview([results for _, results in comparisons])]
     parts += [_comparison(path, results) for path, results in comparisons]
-    parts += [_scoring(path) for path in sorted(RESULTS.glob("score_*.json"))]
+    parts += benchmark_sections(RESULTS, ROOT / "docs")
     (ROOT / "docs" / "results.md").write_text("\n".join(parts), encoding="utf-8")
     return 0
 
@@ -218,22 +219,6 @@ its input reaches {100 * baseline["accuracy"]:.2f} % accuracy and a loss of {bas
 {chr(10).join(optional)}
 - Machine: {device}{machine["cpu"]}, {machine["cores"]} cores, {machine["threads"]} thread(s), {machine["memory_gib"]}
   GiB. {versions}; commit {results["commit"]}.
-"""
-
-
-def _scoring(path: Path) -> str:
-    from run import table
-
-    result = json.loads(path.read_text(encoding="utf-8"))
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    return f"""
-## Cost of scoring, BERT base shape
-
-Scoring a pool of 2b beside a training step of b (labelled-tokens-only head, bf16 autocast), interleaved in one run.
-"Predicted" is the ratio of FLOPs (C1). Command: `make bench` ([{path.name}](../benchmarks/results/{path.name})).
-{table(result)}
-
-{result["hardware"]}, {result["threads"]} threads; {versions}; commit {result["commit"]}.
 """
 
 

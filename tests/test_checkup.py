@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from earlysift import exits, losses, scorers
-from earlysift.checkup import BUILT_IN, _peak_growth_bytes, build_model, checkup, random_pool
+from earlysift.checkup import BUILT_IN, build_model, checkup, peak_growth_bytes, random_pool
 from earlysift.cli import main
 from earlysift.costs import forward_flops, relative_cost
 
@@ -124,7 +124,7 @@ def test_memory_growth_is_the_peak_of_an_operation():
         del first
         return (second @ second).sum()
 
-    assert _peak_growth_bytes(operation, torch.device("cpu")) == pytest.approx(8e6, rel=0.01)
+    assert peak_growth_bytes(operation, torch.device("cpu")) == pytest.approx(8e6, rel=0.01)
 
 
 def test_a_folder_and_a_built_in_name_do_as_well_as_a_path(tmp_path, capsys):

@@ -316,7 +316,7 @@ def _memory_bytes(
     operations["train"]()  # from here on the optimizer has its states, which are no growth of a step
     growth = {}
     for number, (name, operation) in enumerate(operations.items(), 1):
-        growth[name] = _peak_growth_bytes(operation, device)
+        growth[name] = peak_growth_bytes(operation, device)
         on_progress("measure memory", number / len(operations))
     return growth
 
@@ -347,7 +347,7 @@ def _wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _peak_growth_bytes(operation: Callable[[], object], device: torch.device) -> int:
+def peak_growth_bytes(operation: Callable[[], object], device: torch.device) -> int:
     """How much more memory an operation holds at its peak than before it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -1,0 +1,204 @@
+"""`scale`: how the overhead of scoring grows, and whether C1 foretells it after one calibration.
+
+Started by torchrun, this file measures one point on several processes (see `_launched`).
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch import distributed, nn
+
+import measuring
+import shapes
+from earlysift import Sifter, costs, exits, pools, scorers
+from earlysift.files import write_json
+from shapes import Shape
+
+TITLE = "Overhead of scoring as one thing changes"
+ABOUT = """Overhead is the time of `Sifter.sift` over that of a training step of b. Each quantity is varied alone
+around the base point; "keep" changes b within the same pool, "pool" the pool for the same b, "processes" (one thread
+each where they share a CPU, DistributedDataParallel, gloo or NCCL) the ranks, scope and all. Predicted is C1,
+`relative_cost(f, p, keep) - 1`: f, the share of a forward pass in a step, is measured once, at the base point (a full
+forward pass of scoring, `exact_loss`, and a step), and p is a ratio of FLOPs."""
+TABLES: dict[str, measuring.Columns] = {
+    "rows": {
+        "varied": ("varied", "{}"),
+        "value": ("to", "{}"),
+        "step_ms": ("step, ms", "{:.1f}"),
+        "sift_ms": ("sift, ms", "{:.1f}"),
+        "overhead": ("overhead", "{:.4f}"),
+        "predicted": ("predicted", "{:.4f}"),
+        "error_percent": ("error, %", "{:+.1f}"),
+    }
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One point: a shape (with b and length), rows of the pool, exit, and how it is run."""
+
+    shape: Shape
+    pool: int
+    dtype: str
+    rounds: int
+    depth: int = 1
+    scope: str = "local"
+    processes: int = 0
+    """To be started for it; none is this one."""
+
+
+def plan(given: Namespace) -> dict[str, partial[dict[str, Any]]]:
+    """What is to be measured, by name of the entry."""
+    return shapes.entries(measure, given)
+
+
+def measure(shape: Shape, dtype: str, rounds: int) -> dict[str, Any]:
+    """Overhead, measured and predicted, at every point."""
+    base = Point(shape, round(shape.batch / measuring.KEEP), dtype, rounds)
+    forward_share = _times(base, calibrate=True)["forward_share"]
+    rows = []
+    for varied, value, point in track(_points(base), description="scale"):
+        seen = _launched(point) if point.processes else _times(point)
+        predicted = costs.relative_cost(forward_share, seen["score_share"], point.shape.batch / point.pool) - 1
+        rows.append(
+            {
+                "varied": varied,
+                "value": value,
+                "predicted": predicted,
+                "error_percent": 100 * (predicted / seen["overhead"] - 1),
+                **{name: seen[name] for name in ("step_ms", "sift_ms", "overhead")},
+            }
+        )
+    return {"forward_share": forward_share, "rows": rows}
+
+
+def _points(base: Point) -> list[tuple[str, str, Point]]:
+    """What is varied, to what, and the point; every series holds the base point."""
+    shape, change = base.shape, dataclasses.replace
+    batch, pool, length = shape.batch, base.pool, shape.length
+    model: Any = _built(base)
+    layers, vocabulary = len(exits.find_anatomy(model).layers), model.config.vocab_size if length else 0
+
+    def of_shape(**changes: Any) -> Point:
+        return change(base, shape=change(shape, **changes))
+
+    def of_config(length: int | None, **config: int) -> Point:
+        return of_shape(config=shape.config | config, length=length)
+
+    depths = [depth for depth in measuring.DEPTHS if depth < layers]
+    batches = [max(1, batch // 4), batch // 2, batch, 2 * batch]
+    keeps = [kept for kept in (3 * pool // 4, pool // 2, pool // 4, pool // 8) if kept]
+    lengths = [length // 2, length, 2 * length, 4 * length] if length else []
+    points = [
+        *(("depth", f"{depth}", change(base, depth=depth)) for depth in depths),
+        *(("keep", f"{kept / pool:.3g}", of_shape(batch=kept)) for kept in keeps),
+        *(("pool", f"{times} b", change(base, pool=times * batch)) for times in (2, 4, 8)),
+        *(("batch", f"{b}", change(of_shape(batch=b), pool=round(b / measuring.KEEP))) for b in batches),
+        *(("length", f"{t}", of_config(t, max_position_embeddings=max(512, t))) for t in lengths),
+        *(
+            ("vocabulary", f"{size:,}", of_config(length, vocab_size=size))
+            for size in (vocabulary // 4, vocabulary, 2 * vocabulary)
+            if size
+        ),
+        ("processes", "1", change(base, processes=1)),
+    ]
+    ranks = torch.cuda.device_count() if torch.cuda.is_available() else 2
+    if ranks > 1:
+        points += [
+            ("processes", f"{ranks}, {scope}", change(base, processes=ranks, scope=scope))
+            for scope in ("local", "global")
+        ]
+    return points
+
+
+def _built(point: Point) -> nn.Module:
+    with torch.device("meta"):
+        return shapes.build(point.shape)
+
+
+def _times(
+    point: Point,
+    *,
+    calibrate: bool = False,
+    wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
+    together: Callable[[], object] = lambda: None,
+) -> dict[str, float]:
+    """Median times of a step and of sifting, their ratio, and what C1 needs to foretell it."""
+    place, precision = measuring.device(), measuring.DTYPES[point.dtype]
+    model = wrap(shapes.build(point.shape).to(place))
+    anatomy = exits.find_anatomy(model)
+    pool = shapes.pool(exits.unwrap(model), point.shape, point.pool, place)
+    rows = pools.take(pool, slice(0, point.shape.batch))
+    sifter = Sifter(
+        model,
+        kept=point.shape.batch,
+        keep=point.shape.batch / point.pool,
+        depth=point.depth,
+        scope=point.scope,  # type: ignore[arg-type]
+        probe_every=0,
+        dtype=precision.score,
+    )
+    operations: dict[str, Callable[[], Any]] = {
+        "step": measuring.step(model, lambda: scorers.training_loss(model, rows), precision.train),
+        "sift": partial(sifter.sift, pool),
+    }
+    if calibrate:
+        operations["forward"] = partial(scorers.exact_loss, model, rows, dtype=precision.score)
+    times_ms = measuring.interleaved(operations, point.rounds, "", together)
+    seen = {
+        "step_ms": median(times_ms["step"]),
+        "sift_ms": median(times_ms["sift"]),
+        "overhead": measuring.ratio(times_ms["sift"], times_ms["step"]),
+        "score_share": measuring.flops(anatomy, pool, depth=point.depth) / measuring.flops(anatomy, pool),
+    }
+    if calibrate:
+        seen["forward_share"] = measuring.ratio(times_ms["forward"], times_ms["step"])
+    return seen
+
+
+def _launched(point: Point) -> dict[str, float]:
+    """The same on several processes, as its first one sees it."""
+    with tempfile.TemporaryDirectory() as folder:
+        told, seen = Path(folder) / "point.json", Path(folder) / "seen.json"
+        write_json(told, dataclasses.asdict(point))
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(point.processes)]
+        done = subprocess.run(
+            [sys.executable, *launch, __file__, str(told), str(seen)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise RuntimeError(f"Measuring on {point.processes} processes failed:\n{done.stderr[-4000:]}")
+        found: dict[str, float] = json.loads(seen.read_text(encoding="utf-8"))
+        return found
+
+
+def _as_rank(told: Path, seen: Path) -> None:
+    """What every process of `_launched` does."""
+    values = json.loads(told.read_text(encoding="utf-8"))
+    point = Point(**{**values, "shape": Shape(**values["shape"])})
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    found = _times(point, wrap=nn.parallel.DistributedDataParallel, together=distributed.barrier)
+    if distributed.get_rank() == 0:
+        write_json(seen, found)
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    _as_rank(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,179 @@
+"""`score`: what scoring a pool of 2b costs beside a training step of b, beside what others do, and beside its roof.
+
+The roof of a depth is a lower bound on this machine: the matrix products and attentions that scoring the whole pool at
+that depth makes, and nothing else. They are recorded while scoring runs, and made again on the very same tensors.
+"""
+
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+import measuring
+import shapes
+from earlysift import exits, losses, pools, scorers
+from earlysift.exits import Anatomy
+from shapes import Shape
+
+TITLE = "Cost of scoring"
+ABOUT = """Scoring a pool of 2b beside a training step of b (labelled-tokens-only head), interleaved. "By FLOPs" is
+the ratio that `costs.py` predicts. "Roof": the matrix products and attentions of scoring alone, made again without
+the model, its norms and activations. "Stock, hidden states": the model's own forward with `output_hidden_states`, and
+its head on all positions of one hidden state; it costs the same for every depth. "Stock / ours" and "dense exact /
+ours" are the times of that and of "exact loss, dense head" over ours. FLOP/s count what `costs.py` counts."""
+TABLES: dict[str, measuring.Columns] = {
+    "rows": {
+        "operation": ("operation", "{}"),
+        "median_ms": ("median ms", "{:.1f}"),
+        "low_ms": ("20 %", "{:.1f}"),
+        "high_ms": ("80 %", "{:.1f}"),
+        "to_step": ("of a step", "{:.3f}"),
+        "predicted": ("by FLOPs", "{:.3f}"),
+        "gflops_per_s": ("GFLOP/s", "{:,.0f}"),
+        "to_roof": ("over its roof", "{:.2f}"),
+        "stock_ratio": ("stock / ours", "{:.2f}"),
+        "dense_exact_ratio": ("dense exact / ours", "{:.2f}"),
+    }
+}
+# What torch's own FLOP counter counts; it does not know attention on a CPU.
+_PRODUCTS = {*flop_registry, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu}
+STEP, STOCK, DENSE_EXACT = "train step", "stock, hidden states", "exact loss, dense head"
+
+
+def plan(given: Namespace) -> dict[str, partial[dict[str, Any]]]:
+    """What is to be measured, by name of the entry."""
+    return shapes.entries(measure, given)
+
+
+def measure(shape: Shape, dtype: str, rounds: int) -> dict[str, Any]:
+    """Times, ratios and achieved FLOP/s of every operation."""
+    place, precision = measuring.device(), measuring.DTYPES[dtype]
+    model = shapes.build(shape).to(place)
+    anatomy = exits.find_anatomy(model)
+    pool = shapes.pool(model, shape, round(shape.batch / measuring.KEEP), place)
+    rows = pools.take(pool, slice(0, shape.batch))
+    depths = [depth for depth in measuring.DEPTHS if depth < len(anatomy.layers)]
+    options: dict[str, Any] = {"chunk_rows": shape.batch, "dtype": precision.score}
+    flops = partial(measuring.flops, anatomy, pool)
+    dense = partial(_dense_scores, model, anatomy, pool, **options)
+    unlabelled = {**pool, "labels": torch.full_like(pool["labels"], losses.IGNORED_LABEL)}
+    every_head = flops(dense=True) - measuring.flops(anatomy, unlabelled)  # on all positions
+    timed: dict[str, tuple[Callable[[], Any], float]] = {  # operation and its FLOPs
+        STEP: (
+            measuring.step(model, lambda: scorers.training_loss(model, rows), precision.train),
+            3 * measuring.flops(anatomy, rows),
+        ),
+        **{
+            f"score, depth {depth}": (
+                partial(scorers.early_exit_loss, model, pool, depth=depth, **options),
+                flops(depth=depth),
+            )
+            for depth in depths
+        },
+        **{f"roof, depth {depth}": (roof(model, pool, depth, precision.score), flops(depth=depth)) for depth in depths},
+        "score, depth 1, dense head": (
+            partial(dense, logits_of=partial(_exit_logits, anatomy, 1)),
+            flops(depth=1, dense=True),
+        ),
+        STOCK: (partial(dense, logits_of=partial(_hidden_state_logits, anatomy, 1)), flops(dense=True) + every_head),
+        "exact loss": (partial(scorers.exact_loss, model, pool, **options), flops()),
+        DENSE_EXACT: (partial(dense, logits_of=_own_logits), flops(dense=True)),
+    }
+    times_ms = measuring.interleaved({name: operation for name, (operation, _) in timed.items()}, rounds, "score")
+    results: list[dict[str, Any]] = []
+    for name, (_, count) in timed.items():
+        spread = measuring.spread(times_ms[name])
+        row = {
+            "operation": name,
+            **spread,
+            "to_step": measuring.ratio(times_ms[name], times_ms[STEP]),
+            "predicted": count / timed[STEP][1],
+            "gflops_per_s": count / spread["median_ms"] / 1e6,
+        }
+        roofed = name.replace("score", "roof")
+        if roofed != name and roofed in times_ms:
+            row["to_roof"] = measuring.ratio(times_ms[name], times_ms[roofed])
+            row["stock_ratio"] = measuring.ratio(times_ms[STOCK], times_ms[name])
+            row["dense_exact_ratio"] = measuring.ratio(times_ms[DENSE_EXACT], times_ms[name])
+        results.append(row)
+    return {"rows": results}
+
+
+class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Keeps matrix products, convolutions and attentions, with their tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.made: list[partial[Any]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Note a product, and make it."""
+        made = partial(func, *args, **(kwargs or {}))
+        if func.overloadpacket in _PRODUCTS:
+            self.made.append(made)
+        return made()
+
+
+def roof(
+    model: nn.Module, pool: Mapping[str, Tensor], depth: int, dtype: torch.dtype | str | None
+) -> Callable[[], None]:
+    """The products of scoring the whole pool at a depth, to be made again: no norms, no activations, no modules."""
+    with Products() as products:
+        scorers.early_exit_loss(model, pool, depth=depth, dtype=dtype)
+
+    def again() -> None:
+        with torch.no_grad():
+            for product in products.made:
+                product()
+
+    return again
+
+
+def _dense_scores(
+    model: nn.Module,
+    anatomy: Anatomy,
+    pool: Mapping[str, Tensor],
+    *,
+    logits_of: Callable[[nn.Module, Mapping[str, Tensor]], Tensor],
+    chunk_rows: int,
+    dtype: torch.dtype | str | None,
+) -> Tensor:
+    """Scores as most scripts make them: logits of every position, then a mean over the labelled ones."""
+    scores = []
+    with torch.no_grad(), exits.scoring_mode(model), scorers.precision(anatomy, dtype):
+        for start in range(0, pools.pool_size(pool), chunk_rows):
+            inputs, labels = pools.inputs_and_labels(pools.take(pool, slice(start, start + chunk_rows)))
+            logits = logits_of(model, inputs)
+            if anatomy.task == "sequence_classification":
+                scores.append(losses.class_losses(logits, labels))
+                continue
+            if anatomy.task == "causal_lm":
+                logits, labels = logits[:, :-1], labels[:, 1:]
+            each = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
+            scores.append(each.sum(dim=1) / losses.labelled_positions(labels).sum(dim=1))
+    return torch.cat(scores)
+
+
+def _own_logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    logits: Tensor = model(**inputs).logits
+    return logits
+
+
+def _exit_logits(anatomy: Anatomy, depth: int, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    with exits.shortened(anatomy, depth):
+        return _own_logits(model, inputs)
+
+
+def _hidden_state_logits(anatomy: Anatomy, depth: int, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    states: Tensor = model(**inputs, output_hidden_states=True).hidden_states[depth]
+    if anatomy.task == "sequence_classification":
+        return exits.head_of(anatomy._replace(head=anatomy.classifier))(states[:, 0])
+    return exits.head_of(anatomy)(states)

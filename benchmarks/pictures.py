@@ -1,0 +1,62 @@
+"""Results of benchmarks to pictures, in the style of the report's."""
+
+from pathlib import Path
+from typing import Any
+
+from earlysift.report.figures import FAINT, SETTINGS, save_png
+
+_OURS, _OTHER = "#2f7fd6", "#d9581f"
+_APART = 0.16  # between the depths of one shape
+
+
+def score_picture(entries: dict[str, Any], path: Path) -> None:
+    """Achieved FLOP/s of scoring and of its roof: a group per shape, a line per depth."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(SETTINGS):
+        figure = Figure(figsize=(9, 1.2 + 0.62 * len(entries)), layout="constrained")
+        axes = figure.subplots()
+        for place, entry in enumerate(entries.values()):
+            rate_of = {row["operation"]: row["gflops_per_s"] for row in entry["rows"]}
+            depths = [name.removeprefix("roof, ") for name in rate_of if name.startswith("roof, ")]
+            for number, depth in enumerate(depths):
+                y = place + _APART * (number - (len(depths) - 1) / 2)
+                ours, roof = rate_of[f"score, {depth}"], rate_of[f"roof, {depth}"]
+                axes.plot([ours, roof], [y, y], color=FAINT, linewidth=1)
+                axes.plot(ours, y, "o", color=_OURS, markersize=4, label="scoring" if place + number == 0 else None)
+                axes.plot(roof, y, "|", color=_OTHER, markersize=9, label="roof" if place + number == 0 else None)
+                axes.annotate(
+                    depth, (max(ours, roof), y), (6, -2.5), textcoords="offset points", fontsize=6, color=FAINT
+                )
+        axes.set_yticks(range(len(entries)), list(entries))
+        axes.invert_yaxis()
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:,.9g}")
+        axes.margins(x=0.12)
+        axes.set_xlabel("GFLOP/s (what costs.py counts, over the time)")
+        figure.legend(loc="outside upper left", ncols=2)
+    save_png(figure, path)
+
+
+def scale_picture(entries: dict[str, Any], path: Path) -> None:
+    """Measured and predicted overhead: a row per entry, a panel per quantity that was varied."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(row["varied"] for entry in entries.values() for row in entry["rows"]))
+    with matplotlib.rc_context(SETTINGS):
+        figure = Figure(figsize=(2.1 * len(names), 0.6 + 2.2 * len(entries)), layout="constrained")
+        grid = figure.subplots(len(entries), len(names), squeeze=False, sharey="row")
+        for panels, (entry_name, entry) in zip(grid, entries.items(), strict=True):
+            for axes, name in zip(panels, names, strict=True):
+                rows = [row for row in entry["rows"] if row["varied"] == name]
+                values = [row["value"].replace(", ", "\n") for row in rows]
+                axes.plot(values, [row["overhead"] for row in rows], "o-", color=_OURS, markersize=4, label="measured")
+                axes.plot(values, [row["predicted"] for row in rows], "--", color=_OTHER, label="predicted (C1)")
+                axes.set_xlabel(name)
+            panels[0].set_ylabel(f"{entry_name}\noverhead", fontsize=8)
+            panels[0].set_ylim(bottom=0)
+        handles, labels = grid[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper left", ncols=2)
+    save_png(figure, path)

@@ -1,0 +1,184 @@
+"""Benchmarks run at smoke size, go on where they were cut, and measure what they say."""
+
+import dataclasses
+import importlib
+import json
+import os
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from earlysift import costs, exits, pools, scorers
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+SHAPES = ["bert-mini-128", "gpt2-small-512", "vit-small-224"]  # one of each task
+
+
+@pytest.fixture(scope="module")
+def modules():
+    """Modules of benchmarks/, by name."""
+    sys.path.insert(0, str(BENCHMARKS))
+    yield importlib.import_module
+    sys.path.remove(str(BENCHMARKS))
+
+
+def run(out, *arguments):
+    command = [sys.executable, str(BENCHMARKS / "run.py"), *arguments, "--smoke", "--out", str(out)]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(out / "cache")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """A folder with results of all shapes that one process measures."""
+    out = tmp_path_factory.mktemp("results")
+    run(out, "step", "score", "select", "memory", "--shape", *SHAPES, "--dtype", "float32")
+    return out
+
+
+def result(folder, name):
+    return json.loads(next(folder.glob(f"{name}_*.json")).read_text())
+
+
+def test_every_entry_says_where_with_what_and_when_it_was_measured(measured):
+    for name in ("step", "score", "select", "memory"):
+        entries = result(measured, name)["entries"]
+        assert list(entries) == [f"{shape}, b 4, float32" for shape in SHAPES]
+        for entry in entries.values():
+            assert {"date", "hardware", "threads", "versions", "commit", "rows"} <= entry.keys()
+
+
+def test_what_is_in_the_file_is_not_measured_again_and_the_rest_is(measured, tmp_path):
+    path = tmp_path / next(measured.glob("step_*.json")).name
+    kept = result(measured, "step")
+    del kept["entries"][f"{SHAPES[1]}, b 4, float32"]
+    path.write_text(json.dumps(kept))
+    said = run(tmp_path, "step", "--shape", *SHAPES[:2], "--dtype", "float32")
+    assert said.count("already") == 1
+    entries = json.loads(path.read_text())["entries"]
+    assert entries.keys() == result(measured, "step")["entries"].keys()
+    assert entries.items() > kept["entries"].items()
+
+
+def test_our_loss_is_the_models_own_to_rounding(measured):
+    for entry in result(measured, "step")["entries"].values():
+        assert entry["rows"][0]["loss_difference"] < 1e-5
+
+
+def test_scoring_stands_beside_its_roof_and_what_others_do(measured):
+    for entry in result(measured, "score")["entries"].values():
+        rows = {row["operation"]: row for row in entry["rows"]}
+        assert rows["train step"]["to_step"] == 1
+        for depth in (1, 2, 3):
+            ours = rows[f"score, depth {depth}"]
+            assert {"to_roof", "stock_ratio", "dense_exact_ratio"} <= ours.keys()
+            assert ours["predicted"] == rows[f"roof, depth {depth}"]["predicted"] < rows["exact loss"]["predicted"]
+
+
+def test_every_result_becomes_a_section_with_its_picture(modules, measured, tmp_path):
+    sections = modules("sections").benchmark_sections(measured, tmp_path)
+    assert len(sections) == 4
+    score = next(text for text in sections if "## Cost of scoring" in text)
+    assert score.count("| score, depth 1 |") == len(SHAPES)
+    assert [path.name for path in tmp_path.iterdir()] == [f"bench_{next(measured.glob('score_*')).stem}.png"]
+    assert f"]({next(tmp_path.iterdir()).name})" in score
+
+
+def test_overhead_is_measured_and_foretold_at_every_point(modules, tmp_path):
+    run(tmp_path, "scale", "--shape", "bert-mini-128", "--dtype", "float32")
+    (entry,) = result(tmp_path, "scale")["entries"].values()
+    assert {row["varied"] for row in entry["rows"]} == {
+        *("depth", "keep", "pool", "length", "vocabulary", "batch", "processes")
+    }
+    assert {"1", "2, local", "2, global"} <= {row["value"] for row in entry["rows"]}
+    by_depth = [row["predicted"] for row in entry["rows"] if row["varied"] == "depth"]
+    assert by_depth == sorted(by_depth)
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    (section,) = modules("sections").benchmark_sections(tmp_path, docs)
+    assert "| processes | 2, global |" in section
+    assert len(list(docs.iterdir())) == 1
+
+
+def test_training_is_killed_resumed_and_put_into_one_table(tmp_path):
+    run(tmp_path, "train")
+    (entry,) = result(tmp_path, "train")["entries"].values()
+    assert [row["arm"] for row in entry["arms"]] == ["uniform", "sift"]
+    assert all(row["peak_mib"] > 0 for row in entry["arms"])
+    sift = entry["arms"][1]
+    assert 0 < sift["resumed_from_step"] <= sift["killed_at_step"] < sift["steps"]
+    assert [row["operation"] for row in entry["scoring"]] == [f"score, depth {depth}" for depth in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_roof_makes_the_products_of_scoring_and_no_other(modules, name):
+    shapes, bench = modules("shapes"), modules("bench_score")
+    shape = shapes.tiny(shapes.SHAPES[name])
+    model = shapes.build(shape)
+    pool = shapes.pool(model, shape, 8, torch.device("cpu"))
+    again = bench.roof(model, pool, 2, None)
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which torch does not count
+    counts = {attention: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)}
+    with FlopCounterMode(display=False, custom_mapping=counts) as counted:
+        again()
+    predicted = costs.batch_work(exits.find_anatomy(model), pool, "score", depth=2)["score_flops"]
+    class_tokens = 2 * 8 * 3 * 16**2 * 32 if name == "vit-small-224" else 0  # costs takes them for patches
+    assert counted.get_total_flops() == predicted - class_tokens
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_scores_by_all_logits_are_the_exact_losses(modules, name):
+    shapes, bench = modules("shapes"), modules("bench_score")
+    shape = shapes.tiny(shapes.SHAPES[name])
+    model = shapes.build(shape)
+    anatomy, pool = exits.find_anatomy(model), shapes.pool(model, shape, 8, torch.device("cpu"))
+    options = {"chunk_rows": 3, "dtype": None}
+    dense = bench._dense_scores(model, anatomy, pool, logits_of=bench._own_logits, **options)
+    torch.testing.assert_close(dense, scorers.exact_loss(model, pool, **options))
+
+
+def test_waits_are_what_the_host_asks_of_the_device(modules):
+    bench = modules("bench_select")
+    place, values = torch.device("cpu"), torch.arange(4.0)
+    with bench.Waits(place) as waits, bench.Lists(waits):
+        values.sum().item()
+        bool((values > 1).any())
+        values[values > 1]
+        values.tolist()
+        values[torch.tensor([0, 1])] + values.sum()  # none of these
+        torch.rand((), generator=torch.Generator()).item()
+    counts = {}
+    for (operation, *_), count in waits.found.items():
+        counts[operation] = counts.get(operation, 0) + count
+    assert counts == {"aten::_local_scalar_dense": 2, "aten::index.Tensor": 1, "tolist": 1}
+
+
+def test_waits_name_the_line_of_ours(modules):
+    bench = modules("bench_select")
+    mask = torch.ones(2, 3)
+    mask[:, 2] = 0
+    with bench.Waits(torch.device("cpu")) as waits, bench.Lists(waits):
+        pools.trim_padding({"attention_mask": mask})
+    assert {line.partition(":")[0] for _, line, _ in waits.found} == {"earlysift/pools.py"}
+
+
+def test_training_is_skipped_with_a_reason_where_there_is_no_text(modules, monkeypatch, tmp_path, capsys):
+    bench = modules("bench_train")
+    elsewhere = dataclasses.replace(bench.SIZES["cpu"], texts=(tmp_path / "text.zst",))
+    monkeypatch.setitem(bench.SIZES, "cpu", elsewhere)
+    assert bench.plan(Namespace(size="cpu", minutes=None)) == {}
+    assert f"skipped, as there is no {tmp_path / 'text.zst'}" in capsys.readouterr().out
+
+
+def test_the_command_line_measures_no_shape_that_it_was_not_asked_for(modules):
+    shapes = modules("shapes")
+    asked = Namespace(shape=["vit-small-224"], batch=64, smoke=False)
+    (shape,) = shapes.chosen(asked).values()
+    assert (shape.batch, shape.length) == (64, None)
