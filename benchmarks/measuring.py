@@ -124,7 +124,7 @@ def flops(anatomy: Anatomy, batch: Mapping[str, Tensor], *, depth: int | None = 
         labels = batch["labels"]
         rows, length = labels.shape
         return costs.forward_flops(anatomy, rows=rows, length=length, labelled=labels.numel(), depth=depth)
-    return costs.batch_work(anatomy, batch, "pass", depth=depth)["pass_flops"]
+    return costs.batch_work(anatomy, batch, "pass", costs.flops_law(anatomy, depth))["pass_flops"]
 
 
 def markdown(headings: Iterable[str], rows: Iterable[Sequence[str]]) -> str:

@@ -202,15 +202,17 @@ def _reduce_tokens(
     if causal:
         hidden, labels = hidden[:, :-1], labels[:, 1:]
     labelled = labels != IGNORED_LABEL
-    values = torch.cat(
-        [measure(head(h).float(), y) for h, y in _chunks(hidden[labelled], labels[labelled], chunk_tokens)]
-    )
-    # A scatter to distinct places and a sum along rows: the result depends neither on the chunk size nor, as atomic
+    states, targets = hidden.flatten(0, 1), labels.flatten()
+    places = labelled.flatten().nonzero().squeeze(1)  # an accelerator is waited for here, once
+    if len(places) < len(targets):  # else, as in causal language modelling, there is nothing to leave out
+        states, targets = states.index_select(0, places), targets.index_select(0, places)
+    values = torch.cat([measure(head(h).float(), y) for h, y in _chunks(states, targets, chunk_tokens)])
+    # A copy to distinct places and a sum along rows: the result depends neither on the chunk size nor, as atomic
     # adds would on a GPU, on the order in which threads arrive.
-    per_position = torch.zeros(labels.shape, dtype=torch.float32, device=hidden.device)
-    per_position = per_position.masked_scatter(labelled, values)
+    per_position = torch.zeros(labels.numel(), dtype=torch.float32, device=hidden.device)
+    per_position = per_position.index_copy(0, places, values)
     counts = labelled.sum(dim=1)
-    total = per_position.sum(dim=1)
+    total = per_position.view(labels.shape).sum(dim=1)
     reduced = total / counts.clamp(min=1) if reduction == "mean" else total
     return torch.where(counts == 0, UNLABELLED, reduced)
 

@@ -186,6 +186,8 @@ def drop_outliers(scores: Tensor, fraction: float, kept: int) -> Tensor:
         >>> drop_outliers(torch.tensor([1.0, 9.0, 3.0, 2.0]), 0.25, 2)
         tensor([1., -inf, 3., 2.])
     """
+    if fraction == 0:  # as is usual: nothing to rank, nothing to wait for
+        return scores
     finite = int(torch.isfinite(scores).sum())
     dropped = max(0, min(int(fraction * finite), finite - kept))
     guarded = scores.clone() if scores.is_floating_point() else scores.double()
