@@ -87,7 +87,7 @@ def _layer(model):
 
 
 _NUMBERS = {  # what is poisoned of a BERT
-    "input": lambda model: model.bert.embeddings.word_embeddings.weight[model.config.cls_token_id],
+    "input": lambda model: model.bert.embeddings.word_embeddings.weight[1],
     "weight": lambda model: _layer(model).weight[0, 0],
     "exit head": lambda model: model.cls.predictions.transform.dense.weight[0, 0],  # the shared one
 }

@@ -173,8 +173,8 @@ class Pretrainer(SiftTrainerMixin, Trainer):  # type: ignore[misc]
         return self.train_s / (60 * self.settings.minutes) if self.settings.minutes else 0.0
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        # The last thing before the weights change. The gradient is the same on all processes, the loss is made so: one that
-        # stopped alone would leave the others waiting.
+        # The last thing before the weights change. The gradient is the same on all processes, and the loss is made so:
+        # one that stopped alone would leave the others waiting.
         norm = super()._clip_grad_norm(model)
         loss, length = torch.stack([torch.stack(self._losses).sum(), torch.as_tensor(norm)]).tolist()
         self._losses.clear()
