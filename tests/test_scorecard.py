@@ -37,7 +37,7 @@ def names_of(folder):
 def every_step(start, tmp_path_factory):
     """The folder of a run that saves at every step, and that nothing disturbed."""
     out = tmp_path_factory.mktemp("every") / "run"
-    assert start(out, "--every", 1)[0] == 0
+    assert start(out, "--every", 1, "--log-every", 1)[0] == 0
     return out
 
 
@@ -49,14 +49,14 @@ def test_s01_a_run_killed_at_a_random_time_loses_nothing_that_was_saved(
     place, calls = ("compute_loss", 22) if number % 5 == 4 else ("_save_checkpoint", 11)
     call = 1 + int(torch.randint(calls, (), generator=generator))
     after_s = 0.001 + 0.05 * float(torch.rand((), generator=generator))
-    code, said, err = start(out, "--every", 1, at=[place, call, signal.SIGKILL, after_s])
+    code, said, err = start(out, "--every", 1, "--log-every", 1, at=[place, call, signal.SIGKILL, after_s])
     assert code == -signal.SIGKILL, err
     saved = said.count("saved\n")
     found = checkpoints.latest(out)
     assert saved <= (int(found[0].name.partition("-")[2]) if found else 0)
     if place == "_save_checkpoint" and saved == call - 1:
         record_property("within a save", 1)
-    code, _, err = start(out, "--every", 1, "--resume")
+    code, _, err = start(out, "--every", 1, "--log-every", 1, "--resume")
     assert code == 0, err
     assert_same(out, every_step)
     assert names_of(out) == names_of(every_step)
