@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test lint bench docs clean
+.PHONY: demo test lint bench scorecard docs clean
 
 demo: .venv/runtime.stamp  ## train a 12-layer BERT uniformly and with SIFT on text that every machine has
 	$(BIN)/earlysift compare --arms uniform sift sift-entropy visible auto --out runs/demo --force
@@ -18,6 +18,10 @@ lint: .venv/dev.stamp  ## style and types
 
 bench: .venv/runtime.stamp  ## all benchmarks on this machine (hours on two cores); what was measured stays measured
 	$(BIN)/python benchmarks/run.py step score select memory scale train
+
+scorecard: .venv/dev.stamp  ## every case of docs/reliability.md (half an hour on two cores; goes on where it was cut)
+	$(BIN)/python benchmarks/reliability.py
+	$(BIN)/python benchmarks/results_page.py
 
 docs: .venv/runtime.stamp  ## docs/results.md again, from the committed results
 	$(BIN)/python benchmarks/results_page.py

@@ -2,7 +2,8 @@
 
 Every number of the page comes from a file under benchmarks/results: ``compare_*.json`` (the results.json of a run of
 ``earlysift compare``), and those of ``benchmarks/run.py``; each names hardware and commit.
-The measured part of docs/theory.md comes from ``theory.json``, which ``earlysift theory`` writes.
+The measured part of docs/theory.md comes from ``theory.json``, which ``earlysift theory`` writes, and the table of
+docs/reliability.md from ``reliability.json``, which ``benchmarks/reliability.py`` writes.
 """
 
 import json
@@ -21,6 +22,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 _DEMO = "compare_demo.json"
 _DEMO_START, _DEMO_END = "<!-- demo -->", "<!-- /demo -->"
 _THEORY_START, _THEORY_END = "<!-- theory -->", "<!-- /theory -->"
+_SCORES_START, _SCORES_END = "<!-- scorecard -->", "<!-- /scorecard -->"
 _SHORT = 20  # rows of a table of docs/theory.md; longer ones stand on the page of `earlysift theory` alone
 _KINDS = ("read", "score", "probe", "train", "reference model")
 _MOST_EVENTS = 4  # decisions shown per seed
@@ -43,6 +45,7 @@ def main() -> int:
     for path, start, end, section in (
         (ROOT / "README.md", _DEMO_START, _DEMO_END, demo_section),
         (ROOT / "docs" / "theory.md", _THEORY_START, _THEORY_END, theory_section),
+        (ROOT / "docs" / "reliability.md", _SCORES_START, _SCORES_END, scorecard_section),
     ):
         if path.is_file():
             before, _, rest = path.read_text(encoding="utf-8").partition(start)
@@ -69,6 +72,27 @@ def theory_section() -> str:
                 rows = [[show_cell(cell) for cell in row] for row in table["rows"]]
                 parts.append(f"{title}:\n\n{_table(table['headers'], rows)}")
     return "\n\n".join(parts)
+
+
+def scorecard_section() -> str:
+    """Lines of the scorecard, as Markdown: what passed of how many cases."""
+    from reliability import LINES
+
+    lines = json.loads((RESULTS / "reliability.json").read_text(encoding="utf-8"))
+    rows = []
+    for name, line in LINES.items():
+        if (result := lines.get(name)) is None:
+            rows.append([name, line.what, f"{line.cases:,}", "not run", "", "", ""])
+            continue
+        word = "" if result["passed"] == line.cases else " **missed**"
+        passed = f"{result['passed']:,}{word}"
+        told = [result["what"], f"{line.cases:,}", passed, "; ".join(result["detail"]), f"{result['seconds']} s"]
+        rows.append([name, *told, str(result["commit"])])
+    measured = list(lines.values())[-1]
+    versions = ", ".join(f"{name} {version}" for name, version in measured["versions"].items())
+    machine = f"{measured['machine']['cpu']}, {measured['machine']['cores']} cores; {versions}."
+    headings = ["line", "what holds", "bar (cases)", "passed", "measured", "took", "commit"]
+    return f"{_table(headings, rows)}\n\n{machine}"
 
 
 def verdict_table(results: dict[str, Any]) -> str:

@@ -1,10 +1,18 @@
 """Fixtures that several test files share."""
 
 import gc
+import json
+import os
+import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+
+import pretraining
 
 
 @pytest.fixture
@@ -26,3 +34,56 @@ def browser():
         running = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         yield running
         running.close()
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A folder with text, and models of two layers to train on it."""
+    folder = tmp_path_factory.mktemp("data")
+    pretraining.write_data(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory):
+    """Of processes that train: nothing is cached outside, and both source and tests are found."""
+    path = os.pathsep.join(map(str, (pretraining.SOURCE, Path(__file__).parent)))
+    cache = str(tmp_path_factory.mktemp("cache"))
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": cache}
+
+
+@pytest.fixture(scope="session")
+def start(data, environment, tmp_path_factory):
+    """Run ``earlysift pretrain`` in a process; gives exit code, what it printed, and what it printed as errors."""
+    folder = tmp_path_factory.mktemp("output")
+    command = [sys.executable, "-c", pretraining.STARTER]
+    starter = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def run(out, *options, at=None, fault=None, model="model.json"):
+        out_path, err_path = folder / "out", folder / "err"
+        arguments = ["pretrain", *pretraining.arguments_for(data, out, model), *map(str, options)]
+        told = {"arguments": arguments, "at": at, "fault": fault, "out": str(out_path), "err": str(err_path)}
+        starter.stdin.write(json.dumps(told) + "\n")
+        starter.stdin.flush()
+        code = int(starter.stdout.readline())
+        return code, out_path.read_text(), err_path.read_text()
+
+    with starter:
+        yield run
+        starter.stdin.close()
+
+
+@pytest.fixture(scope="session")
+def uncut(start, tmp_path_factory):
+    """The folder of a run that nothing disturbed."""
+    out = tmp_path_factory.mktemp("uncut") / "run"
+    code, said, err = start(out)
+    assert code == 0, err
+    assert re.search(r"Trained 12 steps: accuracy [\d.]+%, loss [\d.]+", said)
+    return out
+
+
+@pytest.fixture
+def copy(uncut, tmp_path):
+    """A copy of that run, to be tampered with."""
+    return Path(shutil.copytree(uncut, tmp_path / "run"))

@@ -9,7 +9,7 @@ from pathlib import Path
 import earlysift
 
 
-def on_ranks(count, script, tmp_path):
+def on_ranks(count, script, tmp_path, timeout_s=120):
     """What processes print last, as JSON; a script gets its rank, a file to meet in, and the number of ranks."""
     source, tests = Path(earlysift.__file__).parents[1], Path(__file__).parent
     environment = {**os.environ, "PYTHONPATH": f"{source}{os.pathsep}{tests}", "OMP_NUM_THREADS": "1"}
@@ -24,7 +24,7 @@ def on_ranks(count, script, tmp_path):
         for rank in range(count)
     ]
     try:
-        outputs = [rank.communicate(timeout=120) for rank in ranks]
+        outputs = [rank.communicate(timeout=timeout_s) for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()

@@ -67,6 +67,10 @@ def test_theory_page_shows_the_committed_measurements(results_page):
     assert results_page.theory_section() in (ROOT / "docs" / "theory.md").read_text(encoding="utf-8")
 
 
+def test_reliability_page_shows_the_committed_scorecard(results_page):
+    assert results_page.scorecard_section() in (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+
+
 def test_theory_page_links_statements_to_functions_and_tests_that_exist():
     text = (ROOT / "docs" / "theory.md").read_text(encoding="utf-8")
     functions = re.findall(r"`((?:theory\.)?\w+\.\w+)`", text.partition("## Where each statement is")[2])
@@ -87,6 +91,7 @@ def test_links_between_documents_lead_somewhere():
         "docs/design.md",
         "docs/log.md",
         "docs/pretrain.md",
+        "docs/reliability.md",
         "docs/results.md",
         "docs/theory.md",
         "docs/trainer.md",

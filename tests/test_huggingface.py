@@ -547,6 +547,10 @@ if rank == 1:
     os.remove(os.path.join(checkpoint, "sifter_1.json"))  # as if one process had saved it
 grown = tests.trained(folder, resume=checkpoint, **checkpointed)
 compiled = tests.trained(folder, torch_compile=True, torch_compile_backend="eager", **options)
+uneven = []
+for size in range(33, 49):  # an epoch whose last pools differ between processes, were they not evened out
+    run = tests.trained(folder, data=tests.samples(size), num_train_epochs=1, **options | {"max_steps": -1})
+    uneven.append([size, [len(batch) for batch in run.batches], tests.logged(run, "candidates_seen")[-1]])
 told = {
     "losses": tests.logged(plain), "batches": plain.batches, "items": plain.items,
     "seen": tests.logged(plain, "candidates_seen"), "trained": tests.logged(plain, "samples_trained"),
@@ -555,6 +559,7 @@ told = {
     "grown": [grown.sifter.step, tests.logged(grown, "samples_trained")],
     "weights equal": all(map(torch.equal, resumed.model.state_dict().values(), whole.model.state_dict().values())),
     "compiled": [compiled.batches, tests.logged(compiled)],
+    "uneven": uneven,
 }
 with open(os.path.join(folder, f"{rank}.json"), "w") as file:
     json.dump(told, file)
@@ -600,6 +605,16 @@ def test_two_processes_resume_bit_equal_each_with_picks_of_its_own(two_ranks):
         assert told["grown"] == [6, [8, 16, 24, 32, 40, 48]]
     assert two_ranks[0]["whole"][1] != two_ranks[1]["whole"][1]
     assert two_ranks[0]["whole"][3] != two_ranks[1]["whole"][3]
+
+
+def test_the_last_pools_of_an_epoch_are_as_large_on_both_processes(two_ranks):
+    first, second = (told["uneven"] for told in two_ranks)
+    assert first == second
+    for size, batches, seen in first:
+        left = size - 32  # behind two pools of eight on each process
+        last = min(8, left)  # which the second process fills up with candidates from the beginning
+        assert seen == 32 + 2 * last
+        assert batches == [BATCH, BATCH, min(BATCH, last)]
 
 
 def test_two_processes_with_a_compiled_model_pick_and_learn_the_same(two_ranks):

@@ -13,202 +13,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import earlysift
 from earlysift.checkup import BUILT_IN, build_model
-from earlysift.pretrain import checkpoints
+from earlysift.files import write_json
+from earlysift.pretrain import checkpoints, run
 from earlysift.pretrain.settings import ARMS, PretrainSettings
 from earlysift.report.page import write_report
-from earlysift.seeds import seeded
-
-SOURCE = Path(earlysift.__file__).parents[1]
-MODEL = {
-    "model_type": "bert",
-    "architectures": ["BertForMaskedLM"],
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-    "max_position_embeddings": 32,
-}
-WITHOUT_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-STEPS, EVERY, ACCUMULATE = 12, 3, 2
-
-# Runs commands in processes of their own, forked from one that has imported what they need. A command may be told to
-# send itself a signal at the nth call of a function of earlysift.
-STARTER = """
-import json, os, sys, traceback
-import earlysift.__main__, earlysift.cli, earlysift.pretrain.run
-
-def interrupted(name, count, number):
-    def watch(frame, event, argument):
-        nonlocal count
-        if event == "call" and frame.f_code.co_name == name and "/earlysift/" in frame.f_code.co_filename:
-            count -= 1
-            if count == 0:
-                os.kill(os.getpid(), number)
-    return watch
-
-for line in sys.stdin:
-    told = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        for stream, path in ((0, os.devnull), (1, told["out"]), (2, told["err"])):
-            os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), stream)
-        sys.argv = ["earlysift", *told["arguments"]]
-        code = 1
-        try:
-            if told["signal"]:
-                sys.setprofile(interrupted(*told["signal"]))
-            code = earlysift.__main__.main()
-        except SystemExit as error:
-            code = error.code
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-    _, status = os.waitpid(child, 0)
-    print(os.waitstatus_to_exitcode(status), flush=True)
-"""
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """A folder with text, and models of two layers to train on it."""
-    folder = tmp_path_factory.mktemp("data")
-    generator = seeded("text")
-    words = ["".join("abcdefgh"[i] for i in torch.randint(8, (n,), generator=generator)) for n in (2, 3, 4, 5) * 50]
-
-    def document():
-        ids = (torch.rand(400, generator=generator) ** 3 * len(words)).long().tolist()
-        return ". ".join(" ".join(words[i] for i in ids[start : start + 10]) for start in range(0, 400, 10))
-
-    (folder / "text.txt").write_text("\n\n".join(document() for _ in range(120)))
-    (folder / "model.json").write_text(json.dumps(MODEL))
-    (folder / "plain.json").write_text(json.dumps(MODEL | WITHOUT_DROPOUT))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    cache = str(tmp_path_factory.mktemp("cache"))
-    return {**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": cache}
-
-
-@pytest.fixture(scope="module")
-def start(data, environment, tmp_path_factory):
-    """Run ``earlysift pretrain`` in a process; gives exit code, what it printed, and what it printed as errors."""
-    folder = tmp_path_factory.mktemp("output")
-    starter = subprocess.Popen(
-        [sys.executable, "-c", STARTER], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-
-    def run(out, *options, at=None, model="model.json"):
-        out_path, err_path = folder / "out", folder / "err"
-        arguments = ["pretrain", *arguments_for(data, out, model), *map(str, options)]
-        told = {"arguments": arguments, "signal": at, "out": str(out_path), "err": str(err_path)}
-        starter.stdin.write(json.dumps(told) + "\n")
-        starter.stdin.flush()
-        code = int(starter.stdout.readline())
-        return code, out_path.read_text(), err_path.read_text()
-
-    with starter:
-        yield run
-        starter.stdin.close()
-
-
-def arguments_for(data, out, model="model.json"):
-    options = {
-        "preset": data / model,
-        "data": data / "text.txt",
-        "out": out,
-        "length": 16,
-        "validation-samples": 32,
-        "batch": 4,
-        "accumulate": ACCUMULATE,
-        "steps": STEPS,
-        "every": EVERY,
-        "log-every": EVERY,
-        "learning-rate": 0.01,
-        "device": "cpu",
-        "track": "none",
-    }
-    return [part for name, value in options.items() for part in (f"--{name}", str(value))]
-
-
-def kill(name, count):
-    return [name, count, signal.SIGKILL]
-
-
-def ledger(out, process=0):
-    """The rows of a ledger, without times."""
-    lines = (out / "ledgers" / f"process{process}.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if not key.endswith("_ms")} for line in lines]
-
-
-def curve(out):
-    """The points of the learning curve, without times."""
-    results = json.loads((out / "results.json").read_text())
-    ((arm,),) = [[arm["runs"][0] for arm in results["arms"].values()]]
-    return [{key: value for key, value in point.items() if not key.endswith("_s")} for point in arm["curve"]]
-
-
-def log(out, step=STEPS):
-    """What the Trainer logged of training, without times."""
-    state = json.loads((out / f"checkpoint-{step}" / "trainer_state.json").read_text())
-    entries = [entry for entry in state["log_history"] if "loss" in entry]
-    return [{key: value for key, value in entry.items() if not key.endswith("_ms")} for entry in entries]
-
-
-def tensors(value):
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, dict | list | tuple):
-        return [found for part in (value.values() if isinstance(value, dict) else value) for found in tensors(part)]
-    return []
-
-
-def weights(out, step=STEPS):
-    """Weights, state of the optimizer and of random numbers, in one list."""
-    folder = out / f"checkpoint-{step}"
-    loaded = [load_file(folder / "model.safetensors"), torch.load(folder / "optimizer.pt", weights_only=True)]
-    return tensors(loaded)
-
-
-def assert_bit_equal(one, other):
-    rows = ledger(one)
-    assert len(rows) == STEPS * ACCUMULATE
-    assert [row["step"] for row in rows] == list(range(STEPS * ACCUMULATE))
-    assert len({row["picks"] for row in rows}) == len(rows)
-    assert sum("loss" in row and "learning_rate" in row for row in rows) == STEPS
-    assert rows == ledger(other)
-    assert curve(one) == curve(other)
-    assert len(curve(one)) == STEPS // EVERY
-    assert log(one) == log(other)
-    ours, theirs = weights(one), weights(other)
-    assert len(ours) == len(theirs) > 60
-    assert all(map(torch.equal, ours, theirs))
-
-
-@pytest.fixture(scope="module")
-def uncut(start, tmp_path_factory):
-    """The folder of a run that nothing disturbed."""
-    out = tmp_path_factory.mktemp("uncut") / "run"
-    code, said, err = start(out)
-    assert code == 0, err
-    assert re.search(r"Trained 12 steps: accuracy [\d.]+%, loss [\d.]+", said)
-    return out
-
-
-@pytest.fixture
-def copy(uncut, tmp_path):
-    """A copy of that run, to be tampered with."""
-    return Path(shutil.copytree(uncut, tmp_path / "run"))
-
+from faults import DISK_FULL
+from pretraining import (
+    EVERY,
+    KILLED_RANK,
+    STEPS,
+    arguments_for,
+    assert_bit_equal,
+    curve,
+    kill,
+    ledger,
+    log,
+    torchrun,
+    weights,
+)
 
 # Resuming
 
@@ -291,7 +116,7 @@ def test_every_arm_resumes_bit_equal_within_accumulation(arm, start, tmp_path):
     assert any("scored" in row for row in ledger(whole)) == (arm not in ("uniform", "auto"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_at_the_end_of_the_step_and_the_run_goes_on_bit_equal(number, start, uncut, tmp_path):
     out = tmp_path / "run"
     code, _, err = start(out, at=["compute_loss", 7, number])
@@ -380,11 +205,26 @@ def test_nothing_in_a_checkpoint_is_executed(name, start, copy, tmp_path):
     canary = tmp_path / "canary"
     torch.save(Hostile(str(canary)), copy / "checkpoint-9" / name)
     checkpoints.seal(copy / "checkpoint-9", manifest_of(copy / "checkpoint-9"))
-    code, _, _ = start(copy, "--resume")
-    assert (code == 0) == (name == "training_args.bin")  # which nobody reads
+    code, _, err = start(copy, "--resume")
+    if name == "training_args.bin":  # which nobody reads
+        assert code == 0
+    else:
+        assert code == 2
+        assert f"earlysift: {name} of {copy / 'checkpoint-9'} cannot be loaded, though the manifest knows" in err
+        assert "Traceback" not in err
     assert not canary.exists()
     torch.load(copy / "checkpoint-9" / name, weights_only=False)
     assert canary.exists()  # it would have been
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "trainer_state.json"])
+def test_a_file_that_was_cut_before_it_was_sealed_is_named(name, start, copy):
+    damage_truncate(copy / "checkpoint-12" / name)
+    checkpoints.seal(copy / "checkpoint-12", manifest_of(copy / "checkpoint-12"))
+    shutil.rmtree(copy / "checkpoint-9")
+    code, _, err = start(copy, "--resume", "--target-accuracy", 0.999)
+    assert (code, f"earlysift: {name} of {copy / 'checkpoint-12'} cannot be loaded" in err) == (2, True), err
+    assert "Traceback" not in err
 
 
 def manifest_of(folder):
@@ -429,6 +269,39 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_the_last_good_checkpoint(arm,
     assert all(value.isfinite().all() for value in weights(out, 1))
     assert not json.loads((out / "results.json").read_text())["complete"]
     assert (out / "report.html").is_file()
+
+
+def test_a_full_disk_ends_the_run_at_the_checkpoint_before_from_which_it_goes_on(start, uncut, tmp_path):
+    out = tmp_path / "run"
+    code, _, err = start(out, at=["_save_checkpoint", 3, DISK_FULL])
+    assert code == 4, err
+    assert re.search(r"Stopped, as the checkpoint of step 9 could not be written \(.+\); the last good", err)
+    assert f"checkpoint is {out / 'checkpoint-6'}. Make room, and go on with --resume." in err
+    assert "Traceback" not in err
+    assert checkpoints.latest(out)[0].name == "checkpoint-6"
+    assert start(out, "--resume")[0] == 0
+    assert_bit_equal(out, uncut)
+
+
+def test_a_second_run_in_a_folder_is_refused_while_the_first_one_trains(start, copy):
+    # This process holds the folder as a run does.
+    with run._alone(PretrainSettings(out=copy, resume=True)):
+        code, _, err = start(copy, "--resume")
+        assert (code, f"Another process trains in {copy}. Wait until it has ended, or choose" in err) == (2, True), err
+        assert "Traceback" not in err
+    assert start(copy, "--resume")[0] == 0
+
+
+def test_what_a_killed_run_left_half_written_is_gone_after_the_next_start(start, uncut, copy):
+    (copy / "checkpoint-12" / "manifest.json").unlink()
+    for name in ("", "ledgers"):
+        (copy / name / ".something.json.part").write_text("{")
+    assert start(copy, "--resume")[0] == 0
+    assert names_of(copy) == names_of(uncut)
+
+
+def names_of(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
 def test_a_time_budget_ends_the_run_with_a_decayed_rate(start, tmp_path):
@@ -588,9 +461,9 @@ def test_a_folder_in_use_and_a_checkpoint_of_another_training_are_refused(start,
     path = copy / "checkpoint-12" / "manifest.json"
     content = json.loads(path.read_text()) | {"version": 99}
     del content["sha256"]
-    path.write_text(json.dumps({"sha256": checkpoints._digest_of(content), **content}))
+    write_json(path, {"sha256": checkpoints._digest_of(content), **content})
     code, _, err = start(copy, "--resume")
-    assert (code, "Expected a checkpoint of version 1 in" in err, "got 99" in err) == (2, True, True)
+    assert (code, "Expected a checkpoint of version 2 in" in err, "got 99" in err) == (2, True, True)
     assert sorted(path.name for path in copy.iterdir()) == before
 
 
@@ -611,16 +484,10 @@ def test_settings_are_the_command_line_and_the_config_file(start, uncut, tmp_pat
 # Several processes
 
 
-def torchrun(data, environment, out, *options):
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "earlysift", "pretrain"]
-    arguments = [*arguments_for(data, out, "plain.json"), "--accumulate", "1", *options]
-    return subprocess.run(
-        [sys.executable, *launch, *arguments], env=environment, capture_output=True, text=True, timeout=200, check=False
-    )
-
-
-def test_two_processes_train_as_one_that_accumulates_and_resume_bit_equal(data, environment, start, tmp_path):
-    out, one = tmp_path / "two", tmp_path / "one"
+def test_two_processes_train_as_one_that_accumulates_and_torchrun_begins_a_killed_one_again_bit_equal(
+    data, environment, start, tmp_path
+):
+    out, one, killed = (tmp_path / name for name in ("two", "one", "killed"))
     done = torchrun(data, environment, out, "--arm", "uniform")
     assert done.returncode == 0, done.stderr
     assert start(one, "--arm", "uniform", model="plain.json")[0] == 0
@@ -629,14 +496,17 @@ def test_two_processes_train_as_one_that_accumulates_and_resume_bit_equal(data, 
     assert [(a + b) / 2 for a, b in zip(*losses, strict=True)] == pytest.approx(single, rel=1e-4)
     ours, theirs = curve(out), curve(one)
     assert [p["loss"] for p in ours] == pytest.approx([p["loss"] for p in theirs], rel=1e-4)
-    cut = Path(shutil.copytree(out, tmp_path / "cut"))
-    shutil.rmtree(cut / "checkpoint-12")
-    resumed = torchrun(data, environment, cut, "--arm", "uniform", "--resume")
-    assert resumed.returncode == 0, resumed.stderr
-    assert all(ledger(cut, process) == ledger(out, process) for process in range(2))
-    assert curve(cut) == curve(out)
-    assert all(map(torch.equal, weights(cut), weights(out)))
-    code, _, err = start(cut, "--arm", "uniform", "--accumulate", 1, "--resume", model="plain.json")
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED_RANK)
+    environment = environment | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # see docs/pretrain.md
+    restarts = ["--max-restarts", 1, "--monitor-interval", 1]
+    restarted = torchrun(data, environment, killed, "--arm", "uniform", launched=[*restarts, script])
+    assert restarted.returncode == 0, restarted.stderr
+    assert "exitcode: -9" in restarted.stderr
+    assert all(ledger(killed, process) == ledger(out, process) for process in range(2))
+    assert curve(killed) == curve(out)
+    assert all(map(torch.equal, weights(killed), weights(out)))
+    code, _, err = start(killed, "--arm", "uniform", "--accumulate", 1, "--resume", model="plain.json")
     assert (code, "processes: was 2, is 1" in err) == (2, True)
 
 

@@ -71,7 +71,8 @@ Examples:
 _PRETRAIN_HELP = """Train a model from random weights on the samples that matter, resumable bit for bit.
 
 Exit codes: 0 done (target reached, or none given); 1 target not reached; 2 bad input; 3 loss not finite (stopped at the
-last good checkpoint); 130 stopped by SIGTERM or Ctrl-C (saved; go on with --resume).
+last good checkpoint); 4 disk full (likewise); 130 stopped by SIGTERM, SIGHUP, SIGUSR1 or Ctrl-C (saved; go on with
+--resume).
 
 Examples:
 
@@ -374,7 +375,8 @@ def _pretrain(settings: PretrainSettings) -> int:
     code, said = pretrain(settings)
     if os.environ.get("RANK", "0") == "0":  # the first process that torchrun started, or the only one
         print(f"earlysift: {said}", file=sys.stderr if code else sys.stdout)
-        print(f"Report: {settings.out / 'report.html'}")
+        if (settings.out / "report.html").is_file():
+            print(f"Report: {settings.out / 'report.html'}")
     return code
 
 

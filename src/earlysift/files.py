@@ -38,5 +38,15 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Put a JSON file in place, whole or not at all."""
-    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-    write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
+    write_whole(path, lambda part: part.write_text(json_text(content), encoding="utf-8"))
+
+
+def json_text(content: Mapping[str, Any]) -> str:
+    """What `write_json` writes."""
+    return json.dumps(content, indent=1, allow_nan=False) + "\n"
+
+
+def remove_parts(folder: Path) -> None:
+    """Delete the parts of files that killed calls of `write_whole` left in a folder."""
+    for part in folder.glob(".*.part"):
+        part.unlink()

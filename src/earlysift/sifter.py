@@ -34,6 +34,10 @@ _SCORES = ("loss", "entropy", "exact", "uniform")
 _SCHEDULE_SAMPLES = (0, 1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)
 
 
+class Unusable(ValueError):
+    """Too few of a pool's scores are finite, so that nothing can be selected by them."""
+
+
 class Sifter:
     """Keep the samples of a pool that matter: score through an early exit, select, hand out the smaller batch.
 
@@ -596,7 +600,7 @@ class Sifter:
                 "Check the collator: training on this pool would give a loss of nan."
             )
         if size - broken < kept:
-            raise ValueError(
+            raise Unusable(
                 f"Expected at least {kept} candidates with a finite score, got {size - broken} of {size} at step "
                 f"{self._step}: {broken} are nan or inf. Look for nan in the inputs, or for weights that have diverged."
             )

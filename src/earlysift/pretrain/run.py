@@ -1,5 +1,7 @@
 """`earlysift pretrain`: data, model, training, results. Start reading here."""
 
+import dataclasses
+import fcntl
 import hashlib
 import importlib.util
 import json
@@ -8,7 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -29,12 +31,14 @@ from earlysift.pretrain.settings import ARMS, PretrainSettings
 from earlysift.pretrain.stream import Stream
 from earlysift.pretrain.streaming import PassingStream, training_documents
 from earlysift.pretrain.tokens import packed_rows
-from earlysift.pretrain.trainer import Candidates, NotFinite, Pretrainer, as_it_is
+from earlysift.pretrain.trainer import Candidates, NotFinite, NotSaved, Pretrainer, as_it_is
 from earlysift.pretrain.workloads import Workload, load_workload
 from earlysift.report.page import RESULTS, RESULTS_VERSION, write_report
 
-DONE, MISSED, DIVERGED, INTERRUPTED = 0, 1, 3, 130
-"""Exit codes: target reached (or none given), target not reached, loss not finite, saved after a signal."""
+DONE, MISSED, DIVERGED, UNSAVED, INTERRUPTED = 0, 1, 3, 4, 130
+"""Exit codes: target reached (or none given), target not reached, loss not finite, disk full, saved after a signal."""
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+"""What ends a run at the end of its step, saved; SLURM can be told to send SIGUSR1 before the time is up."""
 
 METHOD = {
     "Time": "By the clock, evaluations and checkpoints left out; also where a column says reference time. It is noisy: "
@@ -49,6 +53,8 @@ METHOD = {
 """How a run is measured, for its page."""
 
 _LOG = logging.getLogger("earlysift")
+_LOCK = ".lock"
+_RESTARTS = "TORCHELASTIC_RESTART_COUNT"  # how often torchrun has begun its processes again
 _SHOWN_ROWS = 1000  # of the training part, that its digest looks at
 
 
@@ -70,6 +76,8 @@ def pretrain(settings: PretrainSettings) -> tuple[int, str]:
         ImportError: If an optional package is missing.
     """
     optional_package("matplotlib", extra="report")  # asked for at the end, which is no time to find it missing
+    if int(os.environ.get(_RESTARTS, "0")) and (settings.out / CONFIG).is_file():
+        settings = dataclasses.replace(settings, resume=True)
     shape = _shape(settings)
     _require_free(settings)
     args = _arguments(settings)
@@ -82,20 +90,20 @@ def pretrain(settings: PretrainSettings) -> tuple[int, str]:
         "training data": _digest(workload),
         "model": hashlib.sha256(model.config.to_json_string().encode()).hexdigest()[:16],
     }
-    found = checkpoints.latest(settings.out) if settings.resume else None
-    if found is not None:
-        checkpoints.require_same(found[0], found[1], about)
-    elif settings.resume:
-        _LOG.warning("%s has no sound checkpoint: the run begins anew.", settings.out)
+    first = args.process_index == 0
     with _signals() as signals:
         trainer = _trainer(settings, args, workload, model, about, signals)
-        if args.process_index == 0:  # only now: what is refused leaves nothing
-            _write_setup(settings, workload)
-        code, said = _train(trainer, found[0] if found else None)
-    if args.process_index == 0:
-        results = _results(trainer, workload, code, said)
-        write_json(settings.out / RESULTS, results)
-        write_report(settings.out)
+        with _alone(settings) if first else nullcontext():  # only now: what is refused leaves nothing
+            checkpoint = _checkpoint(settings, about)
+            args.distributed_state.wait_for_everyone()
+            if first:
+                checkpoints.tidy(settings.out)
+                _write_setup(settings, workload)
+            args.distributed_state.wait_for_everyone()
+            code, said = _train(trainer, checkpoint)
+            if first and code != UNSAVED:
+                write_json(settings.out / RESULTS, _results(trainer, workload, code, said))
+                write_report(settings.out)
     return code, said
 
 
@@ -132,13 +140,48 @@ def _sized(vocab_size: int | None) -> dict[str, int]:
 def _require_free(settings: PretrainSettings) -> None:
     """Never mix two runs in a folder; nothing is ever deleted."""
     out = settings.out
-    occupied = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    # Hidden: the lock, and what was cut off before anything was written.
+    occupied = out.exists() and (not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir()))
     if occupied and not settings.resume:
         raise FileExistsError(f"{out} is not an empty folder. Go on with its run by --resume, or choose another --out.")
     if settings.resume and not occupied:
         raise FileNotFoundError(f"There is no run to resume in {out}. Check --out, or leave --resume out.")
     if settings.resume and not (out / CONFIG).is_file():
         raise FileExistsError(f"{out} holds files that earlysift pretrain did not write. Choose another --out.")
+
+
+@contextmanager
+def _alone(settings: PretrainSettings) -> Iterator[None]:
+    """Hold the run folder; the lock ends with the process, whatever ends it.
+
+    Raises:
+        FileExistsError: If another process holds it, or a run has begun in it by now.
+    """
+    settings.out.mkdir(parents=True, exist_ok=True)
+    with (settings.out / _LOCK).open("w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which workers of the loader would inherit
+        except (BlockingIOError, PermissionError) as error:
+            raise FileExistsError(
+                f"Another process trains in {settings.out}. Wait until it has ended, or choose another --out."
+            ) from error
+        except OSError as error:
+            _LOG.warning("%s cannot be locked (%s): start no second run in it.", settings.out, error)
+        _require_free(settings)
+        yield
+
+
+def _checkpoint(settings: PretrainSettings, about: dict[str, Any]) -> Path | None:
+    """Where to go on from; None to begin."""
+    if not settings.resume:
+        return None
+    found = checkpoints.latest(settings.out)
+    if found is None:
+        _LOG.warning("%s has no sound checkpoint: the run begins anew.", settings.out)
+        return None
+    folder, saved = found
+    checkpoints.require_same(folder, saved, about)
+    return folder
 
 
 def _arguments(settings: PretrainSettings) -> TrainingArguments:
@@ -270,15 +313,23 @@ def _trainer(
 def _train(trainer: Pretrainer, checkpoint: Path | None) -> tuple[int, str]:
     """Train to the end, whatever ends it; returns the exit code and a sentence on it."""
     settings = trainer.settings
-    if checkpoint is not None:
-        trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
     try:
+        if checkpoint is not None:
+            trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         if _reached(settings, _points(trainer)) is None:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except NotFinite as error:
-        good = checkpoints.latest(settings.out)
-        where = f"the last good checkpoint is {good[0]}" if good else "there is no checkpoint yet"
-        return DIVERGED, f"Stopped, as {error}; {where}. Try a lower learning rate, or a longer warm-up."
+        return DIVERGED, f"Stopped, as {error}; {_last_good(settings)}. Try a lower learning rate, or a longer warm-up."
+    except NotSaved as error:
+        return UNSAVED, f"Stopped, as {error}; {_last_good(settings)}. Make room, and go on with --resume."
+    except Exception as error:
+        broken = [] if checkpoint is None or not checkpoint.is_dir() else checkpoints.unloadable(checkpoint)
+        if not broken:
+            raise
+        raise ValueError(
+            f"{', '.join(broken)} of {checkpoint} cannot be loaded, though the manifest knows them so: earlysift did "
+            "not write them, or cannot read them any more. Delete that checkpoint to go on from the one before."
+        ) from error
     points = _points(trainer)
     if (reached := _reached(settings, points)) is not None:
         return DONE, (
@@ -296,6 +347,11 @@ def _train(trainer: Pretrainer, checkpoint: Path | None) -> tuple[int, str]:
         )
     last = points[-1]
     return DONE, f"Trained {step} steps: accuracy {last['accuracy']:.2%}, loss {last['loss']:.4f}."
+
+
+def _last_good(settings: PretrainSettings) -> str:
+    good = checkpoints.latest(settings.out)
+    return f"the last good checkpoint is {good[0]}" if good else "there is no checkpoint yet"
 
 
 def _points(trainer: Pretrainer) -> list[dict[str, Any]]:
@@ -370,7 +426,7 @@ def _results(trainer: Pretrainer, workload: Workload, code: int, said: str) -> d
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """SIGTERM and Ctrl-C are noted inside; a second one interrupts at once."""
+    """Signals are noted inside; a second one interrupts at once. What the caller ignores (nohup) stays ignored."""
     owner = os.getpid()
     came: list[int] = []
 
@@ -381,7 +437,8 @@ def _signals() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         came.append(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    heeded = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, note) for number in heeded}
     try:
         yield came
     finally:

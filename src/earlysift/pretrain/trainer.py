@@ -5,6 +5,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback
 
-from earlysift import exits, scorers
+from earlysift import exits, pools, ranks, scorers
 from earlysift.adapters.huggingface import SiftTrainerMixin
 from earlysift.files import write_whole
 from earlysift.ledger import read_rows
@@ -23,12 +24,17 @@ from earlysift.losses import IGNORED_LABEL
 from earlysift.pretrain import checkpoints
 from earlysift.pretrain.settings import PretrainSettings
 from earlysift.pretrain.stream import Rows
+from earlysift.sifter import Unusable
 
 _EVALUATED_LABELS = 4096  # whose logits are held at once
 
 
 class NotFinite(Exception):
     """The loss, or the length of its gradient, is nan or infinite; weights were not updated by it."""
+
+
+class NotSaved(Exception):
+    """A checkpoint could not be written, on this process or another one; the ones before are as they were."""
 
 
 class Candidates(Dataset[Rows]):
@@ -117,20 +123,6 @@ class Pretrainer(SiftTrainerMixin, Trainer):  # type: ignore[misc]
         self._losses.append(loss)
         return loss
 
-    def get_batch_samples(self, *args: Any) -> Any:
-        """Selected micro-batches of one step.
-
-        Raises:
-            NotFinite: If the weights have diverged, so that nothing can be selected.
-        """
-        try:
-            return super().get_batch_samples(*args)
-        except ValueError as error:
-            rows = {name: values[:1] for name, values in self.validation.items()}
-            if self._sums(rows).isfinite().all():
-                raise
-            raise NotFinite(f"the loss after step {self.state.global_step} is not finite") from error
-
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Accuracy and mean loss on all labelled tokens of the validation samples.
 
@@ -181,19 +173,26 @@ class Pretrainer(SiftTrainerMixin, Trainer):  # type: ignore[misc]
         return self.train_s / (60 * self.settings.minutes) if self.settings.minutes else 0.0
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        # The last thing before the weights change, and the same on all processes.
+        # The last thing before the weights change. The gradient is the same on all processes, and the loss is made so:
+        # one that stopped alone would leave the others waiting.
         norm = super()._clip_grad_norm(model)
         loss, length = torch.stack([torch.stack(self._losses).sum(), torch.as_tensor(norm)]).tolist()
         self._losses.clear()
-        if not math.isfinite(loss + length):
+        mean = ranks.mean({"loss": loss}, self.args.device)["loss"]
+        if not math.isfinite(mean + length):
             step = self.state.global_step + 1
-            raise NotFinite(f"at step {step} the loss is {loss} and the length of its gradient {length}")
+            raise NotFinite(f"at step {step} the loss is {mean} and the length of its gradient {length}")
         rate = self.lr_scheduler.get_last_lr()[0]
         self.sifter.ledger.note(loss=loss, gradient_norm=length, learning_rate=rate)
         return norm
 
     def _selected(self, pool: Any) -> Any:
-        batch = super()._selected(pool)
+        try:
+            batch = super()._selected(pool)
+        except Unusable:
+            # The other processes may have selected: the step goes on, to end on all of them before the update.
+            self._losses.append(torch.tensor(math.nan, device=self.args.device))
+            return pools.take(self._prepare_inputs(pool), slice(0, self._train_batch_size))
         ids = batch["input_ids"].cpu().contiguous().numpy()
         self.sifter.ledger.note(picks=hashlib.sha256(ids.tobytes()).hexdigest()[:16])
         return batch
@@ -210,12 +209,27 @@ class Pretrainer(SiftTrainerMixin, Trainer):  # type: ignore[misc]
         if self.args.should_save:
             shutil.rmtree(folder, ignore_errors=True)  # what a run that was cut while saving left
         self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
+        self._write_together(partial(super()._save_checkpoint, model, trial))
+        self._write_together(partial(self._seal, folder))
+        self._began_s += time.perf_counter() - began_s
+
+    def _seal(self, folder: Path) -> None:
         if self.args.should_save:
             checkpoints.seal(folder, self.about)
             checkpoints.prune(folder.parent)
-        self._began_s += time.perf_counter() - began_s
+
+    def _write_together(self, write: Callable[[], object]) -> None:
+        """Write on all processes, and wait for all; if one fails, all do."""
+        problem = None
+        try:
+            write()
+        except Exception as error:  # every library has an error of its own for a full disk
+            problem = error
+        if ranks.mean({"failed": float(problem is not None)}, self.args.device)["failed"]:
+            raise NotSaved(
+                f"the checkpoint of step {self.state.global_step} could not be written "
+                f"({problem or 'another process says why'})"
+            ) from problem
 
     def _sums(self, rows: Rows) -> Tensor:
         """Right predictions, sum of losses and number of labelled tokens of these rows, float64 ``(3,)``."""
