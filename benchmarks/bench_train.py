@@ -105,9 +105,9 @@ SIZES = {
         shape="bert-mini-128",
         dtype="mixed",
         batch=16,
-        minutes=30,
-        arms=_ARMS,
-        killed=_ARMS,
+        minutes=10,
+        arms=("uniform", "sift"),
+        killed=("uniform", "sift"),
     ),
     "gpu": Size(
         arguments=(
