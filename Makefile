@@ -8,8 +8,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 demo: .venv/runtime.stamp  ## train a 12-layer BERT uniformly and with SIFT on text that every machine has
 	$(BIN)/earlysift compare --arms uniform sift sift-entropy visible auto --out runs/demo --force
 
-test: .venv/dev.stamp  ## all tests
-	$(BIN)/python -m pytest
+test: .venv/dev.stamp  ## all tests, a file at a time on every core
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: .venv/dev.stamp  ## style and types
 	$(BIN)/ruff check
