@@ -128,7 +128,8 @@ def test_the_roof_makes_the_products_of_scoring_and_no_other(modules, name):
     counts = {attention: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)}
     with FlopCounterMode(display=False, custom_mapping=counts) as counted:
         again()
-    predicted = costs.batch_work(exits.find_anatomy(model), pool, "score", depth=2)["score_flops"]
+    anatomy = exits.find_anatomy(model)
+    predicted = costs.batch_work(anatomy, pool, "score", costs.flops_law(anatomy, 2))["score_flops"]
     class_tokens = 2 * 8 * 3 * 16**2 * 32 if name == "vit-small-224" else 0  # costs takes them for patches
     assert counted.get_total_flops() == predicted - class_tokens
 

@@ -548,7 +548,7 @@ if rank == 1:
 grown = tests.trained(folder, resume=checkpoint, **checkpointed)
 compiled = tests.trained(folder, torch_compile=True, torch_compile_backend="eager", **options)
 uneven = []
-for size in range(33, 49):  # an epoch whose last pools differ between processes, were they not evened out
+for size in (33, 39, 40, 47):  # behind two pools of eight on each process too few candidates for two more
     run = tests.trained(folder, data=tests.samples(size), num_train_epochs=1, **options | {"max_steps": -1})
     uneven.append([size, [len(batch) for batch in run.batches], tests.logged(run, "candidates_seen")[-1]])
 told = {
@@ -607,14 +607,12 @@ def test_two_processes_resume_bit_equal_each_with_picks_of_its_own(two_ranks):
     assert two_ranks[0]["whole"][3] != two_ranks[1]["whole"][3]
 
 
-def test_the_last_pools_of_an_epoch_are_as_large_on_both_processes(two_ranks):
+def test_the_last_pools_of_an_epoch_are_filled_up_on_both_processes(two_ranks):
     first, second = (told["uneven"] for told in two_ranks)
     assert first == second
     for size, batches, seen in first:
-        left = size - 32  # behind two pools of eight on each process
-        last = min(8, left)  # which the second process fills up with candidates from the beginning
-        assert seen == 32 + 2 * last
-        assert batches == [BATCH, BATCH, min(BATCH, last)]
+        assert batches == [BATCH] * 3
+        assert seen == 48 > size  # accelerate fills up with candidates from the beginning
 
 
 def test_two_processes_with_a_compiled_model_pick_and_learn_the_same(two_ranks):
