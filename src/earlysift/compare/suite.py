@@ -77,7 +77,7 @@ _CPU: dict[str, dict[str, Any]] = {
     "sst2-finetuned": {**_CLASSIFY, "arms": _LABELS, "checkpoint": _PRETRAINING, "budget": 8.0, "learning_rate": 5e-4},
     "sst2-flipped": {**_CLASSIFY, "arms": _LABELS, "flipped": 0.2},
     "mlm-wikitext-2": {**_MLM, "data": ("wikitext-2",)},
-    "mlm-stdlib-double": {**_MLM, "budget": _MLM["budget"] * 2, "seeds": 3},
+    "mlm-stdlib-double": {**_MLM, "budget": _MLM["budget"] * 2},
     "mlm-stdlib-half": {**_MLM, "budget": _MLM["budget"] / 2},
 }
 _BERT_BASE: dict[str, Any] = {
