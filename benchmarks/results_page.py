@@ -34,10 +34,10 @@ Reference time charges every operation at its median measured in the same run. E
 reads the same stream, spends the same budget, and its learning rate decays to zero at the end of it. Accuracy is on
 held-out data in its own distribution: of masked or next tokens, of sentences, of images. A speed-up is uniform's time
 to the target over the arm's, a geometric mean over seeds; in brackets 95 % bootstrap intervals of comparisons, and the
-smallest and largest seed of everything else. Wall time tells little here: runs were made at different hours, on
-cores that did other work beside; auto, which takes uniform's very steps, shows how little. In masked language modelling a tenth of the labelled tokens stays visible
-and is predicted by copying; "on hidden tokens" are the points from uniform on the others, and the arm "visible labels"
-is a control without a model that prefers candidates with many visible ones.
+smallest and largest seed of everything else. Wall time tells little here: runs were made at different hours, on cores
+that did other work beside; auto, which takes uniform's very steps, shows how little. In masked language modelling a
+tenth of the labelled tokens stays visible and is predicted by copying; "on hidden tokens" are the points from uniform
+on the others, and the arm "visible labels" is a control without a model that prefers candidates with many visible ones.
 """
 
 
