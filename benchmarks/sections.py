@@ -18,10 +18,7 @@ def benchmark_sections(results: Path, docs: Path) -> list[str]:
         for name in BENCHMARKS
         for path in sorted(results.glob(f"{name}_*.json"))
     ]
-    return [
-        _section(name, path, result["entries"], docs) if "entries" in result else _first_scoring(path, result)
-        for name, path, result in found
-    ]
+    return [_section(name, path, result["entries"], docs) for name, path, result in found]
 
 
 def _section(name: str, path: Path, entries: dict[str, Any], docs: Path) -> str:
@@ -55,31 +52,3 @@ def _measured_on(entries: dict[str, Any]) -> str:
 def _facts(result: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     return f"{result['hardware']}, {result['threads']} threads; {versions}; commit {result['commit']}"
-
-
-def _first_scoring(path: Path, result: dict[str, Any]) -> str:
-    """A result of `score` as it was before it knew shapes and roofs."""
-    return f"""
-## Cost of scoring, BERT base shape
-
-Scoring a pool of 2b beside a training step of b (labelled-tokens-only head, bf16 autocast), interleaved in one run.
-"Predicted" is the ratio of FLOPs (C1). Command: `make bench` ([{path.name}](../benchmarks/results/{path.name})).
-{_first_table(result)}
-
-{_facts(result)}.
-"""
-
-
-def _first_table(result: dict[str, Any]) -> str:
-    lines = []
-    for batch, entries in result["batches"].items():
-        shape = ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in result["shape"].items())
-        lines += [f"\nb = {batch}, pool {round(int(batch) / result['keep'])}; {shape}\n"]
-        lines += ["| operation | median ms | 20-80 % | of a train step | predicted (FLOPs) |", "|---|---|---|---|---|"]
-        for name, entry in entries.items():
-            predicted = "" if entry["predicted_ratio"] is None else f"{entry['predicted_ratio']:.3f}"
-            spread = f"{entry['low_ms']:.0f}-{entry['high_ms']:.0f}"
-            lines.append(
-                f"| {name} | {entry['median_ms']:.0f} | {spread} | {entry['ratio_to_train_step']:.3f} | {predicted} |"
-            )
-    return "\n".join(lines)

@@ -1,7 +1,7 @@
 """The command line: ``earlysift check``, ``compare``, ``pretrain``, ``report`` and ``theory``.
 
 Exit codes: 0 done; 1 unexpected error, or the target of ``pretrain`` not reached; 2 bad input (one line says what was
-expected, what came, and the way out); 3 loss not finite; 130 stopped by Ctrl-C or SIGTERM, with a readable partial
+expected, what came, and the way out); 3 loss not finite; 4 disk full; 130 stopped by a signal, with a readable partial
 result.
 """
 
