@@ -26,7 +26,8 @@ ABOUT = """Scoring a pool of 2b beside a training step of b (labelled-tokens-onl
 the ratio that `costs.py` predicts. "Roof": the matrix products and attentions of scoring alone, made again without
 the model, its norms and activations. "Stock, hidden states": the model's own forward with `output_hidden_states`, and
 its head on all positions of one hidden state; it costs the same for every depth. "Stock / ours" and "dense exact /
-ours" are the times of that and of "exact loss, dense head" over ours. FLOP/s count what `costs.py` counts."""
+ours" are the times of that and of "exact loss, dense head" over ours. "Compiled": through `torch.compile(model)`.
+"N positions": no more labelled positions of a sample (`max_positions`). FLOP/s count what `costs.py` counts."""
 TABLES: dict[str, measuring.Columns] = {
     "rows": {
         "operation": ("operation", "{}"),
@@ -43,6 +44,7 @@ TABLES: dict[str, measuring.Columns] = {
 }
 # What torch's own FLOP counter counts; it does not know attention on a CPU.
 _PRODUCTS = {*flop_registry, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu}
+_OF_POSITIONS = 16  # one in so many is labelled where few are read
 STEP, STOCK, DENSE_EXACT = "train step", "stock, hidden states", "exact loss, dense head"
 
 
@@ -64,19 +66,29 @@ def measure(shape: Shape, dtype: str, rounds: int) -> dict[str, Any]:
     dense = partial(_dense_scores, model, anatomy, pool, **options)
     unlabelled = {**pool, "labels": torch.full_like(pool["labels"], losses.IGNORED_LABEL)}
     every_head = flops(dense=True) - measuring.flops(anatomy, unlabelled)  # on all positions
+    compiled: Any = torch.compile(model, dynamic=False)
+
+    exits_scored: dict[str, dict[str, Any]] = {f"depth {depth}": {"depth": depth} for depth in depths}
+    if shape.length is not None:
+        few = max(1, shape.length // _OF_POSITIONS)
+        exits_scored[f"depth 1, {few} positions"] = {"depth": 1, "max_positions": few}
     timed: dict[str, tuple[Callable[[], Any], float]] = {  # operation and its FLOPs
         STEP: (
             measuring.step(model, lambda: scorers.training_loss(model, rows), precision.train),
             3 * measuring.flops(anatomy, rows),
-        ),
-        **{
-            f"score, depth {depth}": (
-                partial(scorers.early_exit_loss, model, pool, depth=depth, **options),
-                flops(depth=depth),
-            )
-            for depth in depths
-        },
-        **{f"roof, depth {depth}": (roof(model, pool, depth, precision.score), flops(depth=depth)) for depth in depths},
+        )
+    }
+    roof_of = {}
+    for name, how in exits_scored.items():
+        count, lowest = flops(**how), f"roof, {name}"
+        timed[f"score, {name}"] = (partial(scorers.early_exit_loss, model, pool, **how, **options), count)
+        if how["depth"] == 1:
+            operation = partial(scorers.early_exit_loss, compiled, pool, **how, **options)
+            timed[f"score, {name}, compiled"] = (operation, count)
+            roof_of[f"score, {name}, compiled"] = lowest
+        timed[lowest] = (roof(model, pool, precision.score, **how), count)
+        roof_of[f"score, {name}"] = lowest
+    timed |= {
         "score, depth 1, dense head": (
             partial(dense, logits_of=partial(_exit_logits, anatomy, 1)),
             flops(depth=1, dense=True),
@@ -96,9 +108,8 @@ def measure(shape: Shape, dtype: str, rounds: int) -> dict[str, Any]:
             "predicted": count / timed[STEP][1],
             "gflops_per_s": count / spread["median_ms"] / 1e6,
         }
-        roofed = name.replace("score", "roof")
-        if roofed != name and roofed in times_ms:
-            row["to_roof"] = measuring.ratio(times_ms[name], times_ms[roofed])
+        if name in roof_of:
+            row["to_roof"] = measuring.ratio(times_ms[name], times_ms[roof_of[name]])
             row["stock_ratio"] = measuring.ratio(times_ms[STOCK], times_ms[name])
             row["dense_exact_ratio"] = measuring.ratio(times_ms[DENSE_EXACT], times_ms[name])
         results.append(row)
@@ -123,11 +134,11 @@ class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def roof(
-    model: nn.Module, pool: Mapping[str, Tensor], depth: int, dtype: torch.dtype | str | None
+    model: nn.Module, pool: Mapping[str, Tensor], dtype: torch.dtype | str | None, **how: Any
 ) -> Callable[[], None]:
-    """The products of scoring the whole pool at a depth, to be made again: no norms, no activations, no modules."""
+    """The products of scoring the whole pool at an exit, to be made again: no norms, no activations, no modules."""
     with Products() as products:
-        scorers.early_exit_loss(model, pool, depth=depth, dtype=dtype)
+        scorers.early_exit_loss(model, pool, dtype=dtype, **how)
 
     def again() -> None:
         with torch.no_grad():

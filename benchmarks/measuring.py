@@ -49,6 +49,7 @@ def about() -> dict[str, Any]:
         "date": date.today().isoformat(),
         "hardware": machine["accelerator"] or f"{machine['cpu']}, {machine['cores']} cores",
         "threads": machine["threads"],
+        "huge_pages": machine["huge_pages"],
         "versions": environment.versions(),
         "commit": environment.commit(),
     }
@@ -118,13 +119,21 @@ def ratio(times_ms: Sequence[float], base_ms: Sequence[float]) -> float:
     return statistics.median(time / base for time, base in zip(times_ms, base_ms, strict=True))
 
 
-def flops(anatomy: Anatomy, batch: Mapping[str, Tensor], *, depth: int | None = None, dense: bool = False) -> float:
+def flops(
+    anatomy: Anatomy,
+    batch: Mapping[str, Tensor],
+    *,
+    depth: int | None = None,
+    max_positions: int | None = None,
+    dense: bool = False,
+) -> float:
     """FLOPs of a forward pass; dense: with the head on every position, labelled or not."""
     if dense and anatomy.task != "sequence_classification":
         labels = batch["labels"]
         rows, length = labels.shape
         return costs.forward_flops(anatomy, rows=rows, length=length, labelled=labels.numel(), depth=depth)
-    return costs.batch_work(anatomy, batch, "pass", costs.flops_law(anatomy, depth))["pass_flops"]
+    law = costs.flops_law(anatomy, depth)
+    return costs.batch_work(anatomy, batch, "pass", law, max_positions=max_positions)["pass_flops"]
 
 
 def markdown(headings: Iterable[str], rows: Iterable[Sequence[str]]) -> str:

@@ -1,7 +1,8 @@
-"""The one entry to all benchmarks: ``python benchmarks/run.py step score select memory scale train [--smoke]``.
+"""The one entry to all benchmarks: ``python benchmarks/run.py NAME ... [--smoke]``.
 
 - step: our training step beside the model's own
 - score: scoring beside a training step, beside what others do, and beside its roof
+- positions: what a score loses, and saves, that reads only a few labelled positions of every sample
 - select: ranking, gathering and bookkeeping beside scoring; what makes the host wait
 - memory: peak memory of sifting and training beside a plain step
 - scale: how the overhead of scoring grows with depth, keep, pool, length, vocabulary, batch and processes
@@ -20,24 +21,27 @@ from pathlib import Path
 from typing import Any
 
 import bench_memory
+import bench_positions
 import bench_scale
 import bench_score
 import bench_select
 import bench_step
 import bench_train
 import measuring
+from earlysift import environment
 from earlysift.files import write_json
 from shapes import SHAPES
 
 BENCHMARKS: dict[str, tuple[Any, list[str]]] = {
     "step": (bench_step, list(SHAPES)),
     "score": (bench_score, list(SHAPES)),
+    "positions": (bench_positions, []),
     "select": (bench_select, list(SHAPES)),
     "memory": (bench_memory, list(SHAPES)),
     "scale": (bench_scale, ["bert-mini-128"]),
     "train": (bench_train, []),
 }
-"""Name to module and the shapes that are measured unless others are asked for; train has sizes of its own."""
+"""Name to module and the shapes that are measured unless others are asked for; positions and train have their own."""
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -58,6 +62,7 @@ def main() -> int:
     given = parser.parse_args()
     if given.smoke:
         given.rounds, given.size = 2, "smoke"
+    environment.use_huge_pages()  # as the command line does
     with tempfile.TemporaryDirectory() as scratch:
         folder = given.out or (Path(scratch) if given.smoke else RESULTS)
         folder.mkdir(parents=True, exist_ok=True)

@@ -51,4 +51,5 @@ def _measured_on(entries: dict[str, Any]) -> str:
 
 def _facts(result: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    return f"{result['hardware']}, {result['threads']} threads; {versions}; commit {result['commit']}"
+    pages = ", huge pages" if result.get("huge_pages") else ""
+    return f"{result['hardware']}, {result['threads']} threads{pages}; {versions}; commit {result['commit']}"

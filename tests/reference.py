@@ -21,9 +21,10 @@ def token_losses(
     causal: bool = False,
     reduction: Reduction = "mean",
     chunk_tokens: int = 1024,
+    max_positions: int | None = None,
 ) -> Tensor:
     """f_i = mean (or sum) over the labelled t of -log p_t[y_t]."""
-    return _over_positions(hidden, labels, head, _surprise, causal, reduction)
+    return _over_positions(hidden, labels, head, _surprise, causal, reduction, max_positions)
 
 
 def token_entropies(
@@ -34,9 +35,10 @@ def token_entropies(
     causal: bool = False,
     reduction: Reduction = "mean",
     chunk_tokens: int = 1024,
+    max_positions: int | None = None,
 ) -> Tensor:
     """g_i = mean (or sum) over the labelled t of -sum_v p_t[v] log p_t[v]."""
-    return _over_positions(hidden, labels, head, lambda z, y: _shannon(z), causal, reduction)
+    return _over_positions(hidden, labels, head, lambda z, y: _shannon(z), causal, reduction, max_positions)
 
 
 def class_losses(logits: Tensor, labels: Tensor, *, problem: Problem | None = None) -> Tensor:
@@ -108,20 +110,23 @@ def fidelity(scores: Tensor, exact: Tensor, kept: int) -> dict[str, float]:
     }
 
 
-def _over_positions(hidden, labels, head, measure, causal, reduction) -> Tensor:
+def _over_positions(hidden, labels, head, measure, causal, reduction, max_positions) -> Tensor:
     f = []
     for i in range(hidden.size(0)):
-        values = []
+        values = {}
         for t in range(hidden.size(1)):
             target = t + 1 if causal else t
             if target >= labels.size(1) or int(labels[i, target]) == -100:
                 continue
             z = head(hidden[i, t].unsqueeze(0))[0].double().tolist()
-            values.append(measure(z, int(labels[i, target])))
+            values[t] = measure(z, int(labels[i, target]))
         if not values:
             f.append(-math.inf)
-        else:
-            f.append(sum(values) / (len(values) if reduction == "mean" else 1))
+            continue
+        # Labels lie at t + 1 when causal, but places are counted from the first position that predicts.
+        read = sorted(values, key=lambda t: 648_055 * t % 2**20, reverse=True)[:max_positions]
+        mean = sum(values[t] for t in read) / len(read)
+        f.append(mean if reduction == "mean" else mean * len(values))
     return torch.tensor(f)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Generator, nn
 
 import models
-from earlysift import exits, scorers
+from earlysift import Sifter, exits, scorers
 from earlysift.exits import ExitHead, Family, check, find_anatomy, truncated
 from models import BUILDERS, LAYERS, WIDTH, build, logits_of, loss_of, row_of, sample_losses, shorter
 
@@ -267,6 +267,31 @@ def test_compiled_scoring_and_training_make_no_new_graphs_after_the_first_step(f
         assert check(compiled, depth=2, family=row, inputs=inputs_of(model)) == []
         assert len(graphs) == made[-1]  # the check compiles nothing
     assert made[1:] == [made[0]] * 3 != [0] * 3
+    torch.compiler.reset()
+
+
+def test_a_compiled_scorer_of_a_plain_model_compiles_each_depth_once_whatever_is_kept():
+    torch.compiler.reset()
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model = build("bert", "masked_lm")
+    pool = batch_of(model, rows=8)
+    compiled = torch.compile(model, backend=backend, dynamic=False)
+    made = []
+    for _ in range(2):
+        for depth in (1, 2):
+            for keep in (0.25, 0.5):
+                sifter = Sifter(compiled, depth=depth, keep=keep, chunk_rows=4, dtype=None, probe_every=0)
+                rows = sifter.sift(pool)
+                model(**rows).loss.backward()  # training stays uncompiled
+                made.append(len(graphs))
+    assert made[:2] == [made[0]] * 2
+    assert made[2:] == [made[2]] * 6
+    assert 0 < made[0] < made[2]
     torch.compiler.reset()
 
 

@@ -1,6 +1,7 @@
 """Per-sample losses and entropies: equal to their slow twins, independent of chunks and padding, small in memory."""
 
 import inspect
+import itertools
 import math
 
 import pytest
@@ -60,17 +61,53 @@ def test_every_public_twin_is_compared():
     assert {name for name in public if not name.startswith("_")} == set(TWINS)
 
 
+@pytest.mark.parametrize("max_positions", [None, 1, 3, 100])
 @pytest.mark.parametrize("chunk_tokens", [1, 3, 1024])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("name", ["token_losses", "token_entropies"])
-def test_token_functions_equal_their_twins(name, causal, reduction, chunk_tokens):
+def test_token_functions_equal_their_twins(name, causal, reduction, chunk_tokens, max_positions):
     hidden, labels = states_and_labels()
-    arguments = {"causal": causal, "reduction": reduction, "chunk_tokens": chunk_tokens}
+    arguments = {
+        "causal": causal,
+        "reduction": reduction,
+        "chunk_tokens": chunk_tokens,
+        "max_positions": max_positions,
+    }
     fast = getattr(losses, name)(hidden, labels, linear(), **arguments)
     assert fast.dtype == torch.float32
     assert fast.shape == (R,)
     close(fast, getattr(reference, name)(hidden, labels, linear(), **arguments), 2e-6 if reduction == "sum" else 1e-6)
+
+
+@pytest.mark.parametrize("most", [1, 4, 16, 64, 128])
+def test_few_positions_lie_spread_over_a_sample(most):
+    length = 512
+    labels = torch.zeros(1, length, dtype=torch.long)
+    states = torch.arange(length, dtype=torch.float32).reshape(1, length, 1)
+    read, _ = losses._thinned(states, labels, most)
+    places = [-1, *sorted(int(place) for place in read.flatten()), length]
+    gaps = [after - before for before, after in itertools.pairwise(places)]
+    assert len(set(places)) == most + 2
+    assert max(gaps) <= 3 * length / (most + 1)
+
+
+def test_as_many_positions_as_there_are_labels_are_all_of_them():
+    hidden, labels = states_and_labels(seed=2)
+    every = int((labels != -100).sum(dim=1).max())
+    close(
+        losses.token_losses(hidden, labels, linear(), max_positions=every),
+        losses.token_losses(hidden, labels, linear()),
+    )
+
+
+def test_no_more_than_the_positions_asked_for_pass_through_the_head():
+    hidden, labels = states_and_labels(share=1.0)
+    seen = []
+    head = linear()
+    head.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    losses.token_losses(hidden, labels, head, max_positions=2)
+    assert sum(seen) == 2 * R
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -279,6 +316,39 @@ def test_no_more_than_a_chunk_of_logits_ever_exists(name, causal):
     with LargestVocabularyTensor(V) as seen:
         getattr(losses, name)(hidden, labels, linear(), causal=causal, chunk_tokens=16)
     assert seen.rows == 16 < labelled
+
+
+class Operations(TorchDispatchMode):
+    """Names of the operations that ran, and the shapes of what they gave back."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        shapes = [leaf.shape for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+        self.seen.append((function.name(), shapes))
+        return output
+
+
+@pytest.mark.parametrize("name", ["token_losses", "token_entropies"])
+def test_few_positions_have_shapes_that_no_label_changes_and_ask_the_device_for_nothing(name):
+    seen = []
+    for seed in (0, 1):
+        hidden, labels = states_and_labels(seed, share=0.3 + 0.4 * seed)
+        with Operations() as operations:
+            getattr(losses, name)(hidden, labels, linear(), max_positions=4)
+        seen.append(operations.seen)
+    assert seen[0] == seen[1]
+    assert not {operation for operation, _ in seen[0]} & {"aten::nonzero", "aten::_local_scalar_dense"}
+
+
+@pytest.mark.parametrize("name", ["token_losses", "token_entropies"])
+def test_fewer_than_one_position_are_refused(name):
+    hidden, labels = states_and_labels()
+    with pytest.raises(ValueError, match="max_positions must be at least 1 or None, got 0"):
+        getattr(losses, name)(hidden, labels, linear(), max_positions=0)
 
 
 def test_only_labelled_positions_pass_through_the_head():

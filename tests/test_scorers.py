@@ -9,7 +9,7 @@ from torch import Generator, nn
 from transformers import BatchEncoding
 
 import models
-from earlysift import scorers
+from earlysift import exits, scorers
 from earlysift.exits import ExitHead, Family
 from models import BUILDERS, build, loss_of, row_of, sample_losses, shorter
 
@@ -141,6 +141,28 @@ def test_scores_do_not_depend_on_the_company_or_on_padding(family, task):
     filler = {"input_ids": models.PAD, "attention_mask": 0, "labels": -100}
     padded = {key: F.pad(value, (0, 5), value=filler[key]) if value.ndim == 2 else value for key, value in pool.items()}
     close(scorers.early_exit_loss(model, padded, depth=2, family=row_of(model), dtype=None), scores, 1e-5)
+
+
+@pytest.mark.parametrize("scorer", [scorers.early_exit_loss, scorers.early_exit_entropy, scorers.exact_loss])
+@pytest.mark.parametrize(("family", "task"), FEW)
+def test_trimmed_chunks_of_like_length_give_the_same_scores_from_fewer_positions(family, task, scorer):
+    model = build(family, task)
+    pool = pool_for(model)
+    lengths = torch.tensor([12, 3, 12, 5, 4, 11, 5])
+    padding = torch.arange(12) >= lengths[:, None]
+    pool["attention_mask"] = (~padding).long()
+    pool["input_ids"] = pool["input_ids"].masked_fill(padding, models.PAD)
+    if pool["labels"].ndim == 2:
+        pool["labels"] = pool["labels"].masked_fill(padding, -100)
+    before = {name: rows.clone() for name, rows in pool.items()}
+    shapes = []
+    first = exits.find_anatomy(model, row_of(model)).layers[0]
+    handle = first.register_forward_pre_hook(lambda module, inputs: shapes.append(tuple(inputs[0].shape[:2])))
+    options = {"family": row_of(model), "dtype": None, "chunk_rows": 3}
+    close(scorer(model, pool, trim=True, **options), scorer(model, pool, **options), 1e-5)
+    handle.remove()
+    assert shapes == [(3, 5), (3, 12), (1, 12), (3, 12), (3, 12), (1, 12)]
+    assert all(torch.equal(pool[name], rows) for name, rows in before.items())
 
 
 @pytest.mark.parametrize(("family", "task"), ALL)

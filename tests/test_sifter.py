@@ -13,9 +13,11 @@ from torch import Generator, nn
 
 import earlysift
 import models
-from earlysift import ExitHead, Family, Ledger, Sifter, anneal, constant, controller, scorers, selectors, warmup
+from earlysift import ExitHead, Family, Ledger, Sifter, anneal, constant, controller, costs, scorers, selectors, warmup
 from earlysift.controller import Control
+from earlysift.exits import find_anatomy
 from earlysift.fidelity import fidelity
+from earlysift.losses import labelled_positions
 from earlysift.selectors import Selection, greedy, percentile, proportional
 from models import LAYERS, WIDTH, build, loss_of, row_of
 from processes import on_ranks
@@ -211,6 +213,23 @@ def test_scores_in_chunks_of_any_size_pick_alike(seed):
     pools = pools_for(model, 2, rows=12, seed=seed)
     chosen = [picks(sifter_of(model, chunk_rows=rows), pools) for rows in (None, 1, 5, 100)]
     assert chosen == [chosen[0]] * 4
+
+
+@pytest.mark.parametrize(("family", "task"), [("bert", "masked_lm"), ("llama", "causal_lm")])
+def test_few_positions_pick_by_a_cheaper_score_and_the_ledger_says_so(family, task):
+    model = build(family, task)
+    (pool,) = pools_for(model, 1)
+    pool["labels"] = torch.where(pool["labels"] == -100, 5, pool["labels"])  # all of them
+    sifters = {most: sifter_of(model, max_positions=most, probe_every=0, ledger=Ledger()) for most in (None, 2)}
+    flops = {}
+    for most, sifter in sifters.items():
+        sifter.sift(pool)
+        scores = scorers.early_exit_loss(model, pool, max_positions=most, chunk_rows=4, dtype=None)
+        assert sorted(sifter.selection.indices.tolist()) == sorted(scores.topk(4).indices.tolist())
+        flops[most] = sifter.ledger.end()["scored_flops"]
+    positions = labelled_positions(pool["labels"], causal=task == "causal_lm").size(1)
+    head = costs.flops_law(find_anatomy(model), 1).head
+    assert flops[None] - flops[2] == pytest.approx(2 * head * 8 * (positions - 2))
 
 
 # Schedules
@@ -492,6 +511,7 @@ OTHERWISE = {
     "select": {"select": percentile},
     "schedule": {"schedule": warmup(50)},
     "reduction": {"reduction": "sum"},
+    "max_positions": {"max_positions": 1},
     "drop_outliers": {"drop_outliers": 0.1},
     "probe_every": {"probe_every": 7},
     "trim": {"trim": True},
@@ -790,6 +810,8 @@ def test_misspelt_options_are_refused():
         Sifter(model, family=row, reduction="average")
     with pytest.raises(ValueError, match="bf16"):
         Sifter(model, family=row, dtype="bf16")
+    with pytest.raises(ValueError, match="max_positions must be at least 1 or None, got 0"):
+        Sifter(model, family=row, max_positions=0)
 
 
 # The exit head

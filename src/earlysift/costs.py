@@ -83,7 +83,9 @@ def forward_flops(anatomy: Anatomy, *, rows: int, length: int, labelled: int, de
     return flops_law(anatomy, depth).flops(rows=rows, length=length, labelled=labelled)
 
 
-def batch_work(anatomy: Anatomy, batch: Any, name: str, law: FlopsLaw, *, passes: int = 1) -> dict[str, float]:
+def batch_work(
+    anatomy: Anatomy, batch: Any, name: str, law: FlopsLaw, *, passes: int = 1, max_positions: int | None = None
+) -> dict[str, float]:
     """Positions and FLOPs of running a labelled batch, as entries for the ledger.
 
     Args:
@@ -92,6 +94,7 @@ def batch_work(anatomy: Anatomy, batch: Any, name: str, law: FlopsLaw, *, passes
         name: What is done with it: the entries are ``{name}_tokens`` and ``{name}_flops``.
         law: The model's, to the depth that runs.
         passes: Forward passes that the work amounts to: 1 for scoring, 3 for training.
+        max_positions: As in `earlysift.losses.token_losses`; with it that many positions pass through the head.
     """
     inputs, labels = pools.inputs_and_labels(batch)
     rows = len(labels)
@@ -99,7 +102,9 @@ def batch_work(anatomy: Anatomy, batch: Any, name: str, law: FlopsLaw, *, passes
         length, labelled = _positions(anatomy, inputs), rows
     else:
         length = labels.size(1)
-        labelled = int(losses.labelled_positions(labels, causal=anatomy.task == "causal_lm").sum())
+        labelled_at = losses.labelled_positions(labels, causal=anatomy.task == "causal_lm")
+        read = None if max_positions is None else rows * min(max_positions, labelled_at.size(1))
+        labelled = int(labelled_at.sum()) if read is None else read
     flops = law.flops(rows=rows, length=length, labelled=labelled)
     return {f"{name}_tokens": rows * length, f"{name}_flops": passes * flops}
 

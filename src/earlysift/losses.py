@@ -21,6 +21,7 @@ from torch import Tensor
 
 IGNORED_LABEL = -100
 UNLABELLED = -torch.inf
+_SPREAD_OVER, _FAR_APART = 1 << 20, 648_055  # positions that a sample may have; the odd number next to 0.618 times that
 
 Head = Callable[[Tensor], Tensor]
 Reduction = Literal["mean", "sum"]
@@ -35,6 +36,7 @@ def token_losses(
     causal: bool = False,
     reduction: Reduction = "mean",
     chunk_tokens: int = 1024,
+    max_positions: int | None = None,
 ) -> Tensor:
     r"""Cross entropy of every sample over its labelled positions.
 
@@ -50,6 +52,9 @@ def token_losses(
         causal: Whether position t predicts label t + 1.
         reduction: Mean or sum over the labelled positions of a sample.
         chunk_tokens: Positions that pass through the head at once; bounds memory at ``chunk_tokens * V`` floats.
+        max_positions: Labelled positions of a sample that are read at most, spread over its length (the same places
+            in every sample, where all are labelled); a sum is scaled up. None reads all. With it the number of
+            positions is known beforehand: shapes are fixed, and no accelerator is waited for.
 
     Returns:
         float32 ``(R,)``; ``-inf`` for samples without a labelled position.
@@ -64,7 +69,7 @@ def token_losses(
         >>> token_losses(hidden, labels, head)
         tensor([2.3026,   -inf], grad_fn=<WhereBackward0>)
     """
-    return _reduce_tokens(hidden, labels, head, _cross_entropy, causal, reduction, chunk_tokens)
+    return _reduce_tokens(hidden, labels, head, _cross_entropy, causal, reduction, chunk_tokens, max_positions)
 
 
 def token_entropies(
@@ -75,6 +80,7 @@ def token_entropies(
     causal: bool = False,
     reduction: Reduction = "mean",
     chunk_tokens: int = 1024,
+    max_positions: int | None = None,
 ) -> Tensor:
     r"""Entropy of the predicted distribution of every sample over its labelled positions, in nats.
 
@@ -89,7 +95,7 @@ def token_entropies(
         ...     token_entropies(torch.zeros(1, 3, 4), torch.tensor([[1, -100, 2]]), head)
         tensor([2.3026])
     """
-    return _reduce_tokens(hidden, labels, head, _entropy, causal, reduction, chunk_tokens)
+    return _reduce_tokens(hidden, labels, head, _entropy, causal, reduction, chunk_tokens, max_positions)
 
 
 def class_losses(logits: Tensor, labels: Tensor, *, problem: Problem | None = None) -> Tensor:
@@ -191,6 +197,7 @@ def _reduce_tokens(
     causal: bool,
     reduction: Reduction,
     chunk_tokens: int,
+    max_positions: int | None,
 ) -> Tensor:
     if hidden.ndim != 3 or labels.shape != hidden.shape[:2]:
         raise ValueError(
@@ -199,22 +206,54 @@ def _reduce_tokens(
         )
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be mean or sum, got {reduction!r}.")
+    if max_positions is not None and max_positions < 1:
+        raise ValueError(f"max_positions must be at least 1 or None, got {max_positions}.")
     if causal:
         hidden, labels = hidden[:, :-1], labels[:, 1:]
-    labelled = labels != IGNORED_LABEL
+    counts = read = (labels != IGNORED_LABEL).sum(dim=1)
+    if max_positions is None:
+        per_position = _labelled_only(hidden, labels, head, measure, chunk_tokens)
+    else:
+        hidden, labels = _thinned(hidden, labels, max_positions)
+        labelled = labels != IGNORED_LABEL
+        read = labelled.sum(dim=1)
+        values = _in_chunks(hidden.flatten(0, 1), labels.flatten(), head, measure, chunk_tokens)
+        per_position = torch.where(labelled, values.view(labels.shape), 0.0)
+    total = per_position.sum(dim=1)
+    reduced = total / read.clamp(min=1) if reduction == "mean" else total * (counts / read.clamp(min=1))
+    return torch.where(counts == 0, UNLABELLED, reduced)
+
+
+def _labelled_only(
+    hidden: Tensor, labels: Tensor, head: Head, measure: Callable[[Tensor, Tensor], Tensor], chunk_tokens: int
+) -> Tensor:
+    """A value per position, ``(R, T)``; 0 where there is no label."""
     states, targets = hidden.flatten(0, 1), labels.flatten()
-    places = labelled.flatten().nonzero().squeeze(1)  # an accelerator is waited for here, once
+    places = (targets != IGNORED_LABEL).nonzero().squeeze(1)  # an accelerator is waited for here, once
     if len(places) < len(targets):  # else, as in causal language modelling, there is nothing to leave out
         states, targets = states.index_select(0, places), targets.index_select(0, places)
-    values = torch.cat([measure(head(h).float(), y) for h, y in _chunks(states, targets, chunk_tokens)])
+    values = _in_chunks(states, targets, head, measure, chunk_tokens)
     # A copy to distinct places and a sum along rows: the result depends neither on the chunk size nor, as atomic
     # adds would on a GPU, on the order in which threads arrive.
     per_position = torch.zeros(labels.numel(), dtype=torch.float32, device=hidden.device)
-    per_position = per_position.index_copy(0, places, values)
-    counts = labelled.sum(dim=1)
-    total = per_position.view(labels.shape).sum(dim=1)
-    reduced = total / counts.clamp(min=1) if reduction == "mean" else total
-    return torch.where(counts == 0, UNLABELLED, reduced)
+    return per_position.index_copy(0, places, values).view(labels.shape)
+
+
+def _thinned(hidden: Tensor, labels: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """States ``(R, K, D)`` and labels ``(R, K)`` of K = min(most, T) positions of every sample, labelled ones first."""
+    length = labels.size(1)
+    # Odd multiples modulo a power of two are a permutation whose first members lie far apart, whatever their number.
+    spread = torch.arange(length, device=labels.device) * _FAR_APART % _SPREAD_OVER
+    keys = spread + _SPREAD_OVER * (labels != IGNORED_LABEL)
+    places = keys.topk(min(most, length), dim=1, sorted=False).indices
+    states = hidden.gather(1, places.unsqueeze(2).expand(-1, -1, hidden.size(2)))
+    return states, labels.gather(1, places)
+
+
+def _in_chunks(
+    states: Tensor, labels: Tensor, head: Head, measure: Callable[[Tensor, Tensor], Tensor], size: int
+) -> Tensor:
+    return torch.cat([measure(head(h).float(), y) for h, y in _chunks(states, labels, size)])
 
 
 def _chunks(states: Tensor, labels: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:

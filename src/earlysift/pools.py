@@ -119,6 +119,18 @@ def length(inputs: Any) -> int:
     return next((tensor.size(1) for _, tensor in _tensors(inputs) if tensor.ndim > 1), 1)
 
 
+def by_length(pool: Any) -> Tensor | None:
+    """The candidates in the order of their length by ``attention_mask``, ``(R,)``; None for a pool without one.
+
+    Example:
+        >>> import torch
+        >>> by_length({"attention_mask": torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0]])})
+        tensor([1, 2, 0])
+    """
+    mask = pool.get("attention_mask") if isinstance(pool, Mapping) else None
+    return mask.sum(dim=1).argsort(stable=True) if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
 def trim_padding(batch: Any) -> Any:
     """Cut the positions that ``attention_mask`` marks as padding in every row, at the end or the start.
 

@@ -40,6 +40,7 @@ def probe(
     family: Family | None = None,
     exit_head: nn.Module | None = None,
     reduction: Reduction = "mean",
+    max_positions: int | None = None,
     chunk_rows: int | None = None,
     dtype: torch.dtype | str | None = scorers.AUTO_DTYPE,
 ) -> Probe:
@@ -59,6 +60,7 @@ def probe(
         family: A row for a model that `earlysift.exits.FAMILIES` does not know; its head must be named.
         exit_head: Module behind the exits, if any.
         reduction: Mean or sum over the labelled positions of a sample.
+        max_positions: Labelled positions of a sample that the exits read at most; the exact losses read all.
         chunk_rows: Candidates that run at once; None runs the whole pool.
         dtype: Autocast dtype, see `earlysift.scorers.early_exit_loss`.
 
@@ -102,7 +104,7 @@ def probe(
                 for depth in depths:
                     with exits.replayed(anatomy, outputs[:depth], exit_head=exit_head):
                         at_exit = exits.call(model, inputs)
-                    scores[depth].append(_per_sample(anatomy, head, at_exit, labels, signal, reduction))
+                    scores[depth].append(_per_sample(anatomy, head, at_exit, labels, signal, reduction, max_positions))
             per_sample, gradient = _losses_and_gradients(anatomy, head, states, labels, reduction)
             exact.append(per_sample)
             gradients.append(gradient)
@@ -127,13 +129,20 @@ def with_head(anatomy: Anatomy) -> Anatomy:
 
 
 def _per_sample(
-    anatomy: Anatomy, head: Head, states: Tensor, labels: Tensor, signal: Signal, reduction: Reduction
+    anatomy: Anatomy,
+    head: Head,
+    states: Tensor,
+    labels: Tensor,
+    signal: Signal,
+    reduction: Reduction,
+    max_positions: int | None,
 ) -> Tensor:
     if anatomy.task == "sequence_classification":
         per_class = losses.class_losses if signal == "loss" else losses.class_entropies
         return per_class(head(states), labels, problem=scorers.problem_of(anatomy))
     per_token = losses.token_losses if signal == "loss" else losses.token_entropies
-    return per_token(states, labels, head, causal=anatomy.task == "causal_lm", reduction=reduction)
+    causal = anatomy.task == "causal_lm"
+    return per_token(states, labels, head, causal=causal, reduction=reduction, max_positions=max_positions)
 
 
 def _losses_and_gradients(
@@ -141,7 +150,7 @@ def _losses_and_gradients(
 ) -> tuple[Tensor, Tensor]:
     with torch.enable_grad():
         entering = states.detach().requires_grad_()
-        per_sample = _per_sample(anatomy, head, entering, labels, "loss", reduction)
+        per_sample = _per_sample(anatomy, head, entering, labels, "loss", reduction, None)
         finite = torch.isfinite(per_sample)
         (delta,) = torch.autograd.grad(torch.where(finite, per_sample, 0.0).sum(), entering)
     rows = len(labels)

@@ -30,7 +30,9 @@ def early_exit_loss(
     family: Family | None = None,
     exit_head: nn.Module | None = None,
     reduction: Reduction = "mean",
+    max_positions: int | None = None,
     chunk_rows: int | None = None,
+    trim: bool = False,
     dtype: torch.dtype | str | None = AUTO_DTYPE,
 ) -> Tensor:
     """Loss of every candidate at the exit after ``depth`` layers: loss-based SIFT.
@@ -42,7 +44,9 @@ def early_exit_loss(
         family: A row for a model that `earlysift.exits.FAMILIES` does not know.
         exit_head: Module behind the exit, if any.
         reduction: Mean or sum over the labelled positions of a sample.
+        max_positions: Labelled positions of a sample that are read at most, see `earlysift.losses.token_losses`.
         chunk_rows: Candidates that run at once; bounds memory. None runs the whole pool at once.
+        trim: Whether candidates of like length run together, without the padding that none of them needs.
         dtype: Autocast dtype while scoring; ``"auto"`` is bfloat16 where the hardware computes in it, None leaves
             autocast as it is.
 
@@ -69,7 +73,9 @@ def early_exit_loss(
         family=family,
         exit_head=exit_head,
         reduction=reduction,
+        max_positions=max_positions,
         chunk_rows=chunk_rows,
+        trim=trim,
         dtype=dtype,
     )
 
@@ -82,7 +88,9 @@ def early_exit_entropy(
     family: Family | None = None,
     exit_head: nn.Module | None = None,
     reduction: Reduction = "mean",
+    max_positions: int | None = None,
     chunk_rows: int | None = None,
+    trim: bool = False,
     dtype: torch.dtype | str | None = AUTO_DTYPE,
 ) -> Tensor:
     """Entropy of every candidate's prediction at the exit after ``depth`` layers: entropy-based SIFT.
@@ -101,7 +109,9 @@ def early_exit_entropy(
         family=family,
         exit_head=exit_head,
         reduction=reduction,
+        max_positions=max_positions,
         chunk_rows=chunk_rows,
+        trim=trim,
         dtype=dtype,
     )
 
@@ -113,6 +123,7 @@ def exact_loss(
     family: Family | None = None,
     reduction: Reduction = "mean",
     chunk_rows: int | None = None,
+    trim: bool = False,
     dtype: torch.dtype | str | None = AUTO_DTYPE,
 ) -> Tensor:
     """Loss of every candidate under the full model: what early exit approximates, at full forward cost.
@@ -128,7 +139,9 @@ def exact_loss(
         family=family,
         exit_head=None,
         reduction=reduction,
+        max_positions=None,
         chunk_rows=chunk_rows,
+        trim=trim,
         dtype=dtype,
     )
 
@@ -271,12 +284,17 @@ def _scores(
     family: Family | None,
     exit_head: nn.Module | None,
     reduction: Reduction,
+    max_positions: int | None,
     chunk_rows: int | None,
+    trim: bool,
     dtype: torch.dtype | str | None,
 ) -> Tensor:
     anatomy = exits.find_anatomy(model, family)
     size = pools.pool_size(pool)
     rows = chunk_rows or size
+    order = pools.by_length(pool) if trim else None
+    if order is not None:
+        pool = pools.take(pool, order)
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(precision(anatomy, dtype))
@@ -285,15 +303,25 @@ def _scores(
         stack.enter_context(exits.scoring_mode(model))  # of the short model: walking the other layers takes time
         scores = []
         for start in range(0, size, rows):
-            inputs, labels = pools.inputs_and_labels(pools.take(pool, slice(start, start + rows)))
+            chunk = pools.take(pool, slice(start, start + rows))
+            inputs, labels = pools.inputs_and_labels(chunk if order is None else pools.trim_padding(chunk))
             if anatomy.task == "sequence_classification":
                 scores.append(per_class(exits.call(model, inputs), labels, problem=problem_of(anatomy)))
                 continue
             with exits.headless(anatomy):
                 hidden = exits.call(model, inputs)
-            causal = anatomy.task == "causal_lm"
-            scores.append(per_token(hidden, labels, exits.head_of(anatomy), causal=causal, reduction=reduction))
-        return torch.cat(scores)
+            scores.append(
+                per_token(
+                    hidden,
+                    labels,
+                    exits.head_of(anatomy),
+                    causal=anatomy.task == "causal_lm",
+                    reduction=reduction,
+                    max_positions=max_positions,
+                )
+            )
+        found = torch.cat(scores)
+        return found if order is None else torch.empty_like(found).index_copy(0, order, found)
 
 
 def precision(anatomy: Anatomy, dtype: torch.dtype | str | None) -> AbstractContextManager[Any]:

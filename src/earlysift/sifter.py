@@ -59,9 +59,13 @@ class Sifter:
             and keep are always among the candidates.
         family: A row for a model that `earlysift.exits.FAMILIES` does not know.
         reduction: Mean or sum over a sample's labelled positions.
+        max_positions: Labelled positions of a sample that an early exit reads at most, spread over its length: a
+            cheaper and noisier score. Worth it where labels are many (causal language models); shapes are then fixed,
+            and no accelerator is waited for. None reads all.
         drop_outliers: Share of the largest finite scores taken out of candidacy, in [0, 1).
         probe_every: Steps between fidelity probes (one exact scoring of a pool, charged as ``probe``); 0 never probes.
-        trim: Whether to cut padding that no kept row needs; shapes then vary.
+        trim: Whether to cut padding that no kept row needs, and, in scoring, that none of the candidates needs which
+            are scored together: those of like length. Shapes then vary, and an accelerator is waited for.
         scope: With several ranks, ``"local"`` selects b of the R candidates of every rank, ``"global"`` the best of all
             ranks' candidates together: scores are gathered and chosen rows exchanged, so that every rank still trains
             on b rows. Pools then need the same shapes on all ranks, and `selection` counts through all of them.
@@ -105,6 +109,7 @@ class Sifter:
         control: Control | None = None,
         family: Family | None = None,
         reduction: Reduction = "mean",
+        max_positions: int | None = None,
         drop_outliers: float = 0.0,
         probe_every: int = 100,
         trim: bool = False,
@@ -130,6 +135,8 @@ class Sifter:
             )
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction must be mean or sum, got {reduction!r}.")
+        if max_positions is not None and max_positions < 1:
+            raise ValueError(f"max_positions must be at least 1 or None, got {max_positions}.")
         if dtype is not None and dtype != scorers.AUTO_DTYPE and not isinstance(dtype, torch.dtype):
             raise ValueError(f"dtype must be a torch.dtype, 'auto' or None, got {dtype!r}.")
         if isinstance(score, str) and score not in _SCORES:
@@ -161,6 +168,7 @@ class Sifter:
         self.mode = mode
         self.family = family
         self.reduction = reduction
+        self.max_positions = max_positions
         self.drop_outliers = drop_outliers
         self.probe_every = probe_every
         self.trim = trim
@@ -331,7 +339,15 @@ class Sifter:
         control = self._control or self._candidates(Control())
         options = self._scoring_options(kept)
         signal: Literal["loss", "entropy"] = "entropy" if self.score == "entropy" else "loss"
-        seen = probes.probe(self.model, pool, depths=control.depths, signal=signal, exit_head=self.exit_head, **options)
+        seen = probes.probe(
+            self.model,
+            pool,
+            depths=control.depths,
+            signal=signal,
+            exit_head=self.exit_head,
+            max_positions=self.max_positions,
+            **options,
+        )
         return controller.record(seen, kept, control)
 
     def exit_loss(self, batch: Any) -> Tensor:
@@ -412,6 +428,7 @@ class Sifter:
             "mode": self.mode,
             "control": self._control and json.loads(json.dumps(dataclasses.asdict(self._control))),
             "reduction": self.reduction,
+            "max_positions": self.max_positions,
             "drop_outliers": self.drop_outliers,
             "probe_every": self.probe_every,
             "trim": self.trim,
@@ -492,7 +509,9 @@ class Sifter:
             "train": costs.batch_work(anatomy, batch, "train", self._flops(None), passes=3)["train_flops"],
             "probe": costs.batch_work(anatomy, pool, "probe", self._flops(None))["probe_flops"],
             **{
-                f"score_{depth}": costs.batch_work(anatomy, pool, "score", self._flops(depth))["score_flops"]
+                f"score_{depth}": costs.batch_work(
+                    anatomy, pool, "score", self._flops(depth), max_positions=self.max_positions
+                )["score_flops"]
                 for depth in control.depths
             },
         }
@@ -550,10 +569,17 @@ class Sifter:
         if self.score == "exact":
             return self._exact_scorer(kept)
         exit_score = scorers.early_exit_loss if self.score == "loss" else scorers.early_exit_entropy
-        return partial(exit_score, depth=depth, exit_head=self.exit_head, **self._scoring_options(kept))
+        return partial(
+            exit_score,
+            depth=depth,
+            exit_head=self.exit_head,
+            max_positions=self.max_positions,
+            trim=self.trim,
+            **self._scoring_options(kept),
+        )
 
     def _exact_scorer(self, kept: int) -> Scorer:
-        return partial(scorers.exact_loss, **self._scoring_options(kept))
+        return partial(scorers.exact_loss, trim=self.trim, **self._scoring_options(kept))
 
     def _scoring_options(self, kept: int) -> dict[str, Any]:
         return {
@@ -627,9 +653,11 @@ class Sifter:
         if self._anatomy is not None and pools.has_labels(batch):
             self.ledger.note(**costs.batch_work(self._anatomy, batch, "trained", self._flops(None), passes=3))
             if news.get("scored") and not callable(self.score):  # what a scorer of one's own costs is unknown
-                depth = None if self.score == "exact" else news["depth"]
+                depth, most = (None, None) if self.score == "exact" else (news["depth"], self.max_positions)
                 scored = pools.take(pool, slice(0, news["scored"])) if news["scored"] < size else pool
-                self.ledger.note(**costs.batch_work(self._anatomy, scored, "scored", self._flops(depth)))
+                self.ledger.note(
+                    **costs.batch_work(self._anatomy, scored, "scored", self._flops(depth), max_positions=most)
+                )
             if "rank_correlation" in news:
                 self.ledger.note(**costs.batch_work(self._anatomy, pool, "probed", self._flops(None)))
         if math.isfinite(news.get("rank_correlation", math.nan)):

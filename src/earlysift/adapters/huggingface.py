@@ -53,6 +53,7 @@ class SiftConfig:
     control: Control | None = None
     family: Family | None = None
     reduction: Reduction = "mean"
+    max_positions: int | None = None
     drop_outliers: float = 0.0
     probe_every: int = 100
     trim: bool = False

@@ -287,7 +287,8 @@ def _trainer(
     about: dict[str, Any],
     signals: list[int],
 ) -> Pretrainer:
-    options = {"keep": settings.keep, "depth": settings.depth, "seed": settings.seed} | ARMS[settings.arm]
+    given = {name: getattr(settings, name) for name in ("keep", "depth", "max_positions", "seed")}
+    options = given | ARMS[settings.arm]
     pool = round(settings.batch / options["keep"])
     if settings.stream:
         stream: Stream | PassingStream = PassingStream(

@@ -42,6 +42,9 @@ class PretrainSettings:
     """What is trained on: uniform (all), sift (by the exit's loss), sift-entropy, exact (full model's loss), auto."""
     depth: int = 1
     """Layers that run for an early-exit score."""
+    max_positions: int | None = None
+    """Labelled tokens of a sample that an early-exit score reads at most; without it all. Fewer make it cheaper, which
+    matters where all tokens are labelled (causal models)."""
     keep: float = 0.5
     """Share of the candidates that is trained on, but for the arm uniform."""
     batch: int = 32
@@ -97,6 +100,10 @@ class PretrainSettings:
             (self.arm not in ARMS, f"Unknown arm {self.arm!r}; known are {', '.join(ARMS)}."),
             *((True, f"{name} must be at least 1, got {value}.") for name, value in few.items()),
             (not 0 < self.keep <= 1, f"keep must be in (0, 1], got {self.keep}."),
+            (
+                self.max_positions is not None and self.max_positions < 1,
+                f"max_positions must be at least 1, got {self.max_positions}.",
+            ),
             (self.workers < 0, f"workers must be at least 0, got {self.workers}."),
             (not self.learning_rate > 0, f"learning_rate must be more than 0, got {self.learning_rate}."),
             (not 0 <= self.warmup < 1, f"warmup must be a share in [0, 1), got {self.warmup}."),
