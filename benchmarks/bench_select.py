@@ -120,7 +120,7 @@ class Waits(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if given.get("generator") is not None:
             self._drawn[result.data_ptr()] = result
         tensors = [value for value in (*args, result) if isinstance(value, Tensor)]
-        if any(self.is_here(tensor) for tensor in tensors) and _waits(func, args, tensors):
+        if any(self.is_here(tensor) for tensor in tensors) and _waits(func, args, given, tensors):
             self.note(func.name())
         return result
 
@@ -156,13 +156,14 @@ class Lists(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _waits(func: Any, args: tuple[Any, ...], tensors: list[Tensor]) -> bool:
+def _waits(func: Any, args: tuple[Any, ...], given: dict[str, Any], tensors: list[Tensor]) -> bool:
     packet = func.name().partition(".")[0]
     if packet in _INDEXING:
         return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
     if packet in ("aten::_to_copy", "aten::copy_"):
         devices = {tensor.device.type for tensor in tensors}
-        return "cpu" in devices and len(devices) > 1
+        behind = given.get("non_blocking") or args[2:] == (True,)  # in its turn, while the host goes on
+        return "cpu" in devices and len(devices) > 1 and not behind
     return func.name() in _WAITING
 
 

@@ -190,7 +190,8 @@ class Pretrainer(SiftTrainerMixin, Trainer):  # type: ignore[misc]
         try:
             batch = super()._selected(pool)
         except Unusable:
-            # The other processes may have selected: the step goes on, to end on all of them before the update.
+            # The other processes may have selected: the step goes on, to end on all of them before the update. On an
+            # accelerator the refusal is of the step before, which ended there by itself if its loss was not finite.
             self._losses.append(torch.tensor(math.nan, device=self.args.device))
             return pools.take(self._prepare_inputs(pool), slice(0, self._train_batch_size))
         ids = batch["input_ids"].cpu().contiguous().numpy()
