@@ -1444,6 +1444,7 @@ def test_scores_that_come_late_are_refused_by_the_next_call_which_names_their_st
         sifter.sift(usable)
     assert values(sifter.state_dict()) == before
     assert picks(sifter, [usable]) == expected  # refused once
+    sifter.judge()
     sifter.sift(label_less)
     with pytest.raises(ValueError, match=r"None of the 8 candidates at step 3 has a labelled position"):
         sifter.sift(usable)
@@ -1468,6 +1469,20 @@ def test_a_warning_of_scores_that_come_late_is_given_once_and_points_to_the_loop
         warnings.simplefilter("error")
         sifter.sift(pool)
     assert sifter.stats()["sift/non_finite"] == 3
+
+
+def test_a_loop_may_ask_for_the_refusal_before_it_updates(late):
+    model, _ = classifier()
+    broken = features()
+    broken[0][2:] = NAN
+    late()
+    sifter = sifter_of(model)
+    sifter.sift(broken)
+    with pytest.raises(Unusable, match=r"got 2 of 8 at step 0"):
+        sifter.judge()
+    sifter.sift(features())
+    sifter.judge()
+    assert (sifter.step, sifter.stats()["sift/non_finite"]) == (2, 6)
 
 
 @pytest.mark.parametrize("kind", ["probe", "exit head"])

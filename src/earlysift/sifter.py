@@ -244,8 +244,8 @@ class Sifter:
         Raises:
             ValueError: If the pool is malformed, too small, without labels, or without enough finite scores. The
                 sifter's state is then unchanged. An accelerator is not waited for: scores on it are refused, or warned
-                of, by the next call, which names their step and hands out nothing; going on sifts its pool. Steps that
-                wait anyway (probes, an exit_optimizer, global scope) refuse at once.
+                of, by the next call (or `judge`), which names their step and hands out nothing; going on sifts its
+                pool. Steps that wait anyway (probes, an exit_optimizer, global scope) refuse at once.
         """
         size = pools.pool_size(pool)
         kept = size if self.keep == 1 else self._kept or max(1, round(self.keep * size))
@@ -257,10 +257,7 @@ class Sifter:
         self.ledger.begin(self._step)
         if self._left_ms is not None:
             self._outside_ms.append(self.ledger.now_ms() - self._left_ms)
-        if self._unjudged is not None:
-            late, before = self._unjudged, self._counts
-            self._counts, self._unjudged = self._counted(), None  # judged once; the step was taken and counts
-            _refuse_unusable(late._replace(counts=pending.arrived(late.counts)), before, at=f" at step {late.step}")
+        self.judge()
         if self.keep == 1:
             device = next(self.model.parameters()).device
             everything = Selection(torch.arange(size, device=device), torch.ones(size, device=device))
@@ -342,6 +339,19 @@ class Sifter:
         self._commit(pool, batch, selection, news)
         self._unjudged = unjudged
         return batch
+
+    def judge(self) -> None:
+        """Refuse, or warn of, the latest pool's scores if they were on an accelerator, which `sift` did not wait for.
+
+        The next call of `sift` does it otherwise. Loops that wait before they update can call it there.
+
+        Raises:
+            ValueError: As `sift`, once; the step was taken and counts.
+        """
+        if self._unjudged is not None:
+            seen, before = self._unjudged, self._counts
+            self._counts, self._unjudged = self._counted(), None
+            _refuse_unusable(seen._replace(counts=pending.arrived(seen.counts)), before, late=True)
 
     def probe(self, pool: Any) -> dict[str, float]:
         """One probe outside of any step, as auto mode makes them: see `earlysift.controller.record`.
@@ -650,14 +660,16 @@ def _without_loss(scores: Tensor) -> dict[str, Any]:
     return {"unlabelled": pending.number(unlabelled.sum()), "non_finite": pending.number(broken.sum())}
 
 
-def _refuse_unusable(seen: _Seen, before: Mapping[str, int], at: str = "") -> None:
+def _refuse_unusable(seen: _Seen, before: Mapping[str, int], *, late: bool = False) -> None:
     """Refuse scores that no batch can be chosen by, and warn of those that say that something is wrong.
 
     Args:
         seen: What was scored.
         before: Counts of the steps before: what was warned of is not warned of again.
-        at: Where to look, if not at the pool that came just now.
+        late: Whether other pools may have come since.
     """
+    at = f" at step {seen.step}" if late else ""
+    level = 4 if late else 3  # the line that called sift
     unlabelled, broken = seen.counts["unlabelled"], seen.counts["non_finite"]
     if unlabelled == seen.size:
         raise ValueError(
@@ -673,13 +685,13 @@ def _refuse_unusable(seen: _Seen, before: Mapping[str, int], at: str = "") -> No
         warnings.warn(
             f"{broken} of {seen.size} scores are nan or inf at step {seen.step}; such candidates are never selected. "
             "Sifter.stats() goes on counting them.",
-            stacklevel=3,
+            stacklevel=level,
         )
     if seen.size - broken - unlabelled < seen.kept and not before["unlabelled"]:
         warnings.warn(
             f"Only {seen.size - broken - unlabelled} of {seen.size} candidates have a labelled position, fewer than "
             f"the {seen.kept} kept, at step {seen.step}; the batch is filled up with unlabelled ones.",
-            stacklevel=3,
+            stacklevel=level,
         )
 
 
