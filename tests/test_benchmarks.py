@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from earlysift import costs, exits, pools, scorers
+from earlysift import Sifter, costs, exits, pending, pools, scorers
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 SHAPES = ["bert-mini-128", "gpt2-small-512", "vit-small-224"]  # one of each task
@@ -159,6 +159,40 @@ def test_waits_are_what_the_host_asks_of_the_device(modules):
     for (operation, *_), count in waits.found.items():
         counts[operation] = counts.get(operation, 0) + count
     assert counts == {"aten::_local_scalar_dense": 2, "aten::index.Tensor": 1, "tolist": 1}
+
+
+def test_copies_between_devices_wait_unless_they_are_told_not_to(modules):
+    bench = modules("bench_select")
+    values, elsewhere = torch.arange(4.0), torch.empty(4, device="meta")
+    with bench.Waits(elsewhere.device) as waits:
+        values.to("meta")
+        elsewhere.copy_(values)
+    assert sorted(operation for operation, *_ in waits.found) == ["aten::_to_copy", "aten::copy_"]
+    with bench.Waits(elsewhere.device) as waits:
+        values.to("meta", non_blocking=True)
+        elsewhere.copy_(values, non_blocking=True)
+    assert not waits.found
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_sifting_makes_the_host_wait_for_nothing_but_the_places_of_labels(modules, monkeypatch, name):
+    shapes, bench = modules("shapes"), modules("bench_select")
+    shape = shapes.tiny(shapes.SHAPES[name])
+    model = shapes.build(shape)
+    pool = shapes.pool(model, shape, 8, torch.device("cpu"))
+    sifter = Sifter(model, keep=0.5, probe_every=0, dtype=None)
+    sifter.sift(pool)  # which takes the model's layers one by one, once
+    monkeypatch.setattr(pending, "_AT_ONCE", set())  # as on an accelerator
+
+    def lines():
+        with bench.Waits(torch.device("cpu")) as waits, bench.Lists(waits):
+            sifter.sift(pool)
+        asked = {place for _, _, place in waits.found}
+        return {line.partition(":")[0] for line in asked if not line.startswith("transformers")}
+
+    left = set() if name == "vit-small-224" else {"earlysift/losses.py"}
+    assert lines() <= left
+    assert lines() <= left | {"earlysift/pending.py"}  # what the step before left is read
 
 
 def test_waits_name_the_line_of_ours(modules):

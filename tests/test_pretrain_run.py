@@ -15,12 +15,15 @@ import pytest
 import torch
 
 import earlysift
+import ranked
+from earlysift import pending
 from earlysift.checkup import BUILT_IN, build_model
 from earlysift.files import write_json
 from earlysift.pretrain import checkpoints, run
 from earlysift.pretrain.settings import ARMS, PretrainSettings
+from earlysift.pretrain.trainer import NotFinite, Pretrainer
 from earlysift.report.page import write_report
-from faults import DISK_FULL
+from faults import DISK_FULL, faulty
 from pretraining import (
     EVERY,
     KILLED_RANK,
@@ -269,6 +272,16 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_the_last_good_checkpoint(arm,
     assert all(value.isfinite().all() for value in weights(out, 1))
     assert not json.loads((out / "results.json").read_text())["complete"]
     assert (out / "report.html").is_file()
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_broken_scores_end_the_run_before_the_update_even_if_they_come_late(accumulated, tmp_path, monkeypatch):
+    monkeypatch.setattr(pending, "_AT_ONCE", set())  # as on an accelerator
+    options = {"max_steps": 5, "gradient_accumulation_steps": accumulated, "max_grad_norm": 1.0}
+    trainer = ranked.built(faulty(Pretrainer, "score", "nan", 3), tmp_path, **options)
+    with pytest.raises(NotFinite, match="at step 3 the loss is nan"):
+        trainer.train()
+    assert all(torch.equal(held, trainer.before[name]) for name, held in trainer.model.state_dict().items())
 
 
 def test_a_full_disk_ends_the_run_at_the_checkpoint_before_from_which_it_goes_on(start, uncut, tmp_path):

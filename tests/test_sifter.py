@@ -13,12 +13,26 @@ from torch import Generator, nn
 
 import earlysift
 import models
-from earlysift import ExitHead, Family, Ledger, Sifter, anneal, constant, controller, costs, scorers, selectors, warmup
+from earlysift import (
+    ExitHead,
+    Family,
+    Ledger,
+    Sifter,
+    anneal,
+    constant,
+    controller,
+    costs,
+    pending,
+    scorers,
+    selectors,
+    warmup,
+)
 from earlysift.controller import Control
 from earlysift.exits import find_anatomy
 from earlysift.fidelity import fidelity
 from earlysift.losses import labelled_positions
 from earlysift.selectors import Selection, greedy, percentile, proportional
+from earlysift.sifter import Unusable
 from models import LAYERS, WIDTH, build, loss_of, row_of
 from processes import on_ranks
 
@@ -1376,6 +1390,152 @@ def test_weights_and_batch_are_on_the_device_of_the_pool():
             assert {tensor.device for tensor in batch} == {pool[0].device}
             assert sifter.weights.device == pool[0].device, (select, intensity)
             scorers.training_loss(model, batch, family=row_of(model), weights=sifter.weights).backward()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("options", [{}, {"score": "entropy"}, {"schedule": constant(0.5)}, {"keep": 1.0}])
+def test_steps_of_a_classifier_make_the_host_wait_for_nothing_on_a_gpu(options, tmp_path):
+    model = build("plain", "sequence_classification").cuda()
+    optimizer = torch.optim.AdamW(model.parameters())
+    pools = [tuple(tensor.cuda() for tensor in features(seed=seed)) for seed in range(8)]
+    sifter = sifter_of(model, ledger=Ledger(tmp_path / "steps.jsonl"), **options)
+
+    def train(pool):
+        scorers.training_loss(model, sifter.sift(pool), family=row_of(model)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for pool in pools[:3]:
+        train(pool)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for pool in pools[3:]:
+            train(pool)
+        sifter.ledger.end()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    rows = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(8))
+    assert all(isinstance(row["trained_flops"], float) for row in rows)
+    assert all(row["non_finite"] == row["unlabelled"] == 0 for row in rows if "scored" in row)
+
+
+@pytest.fixture
+def late(monkeypatch):
+    """From its call on it is as on an accelerator: no number is there before somebody reads it."""
+    return lambda: monkeypatch.setattr(pending, "_AT_ONCE", set())
+
+
+@pytest.mark.parametrize("task", ["masked_lm", "causal_lm", "sequence_classification"])
+@pytest.mark.parametrize("options", [{}, {"probe_every": 2}, {"schedule": constant(0.5)}, {"mode": "auto"}], ids=",".join)
+def test_picks_rows_and_counts_are_the_same_whenever_their_numbers_come(task, options, late, tmp_path):
+    model = build("bert" if task != "causal_lm" else "gpt2", task)
+    pools = pools_for(model, 4)
+    for pool in pools[1:3]:
+        pool["labels"][:6] = -100
+
+    def run(name):
+        sifter = sifter_of(model, ledger=Ledger(tmp_path / name), **options)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            chosen = picks(sifter, pools)
+        stats, state = sifter.stats(), values(sifter.state_dict())
+        sifter.ledger.end()
+        rows = [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+        times = [numbers.pop(name) for numbers in (*rows, stats) for name in list(numbers) if name.endswith("_ms")]
+        assert len(times) > len(rows)
+        return chosen, rows, stats, state, [str(warning.message) for warning in caught]
+
+    at_once = run("at once")
+    late()
+    assert run("late") == at_once
+
+
+def test_scores_that_come_late_are_refused_by_the_next_call_which_names_their_step(late):
+    model, _ = classifier()
+    usable, broken, label_less = features(), features(seed=1), features(seed=2)
+    broken[0][2:] = NAN
+    label_less[1][:] = -100
+    expected = picks(sifter_of(model), [usable])
+    late()
+    sifter = sifter_of(model)
+    assert picks(sifter, [usable]) == expected
+    assert len(sifter.sift(broken)[1]) == 4  # handed out, as nobody has looked yet
+    assert sifter.stats()["sift/non_finite"] == 6  # which refuses nothing
+    before = values(sifter.state_dict())
+    with pytest.raises(Unusable, match=r"at least 4 candidates with a finite score, got 2 of 8 at step 1: 6 are nan"):
+        sifter.sift(usable)
+    assert values(sifter.state_dict()) == before
+    assert picks(sifter, [usable]) == expected  # refused once
+    sifter.judge()
+    sifter.sift(label_less)
+    with pytest.raises(ValueError, match=r"None of the 8 candidates at step 3 has a labelled position"):
+        sifter.sift(usable)
+    assert sifter.step == 4
+    assert sifter.stats()["sift/unlabelled"] == 8
+
+
+def test_a_warning_of_scores_that_come_late_is_given_once_and_points_to_the_loop(late):
+    model, _ = classifier()
+    pool = features()
+    pool[0][0] = INF
+    late()
+    sifter = sifter_of(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sifter.sift(pool)
+        sifter.stats()
+    with pytest.warns(UserWarning, match=r"1 of 8 scores are nan or inf at step 0") as caught:
+        sifter.sift(pool)
+    assert [warning.filename for warning in caught] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sifter.sift(pool)
+    assert sifter.stats()["sift/non_finite"] == 3
+
+
+def test_a_loop_may_ask_for_the_refusal_before_it_updates(late):
+    model, _ = classifier()
+    broken = features()
+    broken[0][2:] = NAN
+    late()
+    sifter = sifter_of(model)
+    sifter.sift(broken)
+    with pytest.raises(Unusable, match=r"got 2 of 8 at step 0"):
+        sifter.judge()
+    sifter.sift(features())
+    sifter.judge()
+    assert (sifter.step, sifter.stats()["sift/non_finite"]) == (2, 6)
+
+
+@pytest.mark.parametrize("kind", ["probe", "exit head"])
+def test_steps_that_wait_anyway_refuse_at_once(kind, late):
+    model, _ = classifier()
+    broken = features()
+    broken[0][2:] = NAN
+    options = {"probe_every": 1}
+    if kind == "exit head":
+        head = ExitHead(WIDTH)
+        options = {"exit_head": head, "exit_optimizer": torch.optim.SGD(head.parameters(), lr=0.1)}
+    late()
+    sifter = sifter_of(model, **options)
+    before = values(sifter.state_dict())
+    with pytest.raises(Unusable, match=r"got 2 of 8 at step 0"):
+        sifter.sift(broken)
+    assert values(sifter.state_dict()) == before
+
+
+def test_a_loaded_state_is_not_judged_by_what_came_before_it(late):
+    model, _ = classifier()
+    broken = features()
+    broken[0][2:] = NAN
+    late()
+    sifter = sifter_of(model)
+    state = sifter.state_dict()
+    sifter.sift(broken)
+    sifter.load_state_dict(state)
+    sifter.sift(features())
+    assert sifter.stats()["sift/non_finite"] == 0
 
 
 def test_no_warning_is_given_without_a_reason():

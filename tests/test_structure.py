@@ -21,6 +21,7 @@ FLOORS = {
     "files": 0,
     "seeds": 0,
     "settings": 0,
+    "pending": 0,
     "scaling": 0,
     "scorers": 1,
     "costs": 1,

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from earlysift import losses, pools
+from earlysift import losses, pending, pools
 from earlysift.exits import Anatomy
+from earlysift.pending import Pending
 
 # Where a matrix of these names runs, as it differs from what its place in the model tells (see `_outer_weights`).
 _BEFORE_POOLING = ("score",)  # decoders classify every position, then pick the last one
@@ -86,7 +87,7 @@ def forward_flops(anatomy: Anatomy, *, rows: int, length: int, labelled: int, de
 def batch_work(
     anatomy: Anatomy, batch: Any, name: str, law: FlopsLaw, *, passes: int = 1, max_positions: int | None = None
 ) -> dict[str, float]:
-    """Positions and FLOPs of running a labelled batch, as entries for the ledger.
+    """Positions and FLOPs of running a labelled batch; waits for an accelerator that has to count its labels.
 
     Args:
         anatomy: Where layers and head are.
@@ -96,17 +97,30 @@ def batch_work(
         passes: Forward passes that the work amounts to: 1 for scoring, 3 for training.
         max_positions: As in `earlysift.losses.token_losses`; with it that many positions pass through the head.
     """
+    return pending.arrived(pending_work(anatomy, batch, name, law, passes=passes, max_positions=max_positions))
+
+
+def pending_work(
+    anatomy: Anatomy, batch: Any, name: str, law: FlopsLaw, *, passes: int = 1, max_positions: int | None = None
+) -> dict[str, float | Pending]:
+    """What `batch_work` returns, as entries for the ledger that wait for nothing."""
     inputs, labels = pools.inputs_and_labels(batch)
     rows = len(labels)
-    if anatomy.task == "sequence_classification":
-        length, labelled = _positions(anatomy, inputs), rows
+    classified = anatomy.task == "sequence_classification"
+    length = _positions(anatomy, inputs) if classified else labels.size(1)
+
+    def flops(labelled: int) -> float:
+        return passes * law.flops(rows=rows, length=length, labelled=labelled)
+
+    if classified:
+        work: float | Pending = flops(rows)
     else:
-        length = labels.size(1)
-        labelled_at = losses.labelled_positions(labels, causal=anatomy.task == "causal_lm")
-        read = None if max_positions is None else rows * min(max_positions, labelled_at.size(1))
-        labelled = int(labelled_at.sum()) if read is None else read
-    flops = law.flops(rows=rows, length=length, labelled=labelled)
-    return {f"{name}_tokens": rows * length, f"{name}_flops": passes * flops}
+        labelled = losses.labelled_positions(labels, causal=anatomy.task == "causal_lm")
+        if max_positions is None:
+            work = pending.number(labelled.sum(), flops)
+        else:
+            work = flops(rows * min(max_positions, labelled.size(1)))
+    return {f"{name}_tokens": rows * length, f"{name}_flops": work}
 
 
 def relative_cost(forward_share: float, score_share: float, keep: float) -> float:

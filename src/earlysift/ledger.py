@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from earlysift import pending
+
 _KEPT_TIMES = 10_000
 
 
@@ -60,7 +62,7 @@ class Ledger:
             self._began_ms = self.now_ms()
 
     def note(self, **values: Any) -> None:
-        """Put values into the open row."""
+        """Put values into the open row; those that are `earlysift.pending.Pending` are read when it ends."""
         self._row.update(values)
 
     @contextmanager
@@ -75,7 +77,7 @@ class Ledger:
 
     def end(self) -> dict[str, Any]:
         """Write the open row, if any, and return it; ``step_ms`` is the time since it was opened."""
-        row, self._row = self._row, {}
+        row, self._row = pending.arrived(self._row), {}
         if row:
             row["step_ms"] = self.now_ms() - self._began_ms
         if row and self._path is not None:

@@ -162,7 +162,7 @@ def percentile(scores: Tensor, kept: int, generator: Generator, *, beta: float =
     ranks = torch.empty_like(order).scatter_(0, order, torch.arange(len(scores), device=scores.device).flip(0))
     log_odds = beta * torch.log((ranks + 1).double() / len(scores))
     uniform = torch.rand(len(scores), generator=generator, device=generator.device, dtype=torch.float64)
-    gumbel = -torch.log(-torch.log(uniform.clamp(1e-300, 1 - 1e-16))).to(scores.device)
+    gumbel = -torch.log(-torch.log(uniform.clamp(1e-300, 1 - 1e-16))).to(scores.device, non_blocking=True)
     keys = torch.where(torch.isfinite(scores), log_odds + gumbel, scores.double())
     return _unweighted(ranking(keys)[:kept])
 

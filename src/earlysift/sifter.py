@@ -10,17 +10,18 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from functools import partial
 from statistics import median
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
 
-from earlysift import controller, costs, exits, losses, pools, probes, ranks, schedules, scorers, selectors
+from earlysift import controller, costs, exits, losses, pending, pools, probes, ranks, schedules, scorers, selectors
 from earlysift.controller import Control
 from earlysift.exits import Anatomy, ExitHead, Family
 from earlysift.fidelity import fidelity
 from earlysift.ledger import Ledger
 from earlysift.losses import Reduction
+from earlysift.pending import Pending
 from earlysift.schedules import Schedule
 from earlysift.scorers import Scorer
 from earlysift.seeds import seeded
@@ -36,6 +37,15 @@ _SCHEDULE_SAMPLES = (0, 1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)
 
 class Unusable(ValueError):
     """Too few of a pool's scores are finite, so that nothing can be selected by them."""
+
+
+class _Seen(NamedTuple):
+    """The scores of a step: how many there are, how many to keep, and how many are ``unlabelled``, ``non_finite``."""
+
+    step: int
+    size: int
+    kept: int
+    counts: dict[str, Any]
 
 
 class Sifter:
@@ -190,6 +200,7 @@ class Sifter:
         self._step = 0
         self._kept = kept
         self._counts = dict.fromkeys(("candidates", "scored", "trained", "unlabelled", "non_finite"), 0)
+        self._unjudged: _Seen | None = None  # scores of the step before that an accelerator has yet to count
         self._fidelity: dict[str, float] = {}
         self._breakdown = False
         self._control = self._candidates(control or Control()) if mode == "auto" else None
@@ -240,7 +251,9 @@ class Sifter:
 
         Raises:
             ValueError: If the pool is malformed, too small, without labels, or without enough finite scores. The
-                sifter's state is then unchanged.
+                sifter's state is then unchanged. An accelerator is not waited for: scores on it are refused, or warned
+                of, by the next call (or `judge`), which names their step and hands out nothing; going on sifts its
+                pool. Steps that wait anyway (probes, an exit_optimizer, global scope) refuse at once.
         """
         size = pools.pool_size(pool)
         kept = size if self.keep == 1 else self._kept or max(1, round(self.keep * size))
@@ -252,6 +265,7 @@ class Sifter:
         self.ledger.begin(self._step)
         if self._left_ms is not None:
             self._outside_ms.append(self.ledger.now_ms() - self._left_ms)
+        self.judge()
         if self.keep == 1:
             device = next(self.model.parameters()).device
             everything = Selection(torch.arange(size, device=device), torch.ones(size, device=device))
@@ -276,7 +290,7 @@ class Sifter:
             if choice is not None:
                 select, depth, candidates = _RULES[choice.rule], choice.depth, min(size, round(kept / choice.keep))
         probes_now = self._probes_on(pool)
-        scores = None
+        scores = unjudged = None
         if (selects or probes_now) and self.score != "uniform":
             considered = pool if candidates == size else pools.take(pool, slice(0, candidates))
             scores = self._scores(considered, kept, depth)
@@ -284,10 +298,18 @@ class Sifter:
             if selects and self.scope == "global" and ranks.world() > 1:
                 with self.ledger.timed("gather"):
                     everyone = ranks.gather(scores, considered)
-            unlabelled, broken = self._refuse_unusable(everyone.scores, kept * len(everyone.sizes))
-            if len(everyone.sizes) > 1:  # the ledger counts what this rank saw
-                unlabelled, broken = _without_loss(scores)
-            news |= {"scored": candidates, "depth": depth, "unlabelled": unlabelled, "non_finite": broken}
+            several = len(everyone.sizes) > 1
+            counts = _without_loss(everyone.scores)
+            if probes_now or several or self.exit_optimizer is not None:
+                counts = pending.arrived(counts)  # such a step waits anyway
+            seen = _Seen(self._step, len(everyone.scores), kept * len(everyone.sizes), counts)
+            if any(isinstance(count, Pending) for count in counts.values()):
+                unjudged = seen
+            else:
+                _refuse_unusable(seen, self._counts)
+            if several:  # the ledger counts what this rank saw
+                counts = pending.arrived(_without_loss(scores))
+            news |= {"scored": candidates, "depth": depth, **counts}
         batch = None
         if selects and scores is not None:
             total = kept * len(everyone.sizes)
@@ -306,7 +328,8 @@ class Sifter:
             device = next(self.model.parameters()).device
             # In auto mode the first b, which is as uniform as the pool is shuffled: see `wanted`.
             offered = kept if self.mode == "auto" else size
-            selection = Selection(*(t.to(device) for t in selectors.uniform_subset(offered, kept, generator)))
+            chosen = selectors.uniform_subset(offered, kept, generator)
+            selection = Selection(*(t.to(device, non_blocking=True) for t in chosen))
         if probes_now and scores is not None:
             news |= self._probe(pool, scores, kept)
             self._warn_of_breakdown(news)
@@ -322,7 +345,21 @@ class Sifter:
         self._kept = kept
         self._steering = steering
         self._commit(pool, batch, selection, news)
+        self._unjudged = unjudged
         return batch
+
+    def judge(self) -> None:
+        """Refuse, or warn of, the latest pool's scores if they were on an accelerator, which `sift` did not wait for.
+
+        The next call of `sift` does it otherwise. Loops that wait before they update can call it there.
+
+        Raises:
+            ValueError: As `sift`, once; the step was taken and counts.
+        """
+        if self._unjudged is not None:
+            seen, before = self._unjudged, self._counts
+            self._counts, self._unjudged = self._counted(), None
+            _refuse_unusable(seen._replace(counts=pending.arrived(seen.counts)), before, late=True)
 
     def probe(self, pool: Any) -> dict[str, float]:
         """One probe outside of any step, as auto mode makes them: see `earlysift.controller.record`.
@@ -366,7 +403,7 @@ class Sifter:
     def stats(self) -> dict[str, float]:
         """Numbers for a logger: counts so far, the latest fidelity probe, and median times in ms."""
         times_ms = {f"sift/{name}_ms": value for name, value in self.ledger.medians_ms().items()}
-        counts = {f"sift/{name}": float(value) for name, value in self._counts.items()}
+        counts = {f"sift/{name}": float(value) for name, value in self._counted().items()}
         fidelity = {f"sift/{name}": value for name, value in self._fidelity.items()}
         return {"sift/step": float(self._step), **counts, **fidelity, **times_ms}
 
@@ -377,7 +414,7 @@ class Sifter:
             "config": self._config(),
             "step": self._step,
             "kept": self._kept,
-            "counts": dict(self._counts),
+            "counts": self._counted(),
             "fidelity": dict(self._fidelity),
             "steering": self._steering and controller.to_json(self._steering),
             "weights_read": self._weights_read,
@@ -413,9 +450,15 @@ class Sifter:
         self._step = state["step"]
         self._kept = state["kept"]
         self._counts = dict(state["counts"])
+        self._unjudged = None
         self._fidelity = dict(state["fidelity"])
         self._steering = state["steering"] and controller.from_json(state["steering"])
         self._weights_read = state["weights_read"]
+
+    def _counted(self) -> dict[str, int]:
+        """Counts of all steps so far; waits for those of the last one."""
+        late = {} if self._unjudged is None else pending.arrived(self._unjudged.counts)
+        return {name: count + late.get(name, 0) for name, count in self._counts.items()}
 
     def _config(self) -> dict[str, Any]:
         # Functions have no value to save: a schedule is known by samples, a callable by its name.
@@ -612,54 +655,23 @@ class Sifter:
         self.exit_optimizer.step()
         self.exit_optimizer.zero_grad()
 
-    def _refuse_unusable(self, scores: Tensor, kept: int) -> tuple[int, int]:
-        """Refuse scores that no batch can be chosen by, and warn of those that say that something is wrong.
-
-        Returns:
-            How many scores are unlabelled, and how many broken.
-        """
-        size = len(scores)
-        unlabelled, broken = _without_loss(scores)
-        if unlabelled == size:
-            raise ValueError(
-                f"None of the {size} candidates has a labelled position (all labels are {losses.IGNORED_LABEL}). "
-                "Check the collator: training on this pool would give a loss of nan."
-            )
-        if size - broken < kept:
-            raise Unusable(
-                f"Expected at least {kept} candidates with a finite score, got {size - broken} of {size} at step "
-                f"{self._step}: {broken} are nan or inf. Look for nan in the inputs, or for weights that have diverged."
-            )
-        if broken and not self._counts["non_finite"]:
-            warnings.warn(
-                f"{broken} of {size} scores are nan or inf at step {self._step}; such candidates are never selected. "
-                "Sifter.stats() goes on counting them.",
-                stacklevel=3,
-            )
-        if size - broken - unlabelled < kept and not self._counts["unlabelled"]:
-            warnings.warn(
-                f"Only {size - broken - unlabelled} of {size} candidates have a labelled position, fewer than the "
-                f"{kept} kept, at step {self._step}; the batch is filled up with unlabelled ones.",
-                stacklevel=3,
-            )
-        return unlabelled, broken
-
     def _commit(self, pool: Any, batch: Any, selection: Selection, news: dict[str, Any]) -> None:
         size = pools.pool_size(pool)
         news = {"candidates": size, "trained": len(selection.indices), **news}
         for name in self._counts:
-            self._counts[name] += int(news.get(name, 0))
+            if not isinstance(count := news.get(name, 0), Pending):  # else counted when it has come
+                self._counts[name] += int(count)
         self.ledger.note(**news)
         if self._anatomy is not None and pools.has_labels(batch):
-            self.ledger.note(**costs.batch_work(self._anatomy, batch, "trained", self._flops(None), passes=3))
+            self.ledger.note(**costs.pending_work(self._anatomy, batch, "trained", self._flops(None), passes=3))
             if news.get("scored") and not callable(self.score):  # what a scorer of one's own costs is unknown
                 depth, most = (None, None) if self.score == "exact" else (news["depth"], self.max_positions)
                 scored = pools.take(pool, slice(0, news["scored"])) if news["scored"] < size else pool
                 self.ledger.note(
-                    **costs.batch_work(self._anatomy, scored, "scored", self._flops(depth), max_positions=most)
+                    **costs.pending_work(self._anatomy, scored, "scored", self._flops(depth), max_positions=most)
                 )
             if "rank_correlation" in news:
-                self.ledger.note(**costs.batch_work(self._anatomy, pool, "probed", self._flops(None)))
+                self.ledger.note(**costs.pending_work(self._anatomy, pool, "probed", self._flops(None)))
         if math.isfinite(news.get("rank_correlation", math.nan)):
             self._fidelity = {name: news[name] for name in ("rank_correlation", "overlap", "gain") if name in news}
         if event := news.get("event"):
@@ -669,11 +681,46 @@ class Sifter:
         self._left_ms = self.ledger.now_ms()
 
 
-def _without_loss(scores: Tensor) -> tuple[int, int]:
-    """How many scores are unlabelled, and how many broken."""
+def _without_loss(scores: Tensor) -> dict[str, Any]:
+    """How many scores are unlabelled, and how many broken; pending on an accelerator."""
     unlabelled = scores == losses.UNLABELLED
-    counts = torch.stack([unlabelled.sum(), (~(torch.isfinite(scores) | unlabelled)).sum()]).tolist()
-    return counts[0], counts[1]
+    broken = ~(torch.isfinite(scores) | unlabelled)
+    return {"unlabelled": pending.number(unlabelled.sum()), "non_finite": pending.number(broken.sum())}
+
+
+def _refuse_unusable(seen: _Seen, before: Mapping[str, int], *, late: bool = False) -> None:
+    """Refuse scores that no batch can be chosen by, and warn of those that say that something is wrong.
+
+    Args:
+        seen: What was scored.
+        before: Counts of the steps before: what was warned of is not warned of again.
+        late: Whether other pools may have come since.
+    """
+    at = f" at step {seen.step}" if late else ""
+    level = 4 if late else 3  # the line that called sift
+    unlabelled, broken = seen.counts["unlabelled"], seen.counts["non_finite"]
+    if unlabelled == seen.size:
+        raise ValueError(
+            f"None of the {seen.size} candidates{at} has a labelled position (all labels are {losses.IGNORED_LABEL}). "
+            "Check the collator: training on this pool would give a loss of nan."
+        )
+    if seen.size - broken < seen.kept:
+        raise Unusable(
+            f"Expected at least {seen.kept} candidates with a finite score, got {seen.size - broken} of {seen.size} at "
+            f"step {seen.step}: {broken} are nan or inf. Look for nan in the inputs, or for weights that have diverged."
+        )
+    if broken and not before["non_finite"]:
+        warnings.warn(
+            f"{broken} of {seen.size} scores are nan or inf at step {seen.step}; such candidates are never selected. "
+            "Sifter.stats() goes on counting them.",
+            stacklevel=level,
+        )
+    if seen.size - broken - unlabelled < seen.kept and not before["unlabelled"]:
+        warnings.warn(
+            f"Only {seen.size - broken - unlabelled} of {seen.size} candidates have a labelled position, fewer than "
+            f"the {seen.kept} kept, at step {seen.step}; the batch is filled up with unlabelled ones.",
+            stacklevel=level,
+        )
 
 
 def _words(choice: controller.Choice | None) -> str:

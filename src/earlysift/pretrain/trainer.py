@@ -176,6 +176,10 @@ class Pretrainer(SiftTrainerMixin, Trainer):  # type: ignore[misc]
         # The last thing before the weights change. The gradient is the same on all processes, and the loss is made so:
         # one that stopped alone would leave the others waiting.
         norm = super()._clip_grad_norm(model)
+        try:
+            self.sifter.judge()  # the last micro-batch on an accelerator: here it is waited for anyway
+        except Unusable:
+            self._losses.append(torch.tensor(math.nan, device=self.args.device))
         loss, length = torch.stack([torch.stack(self._losses).sum(), torch.as_tensor(norm)]).tolist()
         self._losses.clear()
         mean = ranks.mean({"loss": loss}, self.args.device)["loss"]
