@@ -5,6 +5,7 @@ Started by torchrun, this file measures one point on several processes (see `_la
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -22,8 +23,9 @@ from torch import distributed, nn
 
 import measuring
 import shapes
-from earlysift import Sifter, costs, exits, pools, scorers
+from earlysift import Sifter, costs, exits, pools, scaling, scorers
 from earlysift.files import write_json
+from earlysift.scaling import Link
 from shapes import Shape
 
 TITLE = "Overhead of scoring as one thing changes"
@@ -31,7 +33,8 @@ ABOUT = """Overhead is the time of `Sifter.sift` over that of a training step of
 around the base point; "keep" changes b within the same pool, "pool" the pool for the same b, "processes" (one thread
 each where they share a CPU, DistributedDataParallel, gloo or NCCL) the ranks, scope and all. Predicted is C1,
 `relative_cost(f, p, keep) - 1`: f, the share of a forward pass in a step, is measured once, at the base point (a full
-forward pass of scoring, `exact_loss`, and a step), and p is a ratio of FLOPs."""
+forward pass of scoring, `exact_loss`, and a step), and p is a ratio of FLOPs. On several processes it is
+`scaling.overhead`, by the times of one process and the measured link between them."""
 TABLES: dict[str, measuring.Columns] = {
     "rows": {
         "varied": ("varied", "{}"),
@@ -43,6 +46,10 @@ TABLES: dict[str, measuring.Columns] = {
         "error_percent": ("error, %", "{:+.1f}"),
     }
 }
+
+
+_SMALL_BYTES, _LARGE_BYTES = 16, 1 << 24  # of a rank, gathered to measure the link between ranks
+_LINK_ROUNDS = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,17 +75,23 @@ def measure(shape: Shape, dtype: str, rounds: int) -> dict[str, Any]:
     """Overhead, measured and predicted, at every point."""
     base = Point(shape, round(shape.batch / measuring.KEEP), dtype, rounds)
     forward_share = _times(base, calibrate=True)["forward_share"]
-    rows = []
+    rows: list[dict[str, Any]] = []
+    alone: dict[str, float] = {}  # one process, as the points of several are launched
     for varied, value, point in track(_points(base), description="scale"):
         seen = _launched(point) if point.processes else _times(point)
-        predicted = costs.relative_cost(forward_share, seen["score_share"], point.shape.batch / point.pool) - 1
+        if point.processes == 1:
+            alone = seen
+        if point.processes > 1:
+            predicted = _foretold(point, alone, Link(seen["gb_per_s"], seen["latency_us"]))
+        else:
+            predicted = costs.relative_cost(forward_share, seen["score_share"], point.shape.batch / point.pool) - 1
         rows.append(
             {
                 "varied": varied,
                 "value": value,
                 "predicted": predicted,
                 "error_percent": 100 * (predicted / seen["overhead"] - 1),
-                **{name: seen[name] for name in ("step_ms", "sift_ms", "overhead")},
+                **seen,
             }
         )
     return {"forward_share": forward_share, "rows": rows}
@@ -121,6 +134,29 @@ def _points(base: Point) -> list[tuple[str, str, Point]]:
             for scope in ("local", "global")
         ]
     return points
+
+
+def _foretold(point: Point, alone: dict[str, float], link: Link) -> float:
+    """Overhead on several processes, by the times of one and what connects them."""
+    model = _built(point)
+    pool = shapes.pool(model, point.shape, point.pool, torch.device("cpu"))
+    told = scaling.selection_ms(
+        ranks=point.processes,
+        link=link,
+        kept=point.shape.batch,
+        keep=point.shape.batch / point.pool,
+        scope=point.scope,  # type: ignore[arg-type]
+        row_bytes=sum(values.nbytes for values in pool.values()) / point.pool,
+        tensors=len(pool),
+    )
+    return scaling.overhead(
+        step_ms=alone["step_ms"],
+        score_ms=alone["sift_ms"],
+        communication_ms=sum(told.values()),
+        gradient_bytes=sum(weight.nbytes for weight in model.parameters()),
+        ranks=point.processes,
+        link=link,
+    )
 
 
 def _built(point: Point) -> nn.Module:
@@ -187,6 +223,25 @@ def _launched(point: Point) -> dict[str, float]:
         return found
 
 
+def _link(point: Point) -> Link:
+    """What connects the processes: `scaling.all_gather_ms`, solved for latency and bandwidth by two measurements."""
+    ranks, place = point.processes, measuring.device()
+
+    def gathering(own_bytes: int) -> Callable[[], None]:
+        own = torch.zeros(own_bytes, dtype=torch.uint8, device=place)
+        everyone = own.new_empty(ranks * own_bytes)
+        return lambda: distributed.all_gather_into_tensor(everyone, own)
+
+    operations = {"small": gathering(_SMALL_BYTES), "large": gathering(_LARGE_BYTES)}
+    times_ms = measuring.interleaved(operations, _LINK_ROUNDS, "", distributed.barrier)
+    small_ms, large_ms = (median(times_ms[name]) for name in operations)
+    moved_bytes = (ranks - 1) * (_LARGE_BYTES - _SMALL_BYTES)
+    return Link(
+        gb_per_s=moved_bytes / (large_ms - small_ms) * 1e-6,
+        latency_us=small_ms / math.ceil(math.log2(ranks)) * 1e3,
+    )
+
+
 def _as_rank(told: Path, seen: Path) -> None:
     """What every process of `_launched` does."""
     values = json.loads(told.read_text(encoding="utf-8"))
@@ -195,6 +250,8 @@ def _as_rank(told: Path, seen: Path) -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     found = _times(point, wrap=nn.parallel.DistributedDataParallel, together=distributed.barrier)
+    if point.processes > 1:
+        found |= _link(point)._asdict()
     if distributed.get_rank() == 0:
         write_json(seen, found)
     distributed.destroy_process_group()

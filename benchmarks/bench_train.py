@@ -29,14 +29,15 @@ from earlysift.pretrain import checkpoints
 _ARMS = ("uniform", "sift", "exact")
 TITLE = "Pre-training"
 ABOUT = """`earlysift pretrain` on the same data, seed and minutes of training (evaluations left out) in every arm.
-MFU: FLOPs by `costs.py` over what a bare square matrix product achieves on this machine in the same precision. Times
-to accuracies are read off the rising fit of the curve; the accuracies are shares of the highest that every arm
-reached. One seed: no proof."""
+Data wait: training stands still until the loader gives a pool. MFU: FLOPs by `costs.py` over what a bare square matrix
+product achieves on this machine in the same precision. Times to accuracies are read off the rising fit of the curve;
+the accuracies are shares of the highest that every arm reached. One seed: no proof."""
 TABLES: dict[str, measuring.Columns] = {
     "arms": {
         "arm": ("arm", "{}"),
         "steps": ("steps", "{}"),
         "step_ms": ("step, ms", "{:.1f}"),
+        "wait_share": ("data wait, of the time", "{:.2%}"),
         "tokens_per_s": ("trained tokens / s", "{:,.0f}"),
         "mfu": ("MFU, training", "{:.3f}"),
         "mfu_with_scoring": ("MFU, with scoring", "{:.3f}"),
@@ -243,6 +244,7 @@ def _numbers(
     return {
         "steps": results["steps"],
         "step_ms": median(row["step_ms"] for row in rows),
+        "wait_share": total("wait_ms") / 1e3 / results["wall_s"],
         "tokens_per_s": total("trained_tokens") / results["wall_s"],
         "mfu": total("trained_flops") / results["wall_s"] / product_flops_per_s,
         "mfu_with_scoring": total("trained_flops", "scored_flops", "probed_flops")

@@ -53,7 +53,7 @@ def scale_picture(entries: dict[str, Any], path: Path) -> None:
                 rows = [row for row in entry["rows"] if row["varied"] == name]
                 values = [row["value"].replace(", ", "\n") for row in rows]
                 axes.plot(values, [row["overhead"] for row in rows], "o-", color=_OURS, markersize=4, label="measured")
-                axes.plot(values, [row["predicted"] for row in rows], "--", color=_OTHER, label="predicted (C1)")
+                axes.plot(values, [row["predicted"] for row in rows], "--", color=_OTHER, label="predicted")
                 axes.set_xlabel(name)
             panels[0].set_ylabel(f"{entry_name}\noverhead", fontsize=8)
             panels[0].set_ylim(bottom=0)

@@ -98,6 +98,9 @@ def test_overhead_is_measured_and_foretold_at_every_point(modules, tmp_path):
         *("depth", "keep", "pool", "length", "vocabulary", "batch", "processes")
     }
     assert {"1", "2, local", "2, global"} <= {row["value"] for row in entry["rows"]}
+    several = [row for row in entry["rows"] if row["value"] in ("2, local", "2, global")]
+    assert all(row["gb_per_s"] > 0 and row["latency_us"] > 0 for row in several)
+    assert all("gb_per_s" not in row for row in entry["rows"] if row not in several)
     by_depth = [row["predicted"] for row in entry["rows"] if row["varied"] == "depth"]
     assert by_depth == sorted(by_depth)
     docs = tmp_path / "docs"
@@ -107,11 +110,26 @@ def test_overhead_is_measured_and_foretold_at_every_point(modules, tmp_path):
     assert len(list(docs.iterdir())) == 1
 
 
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_overhead_on_several_processes_is_foretold_by_one_and_their_link(modules, scope):
+    shapes, bench = modules("shapes"), modules("bench_scale")
+    shape = shapes.tiny(shapes.SHAPES["bert-mini-128"])
+    point = bench.Point(shape, 2 * shape.batch, "float32", rounds=1, scope=scope, processes=2)
+    alone = {"step_ms": 100.0, "sift_ms": 7.0}
+
+    def foretold(gb_per_s, latency_us):
+        return bench._foretold(point, alone, bench.Link(gb_per_s, latency_us))
+
+    assert foretold(1e9, 0.0) == pytest.approx(0.07)
+    assert (foretold(1e9, 1e3) > foretold(1e9, 0.0)) == (scope == "global")  # scores and rows
+    assert foretold(1e-4, 0.0) < 0.07  # gradients are waited for, with selection and without
+
+
 def test_training_is_killed_resumed_and_put_into_one_table(tmp_path):
     run(tmp_path, "train")
     (entry,) = result(tmp_path, "train")["entries"].values()
     assert [row["arm"] for row in entry["arms"]] == ["uniform", "sift"]
-    assert all(row["peak_mib"] > 0 for row in entry["arms"])
+    assert all(row["peak_mib"] > 0 and 0 < row["wait_share"] < 1 for row in entry["arms"])
     sift = entry["arms"][1]
     assert 0 < sift["resumed_from_step"] <= sift["killed_at_step"] < sift["steps"]
     assert [row["operation"] for row in entry["scoring"]] == [f"score, depth {depth}" for depth in (1, 2, 3)]

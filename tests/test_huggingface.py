@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import earlysift
 import models
 from earlysift import Sifter
 from earlysift.controller import Control
+from earlysift.ledger import read_rows
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # third-party imports may warn; tests are about what happens after them
@@ -349,6 +351,25 @@ def test_candidates_and_trained_samples_are_counted_apart(tmp_path):
     summary = run.state.log_history[-1]
     assert (summary["candidates_seen"], summary["samples_trained"]) == (86, 46)
     assert summary["train_samples_per_second"] == pytest.approx(46 / summary["train_runtime"], abs=1e-3)
+
+
+def test_waiting_for_a_slow_loader_is_part_of_the_step_that_needs_its_pool(tmp_path):
+    slow_ms = 30.0
+
+    def collate(rows):
+        time.sleep(slow_ms / 1e3)
+        return transformers.default_data_collator(rows)
+
+    class Noting(SiftTrainer):
+        ledger_path = tmp_path / "ledger.jsonl"
+
+    run = trained(tmp_path, Noting, trainer={"data_collator": collate})
+    run.sifter.ledger.end()
+    rows = read_rows(Noting.ledger_path)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    assert all(row["wait_ms"] >= slow_ms for row in rows)
+    assert all(row["step_ms"] > row["wait_ms"] + row["score_ms"] + row["train_ms"] for row in rows)
+    assert sum(run.sifter.ledger.times_ms("wait")) == pytest.approx(sum(row["wait_ms"] for row in rows), rel=1e-4)
 
 
 # Resuming

@@ -19,12 +19,14 @@ import ranked
 from earlysift import pending
 from earlysift.checkup import BUILT_IN, build_model
 from earlysift.files import write_json
+from earlysift.ledger import read_rows
 from earlysift.pretrain import checkpoints, run
 from earlysift.pretrain.settings import ARMS, PretrainSettings
 from earlysift.pretrain.trainer import NotFinite, Pretrainer
 from earlysift.report.page import write_report
 from faults import DISK_FULL, faulty
 from pretraining import (
+    ACCUMULATE,
     EVERY,
     KILLED_RANK,
     STEPS,
@@ -340,6 +342,15 @@ def test_accumulated_micro_batches_are_one_large_batch(start, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert len(losses[0]) == STEPS
     assert losses[0][-1] < losses[0][0]
+
+
+@pytest.mark.parametrize("arm", ["uniform", "sift"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_row_of_the_ledger_says_how_long_data_was_waited_for(arm, workers, start, tmp_path):
+    assert start(tmp_path / "run", "--arm", arm, "--workers", workers)[0] == 0
+    rows = read_rows(tmp_path / "run" / "ledgers" / "process0.jsonl")
+    assert [row["step"] for row in rows] == list(range(STEPS * ACCUMULATE))
+    assert all(0 < row["wait_ms"] < row["step_ms"] for row in rows)
 
 
 def test_rates_are_those_of_the_schedule(uncut):

@@ -107,7 +107,7 @@ class SiftTrainerMixin(_Base):  # type: ignore[misc, valid-type]
         self.model_wrapped.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
-        return super().get_batch_samples(map(self._selected, epoch_iterator), num_batches, device)
+        return super().get_batch_samples(map(self._selected, self._awaited(epoch_iterator)), num_batches, device)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """One micro-batch, timed: the ledger's price of training."""
@@ -168,6 +168,17 @@ class SiftTrainerMixin(_Base):  # type: ignore[misc, valid-type]
         known = exits.unwrap(self.model_wrapped) is exits.unwrap(self.model)
         model = self.model_wrapped if known else self.model
         return Sifter(model, kept=self._train_batch_size, ledger=ledger, **options)
+
+    def _awaited(self, epoch_iterator: Iterator[Any]) -> Iterator[Any]:
+        """Pools of the loader, each timed: how long training stands still for data."""
+        ledger = self.sifter.ledger
+        while True:
+            ledger.begin(self.sifter.step)  # sift opens the row too late for what comes before it
+            with ledger.timed("wait"):
+                pool = next(epoch_iterator, None)
+            if pool is None:
+                return
+            yield pool
 
     def _selected(self, pool: Any) -> Any:
         pool = self._prepare_inputs(pool)
