@@ -1427,7 +1427,7 @@ def late(monkeypatch):
 
 
 @pytest.mark.parametrize("task", ["masked_lm", "causal_lm", "sequence_classification"])
-@pytest.mark.parametrize("options", [{}, {"probe_every": 2}, {"schedule": constant(0.5)}, {"mode": "auto"}], ids=",".join)
+@pytest.mark.parametrize("options", [{}, {"probe_every": 2}, {"schedule": constant(0.5)}, {"mode": "auto"}], ids=list)
 def test_picks_rows_and_counts_are_the_same_whenever_their_numbers_come(task, options, late, tmp_path):
     model = build("bert" if task != "causal_lm" else "gpt2", task)
     pools = pools_for(model, 4)
