@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import date
@@ -79,6 +80,8 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Time operations in turns, so that a noisy machine disturbs them alike; one warm-up round comes before.
 
+    Every round begins with another operation: one that always followed the same other would be timed on its caches.
+
     Args:
         operations: What to time, by name.
         rounds: Timed rounds.
@@ -89,13 +92,14 @@ def interleaved(
         Times in ms, a number per round.
     """
     times_ms: dict[str, list[float]] = {name: [] for name in operations}
-    numbers = range(rounds + 1)
+    numbers, order = range(rounds + 1), deque(operations)
     for number in track(numbers, description=label) if label else numbers:
-        for name, operation in operations.items():
+        for name in order:
             together()
-            spent_ms = timed_ms(operation)
+            spent_ms = timed_ms(operations[name])
             if number > 0:
                 times_ms[name].append(spent_ms)
+        order.rotate(-1)
     return times_ms
 
 
