@@ -197,7 +197,8 @@ def _times(
         "step_ms": median(times_ms["step"]),
         "sift_ms": median(times_ms["sift"]),
         "overhead": measuring.ratio(times_ms["sift"], times_ms["step"]),
-        "score_share": measuring.flops(anatomy, pool, depth=point.depth) / measuring.flops(anatomy, pool),
+        "score_share": measuring.flops(anatomy, pool, depth=point.depth, thins=exits.thins(model, anatomy, None))
+        / measuring.flops(anatomy, pool),
     }
     if calibrate:
         seen["forward_share"] = measuring.ratio(times_ms["forward"], times_ms["step"])

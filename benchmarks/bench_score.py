@@ -80,11 +80,16 @@ def measure(shape: Shape, dtype: str, rounds: int) -> dict[str, Any]:
     }
     roof_of = {}
     for name, how in exits_scored.items():
-        count, lowest = flops(**how), f"roof, {name}"
+        most = how.get("max_positions")
+        count = flops(**how, thins=exits.thins(model, anatomy, most))
+        lowest = f"roof, {name}"
         timed[f"score, {name}"] = (partial(scorers.early_exit_loss, model, pool, **how, **options), count)
         if how["depth"] == 1:
             operation = partial(scorers.early_exit_loss, compiled, pool, **how, **options)
-            timed[f"score, {name}, compiled"] = (operation, count)
+            timed[f"score, {name}, compiled"] = (
+                operation,
+                flops(**how, thins=exits.thins(compiled, anatomy, most)),
+            )
             roof_of[f"score, {name}, compiled"] = lowest
         timed[lowest] = (roof(model, pool, precision.score, **how), count)
         roof_of[f"score, {name}"] = lowest

@@ -129,14 +129,15 @@ def flops(
     *,
     depth: int | None = None,
     max_positions: int | None = None,
+    thins: bool = False,
     dense: bool = False,
 ) -> float:
-    """FLOPs of a forward pass; dense: with the head on every position, labelled or not."""
+    """FLOPs of a forward pass; dense: with the head on every position, labelled or not; thins: as scoring thins out."""
     if dense and anatomy.task != "sequence_classification":
         labels = batch["labels"]
         rows, length = labels.shape
         return costs.forward_flops(anatomy, rows=rows, length=length, labelled=labels.numel(), depth=depth)
-    law = costs.flops_law(anatomy, depth)
+    law = costs.flops_law(anatomy, depth, thins=thins)
     return costs.batch_work(anatomy, batch, "pass", law, max_positions=max_positions)["pass_flops"]
 
 

@@ -21,10 +21,10 @@ def token_losses(
     causal: bool = False,
     reduction: Reduction = "mean",
     chunk_tokens: int = 1024,
-    max_positions: int | None = None,
+    places: Tensor | None = None,
 ) -> Tensor:
     """f_i = mean (or sum) over the labelled t of -log p_t[y_t]."""
-    return _over_positions(hidden, labels, head, _surprise, causal, reduction, max_positions)
+    return _over_positions(hidden, labels, head, _surprise, causal, reduction, places)
 
 
 def token_entropies(
@@ -35,10 +35,24 @@ def token_entropies(
     causal: bool = False,
     reduction: Reduction = "mean",
     chunk_tokens: int = 1024,
-    max_positions: int | None = None,
+    places: Tensor | None = None,
 ) -> Tensor:
     """g_i = mean (or sum) over the labelled t of -sum_v p_t[v] log p_t[v]."""
-    return _over_positions(hidden, labels, head, lambda z, y: _shannon(z), causal, reduction, max_positions)
+    return _over_positions(hidden, labels, head, lambda z, y: _shannon(z), causal, reduction, places)
+
+
+def positions_to_read(labels: Tensor, *, causal: bool = False, max_positions: int | None = None) -> Tensor:
+    """T i + t for the labelled t of every i; with K the K largest of 648055 t mod 2^20, unlabelled t behind them."""
+    rows, length = labels.shape
+    places = []
+    for i in range(rows):
+        targets = [*labels[i, 1:].tolist(), -100] if causal else labels[i].tolist()
+        labelled = [t for t in range(length) if targets[t] != -100]
+        if max_positions is not None:
+            far_apart = sorted(range(length), key=lambda t: 648_055 * t % 2**20, reverse=True)
+            labelled = sorted(far_apart, key=lambda t: targets[t] == -100)[:max_positions]
+        places += [length * i + t for t in labelled]
+    return torch.tensor(places, dtype=torch.long)
 
 
 def class_losses(logits: Tensor, labels: Tensor, *, problem: Problem | None = None) -> Tensor:
@@ -110,7 +124,7 @@ def fidelity(scores: Tensor, exact: Tensor, kept: int) -> dict[str, float]:
     }
 
 
-def _over_positions(hidden, labels, head, measure, causal, reduction, max_positions) -> Tensor:
+def _over_positions(hidden, labels, head, measure, causal, reduction, places) -> Tensor:
     f = []
     for i in range(hidden.size(0)):
         values = {}
@@ -123,8 +137,7 @@ def _over_positions(hidden, labels, head, measure, causal, reduction, max_positi
         if not values:
             f.append(-math.inf)
             continue
-        # Labels lie at t + 1 when causal, but places are counted from the first position that predicts.
-        read = sorted(values, key=lambda t: 648_055 * t % 2**20, reverse=True)[:max_positions]
+        read = [t for t in values if places is None or i * hidden.size(1) + t in places.tolist()]
         mean = sum(values[t] for t in read) / len(read)
         f.append(mean if reduction == "mean" else mean * len(values))
     return torch.tensor(f)

@@ -21,7 +21,7 @@ from earlysift.costs import (
     second_moment_ratio,
     unbiased_payoff,
 )
-from earlysift.exits import find_anatomy
+from earlysift.exits import find_anatomy, thins
 
 laws = settings(deadline=None, derandomize=True, database=None, max_examples=100)
 shares = st.floats(0.01, 1)
@@ -53,7 +53,8 @@ def counted_flops(model, batch, depth, family=None):
 def agree(model, batch, depth, family=None):
     """Whether our FLOPs are those that torch counts: promised within 2 %, held here far closer."""
     anatomy = find_anatomy(model, family)
-    ours = batch_work(anatomy, batch, "scored", flops_law(anatomy, depth))["scored_flops"]
+    law = flops_law(anatomy, depth, thins=depth is not None and thins(model, anatomy, None))
+    ours = batch_work(anatomy, batch, "scored", law)["scored_flops"]
     return ours == pytest.approx(counted_flops(model, batch, depth, family), rel=1e-3)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Generator, nn
 
 import models
-from earlysift import Sifter, exits, scorers
+from earlysift import Sifter, exits, losses, scorers
 from earlysift.exits import ExitHead, Family, check, find_anatomy, truncated
 from models import BUILDERS, LAYERS, WIDTH, build, logits_of, loss_of, row_of, sample_losses, shorter
 
@@ -267,6 +267,113 @@ def test_compiled_scoring_and_training_make_no_new_graphs_after_the_first_step(f
         assert check(compiled, depth=2, family=row, inputs=inputs_of(model)) == []
         assert len(graphs) == made[-1]  # the check compiles nothing
     assert made[1:] == [made[0]] * 3 != [0] * 3
+    torch.compiler.reset()
+
+
+POSITIONWISE = [
+    (family, task)
+    for family, task in BUILDERS
+    if family in exits.FAMILIES and exits.FAMILIES[family].positionwise and task != "sequence_classification"
+]
+
+
+@pytest.mark.parametrize("max_positions", [None, 2])
+@pytest.mark.parametrize("exit_head", [False, True])
+@pytest.mark.parametrize(("family", "task"), POSITIONWISE)
+def test_behind_its_attention_the_layer_at_the_exit_runs_at_the_positions_that_are_read(
+    family, task, exit_head, max_positions
+):
+    model = build(family, task)
+    anatomy, pool = find_anatomy(model), batch_of(model)
+    before = [{name: id(module) for name, module in layer.named_modules()} for layer in anatomy.layers]
+    seen = {}
+    handles = [
+        anatomy.layers[place]
+        .get_submodule(name)
+        .register_forward_pre_hook(
+            lambda module, inputs, key=(place, name): seen.update({key: inputs[0].shape[:-1].numel()})
+        )
+        for place in (0, 1)
+        for chain in anatomy.positionwise
+        for name in chain
+    ]
+    options = {"depth": 2, "dtype": None, "exit_head": ExitHead(WIDTH) if exit_head else None}
+    scorers.early_exit_loss(model, pool, max_positions=max_positions, **options)
+    for handle in handles:
+        handle.remove()
+    read = losses.positions_to_read(pool["labels"], causal=task == "causal_lm", max_positions=max_positions)
+    assert len(read) < pool["labels"].numel()
+    names = [name for chain in anatomy.positionwise for name in chain]
+    assert seen == {(0, name): pool["labels"].numel() for name in names} | {(1, name): len(read) for name in names}
+    after = [{name: id(module) for name, module in layer.named_modules()} for layer in anatomy.layers]
+    assert after == before
+
+
+@pytest.mark.parametrize(("family", "task"), POSITIONWISE)
+def test_states_at_the_positions_that_are_read_are_those_of_the_whole_layer(family, task):
+    model = build(family, task).eval()
+    anatomy, inputs, labels = find_anatomy(model), inputs_of(model), batch_of(model)["labels"]
+    places = losses.positions_to_read(labels, causal=task == "causal_lm")
+    with torch.no_grad(), exits.shortened(anatomy, 2), exits.headless(anatomy):
+        whole = exits.call(model, inputs)
+        with exits.at_places(anatomy, 2, places, labels.shape):
+            few = exits.call(model, inputs)
+    assert whole.shape == few.shape
+    torch.testing.assert_close(few.flatten(0, 1)[places], whole.flatten(0, 1)[places], rtol=1e-5, atol=1e-5)
+
+
+def test_a_failure_within_leaves_position_wise_modules_in_their_places():
+    model = build("bert", "masked_lm")
+    anatomy = find_anatomy(model)
+    before = dict(model.named_modules())
+    with (
+        pytest.raises(RuntimeError, match="within"),
+        exits.at_places(anatomy, 1, torch.tensor([0]), torch.Size([1, 1])),
+    ):
+        raise RuntimeError("within")
+    assert dict(model.named_modules()) == before
+
+
+def test_no_layer_is_thinned_out_whose_positions_are_mixed_again_behind_it():
+    from transformers import DebertaV2Config, DebertaV2ForMaskedLM
+
+    sizes = {"vocab_size": 50, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+    with torch.random.fork_rng():
+        models = [
+            DebertaV2ForMaskedLM(DebertaV2Config(**sizes, num_hidden_layers=3, conv_kernel_size=size)).train()
+            for size in (0, 3)
+        ]
+    assert [bool(find_anatomy(model).positionwise) for model in models] == [True, False]
+    pool = {"input_ids": torch.arange(12).reshape(2, 6), "labels": torch.full((2, 6), -100)}
+    pool["labels"][:, 2] = 7
+    for model in models:
+        expected = sample_losses(shorter(model, 1).eval(), pool)
+        torch.testing.assert_close(scorers.early_exit_loss(model, pool, dtype=None), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("max_positions", "thinned"), [(None, False), (3, True)])
+def test_compiled_scoring_makes_no_new_graphs_for_other_labels(max_positions, thinned):
+    torch.compiler.reset()
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model = build("bert", "masked_lm")
+    compiled = torch.compile(model, backend=backend, dynamic=False)
+    anatomy = find_anatomy(model)
+    assert exits.thins(compiled, anatomy, max_positions) == thinned
+    assert exits.thins(model, anatomy, max_positions)
+    made = []
+    for seed in range(4):
+        pool = batch_of(model, seed=seed)
+        options = {"depth": 2, "dtype": None, "max_positions": max_positions}
+        scores = scorers.early_exit_loss(compiled, pool, **options)
+        torch.testing.assert_close(scores, scorers.early_exit_loss(model, pool, **options), rtol=1e-5, atol=1e-5)
+        made.append(len(graphs))
+    assert made == [made[0]] * 4
+    assert made[0] > 0
     torch.compiler.reset()
 
 

@@ -20,6 +20,7 @@ INF, NAN = float("inf"), float("nan")
 TWINS = {
     "token_losses": losses,
     "token_entropies": losses,
+    "positions_to_read": losses,
     "class_losses": losses,
     "class_entropies": losses,
     "greedy": selectors,
@@ -68,46 +69,40 @@ def test_every_public_twin_is_compared():
 @pytest.mark.parametrize("name", ["token_losses", "token_entropies"])
 def test_token_functions_equal_their_twins(name, causal, reduction, chunk_tokens, max_positions):
     hidden, labels = states_and_labels()
-    arguments = {
-        "causal": causal,
-        "reduction": reduction,
-        "chunk_tokens": chunk_tokens,
-        "max_positions": max_positions,
-    }
+    places = max_positions and losses.positions_to_read(labels, causal=causal, max_positions=max_positions)
+    arguments = {"causal": causal, "reduction": reduction, "chunk_tokens": chunk_tokens, "places": places}
     fast = getattr(losses, name)(hidden, labels, linear(), **arguments)
     assert fast.dtype == torch.float32
     assert fast.shape == (R,)
     close(fast, getattr(reference, name)(hidden, labels, linear(), **arguments), 2e-6 if reduction == "sum" else 1e-6)
 
 
+@pytest.mark.parametrize("max_positions", [None, 1, 3, 100])
+@pytest.mark.parametrize("causal", [False, True])
+def test_positions_to_read_equal_their_twin(causal, max_positions):
+    _, labels = states_and_labels()
+    arguments = {"causal": causal, "max_positions": max_positions}
+    fast, twin = (module.positions_to_read(labels, **arguments) for module in (losses, reference))
+    assert fast.dtype == twin.dtype == torch.long
+    assert len(fast) == len(set(fast.tolist())) == len(twin)
+    assert set(fast.tolist()) == set(twin.tolist())
+
+
 @pytest.mark.parametrize("most", [1, 4, 16, 64, 128])
-def test_few_positions_lie_spread_over_a_sample(most):
+def test_few_positions_lie_spread_over_a_sample_and_are_the_same_in_all(most):
     length = 512
-    labels = torch.zeros(1, length, dtype=torch.long)
-    states = torch.arange(length, dtype=torch.float32).reshape(1, length, 1)
-    read, _ = losses._thinned(states, labels, most)
-    places = [-1, *sorted(int(place) for place in read.flatten()), length]
-    gaps = [after - before for before, after in itertools.pairwise(places)]
-    assert len(set(places)) == most + 2
-    assert max(gaps) <= 3 * length / (most + 1)
+    labels = torch.zeros(2, length, dtype=torch.long)
+    first, second = losses.positions_to_read(labels, max_positions=most).view(2, most).sort(dim=1).values
+    assert torch.equal(first, second - length)
+    places = [-1, *first.tolist(), length]
+    assert max(after - before for before, after in itertools.pairwise(places)) <= 3 * length / (most + 1)
 
 
 def test_as_many_positions_as_there_are_labels_are_all_of_them():
     hidden, labels = states_and_labels(seed=2)
     every = int((labels != -100).sum(dim=1).max())
-    close(
-        losses.token_losses(hidden, labels, linear(), max_positions=every),
-        losses.token_losses(hidden, labels, linear()),
-    )
-
-
-def test_no_more_than_the_positions_asked_for_pass_through_the_head():
-    hidden, labels = states_and_labels(share=1.0)
-    seen = []
-    head = linear()
-    head.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
-    losses.token_losses(hidden, labels, head, max_positions=2)
-    assert sum(seen) == 2 * R
+    places = losses.positions_to_read(labels, max_positions=every)
+    close(losses.token_losses(hidden, labels, linear(), places=places), losses.token_losses(hidden, labels, linear()))
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -338,17 +333,16 @@ def test_few_positions_have_shapes_that_no_label_changes_and_ask_the_device_for_
     for seed in (0, 1):
         hidden, labels = states_and_labels(seed, share=0.3 + 0.4 * seed)
         with Operations() as operations:
-            getattr(losses, name)(hidden, labels, linear(), max_positions=4)
+            places = losses.positions_to_read(labels, max_positions=4)
+            getattr(losses, name)(hidden, labels, linear(), places=places)
         seen.append(operations.seen)
     assert seen[0] == seen[1]
     assert not {operation for operation, _ in seen[0]} & {"aten::nonzero", "aten::_local_scalar_dense"}
 
 
-@pytest.mark.parametrize("name", ["token_losses", "token_entropies"])
-def test_fewer_than_one_position_are_refused(name):
-    hidden, labels = states_and_labels()
+def test_fewer_than_one_position_are_refused():
     with pytest.raises(ValueError, match="max_positions must be at least 1 or None, got 0"):
-        getattr(losses, name)(hidden, labels, linear(), max_positions=0)
+        losses.positions_to_read(torch.zeros(2, 3, dtype=torch.long), max_positions=0)
 
 
 def test_only_labelled_positions_pass_through_the_head():

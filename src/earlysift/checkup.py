@@ -132,7 +132,8 @@ def checkup(
     }
 
     def score(depth: int, name: str) -> dict[str, Any]:
-        flops = costs.batch_work(anatomy, pool, "pool", costs.flops_law(anatomy, depth))["pool_flops"]
+        law = costs.flops_law(anatomy, depth, thins=depth < layers and exits.thins(model, anatomy, None))
+        flops = costs.batch_work(anatomy, pool, "pool", law)["pool_flops"]
         ms = statistics.median(times_ms[name])
         cost = 1.0 + ms / step["ms"]  # C1: f p / keep is the share of scoring a pool in the time of a step
         return {

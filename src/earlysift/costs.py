@@ -36,7 +36,7 @@ class FlopsLaw(NamedTuple):
         return by_position + 4.0 * self.attention * rows * length**2 + self.fixed
 
 
-def flops_law(anatomy: Anatomy, depth: int | None = None) -> FlopsLaw:
+def flops_law(anatomy: Anatomy, depth: int | None = None, *, thins: bool = False) -> FlopsLaw:
     """Walk a model once for the FLOPs of its forward passes with the head on labelled positions only.
 
     Every matrix (and kernel) of the model counts, the attention of a layer, and DeBERTa's attention to distances. Left
@@ -46,6 +46,8 @@ def flops_law(anatomy: Anatomy, depth: int | None = None) -> FlopsLaw:
     Args:
         anatomy: Where layers and head are (`earlysift.exits.find_anatomy`).
         depth: Layers that run; None runs all.
+        thins: Whether the last of them runs behind its attention at labelled positions only, as in scoring
+            (`earlysift.exits.thins`).
     """
     everywhere, head = _outer_weights(anatomy)
     distances = _distances(anatomy)
@@ -57,6 +59,11 @@ def flops_law(anatomy: Anatomy, depth: int | None = None) -> FlopsLaw:
         # Embeddings of distances are projected once, then multiplied with all states.
         everywhere += distances * width
         fixed += 2.0 * distances * width**2
+    if thins:
+        exit_layer = list(anatomy.layers)[:depth][-1]
+        few = [exit_layer.get_submodule(name) for chain in anatomy.positionwise for name in chain]
+        thinned = sum(_own_weights(name, module) for part in few for name, module in part.named_modules())
+        everywhere, head = everywhere - thinned, head + thinned
     return FlopsLaw(everywhere, head, attention, fixed)
 
 
@@ -95,7 +102,7 @@ def batch_work(
         name: What is done with it: the entries are ``{name}_tokens`` and ``{name}_flops``.
         law: The model's, to the depth that runs.
         passes: Forward passes that the work amounts to: 1 for scoring, 3 for training.
-        max_positions: As in `earlysift.losses.token_losses`; with it that many positions pass through the head.
+        max_positions: As in `earlysift.losses.positions_to_read`; with it that many positions are labelled ones.
     """
     return pending.arrived(pending_work(anatomy, batch, name, law, passes=passes, max_positions=max_positions))
 

@@ -33,28 +33,45 @@ class Family:
             first alternative that the model has is used. Without any, the model's own logits are used, which holds all
             positions' logits of a chunk at once.
         task: What the labels mean; None reads it off the name of a transformers class.
+        positionwise: Chains of modules of a layer, by path, that treat every position by itself, in calling order; what
+            goes into the first of a chain goes nowhere else but into others of it. At the exit they run at labelled
+            positions only (`at_places`).
     """
 
     layers: str
     heads: tuple[tuple[str, ...], ...] = ()
     task: Task | None = None
+    positionwise: tuple[tuple[str, ...], ...] = ()
 
 
 _CLASSIFIERS = (("dropout", "classifier"), ("classifier",))
+_AFTER_ATTENTION = (("attention.output", "intermediate", "output"),)
+_LLAMA_LIKE = (("self_attn.o_proj",), ("mlp",))
 
 FAMILIES: dict[str, Family] = {
-    "bert": Family("bert.encoder.layer", (("cls",), *_CLASSIFIERS)),
-    "roberta": Family("roberta.encoder.layer", (("lm_head",), *_CLASSIFIERS)),
+    "bert": Family("bert.encoder.layer", (("cls",), *_CLASSIFIERS), positionwise=_AFTER_ATTENTION),
+    "roberta": Family("roberta.encoder.layer", (("lm_head",), *_CLASSIFIERS), positionwise=_AFTER_ATTENTION),
     "distilbert": Family(
         "distilbert.transformer.layer",
         (("vocab_transform", "activation", "vocab_layer_norm", "vocab_projector"), *_CLASSIFIERS),
+        positionwise=(("attention.out_lin",), ("ffn",)),
     ),
-    "electra": Family("electra.encoder.layer", (("generator_predictions", "generator_lm_head"), *_CLASSIFIERS)),
-    "modernbert": Family("model.layers", (("head", "decoder"), ("head", "drop", "classifier"))),
-    "deberta-v2": Family("deberta.encoder.layer", (("cls",), *_CLASSIFIERS)),
-    "gpt2": Family("transformer.h", (("lm_head",), ("score",), *_CLASSIFIERS)),
-    "llama": Family("model.layers", (("lm_head",), ("dropout", "score"), ("score",))),
-    "qwen3": Family("model.layers", (("lm_head",), ("dropout", "score"), ("score",))),
+    "electra": Family(
+        "electra.encoder.layer",
+        (("generator_predictions", "generator_lm_head"), *_CLASSIFIERS),
+        positionwise=_AFTER_ATTENTION,
+    ),
+    "modernbert": Family(
+        "model.layers",
+        (("head", "decoder"), ("head", "drop", "classifier")),
+        positionwise=(("attn.Wo",), ("mlp",)),
+    ),
+    "deberta-v2": Family("deberta.encoder.layer", (("cls",), *_CLASSIFIERS), positionwise=_AFTER_ATTENTION),
+    "gpt2": Family(
+        "transformer.h", (("lm_head",), ("score",), *_CLASSIFIERS), positionwise=(("attn.c_proj",), ("mlp",))
+    ),
+    "llama": Family("model.layers", (("lm_head",), ("dropout", "score"), ("score",)), positionwise=_LLAMA_LIKE),
+    "qwen3": Family("model.layers", (("lm_head",), ("dropout", "score"), ("score",)), positionwise=_LLAMA_LIKE),
     "vit": Family("vit.layers", (("classifier",),)),
 }
 
@@ -82,7 +99,7 @@ class Anatomy(NamedTuple):
     """Where the parts of one model are: its core without wrappers, layer list, head module names and task.
 
     In sequence classification the model pools between states and logits, so ``head`` is empty and ``classifier`` names
-    the modules behind (or with) the pooling.
+    the modules behind (or with) the pooling. ``positionwise``: see `Family`.
     """
 
     core: nn.Module
@@ -90,6 +107,7 @@ class Anatomy(NamedTuple):
     head: tuple[str, ...]
     task: Task
     classifier: tuple[str, ...] = ()
+    positionwise: tuple[tuple[str, ...], ...] = ()
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -100,7 +118,14 @@ def unwrap(model: nn.Module) -> nn.Module:
         >>> unwrap(torch.compile(net, backend="eager")) is net
         True
     """
+    *_, core = _layers_of_wrapping(model)
+    return core
+
+
+def _layers_of_wrapping(model: nn.Module) -> Iterator[nn.Module]:
+    """The model as it came, and what is inside of each wrapper, down to the core."""
     while True:
+        yield model
         if hasattr(model, "_orig_mod"):
             model = cast(nn.Module, model._orig_mod)
         elif isinstance(model, nn.parallel.DistributedDataParallel):
@@ -108,7 +133,7 @@ def unwrap(model: nn.Module) -> nn.Module:
         elif hasattr(model, "get_base_model"):
             model = cast(Any, model).get_base_model()
         else:
-            return model
+            return
 
 
 def find_anatomy(model: nn.Module, family: Family | None = None) -> Anatomy:
@@ -267,6 +292,48 @@ def replayed(anatomy: Anatomy, outputs: Sequence[Any], *, exit_head: nn.Module |
 
 
 @contextmanager
+def at_places(anatomy: Anatomy, depth: int, places: Tensor, shape: torch.Size) -> Iterator[None]:
+    """Inside this context the layer at an exit computes, behind its attention, only what will be looked at.
+
+    Its position-wise modules run at some positions and give zeros elsewhere. Of a layer of BERT that is three quarters
+    of the FLOPs. What the model returns at these positions is what it returned before.
+
+    Args:
+        anatomy: Where layers are, and which of their modules are position-wise.
+        depth: The exit: the layer in this place, counted from 1.
+        places: Positions, ``(N,)``, each as ``T * row + position``.
+        shape: ``(R, T)``.
+    """
+    layer = list(anatomy.layers)[depth - 1]
+    layer = layer.layer if isinstance(layer, _ExitLayer) else layer
+    swapped = []
+    try:
+        for chain in anatomy.positionwise:
+            for name in {chain[0], chain[-1]}:
+                path, _, own_name = name.rpartition(".")
+                siblings = layer.get_submodule(path)._modules
+                module = cast(nn.Module, siblings[own_name])
+                siblings[own_name] = _AtPlaces(module, places, shape, hands_on=name != chain[-1])
+                swapped.append((siblings, own_name, module))
+        yield
+    finally:
+        for siblings, own_name, module in swapped:
+            siblings[own_name] = module
+
+
+def thins(model: nn.Module, anatomy: Anatomy, max_positions: int | None) -> bool:
+    """Whether scoring at an exit of this model goes through `at_places`.
+
+    Not in compiled code unless the number of positions is the same for all pools: it would be compiled anew for each.
+    """
+    compiled = any(
+        hasattr(wrapped, "_orig_mod") or wrapped._compiled_call_impl is not None
+        for wrapped in _layers_of_wrapping(model)
+    )
+    return bool(anatomy.positionwise) and not (compiled and max_positions is None)
+
+
+@contextmanager
 def headless(anatomy: Anatomy) -> Iterator[None]:
     """Inside this context the model returns the states ``(R, T, D)`` that enter its head where its logits were.
 
@@ -383,6 +450,30 @@ class _HandOn(nn.Module):
         return states
 
 
+class _AtPlaces(nn.Module):
+    """Stands in a position-wise module's place and calls it with the states of some positions, ``(1, N, D)``."""
+
+    def __init__(self, module: nn.Module, places: Tensor, shape: torch.Size, hands_on: bool) -> None:
+        super().__init__()
+        self.module = module
+        self.places = places
+        self.shape = shape
+        self.hands_on = hands_on  # to the next of its chain
+
+    def forward(self, *states: Tensor) -> Tensor:
+        few = cast(Tensor, self.module(*map(self._few, states)))
+        if self.hands_on:
+            return few
+        rows, length = self.shape
+        everywhere = few.new_zeros(rows * length, few.size(-1))
+        return everywhere.index_copy(0, self.places, few[0]).view(rows, length, -1)
+
+    def _few(self, states: Tensor) -> Tensor:
+        if states.shape[:2] != self.shape:  # the module before has left the others out already
+            return states
+        return states.flatten(0, 1).index_select(0, self.places).unsqueeze(0)
+
+
 def _own_or_the_layers(module: nn.Module, name: str) -> Any:
     # Some models read attributes of their layers (attention type and the like), also of what stands in their place.
     try:
@@ -471,7 +562,9 @@ def _anatomy_or_problems(model: nn.Module, family: Family | None) -> Anatomy | l
         return problems
     assert isinstance(layers, nn.ModuleList | nn.Sequential)
     assert task is not None
-    return Anatomy(core, layers, head, task, classifier)
+    # Without a head of its own the forward pass reads all positions, and DeBERTa's convolution mixes them.
+    mixes = not head or getattr(getattr(core, "config", None), "conv_kernel_size", 0) > 0
+    return Anatomy(core, layers, head, task, classifier, () if mixes else row.positionwise)
 
 
 def _submodule(model: nn.Module, path: str) -> nn.Module | None:

@@ -36,7 +36,7 @@ def token_losses(
     causal: bool = False,
     reduction: Reduction = "mean",
     chunk_tokens: int = 1024,
-    max_positions: int | None = None,
+    places: Tensor | None = None,
 ) -> Tensor:
     r"""Cross entropy of every sample over its labelled positions.
 
@@ -52,9 +52,8 @@ def token_losses(
         causal: Whether position t predicts label t + 1.
         reduction: Mean or sum over the labelled positions of a sample.
         chunk_tokens: Positions that pass through the head at once; bounds memory at ``chunk_tokens * V`` floats.
-        max_positions: Labelled positions of a sample that are read at most, spread over its length (the same places
-            in every sample, where all are labelled); a sum is scaled up. None reads all. With it the number of
-            positions is known beforehand: shapes are fixed, and no accelerator is waited for.
+        places: Positions that are read, from `positions_to_read` of the same labels; a sum is scaled up to all labelled
+            ones. None reads all labelled positions.
 
     Returns:
         float32 ``(R,)``; ``-inf`` for samples without a labelled position.
@@ -69,7 +68,7 @@ def token_losses(
         >>> token_losses(hidden, labels, head)
         tensor([2.3026,   -inf], grad_fn=<WhereBackward0>)
     """
-    return _reduce_tokens(hidden, labels, head, _cross_entropy, causal, reduction, chunk_tokens, max_positions)
+    return _reduce_tokens(hidden, labels, head, _cross_entropy, causal, reduction, chunk_tokens, places)
 
 
 def token_entropies(
@@ -80,7 +79,7 @@ def token_entropies(
     causal: bool = False,
     reduction: Reduction = "mean",
     chunk_tokens: int = 1024,
-    max_positions: int | None = None,
+    places: Tensor | None = None,
 ) -> Tensor:
     r"""Entropy of the predicted distribution of every sample over its labelled positions, in nats.
 
@@ -95,7 +94,7 @@ def token_entropies(
         ...     token_entropies(torch.zeros(1, 3, 4), torch.tensor([[1, -100, 2]]), head)
         tensor([2.3026])
     """
-    return _reduce_tokens(hidden, labels, head, _entropy, causal, reduction, chunk_tokens, max_positions)
+    return _reduce_tokens(hidden, labels, head, _entropy, causal, reduction, chunk_tokens, places)
 
 
 def class_losses(logits: Tensor, labels: Tensor, *, problem: Problem | None = None) -> Tensor:
@@ -189,6 +188,37 @@ def labelled_positions(labels: Tensor, *, causal: bool = False) -> Tensor:
     return (labels[:, 1:] if causal else labels) != IGNORED_LABEL
 
 
+def positions_to_read(labels: Tensor, *, causal: bool = False, max_positions: int | None = None) -> Tensor:
+    """The positions whose states a loss needs, ``(N,)``, int64, each as ``T * row + position``.
+
+    Args:
+        labels: Class ids, ``(R, T)``; -100 marks positions without a label.
+        causal: Whether position t predicts label t + 1.
+        max_positions: K; then K (at most T) positions of every sample, labelled ones first, spread over its length, and
+            the same in all samples that have all labels. Their number is known beforehand: shapes are fixed, and no
+            accelerator is waited for. None gives all labelled positions.
+
+    Raises:
+        ValueError: If there is to be less than one position.
+
+    Example:
+        >>> import torch
+        >>> labels = torch.tensor([[-100, 7, -100], [5, -100, 6]])
+        >>> positions_to_read(labels), positions_to_read(labels, causal=True)
+        (tensor([1, 3, 5]), tensor([0, 4]))
+    """
+    labelled = _targets(labels, causal) != IGNORED_LABEL
+    if max_positions is None:
+        return labelled.flatten().nonzero().squeeze(1)  # an accelerator is waited for
+    if max_positions < 1:
+        raise ValueError(f"max_positions must be at least 1 or None, got {max_positions}.")
+    rows, length = labels.shape
+    # Odd multiples modulo a power of two are a permutation whose first members lie far apart, whatever their number.
+    spread = torch.arange(length, device=labels.device) * _FAR_APART % _SPREAD_OVER
+    chosen = (spread + _SPREAD_OVER * labelled).topk(min(max_positions, length), dim=1, sorted=False).indices
+    return (chosen + length * torch.arange(rows, device=labels.device)[:, None]).flatten()
+
+
 def _reduce_tokens(
     hidden: Tensor,
     labels: Tensor,
@@ -197,7 +227,7 @@ def _reduce_tokens(
     causal: bool,
     reduction: Reduction,
     chunk_tokens: int,
-    max_positions: int | None,
+    places: Tensor | None,
 ) -> Tensor:
     if hidden.ndim != 3 or labels.shape != hidden.shape[:2]:
         raise ValueError(
@@ -206,54 +236,27 @@ def _reduce_tokens(
         )
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be mean or sum, got {reduction!r}.")
-    if max_positions is not None and max_positions < 1:
-        raise ValueError(f"max_positions must be at least 1 or None, got {max_positions}.")
-    if causal:
-        hidden, labels = hidden[:, :-1], labels[:, 1:]
-    counts = read = (labels != IGNORED_LABEL).sum(dim=1)
-    if max_positions is None:
-        per_position = _labelled_only(hidden, labels, head, measure, chunk_tokens)
-    else:
-        hidden, labels = _thinned(hidden, labels, max_positions)
-        labelled = labels != IGNORED_LABEL
-        read = labelled.sum(dim=1)
-        values = _in_chunks(hidden.flatten(0, 1), labels.flatten(), head, measure, chunk_tokens)
-        per_position = torch.where(labelled, values.view(labels.shape), 0.0)
-    total = per_position.sum(dim=1)
+    if places is None:
+        places = positions_to_read(labels, causal=causal)
+    targets = _targets(labels, causal)
+    states, at_places = hidden.flatten(0, 1), targets.flatten()
+    if len(places) < len(states):  # else there is nothing to leave out
+        states, at_places = states.index_select(0, places), at_places.index_select(0, places)
+    values = torch.cat([measure(head(h).float(), y) for h, y in _chunks(states, at_places, chunk_tokens)])
+    # Copies to distinct places and sums along rows: the result depends neither on the chunk size nor, as atomic
+    # adds would on a GPU, on the order in which threads arrive.
+    labelled = at_places != IGNORED_LABEL
+    everywhere = torch.zeros(targets.numel(), dtype=torch.float32, device=hidden.device)
+    total = everywhere.index_copy(0, places, torch.where(labelled, values, 0.0)).view(targets.shape).sum(dim=1)
+    read = everywhere.index_copy(0, places, labelled.float()).view(targets.shape).sum(dim=1)
+    counts = (targets != IGNORED_LABEL).sum(dim=1)
     reduced = total / read.clamp(min=1) if reduction == "mean" else total * (counts / read.clamp(min=1))
     return torch.where(counts == 0, UNLABELLED, reduced)
 
 
-def _labelled_only(
-    hidden: Tensor, labels: Tensor, head: Head, measure: Callable[[Tensor, Tensor], Tensor], chunk_tokens: int
-) -> Tensor:
-    """A value per position, ``(R, T)``; 0 where there is no label."""
-    states, targets = hidden.flatten(0, 1), labels.flatten()
-    places = (targets != IGNORED_LABEL).nonzero().squeeze(1)  # an accelerator is waited for here, once
-    if len(places) < len(targets):  # else, as in causal language modelling, there is nothing to leave out
-        states, targets = states.index_select(0, places), targets.index_select(0, places)
-    values = _in_chunks(states, targets, head, measure, chunk_tokens)
-    # A copy to distinct places and a sum along rows: the result depends neither on the chunk size nor, as atomic
-    # adds would on a GPU, on the order in which threads arrive.
-    per_position = torch.zeros(labels.numel(), dtype=torch.float32, device=hidden.device)
-    return per_position.index_copy(0, places, values).view(labels.shape)
-
-
-def _thinned(hidden: Tensor, labels: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """States ``(R, K, D)`` and labels ``(R, K)`` of K = min(most, T) positions of every sample, labelled ones first."""
-    length = labels.size(1)
-    # Odd multiples modulo a power of two are a permutation whose first members lie far apart, whatever their number.
-    spread = torch.arange(length, device=labels.device) * _FAR_APART % _SPREAD_OVER
-    keys = spread + _SPREAD_OVER * (labels != IGNORED_LABEL)
-    places = keys.topk(min(most, length), dim=1, sorted=False).indices
-    states = hidden.gather(1, places.unsqueeze(2).expand(-1, -1, hidden.size(2)))
-    return states, labels.gather(1, places)
-
-
-def _in_chunks(
-    states: Tensor, labels: Tensor, head: Head, measure: Callable[[Tensor, Tensor], Tensor], size: int
-) -> Tensor:
-    return torch.cat([measure(head(h).float(), y) for h, y in _chunks(states, labels, size)])
+def _targets(labels: Tensor, causal: bool) -> Tensor:
+    """What every position is to predict, ``(R, T)``."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL) if causal else labels
 
 
 def _chunks(states: Tensor, labels: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:

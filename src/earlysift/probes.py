@@ -142,7 +142,8 @@ def _per_sample(
         return per_class(head(states), labels, problem=scorers.problem_of(anatomy))
     per_token = losses.token_losses if signal == "loss" else losses.token_entropies
     causal = anatomy.task == "causal_lm"
-    return per_token(states, labels, head, causal=causal, reduction=reduction, max_positions=max_positions)
+    places = losses.positions_to_read(labels, causal=causal, max_positions=max_positions)
+    return per_token(states, labels, head, causal=causal, reduction=reduction, places=places)
 
 
 def _losses_and_gradients(

@@ -8,7 +8,7 @@ generator.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Generator, Tensor, nn
@@ -44,7 +44,8 @@ def early_exit_loss(
         family: A row for a model that `earlysift.exits.FAMILIES` does not know.
         exit_head: Module behind the exit, if any.
         reduction: Mean or sum over the labelled positions of a sample.
-        max_positions: Labelled positions of a sample that are read at most, see `earlysift.losses.token_losses`.
+        max_positions: Labelled positions of a sample that are read at most, see
+            `earlysift.losses.positions_to_read`.
         chunk_rows: Candidates that run at once; bounds memory. None runs the whole pool at once.
         trim: Whether candidates of like length run together, without the padding that none of them needs.
         dtype: Autocast dtype while scoring; ``"auto"`` is bfloat16 where the hardware computes in it, None leaves
@@ -292,6 +293,7 @@ def _scores(
     anatomy = exits.find_anatomy(model, family)
     size = pools.pool_size(pool)
     rows = chunk_rows or size
+    thins = depth is not None and exits.thins(model, anatomy, max_positions)
     order = pools.by_length(pool) if trim else None
     if order is not None:
         pool = pools.take(pool, order)
@@ -308,18 +310,15 @@ def _scores(
             if anatomy.task == "sequence_classification":
                 scores.append(per_class(exits.call(model, inputs), labels, problem=problem_of(anatomy)))
                 continue
-            with exits.headless(anatomy):
+            causal = anatomy.task == "causal_lm"
+            places = losses.positions_to_read(labels, causal=causal, max_positions=max_positions)
+            with ExitStack() as at_exit:
+                at_exit.enter_context(exits.headless(anatomy))
+                if thins:
+                    at_exit.enter_context(exits.at_places(anatomy, cast(int, depth), places, labels.shape))
                 hidden = exits.call(model, inputs)
-            scores.append(
-                per_token(
-                    hidden,
-                    labels,
-                    exits.head_of(anatomy),
-                    causal=anatomy.task == "causal_lm",
-                    reduction=reduction,
-                    max_positions=max_positions,
-                )
-            )
+            head = exits.head_of(anatomy)
+            scores.append(per_token(hidden, labels, head, causal=causal, reduction=reduction, places=places))
         found = torch.cat(scores)
         return found if order is None else torch.empty_like(found).index_copy(0, order, found)
 

@@ -570,7 +570,8 @@ class Sifter:
         """FLOPs to a depth; found once, as walking a model takes longer than many a kernel."""
         assert self._anatomy is not None
         if depth not in self._laws:
-            self._laws[depth] = costs.flops_law(self._anatomy, depth)
+            thins = depth is not None and exits.thins(self.model, self._anatomy, self.max_positions)
+            self._laws[depth] = costs.flops_law(self._anatomy, depth, thins=thins)
         return self._laws[depth]
 
     def _warn_of_breakdown(self, seen: Mapping[str, Any]) -> None:
