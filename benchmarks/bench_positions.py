@@ -34,7 +34,7 @@ TABLES: dict[str, measuring.Columns] = {
         "predicted": ("by FLOPs", "{:.3f}"),
     }
 }
-_SEEDS, _STEPS = 3, 600
+_SEEDS, _STEPS = 3, 400
 _OF_LENGTH = (4, 8, 16, 32, 64)
 _SIZE: dict[str, Any] = {"length": 256, "batch": 16, "validation_samples": 512}
 _SMOKE: dict[str, Any] = {"length": 64, "layers": 3, "vocab_size": 300, "batch": 4, "validation_samples": 16}
