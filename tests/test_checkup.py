@@ -9,7 +9,7 @@ import transformers
 from earlysift import exits, losses, scorers
 from earlysift.checkup import BUILT_IN, build_model, checkup, peak_growth_bytes, random_pool
 from earlysift.cli import main
-from earlysift.costs import forward_flops, relative_cost
+from earlysift.costs import flops_law, relative_cost
 
 SMALL = {
     "vocab_size": 200,
@@ -86,7 +86,8 @@ def test_flops_and_parameters_are_those_of_the_model(name, tmp_path):
     anatomy = exits.find_anatomy(model)
 
     def flops(rows, depth=None):
-        return forward_flops(anatomy, rows=rows, length=20, labelled=round(rows * per_sample), depth=depth)
+        law = flops_law(anatomy, depth, thins=depth is not None and bool(anatomy.positionwise))
+        return law.flops(rows=rows, length=20, labelled=round(rows * per_sample))
 
     if TASKS[name] == "masked_lm":  # otherwise labels fall unevenly on samples
         assert numbers["train"]["flops"] == 3 * flops(4)
