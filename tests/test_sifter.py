@@ -9,6 +9,7 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Generator, nn
 
 import earlysift
@@ -1394,14 +1395,22 @@ def test_weights_and_batch_are_on_the_device_of_the_pool():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("options", [{}, {"score": "entropy"}, {"schedule": constant(0.5)}, {"keep": 1.0}])
-def test_steps_of_a_classifier_make_the_host_wait_for_nothing_on_a_gpu(options, tmp_path):
-    model = build("plain", "sequence_classification").cuda()
+@pytest.mark.parametrize("task", ["masked_lm", "sequence_classification"])
+def test_steps_make_the_host_wait_for_nothing_on_a_gpu(task, options, tmp_path):
+    # Attention masks are left out, as transformers asks whether they hide anything.
+    family = "bert" if task == "masked_lm" else "plain"
+    model = build(family, task).cuda()
     optimizer = torch.optim.AdamW(model.parameters())
     pools = [tuple(tensor.cuda() for tensor in features(seed=seed)) for seed in range(8)]
+    if task == "masked_lm":
+        pools = [{name: pool[name].cuda() for name in ("input_ids", "labels")} for pool in pools_for(model, 8)]
+        options = {"max_positions": 2, **options}
     sifter = sifter_of(model, ledger=Ledger(tmp_path / "steps.jsonl"), **options)
 
     def train(pool):
-        scorers.training_loss(model, sifter.sift(pool), family=row_of(model)).backward()
+        batch = sifter.sift(pool)
+        loss = model(**batch).loss if task == "masked_lm" else F.cross_entropy(model(batch[0]), batch[1])
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
