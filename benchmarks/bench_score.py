@@ -4,6 +4,7 @@ The roof of a depth is a lower bound on this machine: the matrix products and at
 that depth makes, and nothing else. They are recorded while scoring runs, and made again on the very same tensors.
 """
 
+import dataclasses
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -27,6 +28,7 @@ the ratio that `costs.py` predicts. "Roof": the matrix products and attentions o
 the model, its norms and activations. "Stock, hidden states": the model's own forward with `output_hidden_states`, and
 its head on all positions of one hidden state; it costs the same for every depth. "Stock / ours" and "dense exact /
 ours" are the times of that and of "exact loss, dense head" over ours. "Compiled": through `torch.compile(model)`.
+"Whole layer": the layer at the exit at all positions, as others run it.
 "N positions": no more labelled positions of a sample (`max_positions`). FLOP/s count what `costs.py` counts."""
 TABLES: dict[str, measuring.Columns] = {
     "rows": {
@@ -44,6 +46,7 @@ TABLES: dict[str, measuring.Columns] = {
 }
 # What torch's own FLOP counter counts; it does not know attention on a CPU.
 _PRODUCTS = {*flop_registry, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu}
+_WHOLE = "depth 1, whole layer"
 _OF_POSITIONS = 16  # one in so many is labelled where few are read
 STEP, STOCK, DENSE_EXACT = "train step", "stock, hidden states", "exact loss, dense head"
 
@@ -61,14 +64,17 @@ def measure(shape: Shape, dtype: str, rounds: int) -> dict[str, Any]:
     pool = shapes.pool(model, shape, round(shape.batch / measuring.KEEP), place)
     rows = pools.take(pool, slice(0, shape.batch))
     depths = [depth for depth in measuring.DEPTHS if depth < len(anatomy.layers)]
-    options: dict[str, Any] = {"chunk_rows": shape.batch, "dtype": precision.score}
+    options: dict[str, Any] = {"chunk_rows": 2 * shape.batch, "dtype": precision.score}  # as the Sifter does
     flops = partial(measuring.flops, anatomy, pool)
-    dense = partial(_dense_scores, model, anatomy, pool, **options)
+    dense = partial(_dense_scores, model, anatomy, pool, **(options | {"chunk_rows": shape.batch}))
     unlabelled = {**pool, "labels": torch.full_like(pool["labels"], losses.IGNORED_LABEL)}
     every_head = flops(dense=True) - measuring.flops(anatomy, unlabelled)  # on all positions
     compiled: Any = torch.compile(model, dynamic=False)
 
     exits_scored: dict[str, dict[str, Any]] = {f"depth {depth}": {"depth": depth} for depth in depths}
+    if anatomy.positionwise:
+        whole = dataclasses.replace(exits.FAMILIES[shape.config["model_type"]], positionwise=())
+        exits_scored[_WHOLE] = {"depth": 1, "family": whole}
     if shape.length is not None:
         few = max(1, shape.length // _OF_POSITIONS)
         exits_scored[f"depth 1, {few} positions"] = {"depth": 1, "max_positions": few}
@@ -80,17 +86,15 @@ def measure(shape: Shape, dtype: str, rounds: int) -> dict[str, Any]:
     }
     roof_of = {}
     for name, how in exits_scored.items():
-        most = how.get("max_positions")
-        count = flops(**how, thins=exits.thins(model, anatomy, most))
+        seen_as, most = exits.find_anatomy(model, how.get("family")), how.get("max_positions")
+        count = flops(depth=how["depth"], max_positions=most, thins=exits.thins(model, seen_as, most))
         lowest = f"roof, {name}"
         timed[f"score, {name}"] = (partial(scorers.early_exit_loss, model, pool, **how, **options), count)
-        if how["depth"] == 1:
+        if how["depth"] == 1 and "family" not in how:
+            thins = exits.thins(compiled, anatomy, most)
             operation = partial(scorers.early_exit_loss, compiled, pool, **how, **options)
-            timed[f"score, {name}, compiled"] = (
-                operation,
-                flops(**how, thins=exits.thins(compiled, anatomy, most)),
-            )
-            roof_of[f"score, {name}, compiled"] = lowest
+            timed[f"score, {name}, compiled"] = (operation, flops(**how, thins=thins))
+            roof_of[f"score, {name}, compiled"] = lowest if thins or not anatomy.positionwise else f"roof, {_WHOLE}"
         timed[lowest] = (roof(model, pool, precision.score, **how), count)
         roof_of[f"score, {name}"] = lowest
     timed |= {
