@@ -80,8 +80,8 @@ class Sifter:
             ranks' candidates together: scores are gathered and chosen rows exchanged, so that every rank still trains
             on b rows. Pools then need the same shapes on all ranks, and `selection` counts through all of them.
         seed: Seed of the selection.
-        chunk_rows: Candidates scored at once; None is twice the number kept: without gradients and dense logits they
-            need less memory than a training step of all but the shallowest models.
+        chunk_rows: Candidates scored at once; None is twice the number kept (and that number in exact scoring and
+            probes), which without gradients needs no more memory than a training step.
         dtype: Autocast dtype while scoring, see `earlysift.scorers.early_exit_loss`.
         exit_head: An `ExitHead` for models whose shared head ranks badly at the exit.
         exit_optimizer: Its optimizer, for training it on detached features within `sift`. Without one, train it
@@ -619,7 +619,8 @@ class Sifter:
             exit_head=self.exit_head,
             max_positions=self.max_positions,
             trim=self.trim,
-            **self._scoring_options(kept),
+            # Few layers and positions of few logits: still less memory than a training step of b holds.
+            **(self._scoring_options(kept) | {"chunk_rows": self.chunk_rows or 2 * kept}),
         )
 
     def _exact_scorer(self, kept: int) -> Scorer:
@@ -629,7 +630,7 @@ class Sifter:
         return {
             "family": self.family,
             "reduction": self.reduction,
-            "chunk_rows": self.chunk_rows or 2 * kept,
+            "chunk_rows": self.chunk_rows or kept,
             "dtype": self.dtype,
         }
 
