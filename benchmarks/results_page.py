@@ -16,6 +16,7 @@ from earlysift.compare.settings import Settings
 from earlysift.report.page import RESULTS_VERSION
 from earlysift.theory.findings import show_cell
 from sections import benchmark_sections
+from targets import targets_section
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -57,7 +58,7 @@ def main() -> int:
     if comparisons:
         parts += [_overview([results for _, results in comparisons])]
     parts += [_comparison(path, results) for path, results in comparisons]
-    parts += benchmark_sections(RESULTS, ROOT / "docs")
+    parts += [targets_section(RESULTS), *benchmark_sections(RESULTS, ROOT / "docs")]
     (ROOT / "docs" / "results.md").write_text("\n".join(parts), encoding="utf-8")
     return 0
 

@@ -32,6 +32,7 @@ def results_page():
         ("docs/when-it-helps.md", "sift/step"),
         ("docs/trainer.md", "'samples_trained': 32"),
         ("docs/scaling.md", "scoring 64 at depth 1 takes"),
+        ("docs/speed.md", "16 positions: "),
     ],
 )
 def test_a_document_has_one_python_block_and_it_runs(name, printed, tmp_path):
@@ -93,6 +94,8 @@ def test_links_between_documents_lead_somewhere():
         "docs/pretrain.md",
         "docs/reliability.md",
         "docs/results.md",
+        "docs/scaling.md",
+        "docs/speed.md",
         "docs/theory.md",
         "docs/trainer.md",
         "docs/when-it-helps.md",
