@@ -334,21 +334,22 @@ def test_a_failure_within_leaves_position_wise_modules_in_their_places():
     assert dict(model.named_modules()) == before
 
 
-def test_no_layer_is_thinned_out_whose_positions_are_mixed_again_behind_it():
-    from transformers import DebertaV2Config, DebertaV2ForMaskedLM
+@pytest.mark.parametrize(
+    ("setting", "thinned"), [({}, True), ({"conv_kernel_size": 3}, False), ({"chunk_size_feed_forward": 4}, False)]
+)
+def test_no_layer_is_thinned_out_that_needs_all_positions(setting, thinned):
+    from transformers import BertConfig, BertForMaskedLM, DebertaV2Config, DebertaV2ForMaskedLM
 
+    chunked = "chunk_size_feed_forward" in setting
+    config, cls = (BertConfig, BertForMaskedLM) if chunked else (DebertaV2Config, DebertaV2ForMaskedLM)
     sizes = {"vocab_size": 50, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
     with torch.random.fork_rng():
-        models = [
-            DebertaV2ForMaskedLM(DebertaV2Config(**sizes, num_hidden_layers=3, conv_kernel_size=size)).train()
-            for size in (0, 3)
-        ]
-    assert [bool(find_anatomy(model).positionwise) for model in models] == [True, False]
-    pool = {"input_ids": torch.arange(12).reshape(2, 6), "labels": torch.full((2, 6), -100)}
+        model = cls(config(**sizes, **setting, num_hidden_layers=3)).train()
+    assert bool(find_anatomy(model).positionwise) == thinned
+    pool = {"input_ids": torch.arange(16).reshape(2, 8), "labels": torch.full((2, 8), -100)}
     pool["labels"][:, 2] = 7
-    for model in models:
-        expected = sample_losses(shorter(model, 1).eval(), pool)
-        torch.testing.assert_close(scorers.early_exit_loss(model, pool, dtype=None), expected, rtol=1e-5, atol=1e-5)
+    expected = sample_losses(shorter(model, 1).eval(), pool)
+    torch.testing.assert_close(scorers.early_exit_loss(model, pool, dtype=None), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("max_positions", "thinned"), [(None, False), (3, True)])

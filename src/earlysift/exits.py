@@ -562,9 +562,20 @@ def _anatomy_or_problems(model: nn.Module, family: Family | None) -> Anatomy | l
         return problems
     assert isinstance(layers, nn.ModuleList | nn.Sequential)
     assert task is not None
-    # Without a head of its own the forward pass reads all positions, and DeBERTa's convolution mixes them.
-    mixes = not head or getattr(getattr(core, "config", None), "conv_kernel_size", 0) > 0
-    return Anatomy(core, layers, head, task, classifier, () if mixes else row.positionwise)
+    return Anatomy(
+        core, layers, head, task, classifier, row.positionwise if head and _can_thin(core, layers, row) else ()
+    )
+
+
+def _can_thin(core: nn.Module, layers: nn.ModuleList | nn.Sequential, row: Family) -> bool:
+    """Whether layers have the modules of their row (wrappers may hide them) and nobody needs all positions.
+
+    A convolution behind a layer mixes them, and a feed-forward part in chunks counts them.
+    """
+    names = [name for chain in row.positionwise for name in chain]
+    found = all(_submodule(layer, name) is not None for layer in layers for name in names)
+    config = getattr(core, "config", None)
+    return found and not any(getattr(config, name, 0) for name in ("conv_kernel_size", "chunk_size_feed_forward"))
 
 
 def _submodule(model: nn.Module, path: str) -> nn.Module | None:
