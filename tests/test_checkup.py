@@ -69,6 +69,14 @@ def test_check_measures_every_depth_and_the_full_model(name, tmp_path, capsys):
     assert "Selection pays only while the live gain" in shown
 
 
+def test_few_positions_make_exits_cheaper_and_nothing_else():
+    options = {"batch": 2, "labelled_fraction": 1.0, "depths": (1,), "seconds": 0.0}
+    every, few = (checkup("demo", max_positions=most, **options) for most in (None, 4))
+    assert few["scores"][0]["flops"] < every["scores"][0]["flops"]
+    assert few["scores"][1]["flops"] == every["scores"][1]["flops"]
+    assert few["train"]["flops"] == every["train"]["flops"]
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_flops_and_parameters_are_those_of_the_model(name, tmp_path):
     path = written(tmp_path, CONFIGS[name])

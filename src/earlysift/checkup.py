@@ -69,6 +69,7 @@ def checkup(
     labelled_fraction: float | None = None,
     keep: float = 0.5,
     depths: tuple[int, ...] = (),
+    max_positions: int | None = None,
     seconds: float = 10.0,
     on_progress: OnProgress = lambda name, share: None,
 ) -> dict[str, Any]:
@@ -86,6 +87,7 @@ def checkup(
         labelled_fraction: Share of the positions with a label; None is what `LABELLED_FRACTION` says for the task.
         keep: b / R, in (0, 1).
         depths: Exits to look at; none given: those of `DEPTHS` that the model has. The full model comes last.
+        max_positions: Labelled positions of a sample that an exit reads at most, as in `earlysift.Sifter`; None is all.
         seconds: About how long to measure times; three rounds are the least.
         on_progress: Called as work proceeds.
 
@@ -121,7 +123,7 @@ def checkup(
         _require_sound(model, depths, pool)
         on_progress("build the model", 1.0)
         trained = pools.take(pool, slice(0, batch))
-        operations = _operations(model, pool, trained, keep, depths)
+        operations = _operations(model, pool, trained, keep, depths, max_positions)
         memory_bytes = _memory_bytes(operations, device, on_progress)
         times_ms = _times_ms(operations, device, seconds, on_progress)
     work = costs.batch_work(anatomy, trained, "step", costs.flops_law(anatomy), passes=3)
@@ -132,8 +134,9 @@ def checkup(
     }
 
     def score(depth: int, name: str) -> dict[str, Any]:
-        law = costs.flops_law(anatomy, depth, thins=depth < layers and exits.thins(model, anatomy, None))
-        flops = costs.batch_work(anatomy, pool, "pool", law)["pool_flops"]
+        most = max_positions if depth < layers else None
+        law = costs.flops_law(anatomy, depth, thins=depth < layers and exits.thins(model, anatomy, most))
+        flops = costs.batch_work(anatomy, pool, "pool", law, max_positions=most)["pool_flops"]
         ms = statistics.median(times_ms[name])
         cost = 1.0 + ms / step["ms"]  # C1: f p / keep is the share of scoring a pool in the time of a step
         return {
@@ -287,11 +290,17 @@ def _require_sound(model: nn.Module, depths: tuple[int, ...], pool: dict[str, Te
 
 
 def _operations(
-    model: nn.Module, pool: dict[str, Tensor], trained: dict[str, Tensor], keep: float, depths: tuple[int, ...]
+    model: nn.Module,
+    pool: dict[str, Tensor],
+    trained: dict[str, Tensor],
+    keep: float,
+    depths: tuple[int, ...],
+    max_positions: int | None,
 ) -> dict[str, Callable[[], object]]:
     """A training step, and scoring, selecting and gathering for every depth and for the full model, in this order."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    sifters = {f"depth {depth}": Sifter(model, keep=keep, depth=depth, probe_every=0) for depth in depths}
+    options: dict[str, Any] = {"keep": keep, "max_positions": max_positions, "probe_every": 0}
+    sifters = {f"depth {depth}": Sifter(model, depth=depth, **options) for depth in depths}
     sifters["exact"] = Sifter(model, keep=keep, score="exact", probe_every=0)
 
     def train() -> None:

@@ -123,6 +123,8 @@ class Check:
     """Samples per training step; the pool is batch / keep."""
     labelled_fraction: float | None = None
     """Share of the tokens with a label. Without it: 0.15 in masked language modelling, else 1."""
+    max_positions: int | None = None
+    """Labelled tokens of a sample that an exit reads at most; without it all."""
     keep: float = 0.5
     """Share of the pool that is trained on."""
     depths: tuple[int, ...] = ()
