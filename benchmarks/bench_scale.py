@@ -32,8 +32,8 @@ TITLE = "Overhead of scoring as one thing changes"
 ABOUT = """Overhead is the time of `Sifter.sift` over that of a training step of b. Each quantity is varied alone
 around the base point; "keep" changes b within the same pool, "pool" the pool for the same b, "processes" (one thread
 each where they share a CPU, DistributedDataParallel, gloo or NCCL) the ranks, scope and all. Predicted is C1,
-`relative_cost(f, p, keep) - 1`: f, the share of a forward pass in a step, is measured once, at the base point (a full
-forward pass of scoring, `exact_loss`, and a step), and p is a ratio of FLOPs. On several processes it is
+`relative_cost(f, p, keep) - 1`: p is a ratio of FLOPs, and f, the share of a forward pass in a step, is measured once:
+what the overhead at the base point, timed by itself beforehand, makes it. On several processes it is
 `scaling.overhead`, by the times of one process and the measured link between them."""
 TABLES: dict[str, measuring.Columns] = {
     "rows": {
@@ -50,6 +50,7 @@ TABLES: dict[str, measuring.Columns] = {
 
 _SMALL_BYTES, _LARGE_BYTES = 16, 1 << 24  # of a rank, gathered to measure the link between ranks
 _LINK_ROUNDS = 20
+_CALIBRATION = 3  # times as many rounds, as all predictions rest on it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +75,8 @@ def plan(given: Namespace) -> dict[str, partial[dict[str, Any]]]:
 def measure(shape: Shape, dtype: str, rounds: int) -> dict[str, Any]:
     """Overhead, measured and predicted, at every point."""
     base = Point(shape, round(shape.batch / measuring.KEEP), dtype, rounds)
-    forward_share = _times(base, calibrate=True)["forward_share"]
+    calibration = _times(dataclasses.replace(base, rounds=_CALIBRATION * rounds))
+    forward_share = calibration["overhead"] * shape.batch / base.pool / calibration["score_share"]
     rows: list[dict[str, Any]] = []
     alone: dict[str, float] = {}  # one process, as the points of several are launched
     for varied, value, point in track(_points(base), description="scale"):
@@ -167,7 +169,6 @@ def _built(point: Point) -> nn.Module:
 def _times(
     point: Point,
     *,
-    calibrate: bool = False,
     wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
     together: Callable[[], object] = lambda: None,
 ) -> dict[str, float]:
@@ -190,19 +191,14 @@ def _times(
         "step": measuring.step(model, lambda: scorers.training_loss(model, rows), precision.train),
         "sift": partial(sifter.sift, pool),
     }
-    if calibrate:
-        operations["forward"] = partial(scorers.exact_loss, model, rows, dtype=precision.score)
     times_ms = measuring.interleaved(operations, point.rounds, "", together)
-    seen = {
+    return {
         "step_ms": median(times_ms["step"]),
         "sift_ms": median(times_ms["sift"]),
         "overhead": measuring.ratio(times_ms["sift"], times_ms["step"]),
         "score_share": measuring.flops(anatomy, pool, depth=point.depth, thins=exits.thins(model, anatomy, None))
         / measuring.flops(anatomy, pool),
     }
-    if calibrate:
-        seen["forward_share"] = measuring.ratio(times_ms["forward"], times_ms["step"])
-    return seen
 
 
 def _launched(point: Point) -> dict[str, float]:
