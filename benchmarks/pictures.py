@@ -6,22 +6,23 @@ from typing import Any
 from earlysift.report.figures import FAINT, SETTINGS, save_png
 
 _OURS, _OTHER = "#2f7fd6", "#d9581f"
-_APART = 0.16  # between the depths of one shape
+_GROUP = 0.85  # of the height of a shape, which its depths share
 
 
 def score_picture(entries: dict[str, Any], path: Path) -> None:
     """Achieved FLOP/s of scoring and of its roof: a group per shape, a line per depth."""
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     with matplotlib.rc_context(SETTINGS):
-        figure = Figure(figsize=(9, 1.2 + 0.62 * len(entries)), layout="constrained")
+        figure = Figure(figsize=(9, 1.2 + 0.85 * len(entries)), layout="constrained")
         axes = figure.subplots()
         for place, entry in enumerate(entries.values()):
             rate_of = {row["operation"]: row["gflops_per_s"] for row in entry["rows"]}
             depths = [name.removeprefix("roof, ") for name in rate_of if name.startswith("roof, ")]
             for number, depth in enumerate(depths):
-                y = place + _APART * (number - (len(depths) - 1) / 2)
+                y = place + _GROUP * (number - (len(depths) - 1) / 2) / len(depths)
                 ours, roof = rate_of[f"score, {depth}"], rate_of[f"roof, {depth}"]
                 axes.plot([ours, roof], [y, y], color=FAINT, linewidth=1)
                 axes.plot(ours, y, "o", color=_OURS, markersize=4, label="scoring" if place + number == 0 else None)
@@ -32,7 +33,9 @@ def score_picture(entries: dict[str, Any], path: Path) -> None:
         axes.set_yticks(range(len(entries)), list(entries))
         axes.invert_yaxis()
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:,.9g}")
+        axes.minorticks_off()
         axes.margins(x=0.12)
         axes.set_xlabel("GFLOP/s (what costs.py counts, over the time)")
         figure.legend(loc="outside upper left", ncols=2)
