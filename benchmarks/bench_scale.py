@@ -251,6 +251,7 @@ def _as_rank(told: Path, seen: Path) -> None:
         found |= _link(point)._asdict()
     if distributed.get_rank() == 0:
         write_json(seen, found)
+    distributed.barrier()  # gloo aborts in a process that is left by the other one
     distributed.destroy_process_group()
 
 
