@@ -266,7 +266,7 @@ def test_uniform_steps_of_a_warm_up_score_nothing():
     assert ledger.times_ms("score") == []
     for pool in pools[3:]:
         sifter.sift(pool)
-    assert len(calls) == 4  # two steps, a chunk of the number kept at a time
+    assert len(calls) == 2  # two steps, twice the number kept at a time
     assert sifter.stats()["sift/scored"] == 40
     assert len(ledger.times_ms("score")) == 2
     handle.remove()
