@@ -32,7 +32,7 @@ class Target(NamedTuple):
 
 def _score(key: str, operation: str = "score, depth 1") -> Callable[[Entry], float]:
     def value(entry: Entry) -> float:
-        return float(next(row[key] for row in entry["rows"] if row["operation"].startswith(operation)))
+        return float(next(row[key] for row in entry["rows"] if row["operation"] == operation))
 
     return value
 
@@ -79,7 +79,7 @@ def targets_section(results: Path) -> str:
         for path in sorted(results.glob(f"{target.benchmark}_*.json")):
             entries: dict[str, Entry] = json.loads(path.read_text(encoding="utf-8"))["entries"]
             reached = {name: target.value(entry) for name, entry in entries.items() if name.startswith(target.shapes)}
-            met = [(value <= target.bound) == target.most or value == target.bound for value in reached.values()]
+            met = [value <= target.bound if target.most else value >= target.bound for value in reached.values()]
             told = "; ".join(f"{name}: {value:.3g}" for name, value in reached.items())
             lines.append([target.what, f"{sign} {target.bound:g}", f"{sum(met)} of {len(met)}", told])
     table = measuring.markdown(["what", "target", "met by", "reached"], lines)

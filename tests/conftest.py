@@ -36,6 +36,20 @@ def browser():
         running.close()
 
 
+@pytest.fixture
+def recorded():
+    """A backend for torch.compile that compiles nothing, and the graphs that it was given."""
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    yield backend, graphs
+    torch.compiler.reset()
+
+
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
     """A folder with text, and models of two layers to train on it."""

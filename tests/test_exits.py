@@ -247,14 +247,8 @@ def test_scoring_runs_exactly_depth_layers_when_compiled(family, task, how):
     ("family", "task", "with_exit_head"),
     [("bert", "masked_lm", False), ("llama", "causal_lm", True), ("plain", "masked_lm", True)],
 )
-def test_compiled_scoring_and_training_make_no_new_graphs_after_the_first_step(family, task, with_exit_head):
-    torch.compiler.reset()
-    graphs = []
-
-    def backend(graph, example_inputs):
-        graphs.append(graph)
-        return graph.forward
-
+def test_compiled_scoring_and_training_make_no_new_graphs_after_the_first_step(family, task, with_exit_head, recorded):
+    backend, graphs = recorded
     model = build(family, task)
     row, batch = row_of(model), batch_of(model)
     compiled = torch.compile(model, backend=backend)
@@ -267,7 +261,6 @@ def test_compiled_scoring_and_training_make_no_new_graphs_after_the_first_step(f
         assert check(compiled, depth=2, family=row, inputs=inputs_of(model)) == []
         assert len(graphs) == made[-1]  # the check compiles nothing
     assert made[1:] == [made[0]] * 3 != [0] * 3
-    torch.compiler.reset()
 
 
 POSITIONWISE = [
@@ -353,14 +346,8 @@ def test_no_layer_is_thinned_out_that_needs_all_positions(setting, thinned):
 
 
 @pytest.mark.parametrize(("max_positions", "thinned"), [(None, False), (3, True)])
-def test_compiled_scoring_makes_no_new_graphs_for_other_labels(max_positions, thinned):
-    torch.compiler.reset()
-    graphs = []
-
-    def backend(graph, example_inputs):
-        graphs.append(graph)
-        return graph.forward
-
+def test_compiled_scoring_makes_no_new_graphs_for_other_labels(max_positions, thinned, recorded):
+    backend, graphs = recorded
     model = build("bert", "masked_lm")
     compiled = torch.compile(model, backend=backend, dynamic=False)
     anatomy = find_anatomy(model)
@@ -375,17 +362,10 @@ def test_compiled_scoring_makes_no_new_graphs_for_other_labels(max_positions, th
         made.append(len(graphs))
     assert made == [made[0]] * 4
     assert made[0] > 0
-    torch.compiler.reset()
 
 
-def test_a_compiled_scorer_of_a_plain_model_compiles_each_depth_once_whatever_is_kept():
-    torch.compiler.reset()
-    graphs = []
-
-    def backend(graph, example_inputs):
-        graphs.append(graph)
-        return graph.forward
-
+def test_a_compiled_scorer_of_a_plain_model_compiles_each_depth_once_whatever_is_kept(recorded):
+    backend, graphs = recorded
     model = build("bert", "masked_lm")
     pool = batch_of(model, rows=8)
     compiled = torch.compile(model, backend=backend, dynamic=False)
@@ -400,7 +380,6 @@ def test_a_compiled_scorer_of_a_plain_model_compiles_each_depth_once_whatever_is
     assert made[:2] == [made[0]] * 2
     assert made[2:] == [made[2]] * 6
     assert 0 < made[0] < made[2]
-    torch.compiler.reset()
 
 
 def test_scoring_runs_exactly_depth_layers_prepared_by_accelerate_in_bfloat16():

@@ -150,14 +150,8 @@ def test_chunks_change_nothing(family, task):
         assert_same(seen_by(model, batch, chunk_rows=rows), whole, rtol=1e-5, atol=1e-5)
 
 
-def test_a_probe_of_a_compiled_model_sees_the_same_and_compiles_nothing():
-    torch.compiler.reset()
-    graphs = []
-
-    def backend(graph, example_inputs):
-        graphs.append(graph)
-        return graph.forward
-
+def test_a_probe_of_a_compiled_model_sees_the_same_and_compiles_nothing(recorded):
+    backend, graphs = recorded
     model = build("bert", "masked_lm")
     batch = batch_of(model)
     expected = seen_by(model, batch)
@@ -167,7 +161,6 @@ def test_a_probe_of_a_compiled_model_sees_the_same_and_compiles_nothing():
         made = len(graphs)
         assert_same(seen_by(compiled, batch), expected, rtol=1e-5, atol=1e-5)
         assert len(graphs) == made == 1
-    torch.compiler.reset()
 
 
 # Gradients

@@ -144,6 +144,17 @@ def test_scores_do_not_depend_on_the_company_or_on_padding(family, task):
 
 
 @pytest.mark.parametrize("scorer", [scorers.early_exit_loss, scorers.early_exit_entropy, scorers.exact_loss])
+@pytest.mark.parametrize("length", [11, 24])
+@pytest.mark.parametrize(("family", "task"), [("bert", "masked_lm"), ("llama", "causal_lm"), ("plain", "causal_lm")])
+def test_labels_that_are_not_one_per_position_are_refused_with_what_came(family, task, length, scorer):
+    model = build(family, task)
+    pool = pool_for(model)
+    pool["labels"] = pool["labels"].repeat(1, 2)[:, :length]
+    with pytest.raises(ValueError, match=rf"\(7, {length}\)\. Give one label per position, -100 where there is none"):
+        scorer(model, pool, family=row_of(model), dtype=None)
+
+
+@pytest.mark.parametrize("scorer", [scorers.early_exit_loss, scorers.early_exit_entropy, scorers.exact_loss])
 @pytest.mark.parametrize(("family", "task"), FEW)
 def test_trimmed_chunks_of_like_length_give_the_same_scores_from_fewer_positions(family, task, scorer):
     model = build(family, task)

@@ -1429,6 +1429,13 @@ def test_steps_make_the_host_wait_for_nothing_on_a_gpu(task, options, tmp_path):
     assert all(row["non_finite"] == row["unlabelled"] == 0 for row in rows if "scored" in row)
 
 
+def broken_features(seed=0):
+    """Candidates of which too few have a finite score."""
+    inputs, labels = features(seed=seed)
+    inputs[2:] = NAN
+    return inputs, labels
+
+
 @pytest.fixture
 def late(monkeypatch):
     """From its call on it is as on an accelerator: no number is there before somebody reads it."""
@@ -1462,8 +1469,7 @@ def test_picks_rows_and_counts_are_the_same_whenever_their_numbers_come(task, op
 
 def test_scores_that_come_late_are_refused_by_the_next_call_which_names_their_step(late):
     model, _ = classifier()
-    usable, broken, label_less = features(), features(seed=1), features(seed=2)
-    broken[0][2:] = NAN
+    usable, broken, label_less = features(), broken_features(seed=1), features(seed=2)
     label_less[1][:] = -100
     expected = picks(sifter_of(model), [usable])
     late()
@@ -1505,8 +1511,7 @@ def test_a_warning_of_scores_that_come_late_is_given_once_and_points_to_the_loop
 
 def test_a_loop_may_ask_for_the_refusal_before_it_updates(late):
     model, _ = classifier()
-    broken = features()
-    broken[0][2:] = NAN
+    broken = broken_features()
     late()
     sifter = sifter_of(model)
     sifter.sift(broken)
@@ -1520,8 +1525,7 @@ def test_a_loop_may_ask_for_the_refusal_before_it_updates(late):
 @pytest.mark.parametrize("kind", ["probe", "exit head"])
 def test_steps_that_wait_anyway_refuse_at_once(kind, late):
     model, _ = classifier()
-    broken = features()
-    broken[0][2:] = NAN
+    broken = broken_features()
     options = {"probe_every": 1}
     if kind == "exit head":
         head = ExitHead(WIDTH)
@@ -1536,8 +1540,7 @@ def test_steps_that_wait_anyway_refuse_at_once(kind, late):
 
 def test_a_loaded_state_is_not_judged_by_what_came_before_it(late):
     model, _ = classifier()
-    broken = features()
-    broken[0][2:] = NAN
+    broken = broken_features()
     late()
     sifter = sifter_of(model)
     state = sifter.state_dict()

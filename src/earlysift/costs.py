@@ -121,12 +121,11 @@ def pending_work(
 
     if classified:
         work: float | Pending = flops(rows)
+    elif max_positions is not None:
+        work = flops(rows * min(max_positions, length))
     else:
         labelled = losses.labelled_positions(labels, causal=anatomy.task == "causal_lm")
-        if max_positions is None:
-            work = pending.number(labelled.sum(), flops)
-        else:
-            work = flops(rows * min(max_positions, labelled.size(1)))
+        work = pending.number(labelled.sum(), flops)
     return {f"{name}_tokens": rows * length, f"{name}_flops": work}
 
 

@@ -34,7 +34,7 @@ class Family:
             positions' logits of a chunk at once.
         task: What the labels mean; None reads it off the name of a transformers class.
         positionwise: Chains of modules of a layer, by path, that treat every position by itself, in calling order; what
-            goes into the first of a chain goes nowhere else but into others of it. At the exit they run at labelled
+            comes out of one of a chain goes into the next ones of it and nowhere else. At the exit they run at labelled
             positions only (`at_places`).
     """
 
@@ -313,7 +313,8 @@ def at_places(anatomy: Anatomy, depth: int, places: Tensor, shape: torch.Size) -
                 path, _, own_name = name.rpartition(".")
                 siblings = layer.get_submodule(path)._modules
                 module = cast(nn.Module, siblings[own_name])
-                siblings[own_name] = _AtPlaces(module, places, shape, hands_on=name != chain[-1])
+                first, last = name == chain[0], name == chain[-1]
+                siblings[own_name] = _AtPlaces(module, places, shape, gathers=first, scatters=last)
                 swapped.append((siblings, own_name, module))
         yield
     finally:
@@ -451,26 +452,33 @@ class _HandOn(nn.Module):
 
 
 class _AtPlaces(nn.Module):
-    """Stands in a position-wise module's place and calls it with the states of some positions, ``(1, N, D)``."""
+    """Stands in a position-wise module's place and calls it with the states of some positions, ``(1, N, D)``.
 
-    def __init__(self, module: nn.Module, places: Tensor, shape: torch.Size, hands_on: bool) -> None:
+    The first of a chain gathers them, the last scatters what comes out; what lies between is handed on.
+    """
+
+    def __init__(self, module: nn.Module, places: Tensor, shape: torch.Size, *, gathers: bool, scatters: bool) -> None:
         super().__init__()
         self.module = module
         self.places = places
         self.shape = shape
-        self.hands_on = hands_on  # to the next of its chain
+        self.gathers = gathers
+        self.scatters = scatters
 
     def forward(self, *states: Tensor) -> Tensor:
-        few = cast(Tensor, self.module(*map(self._few, states)))
-        if self.hands_on:
+        few = cast(Tensor, self.module(*map(self._gathered, states) if self.gathers else states))
+        if not self.scatters:
             return few
         rows, length = self.shape
         everywhere = few.new_zeros(rows * length, few.size(-1))
         return everywhere.index_copy(0, self.places, few[0]).view(rows, length, -1)
 
-    def _few(self, states: Tensor) -> Tensor:
-        if states.shape[:2] != self.shape:  # the module before has left the others out already
-            return states
+    def _gathered(self, states: Tensor) -> Tensor:
+        if states.shape[:2] != self.shape:
+            raise ValueError(
+                f"Expected labels {tuple(states.shape[:2])}, one per position of the model's states, got "
+                f"{tuple(self.shape)}. Give one label per position, -100 where there is none."
+            )
         return states.flatten(0, 1).index_select(0, self.places).unsqueeze(0)
 
 
@@ -562,9 +570,8 @@ def _anatomy_or_problems(model: nn.Module, family: Family | None) -> Anatomy | l
         return problems
     assert isinstance(layers, nn.ModuleList | nn.Sequential)
     assert task is not None
-    return Anatomy(
-        core, layers, head, task, classifier, row.positionwise if head and _can_thin(core, layers, row) else ()
-    )
+    positionwise = row.positionwise if head and _can_thin(core, layers, row) else ()
+    return Anatomy(core, layers, head, task, classifier, positionwise)
 
 
 def _can_thin(core: nn.Module, layers: nn.ModuleList | nn.Sequential, row: Family) -> bool:

@@ -237,6 +237,8 @@ def _reduce_tokens(
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be mean or sum, got {reduction!r}.")
     if places is None:
+        if causal:  # without the last position, which predicts nothing, dense labels leave nothing to gather
+            hidden, labels, causal = hidden[:, :-1], labels[:, 1:], False
         places = positions_to_read(labels, causal=causal)
     targets = _targets(labels, causal)
     states, at_places = hidden.flatten(0, 1), targets.flatten()

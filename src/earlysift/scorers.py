@@ -8,7 +8,7 @@ generator.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
@@ -293,7 +293,7 @@ def _scores(
     anatomy = exits.find_anatomy(model, family)
     size = pools.pool_size(pool)
     rows = chunk_rows or size
-    thins = depth is not None and exits.thins(model, anatomy, max_positions)
+    thins = exits.thins(model, anatomy, max_positions)
     order = pools.by_length(pool) if trim else None
     if order is not None:
         pool = pools.take(pool, order)
@@ -314,8 +314,8 @@ def _scores(
             places = losses.positions_to_read(labels, causal=causal, max_positions=max_positions)
             with ExitStack() as at_exit:
                 at_exit.enter_context(exits.headless(anatomy))
-                if thins:
-                    at_exit.enter_context(exits.at_places(anatomy, cast(int, depth), places, labels.shape))
+                if depth is not None and thins:
+                    at_exit.enter_context(exits.at_places(anatomy, depth, places, labels.shape))
                 hidden = exits.call(model, inputs)
             head = exits.head_of(anatomy)
             scores.append(per_token(hidden, labels, head, causal=causal, reduction=reduction, places=places))
