@@ -51,6 +51,7 @@ def about() -> dict[str, Any]:
         "hardware": machine["accelerator"] or f"{machine['cpu']}, {machine['cores']} cores",
         "threads": machine["threads"],
         "huge_pages": machine["huge_pages"],
+        "keeps_memory": machine["keeps_memory"],
         "versions": environment.versions(),
         "commit": environment.commit(),
     }

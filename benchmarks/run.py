@@ -4,6 +4,7 @@
 - score: scoring beside a training step, beside what others do, and beside its roof
 - positions: what a score loses, and saves, that reads only a few labelled positions of every sample
 - select: ranking, gathering and bookkeeping beside scoring; what makes the host wait
+- pages: what a step and scoring gain on a CPU where freed memory is kept
 - memory: peak memory of sifting and training beside a plain step
 - scale: how the overhead of scoring grows with depth, keep, pool, length, vocabulary, batch and processes
 - train: `earlysift pretrain` uniformly, sifting and with exact losses, on the same data and budget
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_memory
+import bench_pages
 import bench_positions
 import bench_scale
 import bench_score
@@ -37,6 +39,7 @@ BENCHMARKS: dict[str, tuple[Any, list[str]]] = {
     "score": (bench_score, list(SHAPES)),
     "positions": (bench_positions, []),
     "select": (bench_select, list(SHAPES)),
+    "pages": (bench_pages, ["bert-base-128", "gpt2-small-512"]),
     "memory": (bench_memory, list(SHAPES)),
     "scale": (bench_scale, ["bert-mini-128"]),
     "train": (bench_train, []),
@@ -49,7 +52,7 @@ def main() -> int:
     """Run the benchmarks named on the command line, one after the other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("benchmark", nargs="+", choices=BENCHMARKS)
-    parser.add_argument("--shape", nargs="+", choices=SHAPES, help="models (default: all; scale: bert-mini-128)")
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, help="models (default: the benchmark's own)")
     parser.add_argument(
         "--dtype", nargs="+", choices=measuring.DTYPES, default=["float32", "bfloat16"], help="precision"
     )
@@ -62,7 +65,7 @@ def main() -> int:
     given = parser.parse_args()
     if given.smoke:
         given.rounds, given.size = 2, "smoke"
-    environment.use_huge_pages()  # as the command line does
+    environment.keep_memory()  # as the command line does
     with tempfile.TemporaryDirectory() as scratch:
         folder = given.out or (Path(scratch) if given.smoke else RESULTS)
         folder.mkdir(parents=True, exist_ok=True)

@@ -51,5 +51,5 @@ def _measured_on(entries: dict[str, Any]) -> str:
 
 def _facts(result: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    pages = ", huge pages" if result.get("huge_pages") else ""
+    pages = ", memory kept" if result.get("keeps_memory") else ", huge pages" if result.get("huge_pages") else ""
     return f"{result['hardware']}, {result['threads']} threads{pages}; {versions}; commit {result['commit']}"

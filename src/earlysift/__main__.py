@@ -13,7 +13,7 @@ def main() -> int:
             f"earlysift: the command line needs more packages ({error}): pip install 'earlysift[all]'.", file=sys.stderr
         )
         return 2
-    environment.use_huge_pages()
+    environment.keep_memory()
     # A scheduler's polite end (SIGTERM), also of a job that ignores Ctrl-C, leaves a readable partial result, too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     return cli.main()

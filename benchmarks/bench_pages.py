@@ -1,0 +1,116 @@
+"""`pages`: what a step and scoring gain on a CPU where memory that was freed is kept, and what that costs in memory.
+
+Started by itself, this file measures one setting in a process of its own (see `_in_turn`).
+"""
+
+import dataclasses
+import json
+import os
+import resource
+import subprocess
+import sys
+from argparse import Namespace
+from functools import partial
+from statistics import median
+from typing import Any
+
+from rich.progress import track
+
+import measuring
+import shapes
+from earlysift import Sifter, environment, pools, scorers
+from shapes import Shape
+
+TITLE = "Memory that is kept, on a CPU"
+ABOUT = """A training step of b and sifting a pool of 2b in processes of their own that take turns, three each: with
+memory as torch and glibc hand it out, with huge pages (`THP_MEM_ALLOC_ENABLE=1`), and with huge pages and freed memory
+kept (`earlysift.environment.STEADY_MEMORY`, as the command line and the other benchmarks run). Ratios are those of a
+turn; the peak is that of the whole process."""
+TABLES: dict[str, measuring.Columns] = {
+    "rows": {
+        "memory": ("memory", "{}"),
+        "step_ms": ("step, ms", "{:.1f}"),
+        "step_ratio": ("of the first", "{:.3f}"),
+        "sift_ms": ("sift, ms", "{:.1f}"),
+        "sift_ratio": ("of the first", "{:.3f}"),
+        "overhead": ("sift / step", "{:.4f}"),
+        "peak_mib": ("peak, MiB", "{:,.0f}"),
+        "peak_ratio": ("of the first", "{:.3f}"),
+    }
+}
+_HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
+_SETTINGS: dict[str, dict[str, str]] = {
+    "as it comes": {},
+    "huge pages": {_HUGE_PAGES: "1"},
+    "huge pages, kept": environment.STEADY_MEMORY,
+}
+_TURNS = 3
+
+
+def plan(given: Namespace) -> dict[str, partial[dict[str, Any]]]:
+    """What is to be measured, by name of the entry; nothing on a GPU, whose memory torch keeps by itself."""
+    return shapes.entries(measure, given) if measuring.device().type == "cpu" else {}
+
+
+def measure(shape: Shape, dtype: str, rounds: int) -> dict[str, Any]:
+    """Times and peak memory under every setting."""
+    told = json.dumps({"shape": dataclasses.asdict(shape), "dtype": dtype, "rounds": rounds})
+    undecided = {name: value for name, value in os.environ.items() if name not in environment.STEADY_MEMORY}
+    seen: dict[str, list[dict[str, float]]] = {name: [] for name in _SETTINGS}
+    for _ in track(range(_TURNS), description="pages"):
+        for name, variables in _SETTINGS.items():
+            seen[name].append(_in_turn(told, undecided | variables))
+    first = next(iter(seen.values()))
+    rows = [
+        {
+            "memory": name,
+            "overhead": median(turn["sift_ms"] / turn["step_ms"] for turn in turns),
+            **{
+                key: value
+                for what, unit in (("step", "ms"), ("sift", "ms"), ("peak", "mib"))
+                for key, value in _compared(what, unit, turns, first).items()
+            },
+        }
+        for name, turns in seen.items()
+    ]
+    return {"rows": rows}
+
+
+def _compared(what: str, unit: str, turns: list[dict[str, float]], first: list[dict[str, float]]) -> dict[str, float]:
+    values, others = ([turn[f"{what}_{unit}"] for turn in side] for side in (turns, first))
+    return {f"{what}_{unit}": median(values), f"{what}_ratio": measuring.ratio(values, others)}
+
+
+def _in_turn(told: str, variables: dict[str, str]) -> dict[str, float]:
+    """What a process with these environment variables measures."""
+    done = subprocess.run([sys.executable, __file__, told], env=variables, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"Measuring in a process of its own failed:\n{done.stderr[-4000:]}")
+    seen: dict[str, float] = json.loads(done.stdout)
+    return seen
+
+
+def _times(shape: Shape, dtype: str, rounds: int) -> dict[str, float]:
+    """Median times of a step and of sifting, and the most memory that this process has had."""
+    precision = measuring.DTYPES[dtype]
+    model = shapes.build(shape)
+    pool = shapes.pool(model, shape, round(shape.batch / measuring.KEEP), measuring.device())
+    rows = pools.take(pool, slice(0, shape.batch))
+    sifter = Sifter(model, keep=measuring.KEEP, kept=shape.batch, probe_every=0, dtype=precision.score)
+    times_ms = measuring.interleaved(
+        {
+            "step": measuring.step(model, lambda: scorers.training_loss(model, rows), precision.train),
+            "sift": partial(sifter.sift, pool),
+        },
+        rounds,
+        "",
+    )
+    return {
+        **{f"{name}_ms": median(spent_ms) for name, spent_ms in times_ms.items()},
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10,
+    }
+
+
+if __name__ == "__main__":
+    told = json.loads(sys.argv[1])
+    print(json.dumps(_times(**{**told, "shape": Shape(**told["shape"])})))
