@@ -1,4 +1,4 @@
-"""`scale`: how the overhead of scoring grows, and whether C1 foretells it after one calibration.
+"""`scale`: how the overhead of scoring grows, and whether FLOPs foretell it after one calibration.
 
 Started by torchrun, this file measures one point on several processes (see `_launched`).
 """
@@ -31,10 +31,10 @@ from shapes import Shape
 TITLE = "Overhead of scoring as one thing changes"
 ABOUT = """Overhead is the time of `Sifter.sift` over that of a training step of b. Each quantity is varied alone
 around the base point; "keep" changes b within the same pool, "pool" the pool for the same b, "processes" (one thread
-each where they share a CPU, DistributedDataParallel, gloo or NCCL) the ranks, scope and all. Predicted is C1,
-`relative_cost(f, p, keep) - 1`: p is a ratio of FLOPs, and f, the share of a forward pass in a step, is measured once:
-what the overhead at the base point, timed by itself beforehand, makes it. On several processes it is
-`scaling.overhead`, by the times of one process and the measured link between them."""
+each where they share a CPU, DistributedDataParallel, gloo or NCCL) the ranks, scope and all. Predicted: FLOPs by
+`costs.py` to times by `costs.time_law`, once for steps and once for sifting, from the base point and one of a quarter
+of its b, timed beforehand. On several processes it is `scaling.overhead`, by the times of one process and the measured
+link between them."""
 TABLES: dict[str, measuring.Columns] = {
     "rows": {
         "varied": ("varied", "{}"),
@@ -51,6 +51,7 @@ TABLES: dict[str, measuring.Columns] = {
 _SMALL_BYTES, _LARGE_BYTES = 16, 1 << 24  # of a rank, gathered to measure the link between ranks
 _LINK_ROUNDS = 20
 _CALIBRATION = 3  # times as many rounds, as all predictions rest on it
+_SMALLER = 4  # times, the b of the second point of calibration
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +75,8 @@ def plan(given: Namespace) -> dict[str, partial[dict[str, Any]]]:
 
 def measure(shape: Shape, dtype: str, rounds: int) -> dict[str, Any]:
     """Overhead, measured and predicted, at every point."""
-    base = Point(shape, round(shape.batch / measuring.KEEP), dtype, rounds)
-    calibration = _times(dataclasses.replace(base, rounds=_CALIBRATION * rounds))
-    forward_share = calibration["overhead"] * shape.batch / base.pool / calibration["score_share"]
+    base = _at_batch(Point(shape, 0, dtype, rounds), shape.batch)
+    laws = _calibrated(base)
     rows: list[dict[str, Any]] = []
     alone: dict[str, float] = {}  # one process, as the points of several are launched
     for varied, value, point in track(_points(base), description="scale"):
@@ -86,7 +86,7 @@ def measure(shape: Shape, dtype: str, rounds: int) -> dict[str, Any]:
         if point.processes > 1:
             predicted = _foretold(point, alone, Link(seen["gb_per_s"], seen["latency_us"]))
         else:
-            predicted = costs.relative_cost(forward_share, seen["score_share"], point.shape.batch / point.pool) - 1
+            predicted = _sift_ms(laws["sift"], point, seen) / laws["step"].ms(seen["step_flops"])
         rows.append(
             {
                 "varied": varied,
@@ -96,7 +96,28 @@ def measure(shape: Shape, dtype: str, rounds: int) -> dict[str, Any]:
                 **seen,
             }
         )
-    return {"forward_share": forward_share, "rows": rows}
+    return {"laws": {name: law._asdict() for name, law in laws.items()}, "rows": rows}
+
+
+def _calibrated(base: Point) -> dict[str, costs.TimeLaw]:
+    """How long steps and sifting take by their FLOPs, from two sizes of each."""
+    base = dataclasses.replace(base, rounds=_CALIBRATION * base.rounds)
+    small, large = (_times(_at_batch(base, base.shape.batch // part)) for part in (_SMALLER, 1))
+    return {
+        name: costs.time_law(*((seen[f"{name}_flops"], seen[f"{name}_ms"]) for seen in (small, large)))
+        for name in ("step", "sift")
+    }
+
+
+def _sift_ms(law: costs.TimeLaw, point: Point, seen: dict[str, float]) -> float:
+    rows_at_once = 2 * point.shape.batch  # as `Sifter.chunk_rows` says
+    return law.ms(seen["sift_flops"], passes=math.ceil(point.pool / rows_at_once))
+
+
+def _at_batch(point: Point, batch: int) -> Point:
+    """The point with another b, and as many candidates for each."""
+    shape = dataclasses.replace(point.shape, batch=max(1, batch))
+    return dataclasses.replace(point, shape=shape, pool=round(shape.batch / measuring.KEEP))
 
 
 def _points(base: Point) -> list[tuple[str, str, Point]]:
@@ -113,14 +134,14 @@ def _points(base: Point) -> list[tuple[str, str, Point]]:
         return of_shape(config=shape.config | config, length=length)
 
     depths = [depth for depth in measuring.DEPTHS if depth < layers]
-    batches = [max(1, batch // 4), batch // 2, batch, 2 * batch]
+    batches = [max(1, batch // _SMALLER), batch // 2, batch, 2 * batch]
     keeps = [kept for kept in (3 * pool // 4, pool // 2, pool // 4, pool // 8) if kept]
     lengths = [length // 2, length, 2 * length, 4 * length] if length else []
     points = [
         *(("depth", f"{depth}", change(base, depth=depth)) for depth in depths),
         *(("keep", f"{kept / pool:.3g}", of_shape(batch=kept)) for kept in keeps),
         *(("pool", f"{times} b", change(base, pool=times * batch)) for times in (2, 4, 8)),
-        *(("batch", f"{b}", change(of_shape(batch=b), pool=round(b / measuring.KEEP))) for b in batches),
+        *(("batch", f"{b}", _at_batch(base, b)) for b in batches),
         *(("length", f"{t}", of_config(t, max_position_embeddings=max(512, t))) for t in lengths),
         *(
             ("vocabulary", f"{size:,}", of_config(length, vocab_size=size))
@@ -153,7 +174,7 @@ def _foretold(point: Point, alone: dict[str, float], link: Link) -> float:
     )
     return scaling.overhead(
         step_ms=alone["step_ms"],
-        score_ms=alone["sift_ms"],
+        score_ms=alone["overhead"] * alone["step_ms"],
         communication_ms=sum(told.values()),
         gradient_bytes=sum(weight.nbytes for weight in model.parameters()),
         ranks=point.processes,
@@ -172,7 +193,7 @@ def _times(
     wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
     together: Callable[[], object] = lambda: None,
 ) -> dict[str, float]:
-    """Median times of a step and of sifting, their ratio, and what C1 needs to foretell it."""
+    """Median times of a step and of sifting, their ratio, and the FLOPs of both."""
     place, precision = measuring.device(), measuring.DTYPES[point.dtype]
     model = wrap(shapes.build(point.shape).to(place))
     anatomy = exits.find_anatomy(model)
@@ -196,8 +217,8 @@ def _times(
         "step_ms": median(times_ms["step"]),
         "sift_ms": median(times_ms["sift"]),
         "overhead": measuring.ratio(times_ms["sift"], times_ms["step"]),
-        "score_share": measuring.flops(anatomy, pool, depth=point.depth, thins=exits.thins(model, anatomy, None))
-        / measuring.flops(anatomy, pool),
+        "step_flops": 3 * measuring.flops(anatomy, rows),
+        "sift_flops": measuring.flops(anatomy, pool, depth=point.depth, thins=exits.thins(model, anatomy, None)),
     }
 
 

@@ -91,6 +91,16 @@ def test_every_result_becomes_a_section_with_its_picture(modules, measured, tmp_
     assert f"]({next(tmp_path.iterdir()).name})" in score
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch keeps a GPU's memory by itself")
+def test_memory_is_measured_as_it_comes_and_kept_in_processes_of_their_own(tmp_path):
+    run(tmp_path, "pages", "--shape", "bert-mini-128", "--dtype", "float32")
+    (entry,) = result(tmp_path, "pages")["entries"].values()
+    first, *others = entry["rows"]
+    assert [first["step_ratio"], first["sift_ratio"], first["peak_ratio"]] == [1, 1, 1]
+    assert [row["memory"] for row in others] == ["huge pages", "huge pages, kept"]
+    assert all(row["step_ms"] > 0 and row["sift_ms"] > 0 and row["peak_mib"] > 100 for row in entry["rows"])
+
+
 def test_overhead_is_measured_and_foretold_at_every_point(modules, tmp_path):
     run(tmp_path, "scale", "--shape", "bert-mini-128", "--dtype", "float32")
     (entry,) = result(tmp_path, "scale")["entries"].values()
