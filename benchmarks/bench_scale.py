@@ -15,7 +15,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.progress import track
@@ -31,7 +31,7 @@ from shapes import Shape
 TITLE = "Overhead of scoring as one thing changes"
 ABOUT = """Overhead is the time of `Sifter.sift` over that of a training step of b. Each quantity is varied alone
 around the base point; "keep" changes b within the same pool, "pool" the pool for the same b, "processes" (one thread
-each where they share a CPU, DistributedDataParallel, gloo or NCCL) the ranks, scope and all. Predicted: FLOPs by
+each where they share a CPU, DistributedDataParallel, gloo or NCCL) the ranks, both scopes in turns. Predicted: FLOPs by
 `costs.py` to times by `costs.time_law`, once for steps and once for sifting, from the base point and one of a quarter
 of its b, timed beforehand. On several processes it is `scaling.overhead`, by the times of one process and the measured
 link between them."""
@@ -50,7 +50,7 @@ TABLES: dict[str, measuring.Columns] = {
 
 _SMALL_BYTES, _LARGE_BYTES = 16, 1 << 24  # of a rank, gathered to measure the link between ranks
 _LINK_ROUNDS = 20
-_CALIBRATION = 3  # times as many rounds, as all predictions rest on it
+_MORE_ROUNDS = 3  # times as many in calibrations and on several processes, whose ranks wait for each other's noise
 _SMALLER = 4  # times, the b of the second point of calibration
 
 
@@ -63,7 +63,6 @@ class Point:
     dtype: str
     rounds: int
     depth: int = 1
-    scope: str = "local"
     processes: int = 0
     """To be started for it; none is this one."""
 
@@ -80,29 +79,30 @@ def measure(shape: Shape, dtype: str, rounds: int) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     alone: dict[str, float] = {}  # one process, as the points of several are launched
     for varied, value, point in track(_points(base), description="scale"):
-        seen = _launched(point) if point.processes else _times(point)
+        found = _launched(point) if point.processes else _times(point)
+        for scope, seen in found.items():
+            if point.processes > 1:
+                predicted = _foretold(point, scope, alone, Link(seen["gb_per_s"], seen["latency_us"]))
+            else:
+                predicted = _sift_ms(laws["sift"], point, seen) / laws["step"].ms(seen["step_flops"])
+            rows.append(
+                {
+                    "varied": varied,
+                    "value": f"{value}, {scope}" if len(found) > 1 else value,
+                    "predicted": predicted,
+                    "error_percent": 100 * (predicted / seen["overhead"] - 1),
+                    **seen,
+                }
+            )
         if point.processes == 1:
-            alone = seen
-        if point.processes > 1:
-            predicted = _foretold(point, alone, Link(seen["gb_per_s"], seen["latency_us"]))
-        else:
-            predicted = _sift_ms(laws["sift"], point, seen) / laws["step"].ms(seen["step_flops"])
-        rows.append(
-            {
-                "varied": varied,
-                "value": value,
-                "predicted": predicted,
-                "error_percent": 100 * (predicted / seen["overhead"] - 1),
-                **seen,
-            }
-        )
+            alone = found["local"]
     return {"laws": {name: law._asdict() for name, law in laws.items()}, "rows": rows}
 
 
 def _calibrated(base: Point) -> dict[str, costs.TimeLaw]:
     """How long steps and sifting take by their FLOPs, from two sizes of each."""
-    base = dataclasses.replace(base, rounds=_CALIBRATION * base.rounds)
-    small, large = (_times(_at_batch(base, base.shape.batch // part)) for part in (_SMALLER, 1))
+    base = dataclasses.replace(base, rounds=_MORE_ROUNDS * base.rounds)
+    small, large = (_times(_at_batch(base, base.shape.batch // part))["local"] for part in (_SMALLER, 1))
     return {
         name: costs.time_law(*((seen[f"{name}_flops"], seen[f"{name}_ms"]) for seen in (small, large)))
         for name in ("step", "sift")
@@ -148,18 +148,14 @@ def _points(base: Point) -> list[tuple[str, str, Point]]:
             for size in (vocabulary // 4, vocabulary, 2 * vocabulary)
             if size
         ),
-        ("processes", "1", change(base, processes=1)),
     ]
     ranks = torch.cuda.device_count() if torch.cuda.is_available() else 2
-    if ranks > 1:
-        points += [
-            ("processes", f"{ranks}, {scope}", change(base, processes=ranks, scope=scope))
-            for scope in ("local", "global")
-        ]
+    launched = change(base, rounds=_MORE_ROUNDS * base.rounds)
+    points += [("processes", f"{count}", change(launched, processes=count)) for count in sorted({1, ranks})]
     return points
 
 
-def _foretold(point: Point, alone: dict[str, float], link: Link) -> float:
+def _foretold(point: Point, scope: str, alone: dict[str, float], link: Link) -> float:
     """Overhead on several processes, by the times of one and what connects them."""
     model = _built(point)
     pool = shapes.pool(model, point.shape, point.pool, torch.device("cpu"))
@@ -168,7 +164,7 @@ def _foretold(point: Point, alone: dict[str, float], link: Link) -> float:
         link=link,
         kept=point.shape.batch,
         keep=point.shape.batch / point.pool,
-        scope=point.scope,  # type: ignore[arg-type]
+        scope=scope,  # type: ignore[arg-type]
         row_bytes=sum(values.nbytes for values in pool.values()) / point.pool,
         tensors=len(pool),
     )
@@ -192,37 +188,43 @@ def _times(
     *,
     wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
     together: Callable[[], object] = lambda: None,
-) -> dict[str, float]:
-    """Median times of a step and of sifting, their ratio, and the FLOPs of both."""
+) -> dict[str, dict[str, float]]:
+    """Median times of a step and of sifting, their ratio, and the FLOPs of both, for every scope that differs."""
     place, precision = measuring.device(), measuring.DTYPES[point.dtype]
     model = wrap(shapes.build(point.shape).to(place))
     anatomy = exits.find_anatomy(model)
     pool = shapes.pool(exits.unwrap(model), point.shape, point.pool, place)
     rows = pools.take(pool, slice(0, point.shape.batch))
-    sifter = Sifter(
-        model,
-        kept=point.shape.batch,
-        keep=point.shape.batch / point.pool,
-        depth=point.depth,
-        scope=point.scope,  # type: ignore[arg-type]
-        probe_every=0,
-        dtype=precision.score,
-    )
+    scopes: tuple[Literal["local", "global"], ...] = ("local", "global") if point.processes > 1 else ("local",)
     operations: dict[str, Callable[[], Any]] = {
         "step": measuring.step(model, lambda: scorers.training_loss(model, rows), precision.train),
-        "sift": partial(sifter.sift, pool),
     }
+    for scope in scopes:
+        sifter = Sifter(
+            model,
+            kept=point.shape.batch,
+            keep=point.shape.batch / point.pool,
+            depth=point.depth,
+            scope=scope,
+            probe_every=0,
+            dtype=precision.score,
+        )
+        operations[scope] = partial(sifter.sift, pool)
     times_ms = measuring.interleaved(operations, point.rounds, "", together)
+    sift_flops = measuring.flops(anatomy, pool, depth=point.depth, thins=exits.thins(model, anatomy, None))
     return {
-        "step_ms": median(times_ms["step"]),
-        "sift_ms": median(times_ms["sift"]),
-        "overhead": measuring.ratio(times_ms["sift"], times_ms["step"]),
-        "step_flops": 3 * measuring.flops(anatomy, rows),
-        "sift_flops": measuring.flops(anatomy, pool, depth=point.depth, thins=exits.thins(model, anatomy, None)),
+        scope: {
+            "step_ms": median(times_ms["step"]),
+            "sift_ms": median(times_ms[scope]),
+            "overhead": measuring.ratio(times_ms[scope], times_ms["step"]),
+            "step_flops": 3 * measuring.flops(anatomy, rows),
+            "sift_flops": sift_flops,
+        }
+        for scope in scopes
     }
 
 
-def _launched(point: Point) -> dict[str, float]:
+def _launched(point: Point) -> dict[str, dict[str, float]]:
     """The same on several processes, as its first one sees it."""
     with tempfile.TemporaryDirectory() as folder:
         told, seen = Path(folder) / "point.json", Path(folder) / "seen.json"
@@ -237,7 +239,7 @@ def _launched(point: Point) -> dict[str, float]:
         )
         if done.returncode:
             raise RuntimeError(f"Measuring on {point.processes} processes failed:\n{done.stderr[-4000:]}")
-        found: dict[str, float] = json.loads(seen.read_text(encoding="utf-8"))
+        found: dict[str, dict[str, float]] = json.loads(seen.read_text(encoding="utf-8"))
         return found
 
 
@@ -269,7 +271,8 @@ def _as_rank(told: Path, seen: Path) -> None:
     distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     found = _times(point, wrap=nn.parallel.DistributedDataParallel, together=distributed.barrier)
     if point.processes > 1:
-        found |= _link(point)._asdict()
+        link = _link(point)._asdict()
+        found = {scope: seen | link for scope, seen in found.items()}
     if distributed.get_rank() == 0:
         write_json(seen, found)
     distributed.barrier()

@@ -69,6 +69,7 @@ def measure(shape: Shape, dtype: str, rounds: int) -> dict[str, Any]:
     dense = partial(_dense_scores, model, anatomy, pool, **(options | {"chunk_rows": shape.batch}))
     unlabelled = {**pool, "labels": torch.full_like(pool["labels"], losses.IGNORED_LABEL)}
     every_head = flops(dense=True) - measuring.flops(anatomy, unlabelled)  # on all positions
+    torch.compiler.reset()  # Dynamo compiles a function of transformers eight times in a process, then no more
     compiled: Any = torch.compile(model, dynamic=False)
 
     exits_scored: dict[str, dict[str, Any]] = {f"depth {depth}": {"depth": depth} for depth in depths}

@@ -124,11 +124,11 @@ def test_overhead_is_measured_and_foretold_at_every_point(modules, tmp_path):
 def test_overhead_on_several_processes_is_foretold_by_one_and_their_link(modules, scope):
     shapes, bench = modules("shapes"), modules("bench_scale")
     shape = shapes.tiny(shapes.SHAPES["bert-mini-128"])
-    point = bench.Point(shape, 2 * shape.batch, "float32", rounds=1, scope=scope, processes=2)
-    alone = {"step_ms": 100.0, "sift_ms": 7.0}
+    point = bench.Point(shape, 2 * shape.batch, "float32", rounds=1, processes=2)
+    alone = {"step_ms": 100.0, "overhead": 0.07}
 
     def foretold(gb_per_s, latency_us):
-        return bench._foretold(point, alone, bench.Link(gb_per_s, latency_us))
+        return bench._foretold(point, scope, alone, bench.Link(gb_per_s, latency_us))
 
     assert foretold(1e9, 0.0) == pytest.approx(0.07)
     assert (foretold(1e9, 1e3) > foretold(1e9, 0.0)) == (scope == "global")  # scores and rows
