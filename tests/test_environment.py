@@ -57,3 +57,8 @@ def test_memory_is_left_to_what_the_user_has_decided():
     faults, keeps = probed("keep", **asked)
     assert keeps is False
     assert faults >= 20
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_what_the_user_says_of_other_matters_decides_nothing():
+    assert probed("keep", MALLOC_ARENA_MAX="2")[1] is True

@@ -13,6 +13,7 @@ import torch
 _HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # torch reads it when it first makes a large tensor
 # glibc's names in the environment, read when a process starts; what `mallopt` calls the same; no mmap, no trimming.
 _KEEPING = {"MALLOC_MMAP_MAX_": ("0", -4, 0), "MALLOC_TRIM_THRESHOLD_": (str(2**63 - 1), -1, -1)}
+_DECIDING = {*_KEEPING, "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES"}  # of the same matter
 STEADY_MEMORY: dict[str, str] = {_HUGE_PAGES: "1"} | {name: value for name, (value, *_) in _KEEPING.items()}
 """Environment variables that do for any program, set before it starts, what `keep_memory` does from within."""
 
@@ -25,8 +26,7 @@ def keep_memory() -> None:
     price is a process that stays as large as it once was, and somewhat larger than it had to be.
     """
     os.environ.setdefault(_HUGE_PAGES, "1")
-    decided = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
-    if decided or platform.libc_ver()[0] != "glibc":
+    if _DECIDING & os.environ.keys() or platform.libc_ver()[0] != "glibc":
         return
     libc = ctypes.CDLL(None)
     for name, (value, parameter, number) in _KEEPING.items():
