@@ -16,9 +16,10 @@ from typing import Any
 
 from rich.progress import track
 
+import bench_scale
 import measuring
 import shapes
-from earlysift import Sifter, environment, pools, scorers
+from earlysift import environment
 from shapes import Shape
 
 TITLE = "Memory that is kept, on a CPU"
@@ -38,10 +39,10 @@ TABLES: dict[str, measuring.Columns] = {
         "peak_ratio": ("of the first", "{:.3f}"),
     }
 }
-_HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
+_RATIOS = {"step_ms": "step_ratio", "sift_ms": "sift_ratio", "peak_mib": "peak_ratio"}
 _SETTINGS: dict[str, dict[str, str]] = {
     "as it comes": {},
-    "huge pages": {_HUGE_PAGES: "1"},
+    "huge pages": {environment.HUGE_PAGES: "1"},
     "huge pages, kept": environment.STEADY_MEMORY,
 }
 _TURNS = 3
@@ -61,24 +62,16 @@ def measure(shape: Shape, dtype: str, rounds: int) -> dict[str, Any]:
         for name, variables in _SETTINGS.items():
             seen[name].append(_in_turn(told, undecided | variables))
     first = next(iter(seen.values()))
-    rows = [
-        {
-            "memory": name,
-            "overhead": median(turn["sift_ms"] / turn["step_ms"] for turn in turns),
-            **{
-                key: value
-                for what, unit in (("step", "ms"), ("sift", "ms"), ("peak", "mib"))
-                for key, value in _compared(what, unit, turns, first).items()
-            },
-        }
-        for name, turns in seen.items()
-    ]
-    return {"rows": rows}
+    return {"rows": [{"memory": name, **_compared(turns, first)} for name, turns in seen.items()]}
 
 
-def _compared(what: str, unit: str, turns: list[dict[str, float]], first: list[dict[str, float]]) -> dict[str, float]:
-    values, others = ([turn[f"{what}_{unit}"] for turn in side] for side in (turns, first))
-    return {f"{what}_{unit}": median(values), f"{what}_ratio": measuring.ratio(values, others)}
+def _compared(turns: list[dict[str, float]], first: list[dict[str, float]]) -> dict[str, float]:
+    """Medians over the turns of a setting, and over ratios to those of the first setting."""
+    row = {"overhead": median(turn["sift_ms"] / turn["step_ms"] for turn in turns)}
+    for key, ratio in _RATIOS.items():
+        values, others = ([turn[key] for turn in side] for side in (turns, first))
+        row |= {key: median(values), ratio: measuring.ratio(values, others)}
+    return row
 
 
 def _in_turn(told: str, variables: dict[str, str]) -> dict[str, float]:
@@ -92,23 +85,8 @@ def _in_turn(told: str, variables: dict[str, str]) -> dict[str, float]:
 
 def _times(shape: Shape, dtype: str, rounds: int) -> dict[str, float]:
     """Median times of a step and of sifting, and the most memory that this process has had."""
-    precision = measuring.DTYPES[dtype]
-    model = shapes.build(shape)
-    pool = shapes.pool(model, shape, round(shape.batch / measuring.KEEP), measuring.device())
-    rows = pools.take(pool, slice(0, shape.batch))
-    sifter = Sifter(model, keep=measuring.KEEP, kept=shape.batch, probe_every=0, dtype=precision.score)
-    times_ms = measuring.interleaved(
-        {
-            "step": measuring.step(model, lambda: scorers.training_loss(model, rows), precision.train),
-            "sift": partial(sifter.sift, pool),
-        },
-        rounds,
-        "",
-    )
-    return {
-        **{f"{name}_ms": median(spent_ms) for name, spent_ms in times_ms.items()},
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10,
-    }
+    seen = bench_scale.times(bench_scale.Point(shape, round(shape.batch / measuring.KEEP), dtype, rounds))["local"]
+    return {**seen, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10}
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def measure(shape: Shape, dtype: str, rounds: int) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     alone: dict[str, float] = {}  # one process, as the points of several are launched
     for varied, value, point in track(_points(base), description="scale"):
-        found = _launched(point) if point.processes else _times(point)
+        found = _launched(point) if point.processes else times(point)
         for scope, seen in found.items():
             if point.processes > 1:
                 predicted = _foretold(point, scope, alone, Link(seen["gb_per_s"], seen["latency_us"]))
@@ -102,7 +102,7 @@ def measure(shape: Shape, dtype: str, rounds: int) -> dict[str, Any]:
 def _calibrated(base: Point) -> dict[str, costs.TimeLaw]:
     """How long steps and sifting take by their FLOPs, from two sizes of each."""
     base = dataclasses.replace(base, rounds=_MORE_ROUNDS * base.rounds)
-    small, large = (_times(_at_batch(base, base.shape.batch // part))["local"] for part in (_SMALLER, 1))
+    small, large = (times(_at_batch(base, base.shape.batch // part))["local"] for part in (_SMALLER, 1))
     return {
         name: costs.time_law(*((seen[f"{name}_flops"], seen[f"{name}_ms"]) for seen in (small, large)))
         for name in ("step", "sift")
@@ -183,7 +183,7 @@ def _built(point: Point) -> nn.Module:
         return shapes.build(point.shape)
 
 
-def _times(
+def times(
     point: Point,
     *,
     wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
@@ -269,7 +269,7 @@ def _as_rank(told: Path, seen: Path) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    found = _times(point, wrap=nn.parallel.DistributedDataParallel, together=distributed.barrier)
+    found = times(point, wrap=nn.parallel.DistributedDataParallel, together=distributed.barrier)
     if point.processes > 1:
         link = _link(point)._asdict()
         found = {scope: seen | link for scope, seen in found.items()}

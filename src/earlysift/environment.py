@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-_HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # torch reads it when it first makes a large tensor
+HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
+"""Environment variable that torch reads when it first makes a large tensor."""
 # glibc's names in the environment, read when a process starts; what `mallopt` calls the same; no mmap, no trimming.
 _KEEPING = {"MALLOC_MMAP_MAX_": ("0", -4, 0), "MALLOC_TRIM_THRESHOLD_": (str(2**63 - 1), -1, -1)}
 _DECIDING = {*_KEEPING, "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES"}  # of the same matter
-STEADY_MEMORY: dict[str, str] = {_HUGE_PAGES: "1"} | {name: value for name, (value, *_) in _KEEPING.items()}
+STEADY_MEMORY: dict[str, str] = {HUGE_PAGES: "1"} | {name: value for name, (value, *_) in _KEEPING.items()}
 """Environment variables that do for any program, set before it starts, what `keep_memory` does from within."""
 
 
@@ -25,7 +26,7 @@ def keep_memory() -> None:
     Large tensors that come and go in every step otherwise get their memory anew, 4 KiB at a time, and cleared. The
     price is a process that stays as large as it once was, and somewhat larger than it had to be.
     """
-    os.environ.setdefault(_HUGE_PAGES, "1")
+    os.environ.setdefault(HUGE_PAGES, "1")
     if _DECIDING & os.environ.keys() or platform.libc_ver()[0] != "glibc":
         return
     libc = ctypes.CDLL(None)
@@ -44,7 +45,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_gib": memory_gib and round(memory_gib, 1),
-        "huge_pages": os.environ.get(_HUGE_PAGES) == "1",
+        "huge_pages": os.environ.get(HUGE_PAGES) == "1",
         "keeps_memory": all(os.environ.get(name) == value for name, value in STEADY_MEMORY.items()),
         "system": platform.platform(),
         "accelerator": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
