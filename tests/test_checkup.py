@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from earlysift import exits, losses, scorers
+from earlysift import checks, exits, losses, scorers
 from earlysift.checkup import BUILT_IN, build_model, checkup, peak_growth_bytes, random_pool
 from earlysift.cli import main
 from earlysift.costs import flops_law, relative_cost
@@ -230,7 +230,7 @@ def test_a_model_that_cannot_be_sifted_with_is_refused_with_its_problems(name, t
     assert check(written(tmp_path, UNSUPPORTED[name]), *QUICK) == 2
     error = capsys.readouterr().err
     with torch.random.fork_rng():
-        problems = exits.check(build_model(str(tmp_path)))
+        problems = checks.check(build_model(str(tmp_path)))
     assert problems
     assert all(str(problem) in error for problem in problems)
 

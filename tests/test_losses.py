@@ -408,3 +408,35 @@ def test_labels_that_fit_no_kind_are_refused_with_what_would_fit():
 def test_regression_has_no_entropy_and_says_what_to_use():
     with pytest.raises(ValueError, match=r"regression output has none\. Use the loss-based score \(score='loss'\)"):
         losses.class_entropies(torch.zeros(2, 1), torch.zeros(2))
+
+
+@pytest.mark.parametrize("kind", ["multi_label", "regression"])
+def test_targets_that_are_partly_missing_are_left_out_of_the_mean_of_their_sample(kind):
+    logits = torch.randn(4, 3, generator=Generator().manual_seed(0))
+    targets = torch.tensor([[1.0, 0.0, 1.0], [1.0, -100.0, 0.0], [-100.0, -100.0, 1.0], [-100.0, -100.0, -100.0]])
+    found = losses.class_losses(logits, targets, problem=kind)
+    each = F.binary_cross_entropy_with_logits if kind == "multi_label" else F.mse_loss
+    expected = [each(logits[i, kept], targets[i, kept]) for i, kept in enumerate([[0, 1, 2], [0, 2], [2]])]
+    close(found[:3], torch.stack(expected))
+    assert found[3] == -INF
+
+
+@pytest.mark.parametrize("name", ["token_losses", "token_entropies"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8, torch.int32, torch.bool])
+def test_labels_of_another_dtype_are_refused_with_the_right_one(name, dtype):
+    hidden, labels = states_and_labels()
+    with pytest.raises(ValueError, match=rf"dtype torch.int64 \(class ids\), got {dtype}. Use labels.long"):
+        getattr(losses, name)(hidden, labels.to(dtype), linear())
+    if not dtype.is_floating_point:
+        with pytest.raises(ValueError, match=r"Use labels.long"):
+            losses.class_losses(torch.zeros(3, C), torch.ones(3, dtype=dtype))
+
+
+@pytest.mark.parametrize("wrong", [V, V + 100, -1, -99])
+def test_labels_out_of_range_are_refused_with_the_range(wrong):
+    hidden, labels = states_and_labels()
+    labels[-1, 1] = wrong
+    with pytest.raises(ValueError, match=rf"Expected labels in 0..{V - 1}, or -100 .* got {wrong}\."):
+        losses.token_losses(hidden, labels, linear(), chunk_tokens=3)
+    with pytest.raises(ValueError, match=rf"Expected labels in 0..{C - 1}, or -100 .* got {wrong}\."):
+        losses.class_losses(torch.zeros(2, C), torch.tensor([0, wrong]))

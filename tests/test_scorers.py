@@ -1,7 +1,9 @@
 """Scorers: equal to a really shorter model, to the model's own loss, and without a trace in training."""
 
 import copy
+import random
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ from torch import Generator, nn
 from transformers import BatchEncoding
 
 import models
-from earlysift import exits, scorers
+from earlysift import Sifter, exits, scorers
 from earlysift.exits import ExitHead, Family
 from models import BUILDERS, build, loss_of, row_of, sample_losses, shorter
 
@@ -399,3 +401,47 @@ def test_random_scores_come_from_the_given_generator_alone():
     assert not torch.equal(first, other)
     assert first.min() >= 0
     assert first.max() < 1
+
+
+def test_a_scorer_of_ones_own_runs_without_gradients_in_evaluation_mode_and_on_its_own_random_numbers():
+    model = build("bert", "masked_lm", dropout=0.3)
+    model.bert.encoder.layer[1].eval()  # frozen by the user
+    modes = [module.training for module in model.modules()]
+    pool = models.batch_for(model, "masked_lm", 8, 10, Generator().manual_seed(1))
+    seen = []
+
+    def score(model, pool):
+        seen.append((torch.is_grad_enabled(), any(module.training for module in model.modules())))
+        model.bert.embeddings.train()  # and forgets to put it back
+        drawn = torch.rand(8) + random.random() + np.random.rand()  # noqa: NPY002, as a user may
+        return drawn * model(**pool).logits.mean()
+
+    def states():
+        kind, keys, *rest = np.random.get_state()  # noqa: NPY002
+        return random.getstate(), kind, keys.tolist(), rest, torch.get_rng_state().tolist()
+
+    def picks():
+        sifter = Sifter(model, keep=0.5, score=score, probe_every=0)
+        sifter.sift(pool)
+        first = sifter.selection.indices.tolist()
+        before = states()
+        sifter.sift(pool)
+        assert states() == before
+        return first, sifter.selection.indices.tolist()
+
+    first, second = picks()
+    assert [module.training for module in model.modules()] == modes
+    assert seen == [(False, False)] * 2
+    assert first != second  # each step draws its own numbers
+    torch.rand(5)  # whatever is drawn elsewhere
+    assert picks() == (first, second)
+
+
+@pytest.mark.parametrize("scores", [[1.0] * 8, None, np.ones(8), torch.zeros(8, dtype=torch.complex64), torch.zeros(7)])
+def test_what_is_no_score_is_refused_with_what_was_expected(scores):
+    model = build("bert", "masked_lm")
+    pool = models.batch_for(model, "masked_lm", 8, 10, Generator().manual_seed(1))
+    sifter = Sifter(model, keep=0.5, score=lambda model, pool: scores)
+    with pytest.raises(ValueError, match=r"Expected scores of shape \(8,\), .* one real number per candidate"):
+        sifter.sift(pool)
+    assert sifter.step == 0

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from earlysift import exits, scorers
+from earlysift import checks, scorers
 from earlysift.pretrain.models import build_bert, build_bert_classifier, save_encoder
 from earlysift.pretrain.stream import Stream
 from earlysift.pretrain.workloads import TASKS, load_workload
@@ -117,7 +117,7 @@ def test_models_fit_early_exit_and_their_loss_is_the_one_transformers_computes(l
     workload = load(task)
     model, batch = workload.make_model(0), Stream(workload.samples, seed=0).read(0, 8)
     inputs = {name: value for name, value in batch.items() if name != "labels"}
-    assert exits.check(model, inputs=inputs) == []
+    assert checks.check(model, inputs=inputs) == []
     assert scorers.early_exit_loss(model, batch).shape == (8,)
     own = scorers.training_loss(model, batch)
     assert own.item() == pytest.approx(model(**batch).loss.item(), rel=1e-5)

@@ -1,6 +1,7 @@
 """Train faster by back-propagating only the samples that matter, chosen by an early exit of the model itself."""
 
-from earlysift.exits import ExitHead, Family, check, truncated
+from earlysift.checks import check
+from earlysift.exits import ExitHead, Family, truncated
 from earlysift.ledger import Ledger
 from earlysift.schedules import anneal, constant, warmup
 from earlysift.selectors import Selection

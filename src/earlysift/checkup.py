@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from earlysift import costs, exits, losses, pools, scorers
+from earlysift import checks, costs, exits, losses, pools, scorers
 from earlysift.exits import Task
 from earlysift.seeds import seeded
 from earlysift.sifter import Sifter
@@ -284,8 +284,8 @@ def _model_class(transformers: Any, config: Any, task: Task | None) -> Any:
 
 
 def _require_sound(model: nn.Module, depths: tuple[int, ...], pool: dict[str, Tensor]) -> None:
-    inputs, _ = pools.inputs_and_labels(pools.take(pool, slice(0, 2)))
-    problems = dict.fromkeys(p for depth in depths for p in exits.check(model, depth=depth, inputs=inputs))
+    rows = pools.take(pool, slice(0, 2))
+    problems = dict.fromkeys(p for depth in depths for p in checks.check(model, depth=depth, inputs=rows))
     _require(not problems, exits.problem_report(model, list(problems)))
 
 

@@ -317,20 +317,24 @@ def _outer_weights(anatomy: Anatomy) -> tuple[int, int]:
 
 
 def _attention_width(anatomy: Anatomy, layer: nn.Module) -> int:
-    config: Any = getattr(anatomy.core, "config", None)
-    heads: int | None = getattr(config, "num_attention_heads", None)
-    if heads:
-        head_dim: int | None = getattr(config, "head_dim", None)
-        return heads * head_dim if head_dim else int(config.hidden_size)
+    config = getattr(anatomy.core, "config", None)
+    heads, head_dim, hidden = (  # not every config has all of them
+        getattr(config, name, None) for name in ("num_attention_heads", "head_dim", "hidden_size")
+    )
+    if heads and head_dim:
+        return int(heads) * int(head_dim)
+    if heads and hidden:
+        return int(hidden)
     # The narrowest side of a layer's matrices is the width of its states (feed-forward layers are wider).
     return min((min(p.shape) for p in layer.parameters() if p.ndim == 2), default=0)
 
 
 def _distances(anatomy: Anatomy) -> int:
     """Distances that DeBERTa's layers attend to, counted for each kind of attention to them; 0 for others."""
-    config: Any = getattr(anatomy.core, "config", None)
+    config = getattr(anatomy.core, "config", None)
     if not getattr(config, "relative_attention", False):
         return 0
-    kinds, buckets = len(config.pos_att_type or ()), int(config.position_buckets)
-    reach = buckets if buckets > 0 else int(config.max_relative_positions)
-    return kinds * 2 * (reach if reach > 0 else int(config.max_position_embeddings))
+    reaches = (getattr(config, name, 0) for name in ("position_buckets", "max_relative_positions"))
+    longest = getattr(config, "max_position_embeddings", 0)
+    reach = next((reach for reach in reaches if reach and reach > 0), longest)
+    return len(getattr(config, "pos_att_type", None) or ()) * 2 * int(reach)

@@ -85,6 +85,18 @@ _TASK_OF_CLASS_SUFFIX: dict[str, Task] = {
 }
 
 
+_REFUSED_WRAPPERS = {
+    "DataParallel": (
+        "DataParallel copies the model at every call, and the copies are not shortened.",
+        "Use DistributedDataParallel, or pass the model inside (model.module) and train on one device.",
+    ),
+    "AveragedModel": (
+        "AveragedModel holds averages of weights, not the model that is trained.",
+        "Pass the model that is trained; average its weights beside it.",
+    ),
+}
+
+
 class Problem(NamedTuple):
     """One reason why a model cannot be sifted with, and what to do about it."""
 
@@ -111,7 +123,7 @@ class Anatomy(NamedTuple):
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile, DistributedDataParallel and PEFT wrappers.
+    """The model inside torch.compile, DistributedDataParallel, Lightning Fabric and PEFT wrappers.
 
     Example:
         >>> net = nn.Linear(2, 2)
@@ -126,7 +138,9 @@ def _layers_of_wrapping(model: nn.Module) -> Iterator[nn.Module]:
     """The model as it came, and what is inside of each wrapper, down to the core."""
     while True:
         yield model
-        if hasattr(model, "_orig_mod"):
+        if "_forward_module" in model._modules:  # Fabric's, which hands on attributes of the model inside
+            model = cast(nn.Module, model._forward_module)
+        elif hasattr(model, "_orig_mod"):
             model = cast(nn.Module, model._orig_mod)
         elif isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
@@ -146,39 +160,10 @@ def find_anatomy(model: nn.Module, family: Family | None = None) -> Anatomy:
     Raises:
         ValueError: With all problems found, if the model does not fit its row.
     """
-    found = _anatomy_or_problems(model, family)
+    found = anatomy_or_problems(model, family)
     if isinstance(found, Anatomy):
         return found
     raise ValueError(problem_report(model, found))
-
-
-def check(model: nn.Module, *, depth: int = 1, family: Family | None = None, inputs: Any = None) -> list[Problem]:
-    """All problems that stand between a model and early-exit scoring, at once, before the first step.
-
-    Looks at the structure, and, given inputs, runs the truncated model on two rows: counts how often each layer is
-    called, whether rows stay apart, and whether the global random state is left alone.
-
-    Args:
-        model: The model, wrapped or not.
-        depth: Number of layers that should run.
-        family: A row for a model that `FAMILIES` does not know.
-        inputs: What the model is called with (a mapping of keyword arguments, or one argument); at least one row.
-
-    Returns:
-        The problems, each with reason and remedy; empty if there are none.
-
-    Example:
-        >>> for problem in check(nn.Linear(2, 2)):
-        ...     print(problem.reason)
-        The model family of Linear is unknown.
-    """
-    found = _anatomy_or_problems(model, family)
-    if not isinstance(found, Anatomy):
-        return found
-    problems = _depth_problems(found, depth)
-    if not problems and inputs is not None:
-        problems += _dry_run_problems(model, found, depth, inputs)
-    return problems
 
 
 def problem_report(model: nn.Module, problems: list[Problem]) -> str:
@@ -305,7 +290,7 @@ def at_places(anatomy: Anatomy, depth: int, places: Tensor, shape: torch.Size) -
         shape: ``(R, T)``.
     """
     layer = list(anatomy.layers)[depth - 1]
-    layer = layer.layer if isinstance(layer, _ExitLayer) else layer
+    layer = layer.replaced if isinstance(layer, _ExitLayer) else layer
     swapped = []
     try:
         for chain in anatomy.positionwise:
@@ -341,8 +326,8 @@ def headless(anatomy: Anatomy) -> Iterator[None]:
     The head modules are swapped in place for one that hands its input on, and restored whatever happens.
     """
     modules = anatomy.core._modules
-    heads = {name: modules[name] for name in anatomy.head}
-    modules.update(dict.fromkeys(heads, _HandOn()))
+    heads = {name: cast(nn.Module, modules[name]) for name in anatomy.head}
+    modules.update({name: _HandOn(module) for name, module in heads.items()})
     try:
         yield
     finally:
@@ -392,11 +377,7 @@ def call(model: nn.Module, inputs: Any, *, synchronized: bool = False) -> Tensor
     Returns:
         The first tensor of the output, by name ``logits`` where the output has names.
     """
-    # DistributedDataParallel's forward would broadcast buffers and wait for a backward pass that never comes.
-    around = not synchronized and isinstance(model, nn.parallel.DistributedDataParallel)
-    runnable = cast(nn.Module, model.module) if around else model
-    named = isinstance(inputs, Mapping)
-    output = runnable(**{**inputs, **_quiet_arguments(unwrap(model))}) if named else runnable(inputs)
+    output = run(model, inputs, synchronized=synchronized)
     if isinstance(output, Mapping):
         output = output["logits"]
     elif hasattr(output, "logits"):
@@ -404,6 +385,18 @@ def call(model: nn.Module, inputs: Any, *, synchronized: bool = False) -> Tensor
     elif isinstance(output, tuple | list):
         output = output[0]
     return cast(Tensor, output)
+
+
+def run(model: nn.Module, inputs: Any, *, synchronized: bool = False) -> Any:
+    """What the model returns, as it returns it; arguments as in `call`, and labels may be among the inputs."""
+    runnable = model
+    inside = cast(nn.Module, model._modules.get("_forward_module", model))  # Fabric's wrapper around others
+    if not synchronized and isinstance(inside, nn.parallel.DistributedDataParallel):
+        # Its forward would broadcast buffers and wait for a backward pass that never comes.
+        runnable = inside.module
+    if not isinstance(inputs, Mapping):
+        return runnable(inputs)
+    return runnable(**{**inputs, **_quiet_arguments(unwrap(model))})
 
 
 class ExitHead(nn.Module):
@@ -446,7 +439,23 @@ class ExitHead(nn.Module):
         return cast(Tensor, self.norm(states))
 
 
+def _own_or_the_replaced(module: nn.Module, name: str) -> Any:
+    # Some models read attributes of their layers and heads (attention type, dtype of weights), also of stand-ins.
+    try:
+        return nn.Module.__getattr__(module, name)
+    except AttributeError:
+        return getattr(module._modules["replaced"], name)
+
+
 class _HandOn(nn.Module):
+    """Stands in a head module's place and hands its input on."""
+
+    def __init__(self, replaced: nn.Module) -> None:
+        super().__init__()
+        self.replaced = replaced
+
+    __getattr__ = _own_or_the_replaced
+
     def forward(self, states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return states
 
@@ -482,23 +491,15 @@ class _AtPlaces(nn.Module):
         return states.flatten(0, 1).index_select(0, self.places).unsqueeze(0)
 
 
-def _own_or_the_layers(module: nn.Module, name: str) -> Any:
-    # Some models read attributes of their layers (attention type and the like), also of what stands in their place.
-    try:
-        return nn.Module.__getattr__(module, name)
-    except AttributeError:
-        return getattr(module._modules["layer"], name)
-
-
 class _Recorded(nn.Module):
     """Stands in a layer's place in the layer list and hands out what the layer gave before."""
 
     def __init__(self, layer: nn.Module, output: Any) -> None:
         super().__init__()
-        self.layer = layer
+        self.replaced = layer
         self.output = output
 
-    __getattr__ = _own_or_the_layers
+    __getattr__ = _own_or_the_replaced
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.output
@@ -509,23 +510,27 @@ class _ExitLayer(nn.Module):
 
     def __init__(self, layer: nn.Module, exit_head: nn.Module, detach: bool) -> None:
         super().__init__()
-        self.layer = layer
+        self.replaced = layer
         self.exit_head = exit_head
         self.detach = detach
 
-    __getattr__ = _own_or_the_layers
+    __getattr__ = _own_or_the_replaced
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        output = self.layer(*args, **kwargs)
+        output = self.replaced(*args, **kwargs)
         states, *rest = output if isinstance(output, tuple) else (output,)
         states = self.exit_head(states.detach() if self.detach else states)
         return (states, *rest) if isinstance(output, tuple) else states
 
 
-def _anatomy_or_problems(model: nn.Module, family: Family | None) -> Anatomy | list[Problem]:
+def anatomy_or_problems(model: nn.Module, family: Family | None) -> Anatomy | list[Problem]:
+    """What `find_anatomy` finds, or all problems of the model's structure."""
     core = unwrap(model)
     name = type(core).__name__
-    model_type = getattr(getattr(core, "config", None), "model_type", None)
+    if name in _REFUSED_WRAPPERS:
+        return [Problem(*_REFUSED_WRAPPERS[name])]
+    config = getattr(core, "config", None)
+    model_type = getattr(config, "model_type", None)
     row = family or FAMILIES.get(str(model_type))
     if row is None:
         return [
@@ -564,7 +569,15 @@ def _anatomy_or_problems(model: nn.Module, family: Family | None) -> Anatomy | l
                 f"Its submodules are {tuple(core._modules)}; leave heads empty to use the model's own logits.",
             )
         )
-    if getattr(getattr(core, "config", None), "final_logit_softcapping", None):
+    if task == "causal_lm" and getattr(config, "is_encoder_decoder", False):
+        problems.append(
+            Problem(
+                f"{name} is an encoder-decoder, whose labels stand where they are predicted, but causal_lm shifts "
+                "labels by one position.",
+                "Set task='token_classification' in the family row.",
+            )
+        )
+    if getattr(config, "final_logit_softcapping", None):
         head = ()  # the cap is applied behind the head, in the model's forward
     if problems:
         return problems
@@ -590,77 +603,6 @@ def _submodule(model: nn.Module, path: str) -> nn.Module | None:
         return model.get_submodule(path)
     except AttributeError:
         return None
-
-
-def _depth_problems(anatomy: Anatomy, depth: int) -> list[Problem]:
-    count = len(anatomy.layers)
-    if 1 <= depth < count:
-        return []
-    return [
-        Problem(
-            f"Expected depth in 1..{count - 1} (an exit before the last of {count} layers), got {depth}.",
-            "Choose a smaller depth, or score='exact' for the loss of the full model.",
-        )
-    ]
-
-
-def _dry_run_problems(model: nn.Module, anatomy: Anatomy, depth: int, inputs: Any) -> list[Problem]:
-    calls = [0] * len(anatomy.layers)
-
-    def count_call(position: int) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            calls[position] += 1
-
-        return hook
-
-    handles = [layer.register_forward_hook(count_call(i)) for i, layer in enumerate(anatomy.layers)]
-    random_state = torch.get_rng_state()
-    values = inputs.values() if isinstance(inputs, Mapping) else [inputs]
-    rows = next((len(value) for value in values if isinstance(value, Tensor) and value.ndim > 0), None)
-    try:
-        with (
-            uncompiled(),  # compiled code would not call hooks added after compilation
-            torch.no_grad(),
-            scoring_mode(model),
-            shortened(anatomy, depth),
-        ):
-            logits = call(model, inputs)
-    except Exception as error:  # whatever a model does when it misses its layers
-        return [
-            Problem(
-                f"The model fails when only the first {depth} of its layers are there: {error!r}.",
-                "Give the path of the list that it loops over, or score with a callable of your own.",
-            )
-        ]
-    finally:
-        for handle in handles:
-            handle.remove()
-    problems = []
-    expected = [1] * depth + [0] * (len(calls) - depth)
-    if calls != expected:
-        problems.append(
-            Problem(
-                f"Expected each of the first {depth} layers to run once and no other, got calls {calls}.",
-                "The model does not loop over this list (ALBERT-like weight sharing, say): "
-                "give the path of the list that it loops over, or score with a callable of your own.",
-            )
-        )
-    if rows is not None and logits.size(0) != rows:
-        problems.append(
-            Problem(
-                f"Expected one row of output per candidate, got {logits.size(0)} rows for {rows} candidates.",
-                "Turn padding-free or packed batches off.",
-            )
-        )
-    if not torch.equal(torch.get_rng_state(), random_state):
-        torch.set_rng_state(random_state)
-        problems.append(
-            Problem(
-                "The model draws from the global random generator in evaluation mode: scoring would change training.",
-                "Make its evaluation mode deterministic.",
-            )
-        )
-    return problems
 
 
 def _quiet_arguments(core: nn.Module) -> dict[str, bool]:

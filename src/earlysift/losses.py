@@ -59,7 +59,8 @@ def token_losses(
         float32 ``(R,)``; ``-inf`` for samples without a labelled position.
 
     Raises:
-        ValueError: If the shapes of ``hidden`` and ``labels`` do not belong together.
+        ValueError: If the shapes of ``hidden`` and ``labels`` do not belong together, or labels are not int64 or (on a
+            CPU) out of range.
 
     Example:
         >>> import torch
@@ -101,7 +102,7 @@ def class_losses(logits: Tensor, labels: Tensor, *, problem: Problem | None = No
     """Loss of every sample in sequence (or image) classification and regression.
 
     Single label: cross entropy. Multi label: mean over classes of the binary cross entropy. Regression: mean over
-    outputs of the squared error.
+    outputs of the squared error. Classes and outputs whose target is -100 are left out of their sample's mean.
 
     Args:
         logits: ``(R, C)``, any floating dtype.
@@ -112,6 +113,9 @@ def class_losses(logits: Tensor, labels: Tensor, *, problem: Problem | None = No
     Returns:
         float32 ``(R,)``; ``-inf`` for unlabelled samples.
 
+    Raises:
+        ValueError: If labels do not fit the logits, or class ids are not int64 or (on a CPU) out of range.
+
     Example:
         >>> import torch
         >>> class_losses(torch.zeros(2, 4), torch.tensor([3, -100]))
@@ -120,6 +124,7 @@ def class_losses(logits: Tensor, labels: Tensor, *, problem: Problem | None = No
     problem = problem or classification_problem(logits, labels)
     logits = logits.float()
     if problem == "single_label":
+        _require_class_ids(labels, logits.size(-1))
         losses = F.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL, reduction="none")
         return torch.where(labels == IGNORED_LABEL, UNLABELLED, losses)
     targets = labels.reshape(logits.shape).float()
@@ -127,8 +132,10 @@ def class_losses(logits: Tensor, labels: Tensor, *, problem: Problem | None = No
         losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
     else:
         losses = F.mse_loss(logits, targets, reduction="none")
-    unlabelled = (targets == IGNORED_LABEL).all(dim=-1)
-    return torch.where(unlabelled, UNLABELLED, losses.mean(dim=-1))
+    labelled = targets != IGNORED_LABEL
+    counts = labelled.sum(dim=-1)
+    means = torch.where(labelled, losses, 0.0).sum(dim=-1) / counts.clamp(min=1)
+    return torch.where(counts == 0, UNLABELLED, means)
 
 
 def class_entropies(logits: Tensor, labels: Tensor, *, problem: Problem | None = None) -> Tensor:
@@ -236,6 +243,7 @@ def _reduce_tokens(
         )
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be mean or sum, got {reduction!r}.")
+    _require_class_ids(labels)
     if places is None:
         if causal:  # without the last position, which predicts nothing, dense labels leave nothing to gather
             hidden, labels, causal = hidden[:, :-1], labels[:, 1:], False
@@ -267,7 +275,21 @@ def _chunks(states: Tensor, labels: Tensor, size: int) -> Iterator[tuple[Tensor,
         yield states[start : start + size], labels[start : start + size]
 
 
+def _require_class_ids(labels: Tensor, classes: int | None = None) -> None:
+    if labels.dtype != torch.int64:
+        raise ValueError(f"Expected labels of dtype torch.int64 (class ids), got {labels.dtype}. Use labels.long().")
+    if classes is None or labels.device.type != "cpu":  # an accelerator would be waited for; its own check remains
+        return
+    wrong = labels[(labels != IGNORED_LABEL) & ((labels < 0) | (labels >= classes))]
+    if len(wrong):
+        raise ValueError(
+            f"Expected labels in 0..{classes - 1}, or {IGNORED_LABEL} where there is none, got {int(wrong[0])}. "
+            "Check that the model has as many outputs as the tokenizer has tokens, or the data has classes."
+        )
+
+
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    _require_class_ids(labels, logits.size(-1))
     return F.cross_entropy(logits, labels, reduction="none")
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from earlysift import exits, losses, pools, scorers
+from earlysift import checks, exits, losses, pools, scorers
 from earlysift.exits import Anatomy, Family
 from earlysift.losses import Head, Reduction
 
@@ -83,7 +83,7 @@ def probe(
         Gradients of the last layer as a stand-in: Katharopoulos and Fleuret, 2018, arXiv 1803.00942. The replay of
         exits and the use of inner products are ours.
     """
-    anatomy = with_head(exits.find_anatomy(model, family))
+    anatomy = with_head(checks.as_compared(exits.find_anatomy(model, family)))
     head = exits.head_of(anatomy)  # before the head is taken out of the model
     size = pools.pool_size(pool)
     rows = chunk_rows or size
@@ -139,7 +139,7 @@ def _per_sample(
 ) -> Tensor:
     if anatomy.task == "sequence_classification":
         per_class = losses.class_losses if signal == "loss" else losses.class_entropies
-        return per_class(head(states), labels, problem=scorers.problem_of(anatomy))
+        return per_class(head(states), labels, problem=checks.problem_of(anatomy))
     per_token = losses.token_losses if signal == "loss" else losses.token_entropies
     causal = anatomy.task == "causal_lm"
     places = losses.positions_to_read(labels, causal=causal, max_positions=max_positions)

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Generator, Tensor, nn
 
-from earlysift import exits, losses, pools
+from earlysift import checks, exits, losses, pools
 from earlysift.exits import Anatomy, Family
-from earlysift.losses import Problem, Reduction
+from earlysift.losses import Reduction
+from earlysift.seeds import reseeded
 
 Scorer = Callable[[nn.Module, Any], Tensor]
 
@@ -158,6 +159,23 @@ def random_scores(model: nn.Module, pool: Any, *, generator: Generator) -> Tenso
     return torch.rand(pools.pool_size(pool), generator=generator, device=generator.device)
 
 
+def guarded(score: Scorer, model: nn.Module, pool: Any, *, key: tuple[int | str, ...]) -> Tensor:
+    """Call a scorer of the user's own as those here run: no gradients, evaluation mode, no global random state touched.
+
+    Args:
+        score: The scorer.
+        model: The model; every module's training flag is restored.
+        pool: Pool of R candidates.
+        key: What the random numbers that the scorer may draw from global generators depend on.
+
+    Returns:
+        What the scorer returned.
+    """
+    device = next(model.parameters(), torch.empty(0)).device
+    with torch.no_grad(), exits.scoring_mode(model), reseeded(*key, device=device):
+        return score(model, pool)
+
+
 def training_loss(
     model: nn.Module,
     batch: Any,
@@ -174,7 +192,7 @@ def training_loss(
 
     Equal to the model's own loss (the mean over all labelled positions, or over samples in classification) to rounding,
     without the logits of positions that carry no label. With ``depth`` it is the loss of the early exit, to be trained
-    jointly.
+    jointly. The first call compares it with the model's own loss on two rows (`earlysift.checks.verified`).
 
     Args:
         model: The model, wrapped or not, in training mode.
@@ -190,15 +208,18 @@ def training_loss(
 
     Returns:
         A float32 scalar.
+
+    Raises:
+        ValueError: If labels are no class ids of this model, or the model's own loss is another one.
     """
-    anatomy = exits.find_anatomy(model, family)
+    anatomy = checks.verified(model, batch, family)
     inputs, labels = pools.inputs_and_labels(batch)
     with ExitStack() as stack:
         if depth is not None:
             stack.enter_context(exits.shortened(anatomy, depth, exit_head=exit_head, detach_exit=detach_exit))
         if anatomy.task == "sequence_classification":
             logits = exits.call(model, inputs, synchronized=depth is None)
-            per_sample = losses.class_losses(logits, labels, problem=problem_of(anatomy))
+            per_sample = losses.class_losses(logits, labels, problem=checks.problem_of(anatomy))
             counts = (per_sample != losses.UNLABELLED).float()
         else:
             with exits.headless(anatomy):
@@ -238,7 +259,7 @@ def predictions(model: nn.Module, batch: Any, *, family: Family | None = None) -
         batch: Batch of R samples with labels; classes, not indicators or numbers.
         family: A row for a model that `earlysift.exits.FAMILIES` does not know.
     """
-    anatomy = exits.find_anatomy(model, family)
+    anatomy = checks.verified(model, batch, family)
     inputs, labels = pools.inputs_and_labels(batch)
     if anatomy.task == "sequence_classification":
         logits = exits.call(model, inputs, synchronized=True)
@@ -250,19 +271,6 @@ def predictions(model: nn.Module, batch: Any, *, family: Family | None = None) -
     labelled = losses.labelled_positions(labels)
     logits = exits.head_of(anatomy)(hidden[labelled]).float()
     return Predictions(logits, labels[labelled], labelled.sum(dim=1))
-
-
-_PROBLEM_OF_CONFIG: dict[str, Problem] = {
-    "regression": "regression",
-    "single_label_classification": "single_label",
-    "multi_label_classification": "multi_label",
-}
-
-
-def problem_of(anatomy: Anatomy) -> Problem | None:
-    """The kind of classification that the model's config names, if it names one."""
-    # What the model's config says goes before what labels look like: regression of several outputs looks multi label.
-    return _PROBLEM_OF_CONFIG.get(str(getattr(getattr(anatomy.core, "config", None), "problem_type", None)))
 
 
 def scoring_dtype(device: torch.device) -> torch.dtype | None:
@@ -290,7 +298,7 @@ def _scores(
     trim: bool,
     dtype: torch.dtype | str | None,
 ) -> Tensor:
-    anatomy = exits.find_anatomy(model, family)
+    anatomy = checks.as_compared(exits.find_anatomy(model, family))
     size = pools.pool_size(pool)
     rows = chunk_rows or size
     thins = exits.thins(model, anatomy, max_positions)
@@ -308,7 +316,7 @@ def _scores(
             chunk = pools.take(pool, slice(start, start + rows))
             inputs, labels = pools.inputs_and_labels(chunk if order is None else pools.trim_padding(chunk))
             if anatomy.task == "sequence_classification":
-                scores.append(per_class(exits.call(model, inputs), labels, problem=problem_of(anatomy)))
+                scores.append(per_class(exits.call(model, inputs), labels, problem=checks.problem_of(anatomy)))
                 continue
             causal = anatomy.task == "causal_lm"
             places = losses.positions_to_read(labels, causal=causal, max_positions=max_positions)

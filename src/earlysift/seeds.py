@@ -1,7 +1,12 @@
 """A generator of its own for every use of randomness: the global one is never touched, and nothing needs saving."""
 
 import hashlib
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import torch
 from torch import Generator
 
 
@@ -12,5 +17,41 @@ def seeded(*key: int | str) -> Generator:
         >>> seeded(0, "mask", 7).initial_seed() == seeded(0, "mask", 7).initial_seed()
         True
     """
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+    return Generator().manual_seed(_number(key))
+
+
+@contextmanager
+def reseeded(*key: int | str, device: torch.device) -> Iterator[None]:
+    """Inside this context the global generators of torch, Python and NumPy depend on a key alone; restored afterwards.
+
+    For code of others that may draw from them. NumPy counts if it has been imported.
+
+    Args:
+        key: As in `seeded`.
+        device: An accelerator whose generator is isolated, too; or the CPU.
+
+    Example:
+        >>> before = torch.get_rng_state()
+        >>> with reseeded(0, "score", 7, device=torch.device("cpu")):
+        ...     _ = torch.rand(3), random.random()
+        >>> torch.equal(before, torch.get_rng_state())
+        True
+    """
+    number, numpy = _number(key), sys.modules.get("numpy")
+    python_state, numpy_state = random.getstate(), numpy and numpy.random.get_state()
+    on_accelerator = [] if device.type == "cpu" else [device]
+    try:
+        with torch.random.fork_rng(on_accelerator, device_type=device.type if on_accelerator else "cuda"):
+            torch.manual_seed(number)
+            random.seed(number)
+            if numpy:
+                numpy.random.seed(number % 2**32)
+            yield
+    finally:
+        random.setstate(python_state)
+        if numpy:
+            numpy.random.set_state(numpy_state)
+
+
+def _number(key: tuple[int | str, ...]) -> int:
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big", signed=True)

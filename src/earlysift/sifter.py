@@ -15,7 +15,20 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Generator, Tensor, nn
 
-from earlysift import controller, costs, exits, losses, pending, pools, probes, ranks, schedules, scorers, selectors
+from earlysift import (
+    checks,
+    controller,
+    costs,
+    exits,
+    losses,
+    pending,
+    pools,
+    probes,
+    ranks,
+    schedules,
+    scorers,
+    selectors,
+)
 from earlysift.controller import Control
 from earlysift.exits import Anatomy, ExitHead, Family
 from earlysift.fidelity import fidelity
@@ -164,7 +177,7 @@ class Sifter:
             raise ValueError("A control came with mode='fixed', which chooses nothing. Set mode='auto'.")
         needs_exit = score in ("loss", "entropy") or exit_head is not None
         if needs_exit:
-            problems = exits.check(model, depth=depth, family=family)
+            problems = checks.check(model, depth=depth, family=family)
             if problems:
                 raise ValueError(exits.problem_report(model, problems))
         if exit_optimizer is not None and exit_head is None:
@@ -190,13 +203,14 @@ class Sifter:
         self.exit_optimizer = exit_optimizer
         self.ledger = ledger or Ledger()
         self.selection: Selection | None = None
-        self._checked = not needs_exit
+        self._checked = not (needs_exit or score == "exact")
         self._anatomy: Anatomy | None = None
         # With a scorer of the user's own, a model that we cannot take apart only lacks probes and FLOPs.
         required = needs_exit or score == "exact" or family is not None
         with nullcontext() if required else suppress(ValueError):
             self._anatomy = exits.find_anatomy(model, family)
         self._laws: dict[int | None, costs.FlopsLaw] = {}
+        self._uncounted = False  # whether it was said that FLOPs cannot be counted
         self._step = 0
         self._kept = kept
         self._counts = dict.fromkeys(("candidates", "scored", "trained", "unlabelled", "non_finite"), 0)
@@ -574,6 +588,17 @@ class Sifter:
             self._laws[depth] = costs.flops_law(self._anatomy, depth, thins=thins)
         return self._laws[depth]
 
+    def _note_work(self, rows: Any, name: str, depth: int | None, **how: Any) -> None:
+        assert self._anatomy is not None
+        try:
+            self.ledger.note(**costs.pending_work(self._anatomy, rows, name, self._flops(depth), **how))
+        except Exception as error:  # a number for the ledger is no reason to stop a training
+            if not self._uncounted:
+                _LOG.warning(
+                    "FLOPs of %s cannot be counted: %r. The ledger goes without.", type(self.model).__name__, error
+                )
+            self._uncounted = True
+
     def _warn_of_breakdown(self, seen: Mapping[str, Any]) -> None:
         correlation = seen.get("rank_correlation", 1.0)
         broken = correlation < controller.LEAST_CORRELATION
@@ -590,26 +615,32 @@ class Sifter:
     def _check_on(self, pool: Any) -> None:
         if self._checked:
             return
-        inputs, _ = pools.inputs_and_labels(pools.take(pool, slice(0, 2)))
-        problems = exits.check(self.model, depth=self.depth, family=self.family, inputs=inputs)
-        if problems:
-            raise ValueError(exits.problem_report(self.model, problems))
+        anatomy = exits.find_anatomy(self.model, self.family)
+        if self.score != "exact":
+            inputs, _ = pools.inputs_and_labels(pools.take(pool, slice(0, 2)))
+            problems = checks.dry_run(self.model, anatomy, self.depth, inputs)
+            if problems:
+                raise ValueError(exits.problem_report(self.model, problems))
+        self._anatomy = checks.verified(self.model, pool, self.family)
+        if self.mode == "auto":
+            probes.with_head(self._anatomy)
         self._checked = True
 
     def _scores(self, pool: Any, kept: int, depth: int) -> Tensor:
         with self.ledger.timed("score"):
             scores = self._scorer(kept, depth)(self.model, pool)
         size = pools.pool_size(pool)
-        if scores.shape != (size,):
+        if not isinstance(scores, Tensor) or scores.shape != (size,) or scores.is_complex():
+            came = f"{scores.dtype} {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
             raise ValueError(
-                f"Expected scores of shape ({size},), one per candidate, got {tuple(scores.shape)}. "
+                f"Expected scores of shape ({size},), a tensor with one real number per candidate, got {came}. "
                 "A scorer returns one number per row of the pool."
             )
         return scores.detach()
 
     def _scorer(self, kept: int, depth: int) -> Scorer:
         if callable(self.score):
-            return self.score
+            return partial(scorers.guarded, self.score, key=(self.seed, "score", self._step, ranks.rank()))
         if self.score == "exact":
             return self._exact_scorer(kept)
         exit_score = scorers.early_exit_loss if self.score == "loss" else scorers.early_exit_entropy
@@ -665,15 +696,13 @@ class Sifter:
                 self._counts[name] += int(count)
         self.ledger.note(**news)
         if self._anatomy is not None and pools.has_labels(batch):
-            self.ledger.note(**costs.pending_work(self._anatomy, batch, "trained", self._flops(None), passes=3))
+            self._note_work(batch, "trained", None, passes=3)
             if news.get("scored") and not callable(self.score):  # what a scorer of one's own costs is unknown
                 depth, most = (None, None) if self.score == "exact" else (news["depth"], self.max_positions)
                 scored = pools.take(pool, slice(0, news["scored"])) if news["scored"] < size else pool
-                self.ledger.note(
-                    **costs.pending_work(self._anatomy, scored, "scored", self._flops(depth), max_positions=most)
-                )
+                self._note_work(scored, "scored", depth, max_positions=most)
             if "rank_correlation" in news:
-                self.ledger.note(**costs.pending_work(self._anatomy, pool, "probed", self._flops(None)))
+                self._note_work(pool, "probed", None)
         if math.isfinite(news.get("rank_correlation", math.nan)):
             self._fidelity = {name: news[name] for name in ("rank_correlation", "overlap", "gain") if name in news}
         if event := news.get("event"):

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from earlysift import environment, exits, scorers
+from earlysift import checks, environment, exits, scorers
 from earlysift.adapters.huggingface import SiftConfig
 from earlysift.checkup import BUILT_IN, build_model
 from earlysift.files import write_json, write_whole
@@ -120,7 +120,7 @@ def _shape(settings: PretrainSettings) -> Any:
     anatomy = exits.find_anatomy(model)
     longest = getattr(model.config, "max_position_embeddings", settings.length)
     problems = (
-        [str(problem) for problem in exits.check(model, depth=settings.depth)] if settings.arm != "uniform" else []
+        [str(problem) for problem in checks.check(model, depth=settings.depth)] if settings.arm != "uniform" else []
     )
     if anatomy.task not in ("masked_lm", "causal_lm"):
         problems.append(
