@@ -225,8 +225,8 @@ def test_only_the_first_layers_run_for_a_score(tmp_path, precision):
     for position, layer in enumerate(trainer.model.model.layers):
         layer.register_forward_hook(count(position))
     trainer.train()
-    trained_on, scored, checked = 5, 5, 1
-    assert calls == [trained_on + scored + checked, *[trained_on] * (models.LAYERS - 1)]
+    trained_on, scored, checked, compared = 5, 5, 1, 5  # the last two on two rows of the first pool
+    assert calls == [trained_on + compared + scored + checked, *[trained_on + compared] * (models.LAYERS - 1)]
 
 
 def test_an_iterable_dataset_gives_the_pools_of_a_sequential_one(tmp_path):

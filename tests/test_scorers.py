@@ -442,6 +442,6 @@ def test_what_is_no_score_is_refused_with_what_was_expected(scores):
     model = build("bert", "masked_lm")
     pool = models.batch_for(model, "masked_lm", 8, 10, Generator().manual_seed(1))
     sifter = Sifter(model, keep=0.5, score=lambda model, pool: scores)
-    with pytest.raises(ValueError, match=r"Expected scores of shape \(8,\), .* one real number per candidate"):
+    with pytest.raises(ValueError, match=r"Expected scores of shape \(8,\), .* one real number per row"):
         sifter.sift(pool)
     assert sifter.step == 0

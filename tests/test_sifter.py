@@ -674,12 +674,12 @@ def broken_pools():
         "too many infinite": ((infinite, labels), r"got 2 of 8 at step 1: 6 are nan or inf", {}),
         "scores of another shape": (
             (inputs, labels),
-            r"Expected scores of shape \(8,\), one per candidate, got \(8, 1\)\. A scorer returns one number",
+            r"Expected scores of shape \(8,\), one per candidate, got \(8, 1\) .* A scorer returns a tensor with one",
             {"score": lambda model, pool: torch.zeros(8, 1) if pool[0] is inputs else torch.zeros(8)},
         ),
         "one score for all": (
             (inputs, labels),
-            r"Expected scores of shape \(8,\), one per candidate, got \(\)\.",
+            r"Expected scores of shape \(8,\), one per candidate, got \(\) ",
             {"score": lambda model, pool: torch.tensor(0.0) if pool[0] is inputs else torch.zeros(8)},
         ),
         "negative scores for proportional selection": (

@@ -631,10 +631,10 @@ class Sifter:
             scores = self._scorer(kept, depth)(self.model, pool)
         size = pools.pool_size(pool)
         if not isinstance(scores, Tensor) or scores.shape != (size,) or scores.is_complex():
-            came = f"{scores.dtype} {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
+            came = f"{tuple(scores.shape)} of {scores.dtype}" if isinstance(scores, Tensor) else type(scores).__name__
             raise ValueError(
-                f"Expected scores of shape ({size},), a tensor with one real number per candidate, got {came}. "
-                "A scorer returns one number per row of the pool."
+                f"Expected scores of shape ({size},), one per candidate, got {came}. "
+                "A scorer returns a tensor with one real number per row of the pool."
             )
         return scores.detach()
 
