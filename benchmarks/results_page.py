@@ -29,7 +29,7 @@ _SCORES_START, _SCORES_END = "<!-- scorecard -->", "<!-- /scorecard -->"
 _SHORT = 20  # rows of a table of docs/theory.md; longer ones stand on the page of `earlysift theory` alone
 _MAIN_ARMS = ("auto", "sift")  # which have columns of their own in the overview
 _KINDS = ("read", "score", "probe", "train", "reference model")
-_SCORING = ("score", "select", "gather")  # which the calibration times as one
+_SCORING = ("score", "select", "exit", "gather")  # which the calibration times as one
 _MOST_EVENTS = 4  # decisions shown per seed
 
 _INTRODUCTION = """# Results
@@ -145,8 +145,8 @@ def spent_table(results: dict[str, Any]) -> str:
 def charges_table(results: dict[str, Any]) -> str:
     """What a step of each arm was charged, beside what it took in the arm's own steps; empty if no arm scores.
 
-    Charged is reference time over steps, so whatever rule it was charged by. Own are the medians in the arm's own steps, of
-    all that the calibration times as one. Machines are busier at times, so what can be compared is the ratio.
+    Charged is reference time over steps, whatever rule it was charged by. "Its own" are the medians in the arm's own
+    steps, of all that the calibration times as one. Machines are busier at times, so the ratios are what to compare.
     """
     rows = []
     for name, arm in results["arms"].items():
@@ -163,7 +163,8 @@ def charges_table(results: dict[str, Any]) -> str:
         took_ms = sum(own_ms.get(part, 0.0) for part in _SCORING), own_ms["train"]
         charged, took = charged_ms[0] / charged_ms[1], took_ms[0] / took_ms[1]
         times = [f"{ms:.1f}" for pair in zip(charged_ms, took_ms, strict=True) for ms in pair]
-        rows.append([arm["label"], *times, f"{charged:.3f}", f"{took:.3f}", f"{round(100 * (charged / took - 1)) + 0:+d} %"])
+        excess = round(100 * (charged / took - 1))
+        rows.append([arm["label"], *times, f"{charged:.3f}", f"{took:.3f}", f"{excess:+d} %"])
     if not rows:
         return ""
     headings = ["what a step costs", "scoring charged, ms", "its own, ms", "training charged, ms", "its own, ms"]
@@ -187,7 +188,8 @@ def decisions(results: dict[str, Any]) -> str:
         if len(events) > _MOST_EVENTS:
             told.append(f"and {len(events) - _MOST_EVENTS} more")
         count = len(run["control"])
-        probes = f"{count} probe{'s' * (count != 1)}, {100 * run['spent_s']['probe'] / sum(run['spent_s'].values()):.1f} %"
+        share = run["spent_s"]["probe"] / sum(run["spent_s"].values())
+        probes = f"{count} probe{'s' * (count != 1)}, {100 * share:.1f} %"
         lines.append(f"  - seed {run['seed']} ({probes} of the time): {'; '.join(told) or still}")
     return "\n".join(lines)
 

@@ -300,8 +300,8 @@ def test_auto_with_fewer_probes_than_a_decision_needs_could_not_decide():
     entry = with_arm("auto", [auto_run(seed, 3, 8) for seed in range(3)], probe_ms=50.0)
     assert outcome(entry).word == "could not decide"
     assert entry["verdict"] == (
-        f"Could not decide: the auto trained uniformly on 3 seeds, with 2 of the {ENOUGH} probes that a decision needs; "
-        f"give at least {budget_to_decide(50.0):g} s."
+        f"Could not decide: the auto trained uniformly on 3 seeds, with 2 of the {ENOUGH} probes that a decision "
+        f"needs; give at least {budget_to_decide(50.0):g} s."
     )
     assert "at least" not in with_arm("auto", [auto_run(seed) for seed in range(3)])["verdict"]
 

@@ -368,8 +368,10 @@ def _pace(speedup: float, goal: str) -> str:
     """How a speed-up reads: in per cent up to a quarter, as a factor beyond.
 
     Example:
-        >>> _pace(0.99, "the target"), _pace(2.1, "the target")
-        ('was 1 % slower than uniform training to the target', 'reached the target 2.1 times as fast as uniform training')
+        >>> _pace(0.99, "the target")
+        'was 1 % slower than uniform training to the target'
+        >>> _pace(2.1, "the target")
+        'reached the target 2.1 times as fast as uniform training'
     """
     percent = round(100 * abs(speedup - 1))
     if percent == 0:
