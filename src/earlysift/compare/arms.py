@@ -1,7 +1,6 @@
 """Arms as rows of data: how each trains, where it comes from, and what its steps are charged for."""
 
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from earlysift import selectors
@@ -138,10 +137,10 @@ ARMS: dict[str, Arm] = {
     ),
     "selective-backprop": Arm(
         "selective backprop",
-        "draws half of the candidates with odds percentile(loss)^1; percentiles within the pool, not over past losses, "
-        "and exactly half are kept instead of half on average",
+        "looks at candidates until a batch is full, and draws each with the probability that one of the last 1,024 exact "
+        "losses does not exceed its own (beta 1); the first epoch without selection of the authors' code is left out",
         "Jiang et al., 2019, arXiv 1910.00762",
-        options={"score": "exact", "keep": 0.5, "select": partial(selectors.percentile, beta=1.0)},
+        kind="selective",
         scoring="exact",
     ),
     "ordered-sgd": Arm(
