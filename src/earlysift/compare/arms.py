@@ -137,8 +137,9 @@ ARMS: dict[str, Arm] = {
     ),
     "selective-backprop": Arm(
         "selective backprop",
-        "looks at candidates until a batch is full, and draws each with the probability that one of the last 1,024 exact "
-        "losses does not exceed its own (beta 1); the first epoch without selection of the authors' code is left out",
+        "looks at candidates until a batch is full, and draws each with the probability that one of the last 1,024 "
+        "exact losses does not exceed its own (beta 1); the first epoch without selection of the authors' code is left "
+        "out",
         "Jiang et al., 2019, arXiv 1910.00762",
         kind="selective",
         scoring="exact",
