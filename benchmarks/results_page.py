@@ -261,8 +261,10 @@ def _two(entries: dict[str, Any]) -> list[dict[str, Any]]:
 def _comparison(path: Path, results: dict[str, Any]) -> str:
     operations = results["operations_ms"]
     step_ms = operations["train"]["median"]
+    before = results.get("calibrated_ms", {})  # where prices have followed the steps since
+    calibrated = {name: f"; calibrated {timing['median']:.1f} ms" for name, timing in before.items()}
     costs = ", ".join(
-        f"{name} {entry['median']:.1f} ms ({entry['median'] / step_ms:.3f} of a training step)"
+        f"{name} {entry['median']:.1f} ms ({entry['median'] / step_ms:.3f} of a training step{calibrated.get(name, '')})"
         for name, entry in operations.items()
     )
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())

@@ -197,7 +197,7 @@ def compare_arms(
         if name != "uniform" and runs:
             pairs = [(run, uniform[run["seed"]]) for run in runs]
             entry = _against_uniform(pairs)
-            if any(needed_s):
+            if any(seconds is not None for seconds in needed_s):
                 entry |= dict.fromkeys(_SPEEDUPS) | {"withheld": NO_VERDICT.word}
                 entry["verdict"] = _unlearnt_verdict(needed_s, baseline)
             elif name == AUTO and _could_not_decide(pairs):
@@ -340,7 +340,7 @@ def verdict(arm: dict[str, Any], entry: dict[str, Any], target: float) -> str:
 
 
 def _unlearnt_verdict(needed_s: list[float | None], baseline: float) -> str:
-    stuck = [seconds for seconds in needed_s if seconds]
+    stuck = [seconds for seconds in needed_s if seconds is not None]
     return (
         f"No verdict: nothing was learnt in this budget, as uniform training did not beat a model that ignores its "
         f"input ({baseline:.1%} accuracy) on {len(stuck)} of {_seeds(len(needed_s))}; give at least {max(stuck):g} s."

@@ -32,7 +32,6 @@ from earlysift.report.series import (
     styles,
 )
 from earlysift.report.tables import (
-    OUTCOMES,
     decisions_table,
     operations_table,
     outcome,
@@ -109,8 +108,7 @@ def render(*runs: Results) -> str:
     overview = f"""<header><p class="eyebrow">earlysift</p><h1>{_headline(runs)}</h1></header>
 <section><h2>Overview</h2>{overview_table(runs)}
 <p class="note">Speed-up over uniform in reference time with its 95 % interval, and final accuracy over uniform's.
-{", ".join(f"{each.symbol} {each.word}" for each in OUTCOMES)} (not proved: too few seeds; could not decide: too
-few probes).</p></section>"""
+▲ gain, ■ no gain, ▼ harm, ? not proved: too few seeds.</p></section>"""
     lines = max(explorer.count('type="checkbox"') for explorer in body.split('class="explorer"'))
     method = {term: meaning for results in runs for term, meaning in (section(results, "method") or METHOD).items()}
     terms = "".join(f"<div><dt>{text(term)}</dt><dd>{text(meaning)}</dd></div>" for term, meaning in method.items())

@@ -25,7 +25,7 @@ NO_GAIN, NOT_PROVED = Outcome("no gain", "■", "none"), Outcome("not proved", "
 # What an entry of a comparison may withhold its verdict for.
 NEVER_ACTED, UNDECIDED = Outcome("never acted", "=", "none"), Outcome("could not decide", "…", "none")
 NO_VERDICT = Outcome("no verdict", "×", "none")
-OUTCOMES = (GAIN, NO_GAIN, HARM, NOT_PROVED, NEVER_ACTED, UNDECIDED, NO_VERDICT)
+WITHHELD = (NEVER_ACTED, UNDECIDED, NO_VERDICT)
 
 VERDICT_HEADERS = (
     "Arm",
@@ -66,7 +66,7 @@ def outcome(entry: Results) -> Outcome:
         >>> outcome({"withheld": "never acted", "speedup": 1.0, "low": 1.0}).word
         'never acted'
     """
-    for each in (NEVER_ACTED, UNDECIDED, NO_VERDICT):
+    for each in WITHHELD:
         if entry.get("withheld") == each.word:
             return each
     speedup, low, accuracy_high = (number(entry.get(key)) for key in ("speedup", "low", "final_accuracy_high"))
