@@ -264,7 +264,7 @@ def _comparison(path: Path, results: dict[str, Any]) -> str:
     before = results.get("calibrated_ms", {})  # where prices have followed the steps since
     calibrated = {name: f"; calibrated {timing['median']:.1f} ms" for name, timing in before.items()}
     costs = ", ".join(
-        f"{name} {entry['median']:.1f} ms ({entry['median'] / step_ms:.3f} of a training step{calibrated.get(name, '')})"
+        f"{name} {entry['median']:.1f} ms ({entry['median'] / step_ms:.3f}{calibrated.get(name, '')})"
         for name, entry in operations.items()
     )
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
@@ -289,7 +289,7 @@ its input reaches {100 * baseline["accuracy"]:.2f} % accuracy and a loss of {bas
 {charges_table(results)}
 - Command: `{_command(results)}` ([{path.name}](../benchmarks/results/{path.name}))
 - Data: {facts}.
-- Cost of the operations: {costs}.
+- Cost of the operations, as charged (and of a training step): {costs}.
 {chr(10).join(optional)}
 - Machine: {device}{machine["cpu"]}, {machine["cores"]} cores, {machine["threads"]} thread(s), {machine["memory_gib"]}
   GiB. {versions}; commit {results["commit"]}.
