@@ -355,6 +355,14 @@ def test_one_seed_without_learning_is_enough_for_no_verdict_as_its_target_means_
     assert outcome(with_arm("sift", [run(0, 0.0, 0.01, 0.01, 0.02)], baseline=0.05)).word != "no verdict"
 
 
+def test_where_uniform_training_diverged_the_learning_rate_is_named_and_no_budget():
+    uniform = [run(seed, *LEARNT) for seed in range(2)]
+    uniform[1]["final_loss"] = None
+    entry = with_arm("sift", [run(seed, 0.0, 0.2, 0.4, 0.5) for seed in range(2)], uniform)
+    assert outcome(entry).word == "no verdict"
+    assert "on 1 of 2 seeds; give a smaller learning rate" in entry["verdict"]
+
+
 def test_the_budget_to_learn_grows_with_what_is_lacking_and_stays_between_two_and_ten_budgets():
     assert budget_to_learn(curve(0.0, 0.02), 0.02) == 20.0
     assert budget_to_learn(curve(0.0, 0.02), 0.06) == 30.0

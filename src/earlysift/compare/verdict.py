@@ -173,7 +173,7 @@ def compare_arms(
     Returns:
         ``target`` and ``comparison`` of results.json. A speed-up (uniform's time to target over the arm's, geometric
         mean over seeds) is given only if every seed reached the target. ``withheld`` says why an arm is not judged:
-        "no verdict" (nothing was learnt), "never acted", "could not decide", or None if it is.
+        "no verdict" (nothing was learnt, or uniform training diverged), "never acted", "could not decide", or None if it is.
     """
     uniform = {run["seed"]: run for run in arms.get("uniform", {}).get("runs", [])}
     targets = {
@@ -190,16 +190,15 @@ def compare_arms(
         return {"target": None, "comparison": {}}
     source = "given" if fixed_target else f"{target_share:.0%} of uniform's final accuracy, seed by seed"
     target_entry: dict[str, Any] = {"accuracy": statistics.fmean(targets.values()), "source": source}
-    needed_s = [budget_to_learn(run["curve"], baseline) for run in uniform.values()]
+    nothing_learnt = _nothing_learnt(list(uniform.values()), baseline)
     comparison = {}
     for name, arm in arms.items():
         runs = [run for run in arm["runs"] if run["seed"] in uniform]
         if name != "uniform" and runs:
             pairs = [(run, uniform[run["seed"]]) for run in runs]
             entry = _against_uniform(pairs)
-            if any(seconds is not None for seconds in needed_s):
-                entry |= dict.fromkeys(_SPEEDUPS) | {"withheld": NO_VERDICT.word}
-                entry["verdict"] = _unlearnt_verdict(needed_s, baseline)
+            if nothing_learnt:
+                entry |= dict.fromkeys(_SPEEDUPS) | {"withheld": NO_VERDICT.word, "verdict": nothing_learnt}
             elif name == AUTO and _could_not_decide(pairs):
                 entry["withheld"] = UNDECIDED.word
                 entry["verdict"] = _undecided_verdict(arm, entry, pairs, probe_ms)
@@ -257,6 +256,24 @@ def budget_to_decide(probe_ms: float) -> float:
 def probes_that_count(run: Run, steps: int) -> int:
     """Probes of a run of auto that came before ``end_share`` of so many steps: later ones cannot switch it on."""
     return sum(point["step"] < Control.end_share * steps for point in run.get("control", []))
+
+
+def _nothing_learnt(uniform: list[Run], baseline: float) -> str | None:
+    """Why nothing can be judged by these runs of uniform training, if so."""
+    diverged = sum(run["final_loss"] is None for run in uniform)
+    if diverged:
+        return (
+            f"No verdict: the loss of uniform training was not finite any more on {diverged} of {_seeds(len(uniform))}; "
+            "give a smaller learning rate."
+        )
+    needed_s = [budget_to_learn(run["curve"], baseline) for run in uniform]
+    stuck = [seconds for seconds in needed_s if seconds is not None]
+    if not stuck:
+        return None
+    return (
+        f"No verdict: nothing was learnt in this budget, as uniform training did not beat a model that ignores its "
+        f"input ({baseline:.1%} accuracy) on {len(stuck)} of {_seeds(len(uniform))}; give at least {max(stuck):g} s."
+    )
 
 
 def _could_not_decide(pairs: list[tuple[Run, Run]]) -> bool:
@@ -336,14 +353,6 @@ def verdict(arm: dict[str, Any], entry: dict[str, Any], target: float) -> str:
         f"{'Gain' if found is GAIN else 'No gain shown'}: {pace} in reference time, "
         f"{'all costs charged' if charged else 'scoring not charged'} (speed-up {speedup:.2f}, 95 % interval {low:.2f} "
         f"to {entry['high']:.2f} over {seeds}; {finals})."
-    )
-
-
-def _unlearnt_verdict(needed_s: list[float | None], baseline: float) -> str:
-    stuck = [seconds for seconds in needed_s if seconds is not None]
-    return (
-        f"No verdict: nothing was learnt in this budget, as uniform training did not beat a model that ignores its "
-        f"input ({baseline:.1%} accuracy) on {len(stuck)} of {_seeds(len(needed_s))}; give at least {max(stuck):g} s."
     )
 
 
