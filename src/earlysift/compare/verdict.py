@@ -172,8 +172,8 @@ def compare_arms(
 
     Returns:
         ``target`` and ``comparison`` of results.json. A speed-up (uniform's time to target over the arm's, geometric
-        mean over seeds) is given only if every seed reached the target. ``withheld`` says why an arm is not judged:
-        "no verdict" (nothing was learnt, or uniform training diverged), "never acted", "could not decide", or None if it is.
+        mean over seeds) is given only if every seed reached the target. ``withheld`` says why an arm is not judged: "no
+        verdict" (uniform training learnt nothing, or diverged), "never acted", "could not decide"; None if it is.
     """
     uniform = {run["seed"]: run for run in arms.get("uniform", {}).get("runs", [])}
     targets = {
@@ -263,8 +263,8 @@ def _nothing_learnt(uniform: list[Run], baseline: float) -> str | None:
     diverged = sum(run["final_loss"] is None for run in uniform)
     if diverged:
         return (
-            f"No verdict: the loss of uniform training was not finite any more on {diverged} of {_seeds(len(uniform))}; "
-            "give a smaller learning rate."
+            f"No verdict: uniform training ended without a finite loss on {diverged} of {_seeds(len(uniform))}; give a "
+            "smaller learning rate."
         )
     needed_s = [budget_to_learn(run["curve"], baseline) for run in uniform]
     stuck = [seconds for seconds in needed_s if seconds is not None]
