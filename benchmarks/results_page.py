@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from earlysift.compare.settings import Settings
+from earlysift.compare.verdict import judged, probes_that_count
+from earlysift.controller import ENOUGH
 from earlysift.report.page import RESULTS_VERSION
 from earlysift.theory.findings import show_cell
 from sections import benchmark_sections
@@ -25,7 +27,9 @@ _DEMO_START, _DEMO_END = "<!-- demo -->", "<!-- /demo -->"
 _THEORY_START, _THEORY_END = "<!-- theory -->", "<!-- /theory -->"
 _SCORES_START, _SCORES_END = "<!-- scorecard -->", "<!-- /scorecard -->"
 _SHORT = 20  # rows of a table of docs/theory.md; longer ones stand on the page of `earlysift theory` alone
+_MAIN_ARMS = ("auto", "sift")  # which have columns of their own in the overview
 _KINDS = ("read", "score", "probe", "train", "reference model")
+_SCORING = ("score", "select", "exit", "gather")  # which the calibration times as one
 _MOST_EVENTS = 4  # decisions shown per seed
 
 _INTRODUCTION = """# Results
@@ -34,11 +38,14 @@ Written by `make docs` from the files in [benchmarks/results](../benchmarks/resu
 Reference time charges every operation at its median measured in the same run. Every arm starts from the same weights,
 reads the same stream, spends the same budget, and its learning rate decays to zero at the end of it. Accuracy is on
 held-out data in its own distribution: of masked or next tokens, of sentences, of images. A speed-up is uniform's time
-to the target over the arm's, a geometric mean over seeds; in brackets 95 % bootstrap intervals of comparisons, and the
-smallest and largest seed of everything else. Wall time tells little here: runs were made at different hours, on cores
-that did other work beside; auto, which takes uniform's very steps, shows how little. In masked language modelling a
-tenth of the labelled tokens stays visible and is predicted by copying; "on hidden tokens" are the points from uniform
-on the others, and the arm "visible labels" is a control without a model that prefers candidates with many visible ones.
+to the target over the arm's, a geometric mean over seeds; in brackets 95 % intervals of comparisons by Student's t
+(for ratios on their logarithms), and the smallest and largest seed of everything else. Verdicts are made from the runs
+when this page is written. "Never acted": every step of the arm was uniform training's own, on every seed. "Could not
+decide": auto had fewer probes than it needs to switch on. Wall time tells little here: runs were made at different
+hours, on cores that did other work beside; auto, which takes uniform's very steps, shows how little. In masked language
+modelling a tenth of the labelled tokens stays visible and is predicted by copying; "on hidden tokens" are the points
+from uniform on the others, and the arm "visible labels" is a control without a model that prefers candidates with many
+visible ones.
 """
 
 
@@ -135,10 +142,43 @@ def spent_table(results: dict[str, Any]) -> str:
     return _table(["% of reference time", *_KINDS], rows)
 
 
+def charges_table(results: dict[str, Any]) -> str:
+    """What a step of each arm was charged, beside what it took in the arm's own steps; empty if no arm scores.
+
+    Charged is reference time over steps, whatever rule it was charged by. "Its own" are the medians in the arm's own
+    steps, of all that the calibration times as one. Machines are busier at times, so the ratios are what to compare.
+    """
+    rows = []
+    for name, arm in results["arms"].items():
+        own_ms = {
+            part: timing["median"]
+            for part in (*_SCORING, "train")
+            if (timing := results["measured_ms"].get(f"{name}: {part}"))
+        }
+        scored = results["measured_ms"].get(f"{name}: score", {}).get("count")
+        spent_ms = {kind: 1e3 * sum(run["spent_s"].get(kind, 0.0) for run in arm["runs"]) for kind in _KINDS}
+        if not scored or not spent_ms["score"] or "train" not in own_ms:
+            continue
+        charged_ms = spent_ms["score"] / scored, spent_ms["train"] / sum(run["steps"] for run in arm["runs"])
+        took_ms = sum(own_ms.get(part, 0.0) for part in _SCORING), own_ms["train"]
+        charged, took = charged_ms[0] / charged_ms[1], took_ms[0] / took_ms[1]
+        times = [f"{ms:.1f}" for pair in zip(charged_ms, took_ms, strict=True) for ms in pair]
+        excess = round(100 * (charged / took - 1))
+        rows.append([arm["label"], *times, f"{charged:.3f}", f"{took:.3f}", f"{excess:+d} %"])
+    if not rows:
+        return ""
+    headings = ["what a step costs", "scoring charged, ms", "its own, ms", "training charged, ms", "its own, ms"]
+    headings += ["scoring of training, charged", "its own", "charged over own"]
+    return f"\n{_table(headings, rows)}\n"
+
+
 def decisions(results: dict[str, Any]) -> str:
     """What auto decided, seed by seed."""
     lines = []
+    steps = {run["seed"]: run["steps"] for run in results["arms"]["uniform"]["runs"]}
     for run in results["arms"]["auto"]["runs"]:
+        too_few = probes_that_count(run, steps.get(run["seed"], run["steps"])) < ENOUGH
+        still = "uniform throughout" + f", as a decision needs {ENOUGH} probes" * too_few
         events = run["events"]
         told = [
             f"at {event['reference_s']:.1f} s (step {event['step']}) from {event['from']} to {event['to']}: "
@@ -147,8 +187,10 @@ def decisions(results: dict[str, Any]) -> str:
         ]
         if len(events) > _MOST_EVENTS:
             told.append(f"and {len(events) - _MOST_EVENTS} more")
-        probes = f"{len(run['control'])} probes, {100 * run['spent_s']['probe'] / sum(run['spent_s'].values()):.1f} %"
-        lines.append(f"  - seed {run['seed']} ({probes} of the time): {'; '.join(told) or 'uniform throughout'}")
+        count = len(run["control"])
+        share = run["spent_s"]["probe"] / sum(run["spent_s"].values())
+        probes = f"{count} probe{'s' * (count != 1)}, {100 * share:.1f} %"
+        lines.append(f"  - seed {run['seed']} ({probes} of the time): {'; '.join(told) or still}")
     return "\n".join(lines)
 
 
@@ -182,16 +224,20 @@ def demo_section() -> str:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """Results of this version; None for others, which wait to be measured again."""
+    """Results of this version, judged by the present rules; None for others, which wait to be measured again."""
     results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return results if results["version"] == RESULTS_VERSION else None
+    return results | judged(results) if results["version"] == RESULTS_VERSION else None
 
 
 def _overview(comparisons: list[dict[str, Any]]) -> str:
     rows = []
     for results in comparisons:
         entries = {name: entry for name, entry in results["comparison"].items() if results["arms"][name]["charged"]}
-        peers = {name: entry["speedup"] for name, entry in entries.items() if entry["speedup"] and name != "auto"}
+        peers = {
+            name: entry["speedup"]
+            for name, entry in entries.items()
+            if entry["speedup"] and not entry["withheld"] and name not in _MAIN_ARMS
+        }
         best = max(peers, key=lambda name: peers[name], default=None)
         rows.append(
             [
@@ -209,14 +255,16 @@ def _overview(comparisons: list[dict[str, Any]]) -> str:
 
 
 def _two(entries: dict[str, Any]) -> list[dict[str, Any]]:
-    return [entries.get(name, {}) for name in ("auto", "sift")]
+    return [entries.get(name, {}) for name in _MAIN_ARMS]
 
 
 def _comparison(path: Path, results: dict[str, Any]) -> str:
     operations = results["operations_ms"]
     step_ms = operations["train"]["median"]
+    before = results.get("calibrated_ms", {})  # where prices have followed the steps since
+    calibrated = {name: f"; calibrated {timing['median']:.1f} ms" for name, timing in before.items()}
     costs = ", ".join(
-        f"{name} {entry['median']:.1f} ms ({entry['median'] / step_ms:.3f} of a training step)"
+        f"{name} {entry['median']:.1f} ms ({entry['median'] / step_ms:.3f}{calibrated.get(name, '')})"
         for name, entry in operations.items()
     )
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
@@ -238,10 +286,10 @@ Seeds: {results["config"]["seeds"]}. Target: {100 * target["accuracy"]:.2f} % ({
 its input reaches {100 * baseline["accuracy"]:.2f} % accuracy and a loss of {baseline["loss"]:.3f}.
 
 {spent_table(results)}
-
+{charges_table(results)}
 - Command: `{_command(results)}` ([{path.name}](../benchmarks/results/{path.name}))
 - Data: {facts}.
-- Cost of the operations: {costs}.
+- Cost of the operations, as charged (and of a training step): {costs}.
 {chr(10).join(optional)}
 - Machine: {device}{machine["cpu"]}, {machine["cores"]} cores, {machine["threads"]} thread(s), {machine["memory_gib"]}
   GiB. {versions}; commit {results["commit"]}.

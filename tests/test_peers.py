@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator
 
-from earlysift import scorers
+from earlysift import scorers, selectors
 from earlysift.compare import peers
 from earlysift.compare.arms import ARMS, Arm
 from earlysift.compare.settings import Settings
@@ -222,6 +222,77 @@ def ids_of_an_epoch(bench, step, share):
     finally:
         bench.stream.take = take
     return [int(bench.stream.ids(n, 1)) for n in seen if n // bench.stream.epoch == epoch]
+
+
+def test_selective_backprop_draws_by_the_share_of_past_losses_that_are_not_above():
+    """Twin: count, one candidate at a time."""
+    generator = Generator().manual_seed(0)
+    past, losses = torch.rand(200, generator=generator).round(decimals=1), torch.rand(20, generator=generator)
+    for beta in (0.0, 0.5, 1.0, 3.0):
+        slow = [(sum(other <= loss for other in past.tolist()) / 200) ** beta for loss in losses.tolist()]
+        assert peers.selection_probabilities(losses, past, beta).tolist() == pytest.approx(slow, abs=1e-6)
+
+
+def test_selective_backprop_takes_equal_losses_all_and_broken_ones_as_the_hardest():
+    equal = torch.full((4,), 2.0)
+    assert peers.selection_probabilities(equal, equal, 1.0).tolist() == [1.0] * 4
+    broken = torch.tensor([torch.nan, 1.0, -torch.inf, torch.inf])
+    assert peers.selection_probabilities(broken, broken, 1.0).tolist() == [1.0, 0.5, 0.25, 1.0]
+
+
+HARDEST = slice(-128, None)  # an eighth of 1,024 losses in rising order: 15/16 of the others' lie below on average
+
+
+def test_selective_backprop_keeps_the_hardest_eighth_as_in_its_paper_and_the_librarys_own_rule_less_often():
+    losses = torch.rand(1024, generator=Generator().manual_seed(0)).sort().values
+    likely = peers.selection_probabilities(losses, losses, 1.0)
+    assert likely[HARDEST].mean().item() == pytest.approx(15 / 16, abs=1e-3)
+    assert likely.mean().item() == pytest.approx(0.5, abs=1e-3)
+    kept = torch.zeros(1024)
+    for seed in range(100):
+        kept[selectors.percentile(losses, 512, Generator().manual_seed(seed), beta=1.0).indices] += 1
+    assert 0.74 < (kept[HARDEST].mean() / 100).item() < 0.80
+
+
+def test_selective_backprop_trains_on_full_batches_of_what_is_hard_and_notes_all_that_it_looked_at(workload):
+    bench, step = bench_of(workload, "selective-backprop")
+    bench.set_rate(0.0)  # so that losses stay, and with them the probability of every sample
+    losses = scorers.exact_loss(bench.model, workload.samples.train)
+    taken, loss = [], bench.loss
+    bench.loss = lambda batch, weights=None: taken.append(batch["input_ids"]) or loss(batch, weights)
+    rows = rows_of(bench, step, 150)
+    seen, kept = torch.zeros(60), torch.zeros(60)
+    for ids in bench.stream.ids(0, bench.position).split(1):
+        seen[ids] += 1
+    for inputs in torch.cat(taken):
+        kept[(workload.samples.train["input_ids"] == inputs).all(dim=1)] += 1
+    assert {row["trained"] for row in rows} == {8}
+    assert all(row["candidates"] == row["scored"] >= 8 for row in rows)
+    assert sum(row["candidates"] for row in rows) == bench.position
+    assert kept.sum() == 150 * 8
+    assert 0.45 < (kept.sum() / seen.sum()).item() < 0.55
+    shares = (kept / seen)[losses.argsort()]
+    assert shares[-8:].mean().item() == pytest.approx(15 / 16, abs=0.05)
+    assert shares[:8].mean().item() == pytest.approx(1 / 16, abs=0.05)
+
+
+def test_what_selective_backprop_drew_beyond_a_batch_is_trained_on_next(workload):
+    bench, _ = bench_of(workload, "selective-backprop")
+    taken, loss = [], bench.loss
+    bench.loss = lambda batch, weights=None: taken.append(batch["input_ids"]) or loss(batch, weights)
+    step = STEPS["selective"](bench, ARMS["selective-backprop"], beta=0.0)  # everything is drawn
+    assert [row["candidates"] for row in rows_of(bench, step, 7)] == [8] * 7
+    in_order = bench.stream.take(torch.arange(56))["input_ids"]
+    assert torch.equal(torch.cat(taken), in_order)
+
+
+def test_selective_backprop_trains_uniformly_and_scores_nothing_before_its_share_of_the_budget(workload):
+    uniform, peer = (bench_of(workload, name, select_after=0.5) for name in ("uniform", "selective-backprop"))
+    rows_of(*uniform, 3, 0.4)
+    assert [row["scored"] for row in rows_of(*peer, 3, 0.4)] == [0, 0, 0]
+    for ours, theirs in zip(uniform[0].model.parameters(), peer[0].model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert rows_of(*peer, 1, 0.5)[0]["scored"] >= 8
 
 
 def test_infobatch_shows_everything_once_then_skips_samples_and_at_last_none(workload):

@@ -25,7 +25,7 @@ from earlysift.report.chart import ticks
 from earlysift.report.figures import curves_figure
 from earlysift.report.page import render, write_report
 from earlysift.report.series import FURTHER_STYLES, STYLES, band, frame, prominent, styles
-from earlysift.report.tables import outcome
+from earlysift.report.tables import GAIN, HARM, NO_GAIN, NOT_PROVED, WITHHELD, outcome
 
 HOSTILE = "</script></style><img src=x onerror=alert(1)> & \"'$x^2$"
 BUDGET_S = 240.0
@@ -449,6 +449,31 @@ def test_outcome_needs_a_whole_interval(entry, word):
 def test_every_outcome_has_its_own_symbol():
     outcomes = {outcome(entry) for entry in ({}, {"low": 2.0}, {"speedup": 2.0}, {"final_accuracy_high": -1.0})}
     assert len({each.symbol for each in outcomes}) == len({each.word for each in outcomes}) == 4
+
+
+@pytest.mark.parametrize("word", [each.word for each in WITHHELD])
+def test_what_withholds_a_verdict_comes_before_the_numbers_in_every_table(word):
+    results = make_results(4)
+    results["comparison"]["sift"] |= {"withheld": word, "low": 1.3, "final_accuracy_high": -0.1}
+    assert outcome(results["comparison"]["sift"]).word == word
+    html = render(results, results)
+    symbol = outcome(results["comparison"]["sift"]).symbol
+    assert f"SIFT {symbol} {word}" in row_of(html[html.index('<article id="run0">') :], "SIFT")
+    overview = html[html.index("Overview") : html.index('<article id="run0">')]
+    assert row_of(overview, "SIFT").startswith(f"SIFT {symbol} ")
+    assert f'title="{word}"' in overview
+    results["comparison"]["auto"] |= {"withheld": word}
+    assert f"auto: {word} on 2 of 2 comparisons</h1>" in render(results, results)
+
+
+def test_a_withheld_verdict_of_unknown_kind_changes_nothing():
+    for kind in (None, "", [], {"never acted": 1}, 3):
+        assert outcome({"withheld": kind, "speedup": 1.2, "low": 1.1}).word == "gain"
+
+
+def test_all_outcomes_differ_in_word_and_symbol():
+    outcomes = (GAIN, HARM, NO_GAIN, NOT_PROVED, *WITHHELD)
+    assert len({each.symbol for each in outcomes}) == len({each.word for each in outcomes}) == 7
 
 
 def test_bars_show_the_share_of_the_budget_by_kind():

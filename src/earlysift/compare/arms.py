@@ -1,7 +1,6 @@
 """Arms as rows of data: how each trains, where it comes from, and what its steps are charged for."""
 
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from earlysift import selectors
@@ -23,6 +22,7 @@ class Arm:
             measures; ``{depth}`` stands for the exit. None: nothing is scored.
         depths: Exits that it uses; without any the comparison's depth.
         charged: False only for an upper bound: then a step is charged like a uniform one, whatever it did.
+        idle: Why all of its steps may have been uniform training's own, in words.
     """
 
     label: str
@@ -34,6 +34,7 @@ class Arm:
     scoring: str | None = None
     depths: tuple[int, ...] = ()
     charged: bool = True
+    idle: str = ""
 
 
 EXIT_HEAD_WIDTH = 64  # of the residual layer of an exit's own head
@@ -136,10 +137,11 @@ ARMS: dict[str, Arm] = {
     ),
     "selective-backprop": Arm(
         "selective backprop",
-        "draws half of the candidates with odds percentile(loss)^1; percentiles within the pool, not over past losses, "
-        "and exactly half are kept instead of half on average",
+        "looks at candidates until a batch is full, and draws each with the probability that one of the last 1,024 "
+        "exact losses does not exceed its own (beta 1); the first epoch without selection of the authors' code is left "
+        "out",
         "Jiang et al., 2019, arXiv 1910.00762",
-        options={"score": "exact", "keep": 0.5, "select": partial(selectors.percentile, beta=1.0)},
+        kind="selective",
         scoring="exact",
     ),
     "ordered-sgd": Arm(
@@ -148,6 +150,7 @@ ARMS: dict[str, Arm] = {
         "batches) first reaches 80, 90, 95 and 99.5 %",
         "Kawaguchi and Lu, 2020, arXiv 1907.04371",
         kind="ordered",
+        idle="training accuracy never reached 80 %",
     ),
     "rho-loss": Arm(
         "RHO-loss",
@@ -164,6 +167,7 @@ ARMS: dict[str, Arm] = {
         "the other half; the last 12.5 % of training skips nothing. Needs several epochs",
         "Qin et al., 2024, arXiv 2303.04947",
         kind="infobatch",
+        idle="the first epoch, which skips nothing, did not end",
     ),
     "grad-norm": Arm(
         "gradient norm",
@@ -173,6 +177,7 @@ ARMS: dict[str, Arm] = {
         "Katharopoulos and Fleuret, 2018, arXiv 1803.00942",
         kind="importance",
         scoring="grad_norm",
+        idle="the variance reduction never exceeded 1.5",
     ),
     "visible": Arm(
         "visible labels",
@@ -186,6 +191,7 @@ ARMS: dict[str, Arm] = {
         "trains on a fresh random tenth of the data each epoch",
         "Okanovic et al., 2023, arXiv 2305.18424",
         options={"keep": 1.0, "subset": 0.1},
+        idle="the first subset did not end",
     ),
     "auto": Arm(
         "auto",

@@ -156,6 +156,30 @@ def ordered_sgd_q(batch: int, training_accuracy: float) -> int:
     return max(1, batch // divisor)
 
 
+SELECTIVE_BACKPROP_HISTORY = 1024  # losses, as in the authors' code
+
+
+def selection_probabilities(losses: Tensor, past: Tensor, beta: float) -> Tensor:
+    r"""Probability of every candidate to be trained on, ``(R,)``: selective backprop.
+
+    ``P_i = CDF(loss_i) ** beta``, with the CDF of the last losses that were seen: the share of them that is not above.
+
+    Args:
+        losses: Of the candidates, ``(R,)``; nan counts as the largest.
+        past: The last losses, theirs included, ``(H,)``.
+        beta: Selectivity; 0 keeps all, 1 half on average.
+
+    Example:
+        >>> selection_probabilities(torch.tensor([1.0, 4.0]), torch.tensor([4.0, 1.0, 2.0, 3.0]), 1.0)
+        tensor([0.2500, 1.0000])
+
+    Reference:
+        Jiang et al., 2019, arXiv 1910.00762.
+    """
+    known, asked = (values.nan_to_num(nan=torch.inf, posinf=torch.inf) for values in (past, losses))
+    return (torch.searchsorted(known.sort().values, asked, right=True) / len(known)) ** beta
+
+
 def prune(last_losses: Tensor, ratio: float, generator: Generator) -> tuple[Tensor, Tensor]:
     """Which samples an epoch shows, and the weights of their gradients: InfoBatch.
 

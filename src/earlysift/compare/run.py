@@ -15,7 +15,7 @@ from earlysift.compare.calibrate import Timing, measure_operations, operations_o
 from earlysift.compare.settings import Settings
 from earlysift.compare.steps import Bench
 from earlysift.compare.trial import Run, run_trial
-from earlysift.compare.verdict import compare_arms, overall_verdict
+from earlysift.compare.verdict import judged
 from earlysift.files import write_json
 from earlysift.ledger import Ledger, read_rows
 from earlysift.pretrain.models import save_encoder
@@ -169,11 +169,7 @@ def _show_seed(on_progress: OnProgress, name: str, seed: int, seeds: int, share:
 
 
 def _save(out: Path, results: dict[str, Any], settings: Settings) -> None:
-    finished = {
-        name: {**arm, "runs": [r for r in arm["runs"] if r["finished"]]} for name, arm in results["arms"].items()
-    }
-    results.update(compare_arms(finished, settings.target, settings.target_share))
-    results["verdict"] = overall_verdict(results)
+    results.update(judged(results))
     write_json(out / RESULTS, results)
 
 

@@ -228,6 +228,45 @@ def ordered(bench: Bench, arm: Arm) -> Step:
     return step
 
 
+def selective(bench: Bench, arm: Arm, *, beta: float = 1.0, history: int = peers.SELECTIVE_BACKPROP_HISTORY) -> Step:
+    """Selective backprop: candidates are looked at b at a time, and each drawn or not, until a batch is full.
+
+    What is drawn beyond b waits for the next batch. Every forward pass is charged.
+
+    Args:
+        bench: What to train.
+        arm: The arm.
+        beta: Selectivity.
+        history: How many of the last losses a loss is compared with.
+    """
+    size = bench.settings.batch
+    past: deque[float] = deque(maxlen=history)
+    waiting: list[Rows] = []
+
+    def step(share: float) -> None:
+        nonlocal waiting
+        selecting = share >= bench.settings.select_after
+        began = bench.position
+        if not selecting:
+            waiting = [bench.read(size)]
+        while sum(map(pools.pool_size, waiting)) < size:
+            chunk = bench.read(size)
+            with bench.ledger.timed("score"):
+                losses = scorers.exact_loss(bench.model, chunk, chunk_rows=size).cpu()
+                past.extend(losses.tolist())
+                likely = peers.selection_probabilities(losses, torch.tensor(past), beta)
+                chance = torch.rand(size, generator=seeded(bench.seed, "selective", bench.position))
+                waiting.append(pools.take(chunk, (chance < likely).nonzero().squeeze(1)))
+        drawn = {name: torch.cat([rows[name] for rows in waiting]) for name in waiting[0]}
+        batch, waiting = pools.take(drawn, slice(size)), [pools.take(drawn, slice(size, None))]
+        with bench.ledger.timed("train"):
+            bench.update(bench.loss(batch))
+        looked_at = bench.position - began
+        bench.ledger.note(candidates=looked_at, scored=looked_at * selecting, trained=size)
+
+    return step
+
+
 def infobatch(bench: Bench, arm: Arm, *, ratio: float = 0.5, full_from: float = 0.875) -> Step:
     """InfoBatch: every epoch skips some samples that were easy when last seen, and reweights the others like them.
 
@@ -367,6 +406,7 @@ def part_of(samples: Samples, ids: Tensor) -> Samples:
 
 STEPS: dict[str, Callable[..., Step]] = {
     "sifted": sifted,
+    "selective": selective,
     "ordered": ordered,
     "infobatch": infobatch,
     "importance": importance,

@@ -1,15 +1,23 @@
 """Time to target, paired comparison with uniform, and the one sentence that says whether it paid."""
 
-import itertools
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
-import torch
+from earlysift.compare.arms import ARMS
+from earlysift.controller import EARLY_PROBES, EARLY_SHARE, ENOUGH, Control
+from earlysift.report.tables import GAIN, HARM, NEVER_ACTED, NO_VERDICT, NOT_PROVED, UNDECIDED, outcome
 
-_RESAMPLES = 10_000
+AUTO = "auto"
+_CONFIDENCE = 0.95
+_FEWEST_SEEDS = 3  # that make evidence
 _SHORTEST_S = 1e-3  # a target that the untrained model meets takes no time, which has no ratio
+_MOST_PERCENT = 25  # beyond, a speed-up reads better as a factor
+_SAME = 1e-9  # accuracies closer than this are equal
+_LEAST_BUDGETS, _MOST_BUDGETS = 2.0, 10.0  # to give where nothing was learnt
+_SPEEDUPS = ("speedup", "low", "high", "wall_speedup", "wall_low", "wall_high")  # of an entry
 Run = dict[str, Any]
 
 
@@ -47,28 +55,110 @@ def rising(values: Sequence[float]) -> list[float]:
     return [statistics.fmean(pool) for pool in pools for _ in pool]
 
 
-def paired_interval(values: Sequence[float], mean: Callable[[Sequence[float]], float]) -> tuple[float, float] | None:
-    """95 % bootstrap interval of a mean over seeds; None for fewer than three.
+def paired_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """95 % interval of the mean over seeds by Student's t: ``mean -+ t s / sqrt(n)``; None for fewer than three.
 
-    All resamples are enumerated for up to five seeds, 10,000 drawn with a fixed seed for more.
+    It covers what it claims at any number of seeds if values are about normal. Two seeds would do for the formula, at
+    twelve standard errors to either side; evidence begins at three.
+
+    Args:
+        values: One number per seed, such as the difference to uniform training on that seed.
+
+    Returns:
+        Lower and upper end, in the unit of the values.
 
     Example:
-        >>> paired_interval([1.0, 1.0, 1.0], statistics.fmean)
+        >>> paired_interval([1.0, 1.0, 1.0])
         (1.0, 1.0)
+        >>> [round(end, 3) for end in paired_interval([1.0, 2.0, 3.0])]
+        [-0.484, 4.484]
+
+    Reference:
+        Student, The probable error of a mean, Biometrika, 1908.
     """
     count = len(values)
-    if count < 3:
+    if count < _FEWEST_SEEDS:
         return None
-    if count <= 5:
-        means = [mean(sample) for sample in itertools.product(values, repeat=count)]
-    else:
-        picks = torch.randint(count, (_RESAMPLES, count), generator=torch.Generator().manual_seed(0)).tolist()
-        means = [mean([values[i] for i in pick]) for pick in picks]
-    cuts = statistics.quantiles(means, n=40, method="inclusive")
-    return cuts[0], cuts[-1]
+    mean = statistics.fmean(values)
+    reach = t_quantile(count - 1) * statistics.stdev(values) / math.sqrt(count)
+    return mean - reach, mean + reach
 
 
-def compare_arms(arms: dict[str, Any], fixed_target: float | None, target_share: float) -> dict[str, Any]:
+def ratio_interval(ratios: Sequence[float]) -> tuple[float, float] | None:
+    """`paired_interval` of a geometric mean: taken on logarithms, which treat twice and half as fast alike.
+
+    Args:
+        ratios: One positive number per seed, such as uniform's time to the target over an arm's.
+
+    Example:
+        >>> [round(end, 3) for end in ratio_interval([0.5, 1.0, 2.0])]
+        [0.179, 5.595]
+    """
+    interval = paired_interval([math.log(ratio) for ratio in ratios])
+    return None if interval is None else (math.exp(interval[0]), math.exp(interval[1]))
+
+
+@cache
+def t_quantile(degrees: int) -> float:
+    """The t with 95 % of Student's distribution between -t and t, from its closed form at whole degrees of freedom.
+
+    Args:
+        degrees: Degrees of freedom, 1 or more.
+
+    Example:
+        >>> [round(t_quantile(degrees), 3) for degrees in (1, 2, 4)]
+        [12.706, 4.303, 2.776]
+
+    Reference:
+        Abramowitz and Stegun, Handbook of Mathematical Functions, 1964, 26.7.3 and 26.7.4.
+    """
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):  # bisection of the angle atan(t / sqrt(degrees)), to the last bit
+        angle = (low + high) / 2
+        low, high = (angle, high) if _central_share(angle, degrees) < _CONFIDENCE else (low, angle)
+    return math.tan(low) * math.sqrt(degrees)
+
+
+def _central_share(angle: float, degrees: int) -> float:
+    odd = degrees % 2
+    term, total = math.cos(angle) if odd else 1.0, 0.0
+    for power in range(odd, degrees - 1, 2):
+        total += term
+        term *= math.cos(angle) ** 2 * (power + 1) / (power + 2)
+    return 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
+
+
+def judged(results: dict[str, Any]) -> dict[str, Any]:
+    """Target, comparison and verdict of results.json, from its finished runs and by the present rules.
+
+    Args:
+        results: Everything else that results.json holds; every finished run gains its times to target.
+
+    Returns:
+        ``target``, ``comparison`` and ``verdict``.
+    """
+    finished = {
+        name: {**arm, "runs": [run for run in arm["runs"] if run["finished"]]} for name, arm in results["arms"].items()
+    }
+    config, probe = results["config"], results["operations_ms"].get("probe")
+    compared = compare_arms(
+        finished,
+        config["target"],
+        config["target_share"],
+        baseline=results["baseline"]["accuracy"],
+        probe_ms=probe and probe["median"],
+    )
+    return {**compared, "verdict": overall_verdict(compared)}
+
+
+def compare_arms(
+    arms: dict[str, Any],
+    fixed_target: float | None,
+    target_share: float,
+    *,
+    baseline: float = 0.0,
+    probe_ms: float | None = None,
+) -> dict[str, Any]:
     """Target per seed, time to it in every run (written into the runs), and each arm against uniform, seed by seed.
 
     Args:
@@ -76,10 +166,14 @@ def compare_arms(arms: dict[str, Any], fixed_target: float | None, target_share:
         fixed_target: Target accuracy; None takes a share of what uniform reaches at the end of its budget on the same
             seed (of its rising fit, which one lucky evaluation does not move).
         target_share: That share.
+        baseline: Accuracy of a model that ignores its input. Where uniform's rising fit does not end above it on every
+            seed, nothing is judged.
+        probe_ms: What a probe costs, to say which budget would let auto decide; None if it is not known.
 
     Returns:
         ``target`` and ``comparison`` of results.json. A speed-up (uniform's time to target over the arm's, geometric
-        mean over seeds) is given only if every seed reached the target.
+        mean over seeds) is given only if every seed reached the target. ``withheld`` says why an arm is not judged: "no
+        verdict" (uniform training learnt nothing, or diverged), "never acted", "could not decide"; None if it is.
     """
     uniform = {run["seed"]: run for run in arms.get("uniform", {}).get("runs", [])}
     targets = {
@@ -96,17 +190,106 @@ def compare_arms(arms: dict[str, Any], fixed_target: float | None, target_share:
         return {"target": None, "comparison": {}}
     source = "given" if fixed_target else f"{target_share:.0%} of uniform's final accuracy, seed by seed"
     target_entry: dict[str, Any] = {"accuracy": statistics.fmean(targets.values()), "source": source}
+    nothing_learnt = _nothing_learnt(list(uniform.values()), baseline)
     comparison = {}
     for name, arm in arms.items():
         runs = [run for run in arm["runs"] if run["seed"] in uniform]
         if name != "uniform" and runs:
-            entry = _against_uniform(runs, [uniform[run["seed"]] for run in runs])
-            comparison[name] = {**entry, "verdict": verdict(arm, entry, target_entry["accuracy"])}
+            pairs = [(run, uniform[run["seed"]]) for run in runs]
+            entry = _against_uniform(pairs)
+            if nothing_learnt:
+                entry |= dict.fromkeys(_SPEEDUPS) | {"withheld": NO_VERDICT.word, "verdict": nothing_learnt}
+            elif name == AUTO and _could_not_decide(pairs):
+                entry["withheld"] = UNDECIDED.word
+                entry["verdict"] = _undecided_verdict(arm, entry, pairs, probe_ms)
+            elif name != AUTO and all(_same_steps(run, other) for run, other in pairs):
+                entry["withheld"] = NEVER_ACTED.word
+                entry["verdict"] = _idle_verdict(name, arm, entry)
+            else:
+                entry["withheld"] = None
+                entry["verdict"] = verdict(arm, entry, target_entry["accuracy"])
+            comparison[name] = entry
     return {"target": target_entry, "comparison": comparison}
 
 
-def _against_uniform(runs: list[Run], uniform: list[Run]) -> dict[str, Any]:
-    pairs = list(zip(runs, uniform, strict=True))
+def budget_to_learn(curve: Sequence[dict[str, float]], baseline: float) -> float | None:
+    """Seconds that uniform training needs at the very least to beat a model that ignores its input; None if it did.
+
+    The budget times ``(baseline - start) / (end - start)`` of its rising fit, as if accuracy went on rising at its mean
+    pace so far. That is no forecast (a plateau may end at any time), so the result is a round number between two and
+    ten budgets, to be read as a lower bound.
+
+    Args:
+        curve: Of uniform training on one seed.
+        baseline: Accuracy of the model that ignores its input.
+
+    Example:
+        >>> curve = [{"reference_s": 0.0, "accuracy": 0.0}, {"reference_s": 60.0, "accuracy": 0.02}]
+        >>> budget_to_learn(curve, 0.1), budget_to_learn(curve, 0.01)
+        (300.0, None)
+    """
+    fitted = rising([point["accuracy"] for point in curve])
+    start, end = fitted[0], fitted[-1]
+    if end > baseline + _SAME:
+        return None
+    budgets = (baseline - start) / (end - start) if end > start else _MOST_BUDGETS
+    return _rounded_up(curve[-1]["reference_s"] * min(max(budgets, _LEAST_BUDGETS), _MOST_BUDGETS))
+
+
+def budget_to_decide(probe_ms: float) -> float:
+    """Seconds of training in which auto makes the probes that a decision needs, before selection has to end.
+
+    ``ENOUGH probe / (probe_share s)``, with s the share of the probes that comes before ``end_share`` of the training:
+    two fifths in its first tenth, the others evenly. Rounded up to two digits.
+
+    Args:
+        probe_ms: What a probe costs.
+
+    Example:
+        >>> budget_to_decide(100.0)
+        34.0
+    """
+    before_end = EARLY_PROBES + (1 - EARLY_PROBES) * (Control.end_share - EARLY_SHARE) / (1 - EARLY_SHARE)
+    return _rounded_up(ENOUGH * probe_ms / 1e3 / (Control.probe_share * before_end))
+
+
+def probes_that_count(run: Run, steps: int) -> int:
+    """Probes of a run of auto that came before ``end_share`` of so many steps: later ones cannot switch it on."""
+    return sum(point["step"] < Control.end_share * steps for point in run.get("control", []))
+
+
+def _nothing_learnt(uniform: list[Run], baseline: float) -> str | None:
+    """Why nothing can be judged by these runs of uniform training, if so."""
+    diverged = sum(run["final_loss"] is None for run in uniform)
+    if diverged:
+        return (
+            f"No verdict: uniform training ended without a finite loss on {diverged} of {_seeds(len(uniform))}; give a "
+            "smaller learning rate."
+        )
+    needed_s = [budget_to_learn(run["curve"], baseline) for run in uniform]
+    stuck = [seconds for seconds in needed_s if seconds is not None]
+    if not stuck:
+        return None
+    return (
+        f"No verdict: nothing was learnt in this budget, as uniform training did not beat a model that ignores its "
+        f"input ({baseline:.1%} accuracy) on {len(stuck)} of {_seeds(len(uniform))}; give at least {max(stuck):g} s."
+    )
+
+
+def _could_not_decide(pairs: list[tuple[Run, Run]]) -> bool:
+    """Whether auto never switched, on no seed having had the probes that a decision needs."""
+    return all(
+        not run.get("events") and probes_that_count(run, other["curve"][-1]["step"]) < ENOUGH for run, other in pairs
+    )
+
+
+def _same_steps(run: Run, other: Run) -> bool:
+    """Whether two runs have the same curve, which no other batch or weight leaves as it is."""
+    one, two = ([(p["step"], p["accuracy"], p["loss"]) for p in each["curve"]] for each in (run, other))
+    return one == two
+
+
+def _against_uniform(pairs: list[tuple[Run, Run]]) -> dict[str, Any]:
     reached = [None not in (run["reference_s_to_target"], other["reference_s_to_target"]) for run, other in pairs]
     entry: dict[str, Any] = {"seeds": len(pairs), "reached": sum(reached)}
     for axis, prefix in (("reference_s", ""), ("wall_s", "wall_")):
@@ -117,7 +300,7 @@ def _against_uniform(runs: list[Run], uniform: list[Run]) -> dict[str, Any]:
         ]
         whole = len(ratios) == len(pairs)
         entry[f"{prefix}speedup"] = statistics.geometric_mean(ratios) if whole else None
-        interval = paired_interval(ratios, statistics.geometric_mean) if whole else None
+        interval = ratio_interval(ratios) if whole else None
         entry[f"{prefix}low"], entry[f"{prefix}high"] = interval or (None, None)
     for quality in ("final_accuracy", "final_loss", "final_hidden_accuracy"):
         both = [(run.get(quality), other.get(quality)) for run, other in pairs]
@@ -125,15 +308,16 @@ def _against_uniform(runs: list[Run], uniform: list[Run]) -> dict[str, Any]:
         differences = [value - uniforms for value, uniforms in both if value is not None and uniforms is not None]
         differences = differences if known else []
         entry[f"{quality}_difference"] = statistics.fmean(differences) if known else None
-        interval = paired_interval(differences, statistics.fmean)
+        interval = paired_interval(differences)
         entry[f"{quality}_low"], entry[f"{quality}_high"] = interval or (None, None)
     return entry
 
 
 def overall_verdict(results: dict[str, Any]) -> str:
-    """The verdict of the arm that the comparison is about: auto, else SIFT, else the first that has one."""
+    """The verdict of the arm that the comparison is about: auto, else SIFT, else the first that has acted."""
     comparison = results.get("comparison") or {}
-    name = next((name for name in ("auto", "sift", *comparison) if name in comparison), None)
+    acted = [name for name, entry in comparison.items() if entry.get("withheld") != NEVER_ACTED.word]
+    name = next((name for name in (AUTO, "sift", *acted, *comparison) if name in comparison), None)
     if name is None:
         return "No verdict: the comparison was stopped before an arm finished."
     return str(comparison[name]["verdict"])
@@ -147,42 +331,81 @@ def verdict(arm: dict[str, Any], entry: dict[str, Any], target: float) -> str:
     """
     charged = arm.get("charged", True)
     label = arm["label"] if charged else f"{arm['label']} (an upper bound)"
-    seeds = f"{entry['seeds']} seed{'s' * (entry['seeds'] != 1)}"
-    finals = f"final accuracy {_points(entry['final_accuracy_difference'])}, at equal cost"
-    speedup, low = entry["speedup"], entry["low"]
-    goal = f"the target accuracy of {target:.1%}"
-    if entry["final_accuracy_high"] is not None and entry["final_accuracy_high"] < 0:
-        interval = f"95 % interval {_points(entry['final_accuracy_low'])} to {_points(entry['final_accuracy_high'])}"
+    seeds = _seeds(entry["seeds"])
+    change = _points(entry["final_accuracy_difference"])
+    finals = f"final accuracy {change}, at equal cost"
+    speedup, low, goal = entry["speedup"], entry["low"], f"the target accuracy of {target:.1%}"
+    found = outcome(entry)
+    if found is HARM:
+        ends = f"{_points(entry['final_accuracy_low'])} to {_points(entry['final_accuracy_high'])}"
+        reached = f"{goal} reached on {entry['reached']} of {seeds}"
+        pace = reached if speedup is None else f"it {_pace(speedup, goal)}"
         return (
-            f"Harm: {label} ended {_points(entry['final_accuracy_difference'])} from uniform training at equal cost "
-            f"({interval} over {seeds}; {_pace(entry, goal)})."
+            f"Harm: {label} ended {change} from uniform training at equal cost (95 % interval {ends} over {seeds}; "
+            f"{pace})."
         )
     if speedup is None:
-        return f"No gain: {label} reached {goal} within the same budget in {entry['reached']} of {seeds} ({finals})."
-    if low is None:
-        direction = "sooner" if speedup >= 1 else "later"
-        return (
-            f"Not proved: {label} reached {goal} {_times(speedup)} {direction} than uniform training ({finals}), but "
-            f"{seeds} cannot tell gain from luck."
-        )
-    interval = f"95 % interval {low:.2f} to {entry['high']:.2f} over {seeds}"
-    word = "Gain" if low > 1 else "No gain shown"
+        return f"No gain: {label} reached {goal} within the same budget on {entry['reached']} of {seeds} ({finals})."
+    pace = f"{label} {_pace(speedup, goal)}"
+    if found is NOT_PROVED:
+        return f"Not proved: {pace} ({finals}), but {seeds} cannot tell gain from luck."
     return (
-        f"{word}: {label} reached {goal} {speedup:.2f} times as fast as uniform training in reference time, "
-        f"{'all costs charged' if charged else 'scoring not charged'} ({interval}; {finals})."
+        f"{'Gain' if found is GAIN else 'No gain shown'}: {pace} in reference time, "
+        f"{'all costs charged' if charged else 'scoring not charged'} (speed-up {speedup:.2f}, 95 % interval {low:.2f} "
+        f"to {entry['high']:.2f} over {seeds}; {finals})."
     )
 
 
-def _pace(entry: dict[str, Any], goal: str) -> str:
-    if entry["speedup"] is None:
-        return f"{goal} reached in {entry['reached']} of {entry['seeds']}"
-    return f"{goal} reached {entry['speedup']:.2f} times as fast"
+def _undecided_verdict(
+    arm: dict[str, Any], entry: dict[str, Any], pairs: list[tuple[Run, Run]], probe_ms: float | None
+) -> str:
+    probes = [probes_that_count(run, other["curve"][-1]["step"]) for run, other in pairs]
+    had = f"{min(probes)} to {max(probes)}" if min(probes) < max(probes) else f"{probes[0]}"
+    enough = "" if probe_ms is None else f"; give at least {budget_to_decide(probe_ms):g} s"
+    return (
+        f"Could not decide: {arm['label']} trained uniformly on {_seeds(entry['seeds'])}, with {had} of the {ENOUGH} "
+        f"probes that a decision needs{enough}."
+    )
+
+
+def _idle_verdict(name: str, arm: dict[str, Any], entry: dict[str, Any]) -> str:
+    why = f": {ARMS[name].idle}" if name in ARMS and ARMS[name].idle else ""
+    return f"Never acted: {arm['label']} took uniform training's own steps on {_seeds(entry['seeds'])}{why}."
+
+
+def _pace(speedup: float, goal: str) -> str:
+    """How a speed-up reads: in per cent up to a quarter, as a factor beyond.
+
+    Example:
+        >>> _pace(0.99, "the target")
+        'was 1 % slower than uniform training to the target'
+        >>> _pace(2.1, "the target")
+        'reached the target 2.1 times as fast as uniform training'
+    """
+    percent = round(100 * abs(speedup - 1))
+    if percent == 0:
+        return f"was as fast as uniform training to {goal}"
+    if percent <= _MOST_PERCENT:
+        return f"was {percent} % {'faster' if speedup > 1 else 'slower'} than uniform training to {goal}"
+    if speedup > 1:
+        return f"reached {goal} {speedup:.1f} times as fast as uniform training"
+    return f"took {1 / speedup:.1f} times as long as uniform training to {goal}"
 
 
 def _points(difference: float) -> str:
-    return f"{100 * difference:+.2f} points"
+    return f"{round(100 * difference, 2) + 0.0:+.2f} points"
 
 
-def _times(speedup: float) -> str:
-    factor = max(speedup, 1 / speedup) if speedup > 0 else math.inf
-    return f"{factor:.2f} times"
+def _seeds(count: int) -> str:
+    return f"{count} seed{'s' * (count != 1)}"
+
+
+def _rounded_up(seconds: float) -> float:
+    """To two digits.
+
+    Example:
+        >>> _rounded_up(123.0), _rounded_up(0.81)
+        (130.0, 0.81)
+    """
+    unit = 10.0 ** (math.floor(math.log10(seconds)) - 1) if seconds > 0 else 1.0
+    return round(math.ceil(round(seconds / unit, 6)) * unit, 9)

@@ -22,6 +22,10 @@ class Outcome(NamedTuple):
 
 GAIN, HARM = Outcome("gain", "▲", "gain"), Outcome("harm", "▼", "harm")
 NO_GAIN, NOT_PROVED = Outcome("no gain", "■", "none"), Outcome("not proved", "?", "none")
+# What an entry of a comparison may withhold its verdict for.
+NEVER_ACTED, UNDECIDED = Outcome("never acted", "=", "none"), Outcome("could not decide", "…", "none")
+NO_VERDICT = Outcome("no verdict", "×", "none")
+WITHHELD = (NEVER_ACTED, UNDECIDED, NO_VERDICT)
 
 VERDICT_HEADERS = (
     "Arm",
@@ -52,14 +56,19 @@ def outcome(entry: Results) -> Outcome:
     """Harm if the whole interval of the final accuracy is below uniform's; gain if that of the speed-up is above 1.
 
     Args:
-        entry: One arm of the ``comparison`` in results.json.
+        entry: One arm of the ``comparison`` in results.json. What it names as ``withheld`` comes before its numbers.
 
     Example:
         >>> outcome({"speedup": 1.2, "low": 1.1, "final_accuracy_high": 0.02}).word
         'gain'
         >>> outcome({"speedup": 1.2, "low": 1.1, "final_accuracy_high": -0.01}).word
         'harm'
+        >>> outcome({"withheld": "never acted", "speedup": 1.0, "low": 1.0}).word
+        'never acted'
     """
+    for each in WITHHELD:
+        if entry.get("withheld") == each.word:
+            return each
     speedup, low, accuracy_high = (number(entry.get(key)) for key in ("speedup", "low", "final_accuracy_high"))
     if accuracy_high is not None and accuracy_high < 0:
         return HARM
