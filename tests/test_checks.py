@@ -309,3 +309,56 @@ def test_inputs_without_labels_have_their_logits_compared_only():
     row = Family("blocks", (), "causal_lm")
     assert check(model, family=row, inputs=pool["input_ids"]) == []
     assert len(check(model, family=row, inputs=pool)) == 1
+
+
+class Returning(models.PlainTransformer):
+    """A model that returns something else than logits."""
+
+    def __init__(self, what):
+        super().__init__("token_classification")
+        self.what = what
+
+    def forward(self, input_ids):
+        logits = super().forward(input_ids)
+        return self.what(logits)
+
+
+@pytest.mark.parametrize("score", ["loss", "exact"])
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        (lambda logits: None, "Expected the model to return logits .* got NoneType"),
+        (lambda logits: {"loss": 1.0}, "Expected the model to return logits .* got dict"),
+        (lambda logits: (), "Expected the model to return logits .* got tuple"),
+        (lambda logits: 1 / 0, "The model fails on two rows of the pool .*ZeroDivisionError"),
+        (lambda logits: logits[:, 0], r"Expected logits \(R, positions, classes\) for token_classification"),
+    ],
+)
+def test_what_a_model_cannot_be_scored_by_is_named(what, message, score):
+    sifter = Sifter(
+        Returning(what), keep=0.5, score=score, family=Family("blocks", (("head",),), "token_classification")
+    )
+    labels = drawn(8, 8, low=0, high=models.CLASSES)
+    with pytest.raises(ValueError, match=message):
+        sifter.sift({"input_ids": drawn(8, 8), "labels": labels})
+    assert sifter.step == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"input_ids": drawn(8, 8) + 10_000}, "The model fails on two rows of the pool"),
+        ({"labels": drawn(8)}, r"Expected labels .* one per position"),
+        ({"labels": drawn(8, 7)}, r"Expected labels .* one per position"),
+    ],
+)
+@pytest.mark.parametrize(("family", "task"), [("bert", "masked_lm"), ("llama", "causal_lm")])
+def test_a_pool_that_does_not_fit_the_model_is_told_from_a_model_that_does_not_fit_its_row(
+    family, task, change, message
+):
+    model = build(family, task)
+    sifter = Sifter(model, keep=0.5)
+    with pytest.raises(ValueError, match=message):
+        sifter.sift(labelled_pool() | change)
+    assert sifter.step == 0
+    sifter.sift(labelled_pool())

@@ -981,3 +981,27 @@ def test_detached_exit_trains_the_exit_head_and_not_the_trunk(family, task, deta
     trunk = [parameter.grad for parameter in layers[:2].parameters()]
     assert all((gradient is None) == detach for gradient in trunk)
     assert all(parameter.grad is None for parameter in layers[2:].parameters())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"layers": 5}, "layers must be a path, such as 'model.layers', got 5"),
+        (
+            {"layers": "blocks", "heads": ("lm_head",)},
+            r"heads must be tuples of names within a tuple, got \('lm_head',\)",
+        ),
+        ({"layers": "blocks", "heads": 5}, "heads must be tuples"),
+        ({"layers": "blocks", "positionwise": "mlp"}, "positionwise must be tuples"),
+        ({"layers": "blocks", "task": "masked"}, "task must be one of masked_lm, causal_lm, .* got 'masked'"),
+    ],
+)
+def test_a_malformed_row_is_refused_when_it_is_made(arguments, message):
+    with pytest.raises(ValueError, match=f"Bad family row: {message}"):
+        Family(**arguments)
+
+
+@pytest.mark.parametrize("family", ["bert", 5, ("layers",)])
+def test_what_is_no_row_is_refused(family):
+    with pytest.raises(ValueError, match="Expected family to be a Family"):
+        Sifter(build("bert", "masked_lm"), family=family)

@@ -132,14 +132,10 @@ def dry_run(model: nn.Module, anatomy: Anatomy, depth: int, inputs: Any) -> list
         ):
             logits = exits.call(model, inputs)
     except Exception as error:  # whatever a model does when it misses its layers
-        return [
+        return _failures(model, anatomy, inputs) or [
             Problem(
                 f"The model fails when only the first {depth} of its layers are there: {error!r}.",
-                _remedy(
-                    anatomy,
-                    inputs,
-                    "Give the path of the list that it loops over, or score with a callable of your own.",
-                ),
+                "Give the path of the list that it loops over, or score with a callable of your own.",
             )
         ]
     finally:
@@ -179,6 +175,9 @@ def _compare(model: nn.Module, anatomy: Anatomy, batch: Any) -> None:
     labelled = (labels.reshape(len(labels), -1) != losses.IGNORED_LABEL).any(dim=1)
     rows = labelled.int().argsort(descending=True, stable=True)[:_ROWS]
     inputs, labels = pools.inputs_and_labels(pools.take(batch, rows))
+    failures = _failures(model, anatomy, inputs)
+    if failures:
+        raise ValueError(exits.problem_report(model, failures))
     tolerance = _tolerance(model, anatomy, inputs)
     head_problems = _head_problems(model, anatomy, inputs, tolerance)
     used = _headless(anatomy) if head_problems else anatomy
@@ -192,6 +191,29 @@ def _compare(model: nn.Module, anatomy: Anatomy, batch: Any) -> None:
 
 def _headless(anatomy: Anatomy) -> Anatomy:
     return anatomy._replace(head=(), positionwise=())
+
+
+def _failures(model: nn.Module, anatomy: Anatomy, inputs: Any) -> list[Problem]:
+    """Whether the whole model runs on these inputs."""
+    try:
+        with torch.no_grad(), exits.uncompiled(), exits.scoring_mode(model):
+            logits = exits.call(model, inputs)
+    except Exception as error:  # whatever a model does with inputs that do not fit
+        shapes = (
+            {name: (str(t.dtype), *t.shape) for name, t in inputs.items() if isinstance(t, Tensor)}
+            if isinstance(inputs, Mapping)
+            else type(inputs).__name__
+        )
+        reason = f"The model fails on two rows of the pool ({shapes}): {error!r}."
+        return [
+            Problem(reason, _remedy(anatomy, inputs, "Look whether a batch from the same loader can be trained on."))
+        ]
+    classified = anatomy.task == "sequence_classification"
+    if logits.ndim != (2 if classified else 3):
+        expected = "(R, classes)" if classified else "(R, positions, classes)"
+        reason = f"Expected logits {expected} for {anatomy.task}, got {tuple(logits.shape)}."
+        return [Problem(reason, "Set the task in the family row.")]
+    return []
 
 
 def _tolerance(model: nn.Module, anatomy: Anatomy, inputs: Any) -> float:

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,28 @@ class Family:
     heads: tuple[tuple[str, ...], ...] = ()
     task: Task | None = None
     positionwise: tuple[tuple[str, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        rules = [
+            (not isinstance(self.layers, str), f"layers must be a path, such as 'model.layers', got {self.layers!r}."),
+            *(
+                (not _are_chains(chains), f"{name} must be tuples of names within a tuple, got {chains!r}.")
+                for name, chains in (("heads", self.heads), ("positionwise", self.positionwise))
+            ),
+            (
+                self.task is not None and self.task not in get_args(Task),
+                f"task must be one of {', '.join(get_args(Task))} or None, got {self.task!r}.",
+            ),
+        ]
+        problems = [message for bad, message in rules if bad]
+        if problems:
+            raise ValueError(" ".join(["Bad family row:", *problems]))
+
+
+def _are_chains(chains: object) -> bool:
+    return isinstance(chains, tuple) and all(
+        isinstance(chain, tuple) and chain and all(isinstance(name, str) for name in chain) for chain in chains
+    )
 
 
 _CLASSIFIERS = (("dropout", "classifier"), ("classifier",))
@@ -376,15 +398,23 @@ def call(model: nn.Module, inputs: Any, *, synchronized: bool = False) -> Tensor
 
     Returns:
         The first tensor of the output, by name ``logits`` where the output has names.
+
+    Raises:
+        ValueError: If there is no such tensor.
     """
     output = run(model, inputs, synchronized=synchronized)
     if isinstance(output, Mapping):
-        output = output["logits"]
-    elif hasattr(output, "logits"):
-        output = output.logits
-    elif isinstance(output, tuple | list):
-        output = output[0]
-    return cast(Tensor, output)
+        logits = output.get("logits")
+    elif isinstance(output, tuple | list) and not hasattr(output, "logits"):
+        logits = output[0] if output else None
+    else:
+        logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor):
+        raise ValueError(
+            "Expected the model to return logits (a tensor, a tuple that begins with one, or an output with 'logits'), "
+            f"got {type(output).__name__}. Score with a callable of your own, or wrap the model."
+        )
+    return logits
 
 
 def run(model: nn.Module, inputs: Any, *, synchronized: bool = False) -> Any:
@@ -422,6 +452,8 @@ class ExitHead(nn.Module):
 
     def __init__(self, width: int, *, hidden: int = 0, seed: int = 0) -> None:
         super().__init__()
+        if not (isinstance(width, int) and isinstance(hidden, int) and width > 0 and hidden >= 0):
+            raise ValueError(f"Expected whole numbers, width >= 1 and hidden >= 0, got {width!r} and {hidden!r}.")
         self.norm = nn.LayerNorm(width)
         self.up: nn.Linear | None = None
         if hidden:
@@ -531,6 +563,8 @@ def anatomy_or_problems(model: nn.Module, family: Family | None) -> Anatomy | li
         return [Problem(*_REFUSED_WRAPPERS[name])]
     config = getattr(core, "config", None)
     model_type = getattr(config, "model_type", None)
+    if family is not None and not isinstance(family, Family):
+        raise ValueError(f"Expected family to be a Family(layers=..., heads=..., task=...), got {family!r}.")
     row = family or FAMILIES.get(str(model_type))
     if row is None:
         return [

@@ -206,7 +206,7 @@ def positions_to_read(labels: Tensor, *, causal: bool = False, max_positions: in
             accelerator is waited for. None gives all labelled positions.
 
     Raises:
-        ValueError: If there is to be less than one position.
+        ValueError: If labels have another shape, or there is to be less than one position.
 
     Example:
         >>> import torch
@@ -214,6 +214,10 @@ def positions_to_read(labels: Tensor, *, causal: bool = False, max_positions: in
         >>> positions_to_read(labels), positions_to_read(labels, causal=True)
         (tensor([1, 3, 5]), tensor([0, 4]))
     """
+    if labels.ndim != 2:
+        raise ValueError(
+            f"Expected labels (R, T), one per position, got {tuple(labels.shape)}. Give -100 where there is none."
+        )
     labelled = _targets(labels, causal) != IGNORED_LABEL
     if max_positions is None:
         return labelled.flatten().nonzero().squeeze(1)  # an accelerator is waited for
