@@ -383,8 +383,25 @@ def test_runs_of_several_arms_make_one_page(start, uncut, tmp_path):
     assert start(tmp_path / "run", "--arm", "uniform")[0] == 0
     page = write_report(uncut, tmp_path / "run", out=tmp_path / "page.html").read_text()
     assert all(word in page for word in (*("sift", "uniform"), "Trained 12 steps", "text.txt, masked LM"))
-    assert "By the clock" in page
+    assert "Time by the clock" in page
     assert "Noise of the machine therefore cannot favour an arm" not in page
+
+
+def test_the_page_of_a_finished_run_shows_what_its_time_went_into_and_nothing_empty(uncut):
+    results = json.loads((uncut / "results.json").read_text())
+    ((arm,),) = [list(results["arms"].values())]
+    (run,) = arm["runs"]
+    rows = read_rows(uncut / "ledgers" / "process0.jsonl")
+    assert list(run["spent_s"]) == ["train", "score", "probe", "read"]
+    assert run["spent_s"]["train"] == pytest.approx(sum(row["train_ms"] for row in rows) / 1e3)
+    every_part = ("wait_ms", "score_ms", "select_ms", "gather_ms", "probe_ms", "train_ms")
+    whole_s = sum(row.get(part, 0.0) for row in rows for part in every_part) / 1e3
+    assert sum(run["spent_s"].values()) == pytest.approx(whole_s)
+    page = (uncut / "report.html").read_text().partition("<h1>")[2]
+    assert "Where the time went" in page
+    assert "nothing measured yet" not in page
+    assert "–" not in page
+    assert "arget" not in page.partition("How it was measured")[0]
 
 
 def test_a_causal_model_trains_too(start, data, tmp_path):
