@@ -41,8 +41,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 """What ends a run at the end of its step, saved; SLURM can be told to send SIGUSR1 before the time is up."""
 
 METHOD = {
-    "Time": "Time by the clock, without evaluations and checkpoints. It is noisy: compare only runs on the same machine "
-    "with nothing else running. What it was spent on is what the first process measured.",
+    "Time": "Time by the clock, without evaluations and checkpoints. It is noisy: compare only runs on the same "
+    "machine with nothing else running. What it was spent on is what the first process measured.",
     "Learning rate": "It decays to zero at the end of the steps, or of the minutes, that the run was given. A run that "
     "ended earlier, by a target or a signal, ended with a higher rate.",
     "Evaluation": "Accuracy and loss are measured on all labelled tokens of held-out rows in their original "
@@ -53,7 +53,6 @@ METHOD = {
 """How a run is measured, for its page."""
 
 _PARTS_MS = {
-    "train": ("train_ms",),
     "score": ("score_ms", "select_ms", "gather_ms"),
     "probe": ("probe_ms",),
     "read": ("wait_ms",),
@@ -378,15 +377,21 @@ def _points(trainer: Pretrainer) -> list[dict[str, Any]]:
 
 
 def _spent_s(trainer: Pretrainer) -> dict[str, float]:
-    """Seconds of training by what they were spent on, as the ledger of this process has them."""
-    spent = dict.fromkeys(_PARTS_MS, 0.0)
+    """Seconds of training by what they were spent on, as the ledger of this process has them.
+
+    What is neither scoring nor probing nor waiting for candidates is training: the update of the weights, too.
+    """
+    spent = dict.fromkeys(("train", *_PARTS_MS), 0.0)
     lines = trainer.ledger_path.open(encoding="utf-8") if trainer.ledger_path.is_file() else nullcontext(())
     with lines as rows:  # one at a time, as a long run has millions
         for line in rows:
             row = json.loads(line) if line.endswith("\n") else {}  # a full disk cuts the last one off
+            spent["train"] += row.get("step_ms", 0.0) / 1e3
             for kind, parts in _PARTS_MS.items():
-                spent[kind] += sum(row.get(part) or 0.0 for part in parts) / 1e3
-    return {kind: seconds for kind, seconds in spent.items() if seconds}
+                seconds = sum(row.get(part, 0.0) for part in parts) / 1e3
+                spent[kind] += seconds
+                spent["train"] -= seconds
+    return {kind: seconds for kind, seconds in spent.items() if seconds > 0}
 
 
 def _reached(settings: PretrainSettings, points: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -190,7 +190,7 @@ def _chart(
         # A line of one point is a dot: a stroke without length, with round ends.
         kind, d = ("dot", path(line.x, line.mean) + "h0") if len(line.x) == 1 else ("line", path(line.x, line.mean))
         drawing.append(
-            f'<g class="t{t}{" beneath" * style.beneath}{"" if style.strong else " thin"}" style="{_look(style)}">{filled}'
+            f'<g class="t{t}{" beneath" * style.beneath}{" thin" * (not style.strong)}" style="{_look(style)}">{filled}'
             f'<path class="{kind}" d="{d}"/></g>'
         )
     about = f"{measure.label} against {axis.label}"

@@ -37,7 +37,6 @@ from earlysift.report.tables import (
     outcome,
     overview_table,
     pairs_table,
-    show,
     spent_table,
     text,
     verdict_table,
