@@ -402,6 +402,22 @@ def test_the_page_of_a_finished_run_shows_what_its_time_went_into_and_nothing_em
     assert "arget" not in page.partition("How it was measured")[0]
 
 
+@pytest.mark.parametrize("reading", ["stored", "stream"])
+def test_a_saved_data_set_trains_like_its_text_by_the_column_that_is_named(reading, start, data, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    documents = [text for text in (data / "text.txt").read_text().split("\n\n") if text]
+    for name, columns in (
+        ("body", {"title": ["no"] * len(documents), "body": documents}),
+        ("text", {"text": documents}),
+    ):
+        datasets.Dataset.from_dict(columns).save_to_disk(tmp_path / name)
+    short = ["--steps", 2, "--every", 2, *(["--stream"] if reading == "stream" else [])]
+    for name, option in (("body", ["--text-column", "body"]), ("text", [])):
+        code, _, err = start(tmp_path / f"run-{name}", *short, *option, "--data", tmp_path / name)
+        assert code == 0, err
+    assert ledger(tmp_path / "run-body") == ledger(tmp_path / "run-text")
+
+
 def test_a_causal_model_trains_too(start, data, tmp_path):
     config = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 32, "vocab_size": 300}
     (data / "gpt2.json").write_text(json.dumps(config))

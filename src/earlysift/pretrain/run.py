@@ -251,6 +251,7 @@ def _workload(settings: PretrainSettings, shape: Any) -> Workload:
         tokenizer_file=settings.tokenizer,
         whole_word=settings.whole_word,
         stream=settings.stream,
+        text_column=settings.text_column,
     )
     known, needed = shape.config.vocab_size, workload.facts["vocab_size"]
     if needed > known:
@@ -297,7 +298,9 @@ def _trainer(
     pool = round(settings.batch / options["keep"])
     if settings.stream:
         stream: Stream | PassingStream = PassingStream(
-            lambda: packed_rows(training_documents(settings.data), workload.tokenizer_json, settings.length),
+            lambda: packed_rows(
+                training_documents(settings.data, settings.text_column), workload.tokenizer_json, settings.length
+            ),
             workload.samples.prepare,
             seed=settings.seed,
         )
