@@ -402,6 +402,18 @@ def test_the_page_of_a_finished_run_shows_what_its_time_went_into_and_nothing_em
     assert "arget" not in page.partition("How it was measured")[0]
 
 
+def test_a_model_whose_config_brings_its_family_along_trains(start, data, tmp_path):
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    row = {"layers": "model.layers", "heads": [["lm_head"]], "positionwise": [["mlp"]]}
+    config = {"model_type": "mistral", "intermediate_size": 64, "vocab_size": 300, "earlysift_family": row, **shape}
+    (data / "mistral.json").write_text(json.dumps(config))
+    code, _, err = start(tmp_path / "run", model="mistral.json")
+    assert code == 0, err
+    points = curve(tmp_path / "run")
+    assert points[-1]["loss"] < points[0]["loss"]
+    assert all("scored_flops" in row for row in ledger(tmp_path / "run"))
+
+
 @pytest.mark.parametrize("reading", ["stored", "stream"])
 def test_a_saved_data_set_trains_like_its_text_by_the_column_that_is_named(reading, start, data, tmp_path):
     datasets = pytest.importorskip("datasets")

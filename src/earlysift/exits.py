@@ -8,14 +8,17 @@ Model families are rows of data in `FAMILIES`; a model of your own needs one row
 
     >>> Family(layers="blocks", heads=(("head",),), task="causal_lm").layers
     'blocks'
+
+A transformers config may bring its row along, under ``earlysift_family``:
+``{"layers": "model.layers", "heads": [["lm_head"]], "task": "causal_lm", "positionwise": [["mlp"]]}``.
 """
 
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, cast
+from dataclasses import dataclass, fields
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +77,9 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family("model.layers", (("lm_head",), ("dropout", "score"), ("score",)), positionwise=_LLAMA_LIKE),
     "vit": Family("vit.layers", (("classifier",),)),
 }
+
+FAMILY_IN_CONFIG = "earlysift_family"
+"""Under this name a transformers config may hold a row of its own, which goes before `FAMILIES`."""
 
 _TASK_OF_CLASS_SUFFIX: dict[str, Task] = {
     "ForMaskedLM": "masked_lm",
@@ -531,12 +537,16 @@ def anatomy_or_problems(model: nn.Module, family: Family | None) -> Anatomy | li
         return [Problem(*_REFUSED_WRAPPERS[name])]
     config = getattr(core, "config", None)
     model_type = getattr(config, "model_type", None)
+    family = family or _configured(core)
+    if isinstance(family, Problem):
+        return [family]
     row = family or FAMILIES.get(str(model_type))
     if row is None:
         return [
             Problem(
                 f"The model family of {name} is unknown" + (f" (model_type {model_type!r})." if model_type else "."),
-                f"Pass a row: family=Family(layers='path.to.its.ModuleList', heads=(('lm_head',),), task='causal_lm'). "
+                "Pass a row: family=Family(layers='path.to.its.ModuleList', heads=(('lm_head',),), task='causal_lm'), "
+                f"or put one under '{FAMILY_IN_CONFIG}' into the model's config.json. "
                 f"Known families: {', '.join(FAMILIES)}.",
             )
         ]
@@ -585,6 +595,34 @@ def anatomy_or_problems(model: nn.Module, family: Family | None) -> Anatomy | li
     assert task is not None
     positionwise = row.positionwise if head and _can_thin(core, layers, row) else ()
     return Anatomy(core, layers, head, task, classifier, positionwise)
+
+
+def _configured(core: nn.Module) -> Family | Problem | None:
+    """The row that a model's config brings along, what is wrong with it, or None."""
+    values = getattr(getattr(core, "config", None), FAMILY_IN_CONFIG, None)
+    if values is None:
+        return None
+    entry = values if isinstance(values, dict) else {}
+    chains = {name: entry.get(name, []) for name in ("heads", "positionwise")}
+    layers, task = entry.get("layers"), entry.get("task")
+    unknown = sorted(map(str, entry.keys() - {field.name for field in fields(Family)}))
+    wrong = [f"{name!r} is unknown" for name in unknown]
+    wrong += ["'layers' must be the path of the layer list"] * (not isinstance(layers, str) or not layers)
+    wrong += [f"'{name}' must be a list of lists of names" for name, value in chains.items() if not _is_chains(value)]
+    wrong += [f"'task' must be one of {', '.join(get_args(Task))}"] * (task not in (None, *get_args(Task)))
+    if wrong:
+        return Problem(
+            f"Expected a family row under '{FAMILY_IN_CONFIG}' in the config, got {values!r}: {'; '.join(wrong)}.",
+            """Write it like {"layers": "model.layers", "heads": [["lm_head"]], "task": "causal_lm"}.""",
+        )
+    heads, positionwise = (tuple(map(tuple, value)) for value in chains.values())
+    return Family(cast(str, layers), heads, cast(Task | None, task), positionwise)
+
+
+def _is_chains(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(
+        isinstance(chain, list | tuple) and chain and all(isinstance(name, str) for name in chain) for chain in value
+    )
 
 
 def _can_thin(core: nn.Module, layers: nn.ModuleList | nn.Sequential, row: Family) -> bool:
