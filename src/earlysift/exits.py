@@ -537,10 +537,10 @@ def anatomy_or_problems(model: nn.Module, family: Family | None) -> Anatomy | li
         return [Problem(*_REFUSED_WRAPPERS[name])]
     config = getattr(core, "config", None)
     model_type = getattr(config, "model_type", None)
-    family = family or _configured(core)
-    if isinstance(family, Problem):
-        return [family]
-    row = family or FAMILIES.get(str(model_type))
+    given = family or _configured(core)
+    if isinstance(given, Problem):
+        return [given]
+    row = given or FAMILIES.get(str(model_type))
     if row is None:
         return [
             Problem(
@@ -572,7 +572,7 @@ def anatomy_or_problems(model: nn.Module, family: Family | None) -> Anatomy | li
     named = next((h for h in row.heads if all(part in core._modules for part in h)), ())
     # The head of sequence classification pools over positions, so the model's own logits are the way to score.
     head, classifier = ((), named) if task == "sequence_classification" else (named, ())
-    if task != "sequence_classification" and family is not None and row.heads and not head:
+    if task != "sequence_classification" and given is not None and row.heads and not head:
         problems.append(
             Problem(
                 f"{name} has none of the heads {row.heads} named in its family row as direct submodules.",
