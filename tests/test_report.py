@@ -652,6 +652,8 @@ def test_overview_compares_workloads_and_links_to_them():
     assert "<h1>SIFT: gain on 1, no gain on 1 of 2 comparisons; auto: gain on 1 of 1 comparison</h1>" in html
     accuracy = fmean(run["final_accuracy"] for run in flipped["arms"]["uniform"]["runs"])
     assert f"{accuracy:.2%}" in row_of(overview, "uniform").split()
+    assert overview.partition("</table>")[2].count("▲ gain") == 1
+    assert "not proved" not in overview
 
 
 def test_overview_of_runs_without_comparison_has_their_final_accuracies_and_no_empty_row():

@@ -1,4 +1,4 @@
-"""Corpora that are read in passing: kept of them are a first part, and as many rows as are shuffled at a time."""
+"""Corpora that are read in passing: only a first part and the shuffle buffer stay in memory."""
 
 import glob
 import gzip

@@ -1,4 +1,4 @@
-"""Results of comparisons -> one HTML page that needs nothing but itself: no script, no request.
+"""Results of comparisons -> one self-contained HTML page: no script, no request.
 
 The page answers in the order a reader asks: who won, by how much, how the runs went, where the time went, what was
 decided, on what. Every string of the results is escaped where it enters the page.
@@ -75,8 +75,7 @@ pool: at 1 they are no harder than the rest."""
 CONTROL_CAPTION = """What the arm estimated while it trained. A payoff above 1 means that selection was predicted to be
 worth its cost. Vertical lines mark the switches of all seeds."""
 OVERVIEW_CAPTION = """Speed-up over uniform training in reference time with its 95 % interval, and the difference of the
-final accuracies; for uniform training itself its final accuracy. ▲ gain, ■ no gain, ▼ harm, ? not proved (too few
-seeds)."""
+final accuracies; for uniform training itself its final accuracy."""
 NOTHING = "nothing measured yet"
 
 # How results were measured that do not say so themselves (as "method", by the same terms).
@@ -93,7 +92,7 @@ METHOD = {
     "An arm marked as not charged is an upper bound, not a competitor.",
     "Speed-up": "Uniform's time to the target over this arm's, in reference time or wall time. Above 1× the arm was "
     "faster. Gain (▲): the whole 95 % interval over seeds lies above 1. Harm (▼): that of the final accuracy lies "
-    "below uniform's.",
+    "below uniform's. Not proved (?): too few seeds for an interval.",
 }
 
 
@@ -111,7 +110,7 @@ def render(*runs: Results) -> str:
     body = "\n".join(_run(results, f"run{i}", 2 if several else 1) for i, results in enumerate(runs))
     overview = f"""<header><p class="eyebrow">earlysift</p><h1>{_headline(runs)}</h1></header>
 <section><h2>Overview</h2>{overview_table(runs)}
-{_note(OVERVIEW_CAPTION if _compared(runs) else "Final accuracy of each arm, mean over seeds.")}</section>"""
+{_note(_overview_caption(runs))}</section>"""
     lines = max(explorer.count('type="checkbox"') for explorer in body.split('class="explorer"'))
     method = {term: meaning for results in runs for term, meaning in (section(results, "method") or METHOD).items()}
     terms = "".join(f"<div><dt>{text(term)}</dt><dd>{text(meaning)}</dd></div>" for term, meaning in method.items())
@@ -247,6 +246,14 @@ def _headline(runs: Iterable[Results]) -> str:
 
 def _count(runs: Sequence[Results]) -> str:
     return f"{len(runs)} {'comparisons' if _compared(runs) else 'runs'}"
+
+
+def _overview_caption(runs: Iterable[Results]) -> str:
+    entries = [entry for results in runs for entry in sections(results, "comparison").values() if entry]
+    if not entries:
+        return "Final accuracy of each arm, mean over seeds."
+    symbols = dict.fromkeys(f"{symbol} {word}" for word, symbol, _ in map(outcome, entries))
+    return f"{OVERVIEW_CAPTION} {', '.join(symbols)}."
 
 
 def _compared(runs: Iterable[Results]) -> bool:
