@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from earlysift import checks, scorers
+from earlysift.compare.run import read_workload
+from earlysift.compare.settings import Settings
 from earlysift.pretrain.corpus import held_out
 from earlysift.pretrain.models import build_bert, build_bert_classifier, save_encoder
 from earlysift.pretrain.stream import Stream
@@ -483,7 +485,10 @@ def test_named_columns_are_text_and_label_in_every_kind_of_table(columns, write,
     path = tmp_path / {"to_csv": "a.csv", "to_json": "a.jsonl", "to_parquet": "a.parquet", "save_to_disk": "a"}[write]
     getattr(datasets.Dataset.from_dict(columns), write)(path)
     settings = {"task": "classification", "data": path, **SMALL}
-    workload = load_workload(**settings, text_column="body", label_column="stars")
+    named = {"text_column": "body", "label_column": "stars"}
+    workload = load_workload(**settings, **named)
+    compared = read_workload(Settings(**{**settings, "data": (path,)}, **named))
+    assert torch.equal(compared.samples.validation["labels"], workload.samples.validation["labels"])
     assert workload.facts["classes"] == 3
     held = [n for n in range(120) if held_out(columns["body"][n])]
     assert workload.samples.validation["labels"].tolist() == [n % 3 for n in held]

@@ -389,7 +389,8 @@ def format_of(path: Path) -> str:
 
 def _supported() -> str:
     formats = " ".join(sorted(_TEXT_SUFFIXES) + list(TABLES))
-    return f"supported are {formats}, each also compressed ({' '.join(_DECOMPRESS)})"
+    compressed = f"each also compressed ({' '.join(_DECOMPRESS)})"
+    return f"supported are {formats}, {compressed}, and folders that datasets.save_to_disk wrote"
 
 
 def _read_items(

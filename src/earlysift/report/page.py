@@ -74,8 +74,8 @@ same order, an overlap of 1 the same kept samples. The gain is the mean exact lo
 pool: at 1 they are no harder than the rest."""
 CONTROL_CAPTION = """What the arm estimated while it trained. A payoff above 1 means that selection was predicted to be
 worth its cost. Vertical lines mark the switches of all seeds."""
-OVERVIEW_CAPTION = """Speed-up over uniform training in reference time with its 95 % interval, and the difference of the
-final accuracies; for uniform training itself its final accuracy."""
+OVERVIEW_CAPTION = """Speed-up over uniform training in reference time with its 95 % interval, and the difference in
+final accuracy; where there is no comparison, the final accuracy itself."""
 NOTHING = "nothing measured yet"
 
 # How results were measured that do not say so themselves (as "method", by the same terms).
