@@ -269,6 +269,72 @@ def test_a_broken_config_gives_one_clear_sentence(name, tmp_path, capsys):
     assert "Traceback" not in error
 
 
+MISTRAL = {
+    "model_type": "mistral",
+    "architectures": ["MistralForCausalLM"],
+    "num_key_value_heads": 1,
+    **SMALL,
+}
+ROW = {
+    "layers": "model.layers",
+    "heads": [["lm_head"]],
+    "task": "causal_lm",
+    "positionwise": [["self_attn.o_proj"], ["mlp"]],
+}
+
+
+def test_a_config_brings_the_row_of_an_unknown_family_along(tmp_path, capsys):
+    report = tmp_path / "check.json"
+    assert check(written(tmp_path, MISTRAL), *QUICK) == 2
+    assert "put one under 'earlysift_family' into the model's config.json" in capsys.readouterr().err
+    assert check(written(tmp_path, MISTRAL | {"earlysift_family": ROW}), *QUICK, "--json", report) == 0
+    numbers = json.loads(report.read_text())
+    assert (numbers["model"]["task"], numbers["model"]["layers"]) == ("causal_lm", 4)
+    torch.manual_seed(0)
+    model = build_model(str(tmp_path))
+    expected = exits.Family("model.layers", (("lm_head",),), "causal_lm", (("self_attn.o_proj",), ("mlp",)))
+    assert exits.find_anatomy(model) == exits.find_anatomy(model, expected)
+    pool = random_pool(model, 4, length=16, labelled_fraction=None, device=torch.device("cpu"))
+    scores = scorers.early_exit_loss(model, pool, depth=2)
+    assert torch.equal(scores, scorers.early_exit_loss(model, pool, depth=2, family=expected))
+
+
+def test_a_row_in_the_config_is_saved_with_the_model_and_goes_before_the_known_ones(tmp_path):
+    model = build_model(str(written(tmp_path, CONFIGS["llama"] | {"earlysift_family": {"layers": "model.layers"}})))
+    assert exits.find_anatomy(model).head == ()
+    assert exits.find_anatomy(model, exits.FAMILIES["llama"]).head == ("lm_head",)
+    model.save_pretrained(tmp_path / "saved")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert exits.find_anatomy(again).head == ()
+
+
+BAD_ROWS = {
+    "a string": ("model.layers", "got 'model.layers'"),
+    "a list": (["model.layers"], "got ['model.layers']"),
+    "empty": ({}, "'layers'"),
+    "layers of another type": (ROW | {"layers": 5}, "layers must be a path"),
+    "a misspelt key": (ROW | {"head": [["lm_head"]]}, "unexpected keyword argument 'head'"),
+    "heads in one list": (ROW | {"heads": ["lm_head"]}, "heads must be tuples (lists, in a config) of names within one"),
+    "an empty alternative": (ROW | {"heads": [[]]}, "heads must be"),
+    "heads of another type": (ROW | {"heads": "lm_head"}, "heads must be"),
+    "numbers for names": (ROW | {"positionwise": [[1]]}, "positionwise must be"),
+    "an unknown task": (ROW | {"task": "translation"}, "task must be one of masked_lm, causal_lm"),
+    "a task of another type": (ROW | {"task": ["causal_lm"]}, "task must be"),
+    "a path that leads nowhere": (ROW | {"layers": "model.blocks"}, "at 'model.blocks'"),
+    "a head that is not there": (ROW | {"heads": [["cls"]]}, "none of the heads"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_a_malformed_row_in_the_config_gives_one_clear_problem(name, tmp_path, capsys):
+    row, expected = BAD_ROWS[name]
+    assert check(written(tmp_path, MISTRAL | {"earlysift_family": row}), *QUICK) == 2
+    error = capsys.readouterr().err
+    assert expected in error
+    assert "Traceback" not in error
+    assert error.count("\n- ") == 1
+
+
 def test_a_missing_file_says_what_was_expected_and_the_way_out(tmp_path, capsys):
     assert check(tmp_path / "nothing.json") == 2
     error = capsys.readouterr().err

@@ -215,7 +215,10 @@ def test_a_file_without_zstandard_installed_names_the_extra(tmp_path: Path, monk
 # Tables
 
 
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv", "rows.tsv", "rows.parquet", "rows.jsonl.gz"])
+TABLE_FILES = ["rows.jsonl", "rows.json", "rows.csv", "rows.tsv", "rows.parquet", "rows.arrow", "rows.jsonl.gz"]
+
+
+@pytest.mark.parametrize("name", TABLE_FILES)
 def test_every_table_format_gives_the_same_documents(tmp_path: Path, name: str) -> None:
     datasets = pytest.importorskip("datasets")
     file = tmp_path / "[odd] *name?" / name
@@ -224,6 +227,8 @@ def test_every_table_format_gives_the_same_documents(tmp_path: Path, name: str) 
     lines = "".join(f"{row['label']}{separator}{row['text']}\n" for row in rows(200))
     if name == "rows.parquet":
         datasets.Dataset.from_list(rows(200)).data.table.to_pandas().to_parquet(file)
+    elif name == "rows.arrow":
+        write_arrow(file, rows(200))
     elif name == "rows.json":
         file.write_text(json.dumps(rows(200)))  # one list, as many .json files are
     elif "jsonl" in name:
@@ -233,6 +238,69 @@ def test_every_table_format_gives_the_same_documents(tmp_path: Path, name: str) 
     corpus = read_corpus(file)
     assert sorted(corpus.train + corpus.validation) == sorted(str(row["text"]) for row in rows(200))
     assert corpus.validation
+
+
+def write_arrow(file: Path, table: list[dict[str, object]], *, as_stream: bool = False) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    rows = pyarrow.Table.from_pylist(table)
+    begin = pyarrow.ipc.new_stream if as_stream else pyarrow.ipc.new_file
+    with begin(file, rows.schema) as writer:
+        writer.write_table(rows)
+
+
+@pytest.mark.parametrize("as_stream", [False, True])
+def test_both_formats_of_arrow_files_are_read(tmp_path: Path, as_stream: bool) -> None:
+    pytest.importorskip("datasets")
+    write_arrow(tmp_path / "train.arrow", rows(20), as_stream=as_stream)
+    write_arrow(tmp_path / "validation.arrow", rows(5), as_stream=as_stream)
+    corpus = read_corpus(tmp_path)
+    assert corpus.train == [row["text"] for row in rows(20)]
+    assert corpus.validation == [row["text"] for row in rows(5)]
+
+
+def test_a_saved_data_set_is_read_as_one_table_and_its_splits_are_the_parts(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    whole = datasets.Dataset.from_list(rows(200))
+    whole.save_to_disk(tmp_path / "alone", num_shards=3)
+    alone = read_corpus(tmp_path / "alone")
+    assert sorted(alone.train + alone.validation) == sorted(str(row["text"]) for row in rows(200))
+    parts = {"train": whole.select(range(150)), "validation": whole.select(range(150, 200)), "test": whole}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "splits")
+    texts = [row["text"] for row in rows(200)]
+    for folder in ("splits", "."):  # also from a folder around it, where nothing is read twice
+        corpus = read_corpus(tmp_path / folder)
+        assert (corpus.train, corpus.validation) == (texts[:150], texts[150:])
+
+
+def test_rows_that_an_earlier_save_left_behind_do_not_count(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_list(rows(300)).save_to_disk(tmp_path, num_shards=3)
+    datasets.Dataset.from_list(rows(150)).save_to_disk(tmp_path, num_shards=1)
+    assert len(list(tmp_path.glob("*.arrow"))) == 4
+    corpus = read_corpus(tmp_path)
+    assert len(corpus.train + corpus.validation) == 150
+
+
+def test_a_damaged_saved_data_set_is_refused_by_name(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_list(rows(200)).save_to_disk(tmp_path / "saved")
+    (file,) = (tmp_path / "saved").glob("*.arrow")
+    file.write_bytes(file.read_bytes()[:1000])
+    assert f"{tmp_path / 'saved'}: expected a data set that save_to_disk wrote, but " in message(tmp_path / "saved")
+    file.unlink()
+    assert "FileNotFoundError" in message(tmp_path / "saved")
+
+
+def test_the_named_column_is_the_text(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"text": "no", "body": f"text {n}", "id": n}) + "\n" for n in range(150)))
+    corpus = read_corpus(file, text_column="body")
+    assert sorted(corpus.train + corpus.validation) == sorted(f"text {n}" for n in range(150))
+    for name in ("title", "id"):  # missing, and of another type
+        with pytest.raises(ValueError, match=f"named '{name}', as text_column says; found the columns ") as caught:
+            read_corpus(file, text_column=name)
+        assert all(part in str(caught.value) for part in (str(file), "text (string), body (string), id (int64)"))
 
 
 def test_the_only_column_of_strings_is_the_text_whatever_its_name(tmp_path: Path) -> None:
@@ -304,6 +372,8 @@ def test_a_text_column_that_is_not_text_is_refused_even_if_another_column_is(tmp
     ("name", "content", "expected"),
     [
         ("rows.parquet", b"PAR1 but no more", "a complete Parquet file"),
+        ("rows.arrow", b"ARROW1 but no more", "a complete Arrow file"),
+        ("rows.arrow", b"", "a complete Arrow file"),
         ("rows.csv", b"label,text\n1,a\n1,b,c,d\n", "a table with a header line"),
         ("rows.csv", b'label,text\n1,"never closed\n1,b\n', "a table with a header line"),
         ("rows.json", b'[{"text": "a"}, {"text": ', "one JSON object a line"),

@@ -383,8 +383,51 @@ def test_runs_of_several_arms_make_one_page(start, uncut, tmp_path):
     assert start(tmp_path / "run", "--arm", "uniform")[0] == 0
     page = write_report(uncut, tmp_path / "run", out=tmp_path / "page.html").read_text()
     assert all(word in page for word in (*("sift", "uniform"), "Trained 12 steps", "text.txt, masked LM"))
-    assert "By the clock" in page
+    assert "Time by the clock" in page
     assert "Noise of the machine therefore cannot favour an arm" not in page
+
+
+def test_the_page_of_a_finished_run_shows_what_its_time_went_into_and_nothing_empty(uncut):
+    results = json.loads((uncut / "results.json").read_text())
+    ((arm,),) = [list(results["arms"].values())]
+    (run,) = arm["runs"]
+    rows = read_rows(uncut / "ledgers" / "process0.jsonl")
+    assert list(run["spent_s"]) == ["train", "score", "probe", "read"]
+    assert run["spent_s"]["read"] == pytest.approx(sum(row["wait_ms"] for row in rows) / 1e3)
+    assert sum(run["spent_s"].values()) == pytest.approx(sum(row["step_ms"] for row in rows) / 1e3)
+    page = (uncut / "report.html").read_text().partition("<h1>")[2]
+    assert "Where the time went" in page
+    assert "nothing measured yet" not in page
+    assert "–" not in page
+    assert "arget" not in page.partition("How it was measured")[0]
+
+
+def test_a_model_whose_config_brings_its_family_along_trains(start, data, tmp_path):
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    row = {"layers": "model.layers", "heads": [["lm_head"]], "positionwise": [["mlp"]]}
+    config = {"model_type": "mistral", "intermediate_size": 64, "vocab_size": 300, "earlysift_family": row, **shape}
+    (data / "mistral.json").write_text(json.dumps(config))
+    code, _, err = start(tmp_path / "run", model="mistral.json")
+    assert code == 0, err
+    points = curve(tmp_path / "run")
+    assert points[-1]["loss"] < points[0]["loss"]
+    assert all("scored_flops" in row for row in ledger(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("reading", ["stored", "stream"])
+def test_a_saved_data_set_trains_like_its_text_by_the_column_that_is_named(reading, start, data, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    documents = [text for text in (data / "text.txt").read_text().split("\n\n") if text]
+    for name, columns in (
+        ("body", {"title": ["no"] * len(documents), "body": documents}),
+        ("text", {"text": documents}),
+    ):
+        datasets.Dataset.from_dict(columns).save_to_disk(tmp_path / name)
+    short = ["--steps", 2, "--every", 2, *(["--stream"] if reading == "stream" else [])]
+    for name, option in (("body", ["--text-column", "body"]), ("text", [])):
+        code, _, err = start(tmp_path / f"run-{name}", *short, *option, "--data", tmp_path / name)
+        assert code == 0, err
+    assert ledger(tmp_path / "run-body") == ledger(tmp_path / "run-text")
 
 
 def test_a_causal_model_trains_too(start, data, tmp_path):

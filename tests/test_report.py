@@ -231,6 +231,19 @@ def make_comparison(arms: dict, name: str) -> dict:
     }
 
 
+def make_alone(name: str, evaluations: int = 6) -> dict:
+    """Results as `earlysift pretrain` writes them: one arm, one seed, time by the clock, compared with nothing."""
+    results = make_results(evaluations, arms=tuple({"uniform": None, name: None}), seeds=1)
+    results["arms"] = {name: results["arms"][name]}
+    (run,) = results["arms"][name]["runs"]
+    for point in (*run["curve"], *run["fidelity"]):
+        point["wall_s"] = point.pop("reference_s")
+    run |= {"curve": run["curve"][1:], "spent_s": {}, "reference_s_to_target": None}
+    results["config"] = {"preset": "bert-tiny", "tokenizer": None, "keep": 0.5}
+    nothing = {"comparison": {}, "operations_ms": {}, "measured_ms": {}}
+    return results | nothing | {"target": {"accuracy": None, "source": "given"}, "verdict": "Trained 1200 steps."}
+
+
 class Page(HTMLParser):
     """What a browser would find: elements in order, their attributes, and the text between them."""
 
@@ -385,6 +398,80 @@ def test_partial_run_says_so_and_complete_run_does_not():
     assert "Partial run" in page
     assert "nothing measured yet" in page
     assert "No verdict yet" in page
+
+
+def test_a_finished_run_shows_no_empty_section_column_or_row():
+    html = render(make_alone("uniform"))
+    assert "nothing measured yet" not in html
+    assert "Where the time went" not in html
+    assert "Fidelity" not in html
+    assert "tokenizer" not in html
+    assert "–" not in spaced(html[html.index("<h1>") :])
+    headers = re.findall(r'<th scope="col">(.*?)</th>', html)
+    assert headers == ["Arm", "Final accuracy", "Final loss"]
+
+
+def test_target_is_spoken_of_only_where_there_is_one():
+    results = make_alone("sift")
+    assert "arget" not in spaced(render(results).partition("How it was measured")[0].partition("<h1>")[2])
+    results["target"]["accuracy"] = 0.2
+    results["arms"]["sift"]["runs"][0]["reference_s_to_target"] = 12.5
+    page = spaced(render(results))
+    assert "Target: 20.00% validation accuracy (given). A model" in page
+    assert "1 of 1 mean 12.5 s" in page
+
+
+def test_axes_begin_at_zero_and_only_those_that_were_measured_are_offered():
+    results = make_alone("sift")
+    drawn = results["arms"]["sift"]["runs"][0]["curve"]
+    assert drawn[0]["step"] > 0
+    html = render(results)
+    assert "reference time" not in html.partition("How it was measured")[0]
+    section = html[html.index("Learning curves") : html.index("Fidelity")]
+    steps = section[section.index('aria-label="validation accuracy against steps"') :].partition("</div>")[0]
+    assert '<span class="x" style="left:0.00%">0</span>' in steps
+    start = float(re.search(r'class="line" d="M(\d+)', steps)[1]) / 2000
+    assert start == pytest.approx(drawn[0]["step"] / drawn[-1]["step"], abs=1e-3)
+    axes = curves_figure(results).axes
+    assert [panel.get_xlabel() for panel in axes[3:]] == ["wall time (s)", "trained samples", "steps"]
+    assert {panel.get_xlim()[0] for panel in axes} == {0}
+
+
+def test_the_frame_of_a_lone_run_holds_its_whole_curve():
+    results = make_alone("sift")
+    for x, panel in zip(("wall_s", "trained_samples", "step"), curves_figure(results).axes, strict=False):
+        bottom, top = panel.get_ylim()
+        assert all(bottom < y < top for y in band(results["arms"]["sift"]["runs"], "curve", x, "accuracy").mean)
+
+
+def test_lines_of_equal_course_are_drawn_so_that_uniform_training_stays_visible():
+    results = make_results(4, arms=("sift", "auto", "rs2", "uniform"))
+    for name in ("auto", "rs2"):
+        for run, other in zip(results["arms"][name]["runs"], results["arms"]["uniform"]["runs"], strict=True):
+            run["curve"] = other["curve"]
+    drawn = {line.get_label(): line for line in curves_figure(results).axes[0].lines}
+    assert list(drawn["auto"].get_ydata()) == list(drawn["uniform"].get_ydata())
+    for label in ("auto", "random subsets"):  # narrower, dashed, and on top
+        assert drawn[label].get_linewidth() < drawn["uniform"].get_linewidth()
+        assert drawn[label].get_zorder() > drawn["uniform"].get_zorder()
+        assert drawn[label].is_dashed()
+    assert not drawn["uniform"].is_dashed()
+    panel = render(results).partition('class="panel')[2].partition("</svg>")[0]
+    found = re.findall(r'<g class="t\d(.*?)" style="(.*?)"', panel)
+    assert [(css, "dashes" in look) for css, look in found] == [
+        (" beneath", False),
+        (" thin", True),
+        ("", False),
+        ("", True),
+    ]
+
+
+def test_browser_draws_uniform_training_wider_than_what_lies_on_top(browser, addresses):
+    with opened(browser, addresses[1]) as page:
+        widths = page.locator(".panel:visible path.line:visible").evaluate_all(
+            "lines => lines.map(line => parseFloat(getComputedStyle(line).strokeWidth))"
+        )
+        assert widths[0] > max(widths[1:])
 
 
 def test_unfinished_seeds_count_only_as_long_as_none_has_finished():
@@ -549,7 +636,8 @@ def test_overview_compares_workloads_and_links_to_them():
     flipped["data"]["name"] = "SST-2, 20 % flipped"
     flipped["comparison"]["sift"] = {"speedup": 0.9, "low": 0.8, "high": 0.96, "final_accuracy_difference": -0.01}
     plain = make_results(4)
-    plain["comparison"]["auto"] = {"speedup": 1.2, "low": 1.1, "high": 1.3, "final_accuracy_difference": 0.01}
+    for name in ("sift", "auto"):
+        plain["comparison"][name] = {"speedup": 1.2, "low": 1.1, "high": 1.3, "final_accuracy_difference": 0.01}
     html = render(plain, flipped)
     assert "240 s" in html[html.index("Overview") :].partition("</thead>")[0]
     overview = html[html.index("Overview") : html.index('<article id="run0">')]
@@ -561,7 +649,24 @@ def test_overview_compares_workloads_and_links_to_them():
     assert row_of(overview, "SIFT").endswith("■ 0.90× 0.80 … 0.96 -1.00 points")
     assert row_of(overview, "auto") == "auto ▲ 1.20× 1.10 … 1.30 +1.00 points –"
     assert row_of(overview, "random subsets").startswith("random subsets – ")
-    assert "<h1>auto: gain on 1 of 1 comparisons</h1>" in html
+    assert "<h1>SIFT: gain on 1, no gain on 1 of 2 comparisons; auto: gain on 1 of 1 comparison</h1>" in html
+    accuracy = fmean(run["final_accuracy"] for run in flipped["arms"]["uniform"]["runs"])
+    assert f"{accuracy:.2%}" in row_of(overview, "uniform").split()
+    assert overview.partition("</table>")[2].count("▲ gain") == 1
+    assert "not proved" not in overview
+
+
+def test_overview_of_runs_without_comparison_has_their_final_accuracies_and_no_empty_row():
+    runs = [make_alone(name) for name in ("sift", "uniform")]
+    html = render(*runs)
+    overview = html[html.index("<h1>") : html.index('<article id="run0">')]
+    assert "<h1>2 runs</h1>" in overview
+    assert "Speed-up" not in overview
+    for name, results in zip(("SIFT", "uniform"), runs, strict=True):
+        (arm,) = results["arms"].values()
+        assert f"{arm['runs'][0]['final_accuracy']:.2%}" in row_of(overview, name).split()
+    del runs[1]["arms"]["uniform"]["runs"][:]
+    assert "uniform" not in spaced(render(*runs).partition("<article")[0].partition("<tbody>")[2])
 
 
 @pytest.mark.parametrize("count", [1, 2])

@@ -19,6 +19,7 @@ from earlysift.pretrain.tokens import load_blocks, packed_rows
 from earlysift.pretrain.trainer import Candidates, as_it_is
 
 datasets = pytest.importorskip("datasets")
+pyarrow = pytest.importorskip("pyarrow")
 zstandard = pytest.importorskip("zstandard")
 
 ALL = 10**9
@@ -52,6 +53,19 @@ def write_parquet(path):
     datasets.Dataset.from_dict({"words": TEXTS, "number": list(range(400))}).to_parquet(path)
 
 
+def write_arrow(path):
+    table = pyarrow.table({"number": list(range(400)), "words": TEXTS})
+    with pyarrow.ipc.new_stream(path, table.schema) as writer:
+        writer.write_table(table)
+
+
+def write_saved(path):
+    """A data set in two shards, whose format shows its numbers only, as tensors."""
+    columns = {"words": TEXTS, "number": list(range(400))}
+    data_set = datasets.Dataset.from_dict(columns).with_format("torch", columns=["number"])
+    data_set.save_to_disk(path, num_shards=2)
+
+
 def pack_as(path, raw):
     half = len(raw) // 2
     packed = {
@@ -71,6 +85,8 @@ FILES = {
     "od[d] *name.jsonl": write_lines,
     "table.csv": write_csv,
     "table.parquet": write_parquet,
+    "table.arrow": write_arrow,
+    "saved": write_saved,
 }
 
 
@@ -101,6 +117,28 @@ def test_a_folder_in_passing_has_the_parts_of_a_stored_one(tmp_path):
     assert list(training_documents([tmp_path])) == TEXTS[:300]
 
 
+def test_a_saved_data_set_in_passing_has_the_parts_of_a_stored_one(tmp_path):
+    parts = {"train": TEXTS[:300], "validation": TEXTS[300:], "test": TEXTS}
+    sets = {name: datasets.Dataset.from_dict({"text": texts}) for name, texts in parts.items()}
+    datasets.DatasetDict(sets).save_to_disk(tmp_path / "saved")
+    stored, passing = read_corpus(tmp_path / "saved"), first_part(tmp_path / "saved", ALL)
+    assert (passing.train, passing.validation) == (stored.train, stored.validation) == (TEXTS[:300], TEXTS[300:])
+    assert list(training_documents([tmp_path / "saved"])) == TEXTS[:300]
+
+
+@pytest.mark.parametrize("write", ["to_csv", "to_json", "to_parquet", "save_to_disk"])
+def test_the_named_column_is_the_text_in_passing_as_stored(write, tmp_path):
+    path = tmp_path / {"to_csv": "a.csv", "to_json": "a.jsonl", "to_parquet": "a.parquet", "save_to_disk": "a"}[write]
+    getattr(datasets.Dataset.from_dict({"text": ["no"] * 400, "body": TEXTS}), write)(path)
+    assert first_part(path, ALL, "body").train == read_corpus(path, text_column="body").train
+    assert list(training_documents([path], "body")) == [text for text in TEXTS if not held_out(text)]
+    with pytest.raises(
+        ValueError, match=r"named 'words', .*found the columns text \(string\), body \(string\)"
+    ) as caught:
+        first_part(path, ALL, "words")
+    assert str(path) in str(caught.value)
+
+
 def test_only_the_first_part_is_read_and_held_out_documents_are_never_trained_on(tmp_path):
     write_lines(tmp_path / "a.jsonl")
     characters = sum(map(len, TEXTS[:150]))
@@ -127,6 +165,7 @@ BROKEN = {
     "columns.csv": (b"a,b\nx,y\n", r"found the columns a \(string\), b \(string\); rename"),
     "empty.txt": (b"", "too little text"),
     "unknown.bin": (b"", "got one of unknown format"),
+    "cut.arrow": (b"ARROW1\0\0 but no more", "cut.arrow: "),
 }
 
 

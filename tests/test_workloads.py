@@ -8,12 +8,16 @@ import pytest
 import torch
 
 from earlysift import checks, scorers
+from earlysift.compare.run import read_workload
+from earlysift.compare.settings import Settings
+from earlysift.pretrain.corpus import held_out
 from earlysift.pretrain.models import build_bert, build_bert_classifier, save_encoder
 from earlysift.pretrain.stream import Stream
 from earlysift.pretrain.workloads import TASKS, load_workload
 
-for package in ("tokenizers", "datasets", "sklearn"):
+for package in ("tokenizers", "sklearn"):
     pytest.importorskip(package)
+datasets = pytest.importorskip("datasets")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_shared_data = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the corpora of {SHARED} are not here")
@@ -421,6 +425,9 @@ def test_digits_are_split_into_parts_without_common_images(load):
         ({"task": "translation"}, r"Unknown task 'translation'; known are masked_lm, causal_lm, classification, image"),
         ({"task": "classification"}, "needs data: a table with the columns 'label' and 'text'"),
         ({"task": "image", "data": Path("x")}, "has data of its own"),
+        ({"task": "masked_lm", "text_column": "x"}, "for masked_lm no data are given; leave text_column out"),
+        ({"task": "image", "text_column": "x"}, "for image no data are given; leave text_column out"),
+        ({"task": "causal_lm", "label_column": "x"}, "not for causal_lm; leave label_column out"),
         ({"task": "masked_lm", "flipped": 0.2}, "Labels can be flipped in classification and image, not in masked_lm"),
         ({"task": "image", "flipped": 1.0}, r"flipped must be a share in \[0, 1\), got 1.0"),
         ({"task": "image", "repeated": -0.1}, r"repeated must be a share in \[0, 1\], got -0.1"),
@@ -459,6 +466,66 @@ def test_a_table_that_does_not_serve_is_refused_by_name(tmp_path, name, content,
         (tmp_path / "validation.tsv").unlink()
     with pytest.raises(ValueError, match=said):
         load_workload(task="classification", data=tmp_path, **SMALL)
+
+
+@pytest.fixture(scope="module")
+def columns():
+    """A table with two columns that might hold the text, and two that might hold the label."""
+    count = 120
+    return {
+        "text": ["no"] * count,
+        "body": [f"the {KINDS[n % 3]} film number {n} was seen" for n in range(count)],
+        "label": [0] * count,
+        "stars": [n % 3 for n in range(count)],
+    }
+
+
+@pytest.mark.parametrize("write", ["to_csv", "to_json", "to_parquet", "save_to_disk"])
+def test_named_columns_are_text_and_label_in_every_kind_of_table(columns, write, tmp_path):
+    path = tmp_path / {"to_csv": "a.csv", "to_json": "a.jsonl", "to_parquet": "a.parquet", "save_to_disk": "a"}[write]
+    getattr(datasets.Dataset.from_dict(columns), write)(path)
+    settings = {"task": "classification", "data": path, **SMALL}
+    named = {"text_column": "body", "label_column": "stars"}
+    workload = load_workload(**settings, **named)
+    compared = read_workload(Settings(**{**settings, "data": (path,)}, **named))
+    assert torch.equal(compared.samples.validation["labels"], workload.samples.validation["labels"])
+    assert workload.facts["classes"] == 3
+    held = [n for n in range(120) if held_out(columns["body"][n])]
+    assert workload.samples.validation["labels"].tolist() == [n % 3 for n in held]
+    ids = [tuple(row) for row in workload.samples.train["input_ids"].tolist()]
+    assert len(set(ids)) == len(ids) == 120 - len(held)
+    listed = r"found the columns text.*, body.*, label.*, stars"
+    with pytest.raises(ValueError, match=rf"expected a column named 'kind', {listed}"):
+        load_workload(**settings, label_column="kind")
+    with pytest.raises(
+        ValueError, match=r"named 'title', as text_column says; found the columns text.*, body.*, stars"
+    ):
+        load_workload(**settings, text_column="title")
+
+
+def test_a_saved_data_set_with_class_names_is_classified_in_its_own_parts(table, load, tmp_path):
+    parts = {part: str(table / f"{part}.jsonl") for part in ("train", "validation")}
+    saved = datasets.load_dataset("json", data_files=parts, cache_dir=str(tmp_path / "cache")).class_encode_column(
+        "label"
+    )
+    assert saved["train"].features["label"].names == sorted(KINDS)
+    saved.save_to_disk(tmp_path / "saved")
+    plain, arrow = load("classification"), load("classification", data=tmp_path / "saved")
+    assert torch.equal(plain.samples.train["input_ids"], arrow.samples.train["input_ids"])
+    assert len(arrow.samples.validation["labels"]) == len(plain.samples.validation["labels"])
+    pairs = set(zip(plain.samples.train["labels"].tolist(), arrow.samples.train["labels"].tolist(), strict=True))
+    assert len(pairs) == 3  # the same classes, numbered in another order
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_named_text_column_is_what_language_models_read(columns, stream, tmp_path):
+    rows = {name: values * 20 for name, values in columns.items()}
+    datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "saved")
+    settings = {"task": "masked_lm", "data": tmp_path / "saved", "stream": stream, **SMALL}
+    by_name = load_workload(**settings, text_column="body")
+    assert "film" in json.loads(by_name.tokenizer_json)["model"]["vocab"]
+    with pytest.raises(ValueError, match=r"named 'words', .*found the columns text \(string\), body \(string\)"):
+        load_workload(**settings, text_column="words")
 
 
 def test_a_class_that_only_validation_has_is_named(tmp_path):

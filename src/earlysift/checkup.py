@@ -80,7 +80,8 @@ def checkup(
     positions only; in bfloat16 (autocast) on a GPU and in float32 on a CPU.
 
     Args:
-        source: A transformers config.json, a folder that holds one, or a name in `BUILT_IN`.
+        source: A transformers config.json, a folder that holds one, or a name in `BUILT_IN`. The config of an unknown
+            family brings its row along (`earlysift.exits.FAMILY_IN_CONFIG`).
         task: What the model is to do; None takes the class that the config names, else its usual language modelling.
         seq_length: Positions per sample; None is 128, or what the model can take if that is less.
         batch: b, samples per training step.

@@ -59,7 +59,8 @@ Examples:
   earlysift compare --config my.toml --resume"""
 _CHECK_HELP = """Before training: what scoring costs on this machine, and the gain that selection must have to pay.
 
-Builds the model with random weights and prints a table: a training step, and scoring a pool at every depth.
+Builds the model with random weights and prints a table: a training step, and scoring a pool at every depth. A family
+that is not known is described in the config: "earlysift_family": {{"layers": "model.layers", "heads": [["lm_head"]]}}.
 
 Examples:
 

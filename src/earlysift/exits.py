@@ -8,6 +8,9 @@ Model families are rows of data in `FAMILIES`; a model of your own needs one row
 
     >>> Family(layers="blocks", heads=(("head",),), task="causal_lm").layers
     'blocks'
+
+A transformers config may bring its row along, under ``earlysift_family``:
+``{"layers": "model.layers", "heads": [["lm_head"]], "task": "causal_lm", "positionwise": [["mlp"]]}``.
 """
 
 import inspect
@@ -45,9 +48,15 @@ class Family:
 
     def __post_init__(self) -> None:
         rules = [
-            (not isinstance(self.layers, str), f"layers must be a path, such as 'model.layers', got {self.layers!r}."),
+            (
+                not (isinstance(self.layers, str) and self.layers),
+                f"layers must be a path, such as 'model.layers', got {self.layers!r}.",
+            ),
             *(
-                (not _are_chains(chains), f"{name} must be tuples of names within a tuple, got {chains!r}.")
+                (
+                    not _are_chains(chains),
+                    f"{name} must be tuples (lists, in a config) of names within one, got {chains!r}.",
+                )
                 for name, chains in (("heads", self.heads), ("positionwise", self.positionwise))
             ),
             (
@@ -96,6 +105,9 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family("model.layers", (("lm_head",), ("dropout", "score"), ("score",)), positionwise=_LLAMA_LIKE),
     "vit": Family("vit.layers", (("classifier",),)),
 }
+
+FAMILY_IN_CONFIG = "earlysift_family"
+"""Under this name a transformers config may hold a row of its own, which goes before `FAMILIES`."""
 
 _TASK_OF_CLASS_SUFFIX: dict[str, Task] = {
     "ForMaskedLM": "masked_lm",
@@ -565,12 +577,16 @@ def anatomy_or_problems(model: nn.Module, family: Family | None) -> Anatomy | li
     model_type = getattr(config, "model_type", None)
     if family is not None and not isinstance(family, Family):
         raise ValueError(f"Expected family to be a Family(layers=..., heads=..., task=...), got {family!r}.")
-    row = family or FAMILIES.get(str(model_type))
+    given = family or _configured(core)
+    if isinstance(given, Problem):
+        return [given]
+    row = given or FAMILIES.get(str(model_type))
     if row is None:
         return [
             Problem(
                 f"The model family of {name} is unknown" + (f" (model_type {model_type!r})." if model_type else "."),
-                f"Pass a row: family=Family(layers='path.to.its.ModuleList', heads=(('lm_head',),), task='causal_lm'). "
+                "Pass a row: family=Family(layers='path.to.its.ModuleList', heads=(('lm_head',),), task='causal_lm'), "
+                f"or put one under '{FAMILY_IN_CONFIG}' into the model's config.json. "
                 f"Known families: {', '.join(FAMILIES)}.",
             )
         ]
@@ -596,7 +612,7 @@ def anatomy_or_problems(model: nn.Module, family: Family | None) -> Anatomy | li
     named = next((h for h in row.heads if all(part in core._modules for part in h)), ())
     # The head of sequence classification pools over positions, so the model's own logits are the way to score.
     head, classifier = ((), named) if task == "sequence_classification" else (named, ())
-    if task != "sequence_classification" and family is not None and row.heads and not head:
+    if task != "sequence_classification" and given is not None and row.heads and not head:
         problems.append(
             Problem(
                 f"{name} has none of the heads {row.heads} named in its family row as direct submodules.",
@@ -619,6 +635,24 @@ def anatomy_or_problems(model: nn.Module, family: Family | None) -> Anatomy | li
     assert task is not None
     positionwise = row.positionwise if head and _can_thin(core, layers, row) else ()
     return Anatomy(core, layers, head, task, classifier, positionwise)
+
+
+def _configured(core: nn.Module) -> Family | Problem | None:
+    """The row that a model's config brings along, what is wrong with it, or None."""
+    values = getattr(getattr(core, "config", None), FAMILY_IN_CONFIG, None)
+    if values is None:
+        return None
+    try:
+        return Family(**{name: _tuples(value) for name, value in dict(values).items()})
+    except (TypeError, ValueError) as error:
+        return Problem(
+            f"Expected a family row under '{FAMILY_IN_CONFIG}' in the config, got {values!r}: {error}",
+            """Write it like {"layers": "model.layers", "heads": [["lm_head"]], "task": "causal_lm"}.""",
+        )
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _can_thin(core: nn.Module, layers: nn.ModuleList | nn.Sequential, row: Family) -> bool:

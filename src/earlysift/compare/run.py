@@ -88,6 +88,8 @@ def read_workload(settings: Settings) -> Workload:
         flipped=settings.flipped,
         repeated=settings.repeated,
         checkpoint=settings.checkpoint,
+        text_column=settings.text_column,
+        label_column=settings.label_column,
     )
 
 

@@ -16,9 +16,14 @@ class Settings:
     task: Literal["masked_lm", "causal_lm", "classification", "image"] = "masked_lm"
     """What is trained: a BERT for masked, a Llama for causal language modelling, a BERT to classify texts, or a ViT."""
     data: tuple[Path, ...] = ()
-    """Files or folders of text, JSON lines, CSV/TSV or parquet, plain, .gz or .zst; for classification tables with a
-    column of labels and one of texts. Without it: the standard library of the running Python (language models),
-    scikit-learn's handwritten digits (images). For a suite: the folder that holds the corpora."""
+    """Files or folders of text, JSON lines, CSV/TSV, parquet or Arrow, plain, .gz or .zst, or folders that
+    datasets.save_to_disk wrote; for classification tables with a column of labels and one of texts. Without it: the
+    standard library of the running Python (language models), scikit-learn's handwritten digits (images). For a suite:
+    the folder that holds the corpora."""
+    text_column: str | None = None
+    """Column of tables that holds the text. Without it: text, else the only column of strings."""
+    label_column: str | None = None
+    """Column of tables that holds the label (classification). Without it: label."""
     flipped: float = 0.0
     """Share of the training labels that are replaced by another class (classification, image)."""
     repeated: float = 0.0

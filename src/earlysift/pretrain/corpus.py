@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,10 +36,14 @@ TABLES: dict[str, tuple[str, dict[str, Any]]] = {
     ".csv": ("csv", _CSV),
     ".tsv": ("csv", {**_CSV, "sep": "\t", "quoting": csv.QUOTE_NONE}),
     ".parquet": ("parquet", {}),
+    ".arrow": ("arrow", {}),
 }
+_BINARY = frozenset({"parquet", "arrow"})
+# What `datasets.save_to_disk` writes beside the rows: files of no text.
+_SAVED = ("state.json", "dataset_info.json")
 _STDLIB_SUFFIXES = frozenset({".py", ".txt", ".rst"})
 _NOT_STDLIB = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
-_ABOUT_THE_DATA = re.compile(r"(readme|licen[cs]e)(?![a-z])", re.IGNORECASE)
+_ABOUT_THE_DATA = re.compile(r"(readme|licen[cs]e)(?![a-z])|dataset_(dict|infos?)\.json$", re.IGNORECASE)
 # "train.txt", "train-00000-of-00002.parquet", "dev/a.txt"; but not "trainspotting.txt" or "developers.md".
 _PART_NAMES = {
     "train": re.compile(r"train(ing)?(?![a-z])", re.IGNORECASE),
@@ -92,7 +96,7 @@ class Split:
 
 
 Source = Path | Split
-"""What documents are read from."""
+"""What documents are read from: a file, a folder that `datasets.save_to_disk` wrote, or a split on the hub."""
 
 
 @dataclass(frozen=True)
@@ -125,12 +129,13 @@ def optional_package(name: str, *, extra: str) -> Any:
         ) from error
 
 
-def read_corpus(path: Path | None) -> Corpus:
+def read_corpus(path: Path | None, *, text_column: str | None = None) -> Corpus:
     """Read the documents of a file, folder or data set and split them into training and validation part.
 
-    Files may be plain text (.txt .text .md .rst .tex .py), JSON lines, CSV, TSV or Parquet, the first four
-    kinds also as .gz or .zst. A table's text is its column `text`, else its only column of strings. Plain
-    text is cut at blank lines into documents of about two thousand characters.
+    Files may be plain text (.txt .text .md .rst .tex .py), JSON lines, CSV, TSV, Parquet or Arrow, each also as
+    .gz or .zst; a folder that `datasets.save_to_disk` wrote counts as one. A table's text is the column that is
+    named, else its column `text`, else its only column of strings. Plain text is cut at blank lines into documents
+    of about two thousand characters.
 
     In a folder, read with all below it, files or folders whose name begins with the word train, and with
     validation, valid, val or dev, are the two parts, and nothing else counts. Without a validation file, one
@@ -142,30 +147,32 @@ def read_corpus(path: Path | None) -> Corpus:
 
     Args:
         path: the file, folder or name; None for the standard library of the running Python.
+        text_column: the column of tables that holds the text.
 
     Returns:
         The corpus, named like the path; the same text gives the same split everywhere.
 
     Raises:
         FileNotFoundError: nothing is there, or the data set cannot be fetched.
-        ValueError: no text, not UTF-8, a damaged archive or table, or nothing left for validation.
+        ValueError: no text, not UTF-8, no such column, a damaged archive or table, or nothing left for validation.
     """
     if path is None:
         return stdlib_corpus()
-    train, validation = _read_parts(path, _read_file, _itself)
+    train, validation = _read_parts(path, partial(_read_file, text_column=text_column), _itself)
     return Corpus(path.resolve().name, train, validation)
 
 
-def read_labelled(path: Path) -> LabelledCorpus:
+def read_labelled(path: Path, *, text_column: str | None = None, label_column: str | None = None) -> LabelledCorpus:
     """Read the labelled texts of a table, or a folder of tables, and split them into training and validation part.
 
-    Tables are JSON lines, CSV, TSV or Parquet, each also as .gz or .zst. The label is the column `label`; the text is
-    the column `text`, else the only other column of strings. Rows that miss either are passed over. Files belong to
-    the parts as in `read_corpus`; without a validation file one row in twenty, chosen by the hash of its text, is
-    held out.
+    Tables are JSON lines, CSV, TSV, Parquet or Arrow, each also as .gz or .zst, and folders that
+    `datasets.save_to_disk` wrote. Rows that miss text or label are passed over. Files belong to the parts as in
+    `read_corpus`; without a validation file one row in twenty, chosen by the hash of its text, is held out.
 
     Args:
         path: the file or folder.
+        text_column: the column that holds the text; without it `text`, else the only other column of strings.
+        label_column: the column that holds the label; without it `label`.
 
     Returns:
         The labelled texts, named like the path.
@@ -174,7 +181,8 @@ def read_labelled(path: Path) -> LabelledCorpus:
         FileNotFoundError: nothing is there.
         ValueError: no table, no such columns, a damaged file, or nothing left for validation.
     """
-    train, validation = _read_parts(path, _read_labelled_file, _first)
+    read = partial(_read_labelled_file, text_column=text_column, label_column=label_column or _LABEL)
+    train, validation = _read_parts(path, read, _first)
     texts = Corpus(path.resolve().name, [text for text, _ in train], [text for text, _ in validation])
     return LabelledCorpus(texts, [label for _, label in train], [label for _, label in validation])
 
@@ -302,13 +310,15 @@ def split_by_content(
 
 
 def _files_of(folder: Path) -> list[tuple[Path, Source]]:
-    """Return the files of text in a folder, behind their paths within it."""
+    """Return the files of text and the saved data sets in a folder, behind their paths within it."""
     found: list[tuple[Path, Source]] = []
-    for file in sorted(folder.rglob("*")):
-        relative = file.relative_to(folder)
+    saved = {state.parent for state in folder.rglob(_SAVED[0]) if is_saved(state.parent)}
+    for path in [folder, *sorted(folder.rglob("*"))]:
+        relative = path.relative_to(folder)
         hidden = any(name.startswith(".") for name in relative.parts)
-        if file.is_file() and not hidden and not _ABOUT_THE_DATA.match(file.name) and format_of(file):
-            found.append((relative, file))
+        is_file = path.is_file() and not _ABOUT_THE_DATA.match(path.name) and saved.isdisjoint(path.parents)
+        if not hidden and (path in saved or (is_file and format_of(path))):
+            found.append((relative, path))
     if not found:
         raise ValueError(f"{folder}: expected files of text, found none; {_supported()}")
     return found
@@ -336,12 +346,34 @@ def _part(relative: Path) -> str:
     return "unnamed"
 
 
+def is_saved(path: Path) -> bool:
+    """Tell whether a path is the folder of a data set that `datasets.save_to_disk` wrote."""
+    return all((path / name).is_file() for name in _SAVED)
+
+
+def open_saved(path: Path) -> Any:
+    """Open the data set of such a folder; its rows stay on disk until they are read.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    datasets = optional_package("datasets", extra="data")
+    try:
+        return datasets.load_from_disk(str(path)).with_format(None)
+    except Exception as error:  # it raises nearly anything
+        raise ValueError(
+            f"{path}: expected a data set that save_to_disk wrote, but {type(error).__name__}: {error}; save it again"
+        ) from error
+
+
 def is_table(path: Path) -> bool:
-    """Tell whether a file is a table, and not plain text.
+    """Tell whether a source is a table, and not plain text.
 
     Raises:
         ValueError: it is neither.
     """
+    if is_saved(path):
+        return True
     suffix = format_of(path)
     if not suffix:
         raise ValueError(f"{path}: expected a file of text, got one of unknown format; {_supported()}")
@@ -357,7 +389,8 @@ def format_of(path: Path) -> str:
 
 def _supported() -> str:
     formats = " ".join(sorted(_TEXT_SUFFIXES) + list(TABLES))
-    return f"supported are {formats}, each also compressed ({' '.join(_DECOMPRESS)})"
+    compressed = f"each also compressed ({' '.join(_DECOMPRESS)})"
+    return f"supported are {formats}, {compressed}, and folders that datasets.save_to_disk wrote"
 
 
 def _read_items(
@@ -370,19 +403,19 @@ def _read_items(
     return documents
 
 
-def _read_file(source: Source) -> list[str]:
+def _read_file(source: Source, *, text_column: str | None = None) -> list[str]:
     if isinstance(source, Path) and not is_table(source):
         return list(plain_documents(_decode(_decompressed(source), source).split("\n")))
     table = _read_table(source)
     if table is None:
         return []
-    column = text_column(table.features, source)
+    column = find_text_column(table.features, source, text_column)
     return [text for text in table.select_columns(column)[:][column] if text is not None]
 
 
-def _read_labelled_file(path: Source) -> list[tuple[str, str]]:
+def _read_labelled_file(path: Source, *, text_column: str | None, label_column: str) -> list[tuple[str, str]]:
     """Return the texts and labels of a table."""
-    if isinstance(path, Path) and format_of(path) not in TABLES:
+    if isinstance(path, Path) and format_of(path) not in TABLES and not is_saved(path):
         raise ValueError(
             f"{path}: expected a table with a column of labels ({' '.join(TABLES)}, each also compressed), got a file "
             "of another format; for text without labels choose the task masked_lm or causal_lm"
@@ -390,14 +423,15 @@ def _read_labelled_file(path: Source) -> list[tuple[str, str]]:
     table = _read_table(path)
     if table is None:
         return []
-    if _LABEL not in table.features:
+    if label_column not in table.features:
         raise ValueError(
-            f"{path}: expected a column named {_LABEL!r}, found the columns {', '.join(table.features)}; rename the "
-            "column that holds the label"
+            f"{path}: expected a column named {label_column!r}, found the columns {', '.join(table.features)}; rename "
+            "the column that holds the label, or name it by label_column (--label-column)"
         )
-    text = text_column({name: feature for name, feature in table.features.items() if name != _LABEL}, path)
-    rows = table.select_columns([text, _LABEL])[:]
-    pairs = zip(rows[text], rows[_LABEL], strict=True)
+    others = {name: feature for name, feature in table.features.items() if name != label_column}
+    text = find_text_column(others, path, text_column)
+    rows = table.select_columns([text, label_column])[:]
+    pairs = zip(rows[text], rows[label_column], strict=True)
     return [(text, _label_name(label)) for text, label in pairs if text is not None and label is not None]
 
 
@@ -477,11 +511,13 @@ def _read_table(path: Source) -> Any:
     """Return a table as a Dataset; None if the file is empty."""
     if isinstance(path, Split):
         return path.table
+    if is_saved(path):
+        return open_saved(path)
     suffix = format_of(path)
     raw = _decompressed(path)
     kind, options = TABLES[suffix]
-    text = "" if kind == "parquet" else _decode(raw, path)
-    if kind != "parquet" and not text.strip():
+    text = "" if kind in _BINARY else _decode(raw, path)
+    if kind not in _BINARY and not text.strip():
         return None
     datasets = optional_package("datasets", extra="data")
     # A copy under a plain name: `datasets` knows no .zst, takes [ and * in a path for a pattern, and its
@@ -511,19 +547,26 @@ _EXPECTED = {
     "json": "one JSON object a line",
     "csv": "a table with a header line",
     "parquet": "a complete Parquet file",
+    "arrow": "a complete Arrow file",
 }
 
 
-def text_column(features: Any, path: Source) -> str:
-    """Return the name of the column of texts: `text`, else the only one of strings."""
+def find_text_column(features: Any, path: Source, named: str | None = None) -> str:
+    """Return the name of the column of texts: the one that is named, else `text`, else the only one of strings."""
     types = {name: getattr(feature, "dtype", "nested") for name, feature in features.items()}
     strings = [name for name, dtype in types.items() if dtype in ("string", "large_string")]
-    candidates = ["text"] if "text" in types else strings
+    candidates = [named] if named else ["text"] if "text" in types else strings
     if len(candidates) != 1 or candidates[0] not in strings:
         found = ", ".join(f"{name} ({dtype})" for name, dtype in types.items())
+        if named:
+            raise ValueError(
+                f"{path}: expected a column of strings named {named!r}, as text_column says; found the columns "
+                f"{found}; name the one that holds the text"
+            )
         raise ValueError(
             f"{path}: expected a column of strings named 'text', or just one column of strings; found the "
-            f"columns {found}; rename the column that holds the text to 'text'"
+            f"columns {found}; rename the column that holds the text to 'text', or name it by text_column "
+            "(--text-column)"
         )
     return candidates[0]
 

@@ -41,17 +41,22 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 """What ends a run at the end of its step, saved; SLURM can be told to send SIGUSR1 before the time is up."""
 
 METHOD = {
-    "Time": "By the clock, evaluations and checkpoints left out; also where a column says reference time. It is noisy: "
-    "compare runs of one machine that nothing else kept busy.",
+    "Time": "Time by the clock, without evaluations and checkpoints. It is noisy: compare only runs on the same "
+    "machine with nothing else running. What it was spent on is what the first process measured.",
     "Learning rate": "It decays to zero at the end of the steps, or of the minutes, that the run was given. A run that "
     "ended earlier, by a target or a signal, ended with a higher rate.",
-    "Evaluation": "Accuracy and loss on all labelled tokens of held-out rows in their untouched distribution, masked "
-    "once and for all.",
-    "Costs": "Reading candidates, scoring and selecting are part of the time, and so are probes where there are any.",
-    "One run": "One seed and one arm: without an interval, and without a verdict against uniform training.",
+    "Evaluation": "Accuracy and loss are measured on all labelled tokens of held-out rows in their original "
+    "distribution; masks are the same at every evaluation.",
+    "Costs": "The time includes reading candidates, scoring, selecting and, where there are any, probes.",
+    "One run": "One seed and one arm, so there is no interval and no verdict against uniform training.",
 }
 """How a run is measured, for its page."""
 
+_PARTS_MS = {
+    "score": ("score_ms", "select_ms", "gather_ms"),
+    "probe": ("probe_ms",),
+    "read": ("wait_ms",),
+}
 _LOG = logging.getLogger("earlysift")
 _LOCK = ".lock"
 _RESTARTS = "TORCHELASTIC_RESTART_COUNT"  # how often torchrun has begun its processes again
@@ -246,6 +251,7 @@ def _workload(settings: PretrainSettings, shape: Any) -> Workload:
         tokenizer_file=settings.tokenizer,
         whole_word=settings.whole_word,
         stream=settings.stream,
+        text_column=settings.text_column,
     )
     known, needed = shape.config.vocab_size, workload.facts["vocab_size"]
     if needed > known:
@@ -292,7 +298,9 @@ def _trainer(
     pool = round(settings.batch / options["keep"])
     if settings.stream:
         stream: Stream | PassingStream = PassingStream(
-            lambda: packed_rows(training_documents(settings.data), workload.tokenizer_json, settings.length),
+            lambda: packed_rows(
+                training_documents(settings.data, settings.text_column), workload.tokenizer_json, settings.length
+            ),
             workload.samples.prepare,
             seed=settings.seed,
         )
@@ -360,7 +368,6 @@ def _points(trainer: Pretrainer) -> list[dict[str, Any]]:
     return [
         {
             "step": entry["step"],
-            "reference_s": entry["train_s"],
             "wall_s": entry["train_s"],
             "trained_samples": entry["samples_trained"],
             "scored_samples": int(entry["sift/scored"]) * trainer.args.world_size,
@@ -370,6 +377,24 @@ def _points(trainer: Pretrainer) -> list[dict[str, Any]]:
         for entry in trainer.state.log_history
         if "eval_accuracy" in entry
     ]
+
+
+def _spent_s(trainer: Pretrainer) -> dict[str, float]:
+    """Seconds of training by what they were spent on, as the ledger of this process has them.
+
+    What is neither scoring nor probing nor waiting for candidates is training: the update of the weights, too.
+    """
+    spent = dict.fromkeys(("train", *_PARTS_MS), 0.0)
+    lines = trainer.ledger_path.open(encoding="utf-8") if trainer.ledger_path.is_file() else nullcontext(())
+    with lines as rows:  # one at a time, as a long run has millions
+        for line in rows:
+            row = json.loads(line) if line.endswith("\n") else {}  # a full disk cuts the last one off
+            spent["train"] += row.get("step_ms", 0.0) / 1e3
+            for kind, parts in _PARTS_MS.items():
+                seconds = sum(row.get(part, 0.0) for part in parts) / 1e3
+                spent[kind] += seconds
+                spent["train"] -= seconds
+    return {kind: seconds for kind, seconds in spent.items() if seconds > 0}
 
 
 def _reached(settings: PretrainSettings, points: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -385,7 +410,7 @@ def _results(trainer: Pretrainer, workload: Workload, code: int, said: str) -> d
     reached = _reached(settings, points)
     names = ("rank_correlation", "overlap", "gain")
     fidelity = [
-        {"step": entry["step"], "reference_s": entry["train_s"], **{name: entry[f"sift/{name}"] for name in names}}
+        {"step": entry["step"], "wall_s": entry["train_s"], **{name: entry[f"sift/{name}"] for name in names}}
         for entry in trainer.state.log_history
         if "eval_accuracy" in entry and all(f"sift/{name}" in entry for name in names)
     ]
@@ -394,7 +419,7 @@ def _results(trainer: Pretrainer, workload: Workload, code: int, said: str) -> d
         "finished": code in (DONE, MISSED),
         "steps": trainer.state.global_step,
         "wall_s": points[-1]["wall_s"] if points else 0.0,
-        "spent_s": {},
+        "spent_s": _spent_s(trainer),
         "curve": points,
         "fidelity": fidelity,
         "control": [],
@@ -404,7 +429,7 @@ def _results(trainer: Pretrainer, workload: Workload, code: int, said: str) -> d
         "reference_s_to_target": reached and reached["wall_s"],
         "exit_code": code,
     }
-    arm = {"label": settings.arm, "description": "Times are those of training by the clock.", "source": None}
+    arm = {"label": settings.arm, "description": None, "source": None}
     return {
         "version": RESULTS_VERSION,
         "complete": run["finished"],

@@ -23,9 +23,11 @@ class PretrainSettings:
     preset: str = "bert-base"
     """The model: a built-in name, a transformers config.json, or a folder that holds one."""
     data: tuple[Path, ...] = ()
-    """Files or folders of text, JSON lines, CSV/TSV or parquet, plain, .gz or .zst, or names of data sets on the
-    Hugging Face hub, owner/name:configuration; several are one corpus. Without it: the standard library of the running
-    Python."""
+    """Files or folders of text, JSON lines, CSV/TSV, parquet or Arrow, plain, .gz or .zst, folders that
+    datasets.save_to_disk wrote, or names of data sets on the Hugging Face hub, owner/name:configuration; several are
+    one corpus. Without it: the standard library of the running Python."""
+    text_column: str | None = None
+    """Column of tables that holds the text. Without it: text, else the only column of strings."""
     stream: bool = False
     """Read the data in passing, for what is larger than memory or disk."""
     tokenizer: Path | None = None

@@ -1,4 +1,4 @@
-"""Corpora that are read in passing: kept of them are a first part, and as many rows as are shuffled at a time."""
+"""Corpora that are read in passing: only a first part and the shuffle buffer stay in memory."""
 
 import glob
 import gzip
@@ -17,14 +17,16 @@ from earlysift.pretrain.corpus import (
     Corpus,
     Source,
     Split,
+    find_text_column,
     format_of,
     held_out,
+    is_saved,
     is_table,
+    open_saved,
     optional_package,
     plain_documents,
     sources_of,
     split_by_content,
-    text_column,
 )
 from earlysift.pretrain.stream import UNIT, Rows, take
 from earlysift.seeds import seeded
@@ -36,12 +38,13 @@ _SHUFFLED_ROWS = 16_384
 _ROWS_OF_TABLE = 1_000  # read at a time
 
 
-def first_part(path: Path, characters: int) -> Corpus:
+def first_part(path: Path, characters: int, text_column: str | None = None) -> Corpus:
     """Read the first documents of a file, folder or data set on the hub: what `read_corpus` reads, as far as it goes.
 
     Args:
         path: The file, folder or name.
         characters: How much to read of a part, to the end of the document.
+        text_column: The column of tables that holds the text.
 
     Returns:
         The corpus. Without a validation part of its own, one document in twenty is held out by the hash of its text;
@@ -52,19 +55,20 @@ def first_part(path: Path, characters: int) -> Corpus:
         ValueError: If there is too little text, or it cannot be read.
     """
     train_sources, validation_sources = sources_of(path, streaming=True)
-    train = list(_first(_documents(train_sources), characters))
+    train = list(_first(_documents(train_sources, text_column), characters))
     if validation_sources:
-        validation = list(_first(_documents(validation_sources), characters))
+        validation = list(_first(_documents(validation_sources, text_column), characters))
     else:
         train, validation = split_by_content(train, str, where=path)
     return Corpus(f"{path.resolve().name} in passing", train, validation)
 
 
-def training_documents(paths: Sequence[Path]) -> Iterator[str]:
+def training_documents(paths: Sequence[Path], text_column: str | None = None) -> Iterator[str]:
     """Read the training part of files, folders or data sets on the hub from beginning to end, in turn.
 
     Args:
         paths: Files, folders or names; each gives a document, then the next, until all have ended.
+        text_column: The column of tables that holds the text.
 
     Yields:
         Documents.
@@ -73,7 +77,7 @@ def training_documents(paths: Sequence[Path]) -> Iterator[str]:
         FileNotFoundError: If nothing is there, or a data set cannot be fetched.
         ValueError: If a source cannot be read.
     """
-    for documents in zip_longest(*map(_training_documents, paths)):
+    for documents in zip_longest(*(_training_documents(path, text_column) for path in paths)):
         yield from (document for document in documents if document is not None)
 
 
@@ -155,17 +159,17 @@ def _first(documents: Iterable[str], characters: int) -> Iterator[str]:
             return
 
 
-def _training_documents(path: Path) -> Iterator[str]:
+def _training_documents(path: Path, text_column: str | None) -> Iterator[str]:
     train_sources, validation_sources = sources_of(path, streaming=True)
-    for document in _documents(train_sources):
+    for document in _documents(train_sources, text_column):
         if validation_sources or not held_out(document):
             yield document
 
 
-def _documents(sources: Sequence[Source]) -> Iterator[str]:
+def _documents(sources: Sequence[Source], text_column: str | None = None) -> Iterator[str]:
     for source in sources:
         try:
-            for document in _read(source):
+            for document in _read(source, text_column):
                 if document.strip():
                     yield document
         except Exception as error:  # `datasets` and archives raise nearly anything
@@ -175,7 +179,7 @@ def _documents(sources: Sequence[Source]) -> Iterator[str]:
             raise ValueError(f"{source}: cannot be read to its end ({type(cause).__name__}: {cause})") from error
 
 
-def _read(source: Source) -> Iterator[str]:
+def _read(source: Source, text_column: str | None) -> Iterator[str]:
     if isinstance(source, Path) and not is_table(source):
         with _lines(source) as lines:
             yield from plain_documents(line.rstrip("\n") for line in lines)
@@ -184,7 +188,7 @@ def _read(source: Source) -> Iterator[str]:
     column = None
     # In batches, since row by row `datasets` would give each worker of a loader another share.
     for batch in table.iter(_ROWS_OF_TABLE):
-        column = column or text_column(table.features or _features(batch), source)
+        column = column or find_text_column(table.features or _features(batch), source, text_column)
         yield from (text for text in batch[column] if text is not None)
 
 
@@ -200,6 +204,8 @@ def _lines(path: Path) -> IO[str]:
 
 
 def _table(path: Path) -> Any:
+    if is_saved(path):
+        return open_saved(path)
     kind, options = TABLES[format_of(path)]
     datasets = optional_package("datasets", extra="data")
     return datasets.load_dataset(kind, data_files=glob.escape(str(path)), split="train", streaming=True, **options)

@@ -63,6 +63,8 @@ def load_workload(
     tokenizer_file: Path | None = None,
     whole_word: bool = False,
     stream: bool = False,
+    text_column: str | None = None,
+    label_column: str | None = None,
     seed_of_data: int = 0,
 ) -> Workload:
     """Read the data of a task and make it ready to train on.
@@ -86,6 +88,8 @@ def load_workload(
         tokenizer_file: BERT vocab.txt or tokenizer.json, in place of a trained tokenizer.
         whole_word: For masked language modelling, hide all tokens of a word together.
         stream: For language modelling, read only the first part of the data, see `streaming`.
+        text_column: The column of tables that holds the text; None is ``text``, else the only one of strings.
+        label_column: For classification, the column that holds the label; None is ``label``.
         seed_of_data: Seed of which samples are used, copied and flipped.
 
     Returns:
@@ -102,7 +106,18 @@ def load_workload(
         {'pixel_values': (99, 1, 8, 8), 'labels': (99,)}
     """
     request = _Request(
-        data, layers, width, length, vocab_size, max_characters, checkpoint, tokenizer_file, whole_word, stream
+        data,
+        layers,
+        width,
+        length,
+        vocab_size,
+        max_characters,
+        checkpoint,
+        tokenizer_file,
+        whole_word,
+        stream,
+        text_column,
+        label_column,
     )
     problems = _problems(task, request, validation_samples, train_samples, flipped, repeated)
     if problems:
@@ -149,6 +164,8 @@ class _Request:
     tokenizer_file: Path | None
     whole_word: bool
     stream: bool
+    text_column: str | None
+    label_column: str | None
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -205,6 +222,14 @@ def _problems(
         (
             request.stream and (labelled or not request.paths),
             f"Text is read in passing from data that are given; for {task} without a path leave stream out.",
+        ),
+        (
+            request.text_column is not None and not request.paths,
+            f"text_column names a column of the data, and for {task} no data are given; leave text_column out.",
+        ),
+        (
+            request.label_column is not None and task != "classification",
+            f"Labels are read for the task classification, not for {task}; leave label_column out.",
         ),
         (validation_samples < 1, f"validation_samples must be at least 1, got {validation_samples}."),
         (train_samples is not None and train_samples < 1, f"train_samples must be at least 1, got {train_samples}."),
@@ -285,9 +310,10 @@ def _language_source(
 
 def _read_blocks(request: _Request) -> tuple[Corpus, Blocks]:
     if request.stream:
-        corpora = [first_part(path, FIRST_CHARACTERS // len(request.paths)) for path in request.paths]
+        characters = FIRST_CHARACTERS // len(request.paths)
+        corpora = [first_part(path, characters, request.text_column) for path in request.paths]
     else:
-        corpora = [read_corpus(path) for path in request.paths or (None,)]
+        corpora = [read_corpus(path, text_column=request.text_column) for path in request.paths or (None,)]
     corpus = _joined(corpora)
     if request.max_characters is not None:
         train, validation = (_shortened(part, request.max_characters) for part in (corpus.train, corpus.validation))
@@ -322,7 +348,8 @@ def _classification(request: _Request) -> _Source:
     if request.checkpoint is not None:
         models.require_checkpoint(request.checkpoint)
         tokenizer_file = request.checkpoint / models.TOKENIZER
-    tables = [read_labelled(path) for path in request.paths]
+    columns = {"text_column": request.text_column, "label_column": request.label_column}
+    tables = [read_labelled(path, **columns) for path in request.paths]
     texts = _joined([table.texts for table in tables])
     blocks = load_blocks(
         texts, vocab_size=request.vocab_size, length=request.length, packed=False, tokenizer_file=tokenizer_file

@@ -32,10 +32,11 @@ class Measure:
 
 @dataclass(frozen=True)
 class Axis:
-    """A horizontal quantity: its key in a point, and what it is called."""
+    """A horizontal quantity: its key in a point, what it is called, and whether the axis begins at zero."""
 
     key: str
     label: str
+    from_zero: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def explorer(
         events: Points that are marked by vertical lines.
 
     Returns:
-        HTML; a note if there is nothing to draw.
+        HTML; empty if there is nothing to draw. Measures and axes without a line are no choices.
     """
     bands = {
         (m, a, t): line
@@ -79,8 +80,9 @@ def explorer(
     }
     drawn = sorted({t for _, _, t in bands}, key=lambda t: (not traces[t].shown, not traces[t].style.strong, t))
     used = sorted({m for m, _, _ in bands})
+    used_axes = sorted({a for _, a, _ in bands})
     if not used:
-        return '<p class="note">nothing measured yet</p>'
+        return ""
     panels = []
     for m in used:
         first_level = number(next(iter(measures[m].levels.values()), None))
@@ -89,12 +91,12 @@ def explorer(
             [] if first_level is None else [first_level],
             measures[m].whole,
         )
-        for a, axis in enumerate(axes):
+        for a in used_axes:
             lines = {t: (traces[t].style, line) for (*of, t), line in bands.items() if of == [m, a]}
-            marks = numbers(event.get(axis.key) for event in events)
-            panels.append(f'<div class="panel m{m} x{a}">{_chart(measures[m], axis, lines, height, marks)}</div>')
+            marks = numbers(event.get(axes[a].key) for event in events)
+            panels.append(f'<div class="panel m{m} x{a}">{_chart(measures[m], axes[a], lines, height, marks)}</div>')
     choices = _radios(name, "m", "Show", {m: measures[m].label for m in used})
-    choices += _radios(name, "x", "against", {a: axis.label for a, axis in enumerate(axes)})
+    choices += _radios(name, "x", "against", {a: axes[a].label for a in used_axes})
     chips = "".join(_chip(t, traces[t], {m for m, _, of in bands if of == t}) for t in drawn)
     if not all(traces[t].shown for t in drawn):
         chips += '<label class="chip"><input type="checkbox" class="all"><span>all</span></label>'
@@ -155,7 +157,7 @@ def _chart(
     if not lines:
         return '<p class="note">nothing measured yet</p>'
     bottom, top = height
-    left = min(line.x[0] for _, line in lines.values())
+    left = 0.0 if axis.from_zero else min(line.x[0] for _, line in lines.values())
     right = max(line.x[-1] for _, line in lines.values())
     right = right if right > left else left + 1
 
@@ -181,14 +183,14 @@ def _chart(
         if level is not None and bottom <= level <= top:
             drawing.append(f'<path class="level" d="{path((left, right), (level, level))}"/>')
             letters.append(f'<span class="level" style="bottom:{y_of(level):.2%}">{escape(name)}</span>')
-    # Strong lines lie on top of the others.
-    for t, (style, line) in sorted(lines.items(), key=lambda drawn: drawn[1][0].strong):
+    # What is beneath comes first, and strong lines lie on top of the others.
+    for t, (style, line) in sorted(lines.items(), key=lambda drawn: (not drawn[1][0].beneath, drawn[1][0].strong)):
         edge = path(line.x + line.x[::-1], line.high + line.low[::-1])
         filled = f'<path class="band" d="{edge}"/>' if line.low != line.high else ""
         # A line of one point is a dot: a stroke without length, with round ends.
         kind, d = ("dot", path(line.x, line.mean) + "h0") if len(line.x) == 1 else ("line", path(line.x, line.mean))
         drawing.append(
-            f'<g class="t{t}{"" if style.strong else " thin"}" style="{_look(style)}">{filled}'
+            f'<g class="t{t}{" beneath" * style.beneath}{" thin" * (not style.strong)}" style="{_look(style)}">{filled}'
             f'<path class="{kind}" d="{d}"/></g>'
         )
     about = f"{measure.label} against {axis.label}"

@@ -10,8 +10,10 @@ from earlysift.report.series import (
     Style,
     band,
     frame,
+    items,
     label,
     number,
+    numbers,
     prominent,
     section,
     sections,
@@ -22,7 +24,7 @@ from earlysift.report.series import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-ROWS = (("accuracy", "validation accuracy", "{x:.1%}"), ("loss", "validation loss", "{x:.4g}"))
+ROWS = (("accuracy", "validation accuracy"), ("loss", "validation loss"))
 COLUMNS = (
     ("reference_s", "reference time (s)"),
     ("wall_s", "wall time (s)"),
@@ -41,6 +43,7 @@ SETTINGS = {
     "font.size": 9.5,
     "grid.color": "#e8e8e8",
     "legend.frameon": False,
+    "legend.handlelength": 3,  # room for dashes
     "text.parse_math": False,  # a "$" in a name is a dollar sign
     "text.usetex": False,
 }
@@ -53,20 +56,24 @@ def curves_figure(results: Results) -> Figure:
         results: what `results.json` holds.
 
     Returns:
-        Two rows of four panels: lines are means over seeds; the band of an arm that is shown in full reaches from its
-        lowest to its highest seed.
+        Two rows of panels, one for each horizontal quantity that was measured: lines are means over seeds; the band of
+        an arm that is shown in full reaches from its lowest to its highest seed.
     """
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 
     arms, shown = sections(results, "arms"), prominent(results)
+    points = [point for arm in arms.values() for run in seeds(arm) for point in items(run, "curve")]
+    columns = [(x, x_label) for x, x_label in COLUMNS if numbers(point.get(x) for point in points)] or COLUMNS
+    formats = {"accuracy": PercentFormatter(1.0), "loss": StrMethodFormatter("{x:.4g}")}
     with matplotlib.rc_context(SETTINGS):
-        figure = Figure(figsize=(13, 6.6), layout="constrained")
-        grid = figure.subplots(2, 4, sharex="col", sharey="row")
-        for panels, (y, y_label, y_format) in zip(grid, ROWS, strict=True):
+        figure = Figure(figsize=(1 + 3 * len(columns), 6.6), layout="constrained")
+        grid = figure.subplots(2, len(columns), sharex="col", sharey="row", squeeze=False)
+        for panels, (y, y_label) in zip(grid, ROWS, strict=True):
             target = number(section(results, "target").get(y))
             drawn = []
-            for axes, (x, _) in zip(panels, COLUMNS, strict=True):
+            for axes, (x, _) in zip(panels, columns, strict=True):
                 for (name, arm), style in zip(arms.items(), styles(arms).values(), strict=True):
                     curve = band(seeds(arm), "curve", x, y)
                     if curve is None:
@@ -78,11 +85,12 @@ def curves_figure(results: Results) -> Figure:
                 if target is not None:
                     axes.axhline(target, color=FAINT, linewidth=1.2, linestyle="--", zorder=1, label="target")
             if drawn:
-                panels[0].set_ylim(frame(drawn, [] if target is None else [target]))
+                panels[0].set_ylim(frame(drawn, [] if target is None else [target], whole=len(arms) == 1))
             panels[0].set_ylabel(y_label)
-            panels[0].yaxis.set_major_formatter(y_format)
-        for axes, (_, x_label) in zip(grid[-1], COLUMNS, strict=True):
+            panels[0].yaxis.set_major_formatter(formats[y])
+        for axes, (_, x_label) in zip(grid[-1], columns, strict=True):
             axes.set_xlabel(x_label)
+            axes.set_xlim(left=0)
             axes.locator_params(axis="x", nbins=4)
             axes.xaxis.set_major_formatter("{x:,.9g}")
         handles, labels = grid[0, 0].get_legend_handles_labels()
@@ -104,5 +112,6 @@ def _line(style: Style) -> dict[str, object]:
     return {
         "color": style.color,
         "linestyle": (0, dashes) if dashes else "-",
-        "linewidth": 2 if style.strong else 1,
+        "linewidth": 3.4 if style.beneath else 2 if style.strong else 1,
+        "zorder": 2 if style.beneath else 2.2 if style.strong else 2.1,
     }

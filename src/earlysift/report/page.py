@@ -1,4 +1,4 @@
-"""Results of comparisons -> one HTML page that needs nothing but itself: no script, no request.
+"""Results of comparisons -> one self-contained HTML page: no script, no request.
 
 The page answers in the order a reader asks: who won, by how much, how the runs went, where the time went, what was
 decided, on what. Every string of the results is escaped where it enters the page.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import cycle
 from pathlib import Path
 
@@ -37,7 +37,6 @@ from earlysift.report.tables import (
     outcome,
     overview_table,
     pairs_table,
-    show,
     spent_table,
     text,
     verdict_table,
@@ -48,8 +47,8 @@ RESULTS = "results.json"
 RESULTS_VERSION = 2
 CSS = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 
-CURVE_AXES = tuple(Axis(key, title) for key, title in COLUMNS)
-TIMES = tuple(axis for axis in CURVE_AXES if axis.key in ("reference_s", "step"))
+CURVE_AXES = tuple(Axis(key, title, from_zero=True) for key, title in COLUMNS)
+TIMES = tuple(axis for axis in CURVE_AXES if axis.key != "trained_samples")
 
 # What the controller estimates (`earlysift.controller.estimates`): "payoff.greedy.1.0.5" and its like are the lines of
 # "payoff", for the greedy rule at exit 1 and keep 0.5.
@@ -62,18 +61,22 @@ ESTIMATES = {
     "noise_scale": Measure("gradient noise scale (samples)"),
 }
 CHOICE = re.compile(r"(?:(?P<rule>[a-z]+)\.)?(?P<exit>\d+)(?:\.(?P<keep>[\d.]+))?")
-# The arms of which the headline of several runs speaks; the first that took part.
-HEADLINE_ARMS = ("auto", "sift")
+# The arms of which the headline of several runs speaks.
+HEADLINE_ARMS = ("sift", "auto")
 
-CURVES_CAPTION = """Lines are means over seeds, bands reach from the lowest to the highest seed. Shown at first: the
-main arms and the best of the others. The first quarter of the curves may lie outside the frame, so that their ends
-can be told apart."""
-SPENT_CAPTION = """Reference time of each arm by what it was spent on, mean over seeds. Reading candidates, scoring
-them, probing and training a reference model are paid out of the same budget as training."""
-FIDELITY_CAPTION = """How well the score ranks like the exact loss. 1 is a perfect rank correlation or overlap of the
-kept sets; the gain is the mean loss of the kept samples over that of the pool: at 1 they were no harder."""
-CONTROL_CAPTION = """What the arm estimated while it trained. A payoff above 1: selecting was predicted to be worth its
-cost. Vertical lines: switches, of all seeds."""
+SEEDS_CAPTION = "Lines are means over seeds; bands span the lowest to the highest seed."
+ARMS_CAPTION = """At first the main arms and the best of the others are shown. The first quarter of the curves may lie
+outside the frame, so that their ends can be told apart."""
+SPENT_CAPTION = """What the time of each arm was spent on, mean over seeds. Reading candidates, scoring them, probing
+and training a reference model count as much as training itself."""
+FIDELITY_CAPTION = """How closely the score ranks candidates as the exact loss does. A rank correlation of 1 means the
+same order, an overlap of 1 the same kept samples. The gain is the mean exact loss of the kept samples over that of the
+pool: at 1 they are no harder than the rest."""
+CONTROL_CAPTION = """What the arm estimated while it trained. A payoff above 1 means that selection was predicted to be
+worth its cost. Vertical lines mark the switches of all seeds."""
+OVERVIEW_CAPTION = """Speed-up over uniform training in reference time with its 95 % interval, and the difference in
+final accuracy; where there is no comparison, the final accuracy itself."""
+NOTHING = "nothing measured yet"
 
 # How results were measured that do not say so themselves (as "method", by the same terms).
 METHOD = {
@@ -82,14 +85,14 @@ METHOD = {
     "Equal budgets": "Every arm starts from the same weights and may spend the same reference time, once per "
     "seed. An arm whose steps cost more takes fewer of them.",
     "Learning rate": "It decays fully within each arm's own budget, so no arm is judged in the middle of its schedule.",
-    "Evaluation": "Accuracy and loss come from held-out data in its untouched distribution, never from "
+    "Evaluation": "Accuracy and loss are measured on held-out data in its original distribution, never on "
     "selected samples.",
     "Costs": "Every cost of training is charged: reading candidates, scoring them and selecting count as much as "
     "the training step itself. Evaluations, and the fidelity measured at them, are the same for all arms and free. "
-    "An arm marked as not charged is no rival but an upper bound.",
+    "An arm marked as not charged is an upper bound, not a competitor.",
     "Speed-up": "Uniform's time to the target over this arm's, in reference time or wall time. Above 1× the arm was "
     "faster. Gain (▲): the whole 95 % interval over seeds lies above 1. Harm (▼): that of the final accuracy lies "
-    "below uniform's.",
+    "below uniform's. Not proved (?): too few seeds for an interval.",
 }
 
 
@@ -103,12 +106,11 @@ def render(*runs: Results) -> str:
         HTML that loads nothing from anywhere; equal results give equal text.
     """
     several = len(runs) > 1
-    title = f"{len(runs)} comparisons" if several else workload(runs[0])
+    title = _count(runs) if several else workload(runs[0])
     body = "\n".join(_run(results, f"run{i}", 2 if several else 1) for i, results in enumerate(runs))
     overview = f"""<header><p class="eyebrow">earlysift</p><h1>{_headline(runs)}</h1></header>
 <section><h2>Overview</h2>{overview_table(runs)}
-<p class="note">Speed-up over uniform in reference time with its 95 % interval, and final accuracy over uniform's.
-▲ gain, ■ no gain, ▼ harm, ? not proved: too few seeds.</p></section>"""
+{_note(_overview_caption(runs))}</section>"""
     lines = max(explorer.count('type="checkbox"') for explorer in body.split('class="explorer"'))
     method = {term: meaning for results in runs for term, meaning in (section(results, "method") or METHOD).items()}
     terms = "".join(f"<div><dt>{text(term)}</dt><dd>{text(meaning)}</dd></div>" for term, meaning in method.items())
@@ -202,16 +204,22 @@ def read_results(run_folder: Path) -> Results:
 def _run(results: Results, anchor: str, level: int) -> str:
     """Everything about one run, its headings from this level down."""
     badge = '<p class="badge">Partial run: stopped early, numbers may change</p>'
-    parts = (
-        ("Arms", verdict_table(results) + _levels(results)),
-        ("Learning curves", _curves(results, anchor)),
-        ("Where the time went", spent_table(results) + _note(SPENT_CAPTION)),
-        ("Fidelity of the score", _fidelity(results, anchor)),
+    parts = [
+        ("Arms", verdict_table(results), _levels(results)),
+        ("Learning curves", _curves(results, anchor), _curves_caption(results)),
+        ("Where the time went", spent_table(results), SPENT_CAPTION),
+        ("Fidelity of the score", _fidelity(results, anchor), FIDELITY_CAPTION),
         *_decisions(results, anchor),
-        ("The run", _run_tables(results, level + 2)),
-    )
+        ("The run", _run_tables(results, level + 2), ""),
+    ]
+    if not results.get("complete"):
+        parts = [(heading, content or _note(NOTHING), caption * bool(content)) for heading, content, caption in parts]
     h, below = f"h{level}", f"h{level + 1}"
-    body = "\n".join(f"<section><{below}>{heading}</{below}>{content}</section>" for heading, content in parts)
+    body = "\n".join(
+        f"<section><{below}>{heading}</{below}>{content}{_note(caption) if caption else ''}</section>"
+        for heading, content, caption in parts
+        if content
+    )
     return f"""<article id="{anchor}">
 <header>
 <p class="eyebrow">earlysift · {workload(results)}</p>
@@ -224,16 +232,32 @@ def _run(results: Results, anchor: str, level: int) -> str:
 
 
 def _headline(runs: Iterable[Results]) -> str:
-    """What several runs say about one arm, in numbers of runs."""
-    runs = list(runs)
-    took_part = [name for name in HEADLINE_ARMS if any(name in section(results, "comparison") for results in runs)]
-    if not took_part:
-        return f"{len(runs)} comparisons"
-    name = took_part[0]
-    entries = [section(section(results, "comparison"), name) for results in runs]
-    words = [outcome(entry).word for entry in entries if entry]
-    counts = ", ".join(f"{word} on {words.count(word)}" for word in dict.fromkeys(words))
-    return f"{name}: {counts} of {len(words)} comparisons"
+    """What several runs say about each of the main arms, in numbers of runs."""
+    runs, said = list(runs), []
+    for name in HEADLINE_ARMS:
+        compared = [results for results in runs if section(section(results, "comparison"), name)]
+        words = [outcome(section(section(results, "comparison"), name)).word for results in compared]
+        counts = ", ".join(f"{word} on {words.count(word)}" for word in dict.fromkeys(words))
+        if compared:
+            title = label(name, section(section(compared[0], "arms"), name))
+            said.append(f"{text(title)}: {counts} of {len(words)} comparison{'s' * (len(words) > 1)}")
+    return "; ".join(said) or _count(runs)
+
+
+def _count(runs: Sequence[Results]) -> str:
+    return f"{len(runs)} {'comparisons' if _compared(runs) else 'runs'}"
+
+
+def _overview_caption(runs: Iterable[Results]) -> str:
+    entries = [entry for results in runs for entry in sections(results, "comparison").values() if entry]
+    if not entries:
+        return "Final accuracy of each arm, mean over seeds."
+    symbols = dict.fromkeys(f"{symbol} {word}" for word, symbol, _ in map(outcome, entries))
+    return f"{OVERVIEW_CAPTION} {', '.join(symbols)}."
+
+
+def _compared(runs: Iterable[Results]) -> bool:
+    return any(section(results, "comparison") for results in runs)
 
 
 def _facts(results: Results) -> str:
@@ -249,14 +273,20 @@ def _facts(results: Results) -> str:
 
 
 def _levels(results: Results) -> str:
-    """What the numbers of the table are to be held against."""
+    """What the numbers of the table are to be held against; what is not known is left out."""
     target, baseline = section(results, "target"), section(results, "baseline")
-    return _note(
-        f"Target: {show(target.get('accuracy'), '{:.2%}')} validation accuracy ({text(target.get('source'))}); "
-        "the time to it is reference time, mean over the seeds that got there. A model that ignores its input ends at "
-        f"{show(baseline.get('accuracy'), '{:.2%}')} accuracy, {show(baseline.get('loss'), '{:.4f}')} loss. "
-        "Small print: lowest and highest seed of accuracy and loss, 95 % intervals of comparisons with uniform."
-    )
+    compared = _compared([results])
+    words = []
+    if (accuracy := number(target.get("accuracy"))) is not None:
+        words += [f"Target: {accuracy:.2%} validation accuracy ({text(target.get('source'))})."]
+        words += ["Times to it are reference time, averaged over the seeds that reached it."] * compared
+    ends = [("{:.2%} accuracy", number(baseline.get("accuracy"))), ("{:.4f} loss", number(baseline.get("loss")))]
+    known = [form.format(end) for form, end in ends if end is not None]
+    words += [f"A model that ignores its input reaches {' and '.join(known)}."] * bool(known)
+    if any(len(seeds(arm)) > 1 for arm in sections(results, "arms").values()):
+        intervals = ", and 95 % intervals of the comparisons with uniform" * compared
+        words += [f"Small print: lowest and highest seed of accuracy and loss{intervals}."]
+    return " ".join(words)
 
 
 def _arm_traces(results: Results, keys: tuple[str, ...]) -> list[Trace]:
@@ -272,11 +302,17 @@ def _curves(results: Results, anchor: str) -> str:
             f"validation {key}",
             is_share=key == "accuracy",
             levels={"target": target.get(key), "ignoring the input": baseline.get(key)},
+            whole=len(section(results, "arms")) == 1,
         )
         for key in ("accuracy", "loss")
     ]
-    chart = explorer(f"{anchor}-curves", "curve", measures, CURVE_AXES, _arm_traces(results, ("accuracy", "loss")))
-    return chart + _note(CURVES_CAPTION)
+    return explorer(f"{anchor}-curves", "curve", measures, CURVE_AXES, _arm_traces(results, ("accuracy", "loss")))
+
+
+def _curves_caption(results: Results) -> str:
+    arms = sections(results, "arms").values()
+    several = any(len(seeds(arm)) > 1 for arm in arms)
+    return " ".join([SEEDS_CAPTION] * several + [ARMS_CAPTION] * (len(arms) > 1))
 
 
 def _fidelity(results: Results, anchor: str) -> str:
@@ -287,13 +323,13 @@ def _fidelity(results: Results, anchor: str) -> str:
         Measure("gain", levels={"random picks": 1.0}),
     )
     traces = _arm_traces(results, ("rank_correlation", "overlap", "gain"))
-    return explorer(f"{anchor}-fidelity", "fidelity", measures, TIMES, traces) + _note(FIDELITY_CAPTION)
+    return explorer(f"{anchor}-fidelity", "fidelity", measures, TIMES, traces)
 
 
-def _decisions(results: Results, anchor: str) -> list[tuple[str, str]]:
+def _decisions(results: Results, anchor: str) -> list[tuple[str, str, str]]:
     """Heading and content for each arm that wrote down what it estimated or decided."""
     return [
-        (f"What {text(label(name, arm))} saw and decided", _control(arm, f"{anchor}-control{i}"))
+        (f"What {text(label(name, arm))} saw and decided", _control(arm, f"{anchor}-control{i}"), "")
         for i, (name, arm) in enumerate(sections(results, "arms").items())
         if any(run.get("control") or run.get("events") for run in seeds(arm))
     ]
@@ -312,7 +348,7 @@ def _control(arm: Results, name: str) -> str:
             traces.append(Trace(_choice(key.partition(".")[2]), style, runs, keys_of_measures, shown))
     events = [event for run in runs for event in items(run, "events")]
     chart = explorer(name, "control", tuple(ESTIMATES.values()), TIMES, traces, events)
-    return chart + _note(CONTROL_CAPTION) + decisions_table(arm)
+    return chart + _note(CONTROL_CAPTION) * bool(chart) + decisions_table(arm)
 
 
 def _choice(name: str) -> str:

@@ -17,18 +17,22 @@ Results = dict[str, Any]
 
 @dataclass(frozen=True)
 class Style:
-    """How one line looks: a colour that reads on white and on black, dashes in pixels ("" is solid), its weight."""
+    """How one line looks: a colour that reads on white and on black, dashes in pixels ("" is solid), its weight.
+
+    A line that is ``beneath`` is drawn first and wider, so that lines of equal course on top of it leave it visible.
+    """
 
     color: str
     dashes: str = ""
     strong: bool = False
+    beneath: bool = False
 
 
 # The arms that a reader looks for first. The cost-free ideal wears the colour of the costly one.
 STYLES = {
-    "uniform": Style("#737b86", strong=True),
+    "uniform": Style("#737b86", strong=True, beneath=True),
     "sift": Style("#2f7fd6", strong=True),
-    "auto": Style("#159a6c", strong=True),
+    "auto": Style("#159a6c", "9 4", strong=True),
     "exact": Style("#d9581f", strong=True),
     "free": Style("#d9581f", "2 3"),
 }

@@ -78,14 +78,16 @@ def outcome(entry: Results) -> Outcome:
 
 
 def verdict_table(results: Results) -> str:
-    """Every arm against uniform, its numbers above what they mean in words."""
+    """Every arm against uniform, its numbers above what they mean in words; columns that hold nothing are left out."""
     arms, comparison = sections(results, "arms"), sections(results, "comparison")
+    has_target = number(section(results, "target").get("accuracy")) is not None
     look = styles(arms)
-    bodies = []
+    lines = []
     for name, arm in arms.items():
         entry = comparison.get(name, {})
         runs = seeds(arm)
-        versus = [_outcome_cell(entry) if entry else MISSING, *_speedups(entry), _reached(runs)]
+        versus = [_outcome_cell(entry) if entry else MISSING, *_speedups(entry)]
+        versus += [_reached(runs) if has_target else MISSING]
         final = [_final(runs, "final_accuracy", "{:.2%}"), _over(entry, "final_accuracy", "{:+.2f}", 100, " points")]
         final += [_final(runs, "final_loss", "{:.3f}"), _over(entry, "final_loss", "{:+.3f}")]
         title = swatch(look[name]) + text(arm.get("label") or name)
@@ -95,26 +97,33 @@ def verdict_table(results: Results) -> str:
         if (hidden := number(entry.get("final_hidden_accuracy_difference"))) is not None:
             words += [f"on hidden tokens alone {100 * hidden:+.2f} points"]
         words += [text(arm[part]) for part in ("description", "source") if arm.get(part)]
-        bodies.append(
-            row([title, *versus, *final], VERDICT_HEADERS)
-            + f'<tr class="words"><td colspan="{len(VERDICT_HEADERS)}">'
-            + f"{' · '.join(words)}</td></tr>"
-        )
-    return table("Arms", "numbers cards verdicts", VERDICT_HEADERS, bodies)
+        lines.append(([title, *versus, *final], " · ".join(words)))
+    columns = [c for c in range(len(VERDICT_HEADERS)) if any(cells[c] != MISSING for cells, _ in lines)]
+    headers = [VERDICT_HEADERS[c] for c in columns]
+    bodies = [
+        row([cells[c] for c in columns], headers)
+        + f'<tr class="words"><td colspan="{len(columns)}">{words}</td></tr>' * bool(words)
+        for cells, words in lines
+    ]
+    return table("Arms", "numbers cards verdicts" + " compared" * bool(comparison), headers, bodies) if bodies else ""
 
 
 def spent_table(results: Results) -> str:
-    """Where the reference time of each arm went, mean over seeds, as a stacked bar and as shares of the budget."""
+    """Where the time of each arm went, mean over seeds, as a stacked bar and as shares; empty if nobody says.
+
+    Shares are of the budget, where there is one.
+    """
     arms = sections(results, "arms")
     spent = {name: _spent_s(arm) for name, arm in arms.items()}
     kinds = [*KINDS, *sorted({kind for parts in spent.values() for kind in parts} - set(KINDS))]
     kinds = [kind for kind in kinds if any(parts.get(kind) for parts in spent.values())]
     totals = [sum(parts.values()) for parts in spent.values()]
-    whole = number(section(results, "config").get("budget")) or max(totals, default=0)
+    budget = number(section(results, "config").get("budget"))
+    whole = budget or max(totals, default=0)
     if not kinds or not whole:
-        return '<p class="note">nothing measured yet</p>'
+        return ""
     legend = "".join(f"<span>{_block(kind, '')}{text(kind)}</span>" for kind in kinds)
-    headers = ("Arm", "Share of the budget", *map(text, kinds))
+    headers = ("Arm", "Share of the budget" if budget else "Share of the time", *map(text, kinds))
     scale = max(whole, *totals)
     look = styles(arms)
     rows = []
@@ -150,19 +159,22 @@ def decisions_table(arm: Results) -> str:
 
 
 def overview_table(runs: Sequence[Results]) -> str:
-    """Every run's workload and budget against every arm: speed-up in reference time, final accuracy over uniform's."""
+    """Every run's workload and budget against every arm: speed-up in reference time, final accuracy over uniform's.
+
+    An arm that was compared with nothing has its final accuracy there.
+    """
     labels: dict[str, str] = {}
     for results in runs:
         for name, arm in sections(results, "arms").items():
             labels.setdefault(name, text(arm.get("label") or name) + " (not charged)" * (arm.get("charged") is False))
-    labels.pop("uniform", None)
-    budgets = [show(section(results, "config").get("budget"), "{:,g} s") for results in runs]
+    budgets = [show(section(results, "config").get("budget"), "{:,g} s").strip(MISSING) for results in runs]
     names = [f'<a href="#run{i}">{workload(results)}</a>' for i, results in enumerate(runs)]
     headers = ["Arm", *map(_cell, names, budgets)]
     rows = []
     for name, label in labels.items():
-        entries = [section(section(results, "comparison"), name) for results in runs]
-        rows.append(row([label, *(_overview_cell(entry) if entry else MISSING for entry in entries)]))
+        cells = [_overview_cell(results, name) for results in runs]
+        if any(cell != MISSING for cell in cells):
+            rows.append(row([label, *cells]))
     return table("Workloads and arms", "numbers overview", headers, rows)
 
 
@@ -182,8 +194,9 @@ def operations_table(results: Results, part: str) -> str:
 
 
 def pairs_table(title: str, pairs: Results) -> str:
-    """Names and values."""
-    return table(title, "", (), [row([text(key), text(value)]) for key, value in pairs.items()])
+    """Names and values; what has no value is left out."""
+    cells = [(text(key), text(value)) for key, value in pairs.items()]
+    return table(title, "", (), [row(cell) for cell in cells if cell[1] != MISSING])
 
 
 def workload(results: Results) -> str:
@@ -235,7 +248,10 @@ def _outcome_cell(entry: Results) -> str:
     return f'<span class="{verdict.css}">{verdict.symbol} {verdict.word}</span>'
 
 
-def _overview_cell(entry: Results) -> str:
+def _overview_cell(results: Results, name: str) -> str:
+    entry = section(section(results, "comparison"), name)
+    if not entry:
+        return _final(seeds(section(section(results, "arms"), name)), "final_accuracy", "{:.2%}")
     verdict, difference = outcome(entry), number(entry.get("final_accuracy_difference"))
     return _cell(
         f'<span class="{verdict.css}" title="{verdict.word}">{verdict.symbol}</span> {_speedups(entry)[0]}',
