@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from earlysift import checkup
+from earlysift import checkup, presets
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ _BERT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 _GPT2 = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 SHAPES: dict[str, Shape] = {
-    "bert-base-128": Shape(checkup.BUILT_IN["bert-base"] | _BERT, 8, 128),
-    "bert-base-512": Shape(checkup.BUILT_IN["bert-base"] | _BERT, 2, 512),
-    "bert-mini-128": Shape(checkup.BUILT_IN["bert-mini"] | _BERT, 16, 128),
-    "gpt2-small-512": Shape(checkup.BUILT_IN["gpt2-small"] | _GPT2, 2, 512),
+    "bert-base-128": Shape(presets.BUILT_IN["bert-base"] | _BERT, 8, 128),
+    "bert-base-512": Shape(presets.BUILT_IN["bert-base"] | _BERT, 2, 512),
+    "bert-mini-128": Shape(presets.BUILT_IN["bert-mini"] | _BERT, 16, 128),
+    "gpt2-small-512": Shape(presets.BUILT_IN["gpt2-small"] | _GPT2, 2, 512),
     "llama-160m-512": Shape(
         {
             "model_type": "llama",

@@ -1,15 +1,17 @@
 """`earlysift check`: real tiny configs through the command line, into a table and a JSON file."""
 
 import json
+import re
 
 import pytest
 import torch
 import transformers
 
 from earlysift import checks, exits, losses, scorers
-from earlysift.checkup import BUILT_IN, build_model, checkup, peak_growth_bytes, random_pool
+from earlysift.checkup import build_model, checkup, peak_growth_bytes, random_pool
 from earlysift.cli import main
 from earlysift.costs import flops_law, relative_cost
+from earlysift.presets import BUILT_IN
 
 SMALL = {
     "vocab_size": 200,
@@ -63,8 +65,9 @@ def test_check_measures_every_depth_and_the_full_model(name, tmp_path, capsys):
     assert sorted(score["flops"] for score in scores) == [score["flops"] for score in scores]
 
     shown = capsys.readouterr().out
-    rows = ["train 4", "score 8, depth 1", "score 8, depth 2", "score 8, depth 3", "score 8, full model"]
-    assert all(row in shown for row in rows)
+    assert "A training step on 4 samples, and scoring a pool of 8" in shown
+    rows = re.findall(r"^│ (\w[\w ]+?) *│", shown, re.MULTILINE)
+    assert rows == ["train", "depth 1", "depth 2", "depth 3", "full model"]
     assert all(f"{score['break_even_gain']:.3f}" in shown for score in scores)
     assert "Selection pays only while the live gain" in shown
 
@@ -314,7 +317,10 @@ BAD_ROWS = {
     "empty": ({}, "'layers'"),
     "layers of another type": (ROW | {"layers": 5}, "layers must be a path"),
     "a misspelt key": (ROW | {"head": [["lm_head"]]}, "unexpected keyword argument 'head'"),
-    "heads in one list": (ROW | {"heads": ["lm_head"]}, "heads must be tuples (lists, in a config) of names within one"),
+    "heads in one list": (
+        ROW | {"heads": ["lm_head"]},
+        "heads must be tuples (lists, in a config) of names within one",
+    ),
     "an empty alternative": (ROW | {"heads": [[]]}, "heads must be"),
     "heads of another type": (ROW | {"heads": "lm_head"}, "heads must be"),
     "numbers for names": (ROW | {"positionwise": [[1]]}, "positionwise must be"),

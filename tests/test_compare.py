@@ -317,7 +317,7 @@ def test_an_accelerator_that_is_not_there_is_one_clear_line(text, tmp_path, caps
         ({"depth": 0}, "depth must be in 1..11"),
         ({"seeds": 0}, "seeds must be at least 1"),
         ({"budget": 0.0}, "budget must be more than 0"),
-        ({"target": 1.5}, "between 0 and 1"),
+        ({"target": 1.5}, "target must be in (0, 1), got 1.5"),
         ({"arms": ("uniform", "magic")}, "Unknown arms ['magic']"),
         ({"arms": ("sift",)}, "'uniform' is needed"),
         ({"evaluations": 1}, "evaluations must be at least 2"),
@@ -382,6 +382,28 @@ def test_report_draws_the_page_of_a_finished_run_again(finished, capsys):
     assert cli.main(["report", str(finished)]) == 0
     assert page.read_text() == before
     assert str(page) in capsys.readouterr().out
+
+
+def test_without_a_terminal_every_evaluation_of_every_arm_is_a_line(text, tmp_path, capsys):
+    arms = ["--arms", "uniform", "sift"]
+    command = ["compare", "--data", str(text), "--out", str(tmp_path / "out"), *SIZE, "--budget", "0.2", "--seeds", "2"]
+    assert cli.main([*command, *arms]) == 0
+    printed = capsys.readouterr().out
+    lines = re.findall(
+        r"^(uniform|SIFT), seed (\d): (\d+)% of the budget, validation accuracy ([\d.]+)%$", printed, re.M
+    )
+    results = results_of(tmp_path / "out")
+    wanted = [
+        (arm["label"], str(run["seed"]), f"{100 * point['accuracy']:.2f}")
+        for arm in results["arms"].values()
+        for run in arm["runs"]
+        for point in run["curve"]
+    ]
+    assert sorted((arm, seed, accuracy) for arm, seed, _, accuracy in lines) == sorted(wanted)
+    shares = [int(share) for arm, seed, share, _ in lines if (arm, seed) == ("uniform", "0")]
+    assert shares == sorted(shares)
+    assert (shares[0], shares[-1]) == (0, 100)
+    assert printed.index("read data: 100%") < printed.index("calibrate: ") < printed.index("uniform, seed 0: 0%")
 
 
 def test_flags_of_the_command_line_are_a_frozen_list(capsys):

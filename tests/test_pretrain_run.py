@@ -17,9 +17,10 @@ import torch
 import earlysift
 import ranked
 from earlysift import pending
-from earlysift.checkup import BUILT_IN, build_model
+from earlysift.checkup import build_model
 from earlysift.files import write_json
 from earlysift.ledger import read_rows
+from earlysift.presets import BUILT_IN
 from earlysift.pretrain import checkpoints, run
 from earlysift.pretrain.settings import ARMS, PretrainSettings
 from earlysift.pretrain.trainer import NotFinite, Pretrainer
@@ -469,7 +470,10 @@ BAD = {  # options, and what the message says
     "cuda": (["--device", "cuda"], r"Expected a CUDA device for device='cuda', found none\. Use --device cpu"),
     "local tracker": (["--track", "trackio"], r"trackio is not installed: pip install trackio, or use --track none"),
     "tracker": (["--track", "wandb"], r"wandb is not installed: pip install wandb, or use --track none"),
-    "ranges": (["--keep", "0", "--steps", "0"], r"steps must be at least 1, got 0\. keep must be in \(0, 1\], got 0"),
+    "ranges": (
+        ["--keep", "0", "--steps", "0"],
+        r"keep must be in \(0, 1\], got 0\.0\. steps must be in \[1, 1000000000000\], got 0",
+    ),
     "no choice": (["--keep", "0.9"], r"keep=0\.9 leaves no choice with batches of 4"),
     "whole words": (["--preset", "gpt2-small", "--whole-word"], r"hidden in masked .* not in causal_lm"),
     "no data set": (

@@ -852,7 +852,7 @@ def test_previous_files_survive_results_that_cannot_be_drawn(tmp_path):
     write_report(tmp_path)
     before = {name: (tmp_path / name).read_bytes() for name in ("curves.png", "report.html")}
     write_results(tmp_path, {**make_results(4), "operations_ms": {"train": 5}})
-    with pytest.raises(AttributeError):
+    with pytest.raises(ValueError, match=r"operations_ms\.train should be a mapping"):
         write_report(tmp_path)
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
 

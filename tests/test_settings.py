@@ -1,17 +1,20 @@
 """Settings: what a file may hold, and where two sets of settings differ."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from earlysift import schema
 from earlysift.settings import differences, read_settings
 
 some_settings = st.dictionaries(st.sampled_from("abcde"), st.none() | st.integers(0, 2) | st.text(max_size=2))
 
 
+@settings(deadline=None)
 @given(some_settings, some_settings)
 def test_differences_are_the_names_whose_values_are_not_the_same_in_order(saved, now):
     found = differences(saved, now)
@@ -27,6 +30,7 @@ class Kind:
     data: tuple[Path, ...] = ()
     checkpoint: Path | None = None
     seed: int = 0
+    __post_init__ = schema.hold
 
 
 @pytest.mark.parametrize(
@@ -47,3 +51,27 @@ def test_a_name_that_is_no_setting_is_refused_with_those_that_are(tmp_path):
     path.write_text('{"sed": 3}')
     with pytest.raises(ValueError, match=r"unknown settings \['sed'\]; known are checkpoint, data, out, seed"):
         read_settings(path, Kind)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("given.json", "5", "Expected settings by name in"),
+        ("given.json", "null", "Expected settings by name in"),
+        ("given.json", '["out", "b"]', "Expected settings by name in"),
+        ("given.json", '"out"', "Expected settings by name in"),
+        ("given.json", "[" * 100_000, "nested too deeply"),
+        ("given.json", '{"out": ' * 100_000, "nested too deeply"),
+        ("given.toml", "out = " + "[" * 100_000, "nested too deeply"),
+        ("given.json", "", "is not a JSON file"),
+        ("given.json", f'{{"seed": {"9" * 5000}}}', "is not a JSON file"),
+        ("given.toml", "seed = nan", "seed is not a number"),
+        ("given.json", '{"seed": "many", "data": [5]}', "seed must be a whole number, got 'many'."),
+    ],
+)
+def test_a_file_of_another_shape_is_refused_by_its_name(name, content, said, tmp_path):
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(ValueError, match=re.escape(said)) as refused:
+        read_settings(path, Kind)
+    assert str(path) in str(refused.value)

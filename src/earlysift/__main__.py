@@ -2,21 +2,35 @@
 
 import signal
 import sys
+import traceback
 
 
 def main() -> int:
     """Run the command line; returns the exit code."""
     try:
-        from earlysift import cli, environment
+        from earlysift import cli
     except ImportError as error:
         print(
             f"earlysift: the command line needs more packages ({error}): pip install 'earlysift[all]'.", file=sys.stderr
         )
         return 2
-    environment.keep_memory()
     # A scheduler's polite end (SIGTERM), also of a job that ignores Ctrl-C, leaves a readable partial result, too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    return cli.main()
+    try:
+        return cli.main(prepare=_keep_memory)
+    except Exception as error:
+        traceback.print_exc()
+        print(
+            f"earlysift: unexpected {type(error).__name__}. This is a bug: please open an issue with the lines above.",
+            file=sys.stderr,
+        )
+        return 1
+
+
+def _keep_memory() -> None:
+    from earlysift import environment  # which needs torch
+
+    environment.keep_memory()
 
 
 if __name__ == "__main__":

@@ -2,14 +2,12 @@
 
 import importlib.metadata
 import itertools
-import json
 import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -18,31 +16,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from earlysift import checks, costs, exits, losses, pools, scorers
 from earlysift.exits import Task
+from earlysift.presets import read_config
 from earlysift.seeds import seeded
 from earlysift.sifter import Sifter
 
-# Configs for names that are no file. What is not given is transformers' default, which is that model's own.
-_BERT: dict[str, Any] = {"model_type": "bert", "architectures": ["BertForMaskedLM"]}
-BUILT_IN: dict[str, dict[str, Any]] = {
-    "bert-base": _BERT,
-    "bert-small": {**_BERT, "hidden_size": 512, "num_attention_heads": 8, "intermediate_size": 2048},
-    "bert-mini": {**_BERT, "hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 1024},
-    "bert-tiny": {**_BERT, "hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 512},
-    "modernbert-base": {"model_type": "modernbert", "architectures": ["ModernBertForMaskedLM"]},
-    "gpt2-small": {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]},
-    "demo": {
-        "model_type": "bert",
-        "architectures": ["BertForMaskedLM"],
-        "vocab_size": 4096,
-        "hidden_size": 64,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 2,
-        "intermediate_size": 256,
-        "max_position_embeddings": 64,
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-    },
-}
 DEPTHS = (1, 2, 3, 6)
 LENGTH = 128
 LABELLED_FRACTION: dict[Task, float] = {"masked_lm": 0.15, "causal_lm": 1.0, "token_classification": 1.0}
@@ -186,14 +163,14 @@ def build_model(source: str, task: Task | None = None, changes: Mapping[str, Any
         FileNotFoundError: If there is no such config.
         ImportError: If transformers is not installed.
     """
-    values = {**_read_config(source), **(changes or {})}
+    values = {**read_config(source), **(changes or {})}
     try:
         import transformers
     except ImportError as error:
         raise ImportError("Building models needs transformers: pip install 'earlysift[hf]'.") from error
     model_type = values.get("model_type")
     _require(
-        model_type in transformers.CONFIG_MAPPING,
+        isinstance(model_type, str) and model_type in transformers.CONFIG_MAPPING,
         f"Expected a model_type that transformers {transformers.__version__} knows in the config of {source}, "
         f"got {model_type!r}.",
     )
@@ -255,23 +232,6 @@ def random_pool(
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
-
-
-def _read_config(source: str) -> dict[str, Any]:
-    path = Path(source) / "config.json" if Path(source).is_dir() else Path(source)
-    if not path.is_file():
-        if source in BUILT_IN:
-            return BUILT_IN[source]
-        raise FileNotFoundError(
-            f"Expected a transformers config.json, a folder that holds one, or one of {', '.join(BUILT_IN)}, "
-            f"found nothing at {path}. Download the config.json of your model, and give its path."
-        )
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"Expected JSON in {path}: {error}. Give a transformers config.json.") from error
-    _require(isinstance(values, dict), f"Expected a mapping in {path}, got a {type(values).__name__}.")
-    return cast(dict[str, Any], values)
 
 
 def _model_class(transformers: Any, config: Any, task: Task | None) -> Any:

@@ -1,44 +1,44 @@
 """The command line: ``earlysift check``, ``compare``, ``pretrain``, ``report`` and ``theory``.
 
-Exit codes: 0 done; 1 unexpected error, or the target of ``pretrain`` not reached; 2 bad input (one line says what was
-expected, what came, and the way out); 3 loss not finite; 4 disk full; 130 stopped by a signal, with a readable partial
-result.
+Exit codes: 0 done; 1 unexpected error, or the target of ``pretrain`` not reached; 2 bad input (one line for each
+problem says what was expected, what came, and the way out); 3 loss not finite; 4 disk full; 130 stopped by a signal,
+with a readable partial result.
+
+Torch takes seconds to import, so nothing here does it before a command is known to be sound: what needs torch is
+imported by the function that runs the command.
 """
 
+import io
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
+from pydantic import Field
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskID,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from earlysift.checkup import BUILT_IN, checkup
-from earlysift.compare.run import compare
+from earlysift import schema
+from earlysift.compare.arms import ARMS
 from earlysift.compare.settings import Settings
-from earlysift.compare.suite import Outcome, run_suite
-from earlysift.exits import Task
 from earlysift.files import write_whole
+from earlysift.presets import BUILT_IN, Task, read_config, require_preset
+from earlysift.pretrain.corpus import require_data
 from earlysift.pretrain.settings import PretrainSettings
-from earlysift.report.page import write_report
+from earlysift.report.page import read_results, write_report
+from earlysift.schema import Count
 from earlysift.settings import read_settings
-from earlysift.theory import page as theory_page
-from earlysift.theory.experiments import EXPERIMENTS, run_experiments
-from earlysift.theory.findings import Finding, show_cell
+from earlysift.theory.experiments import EXPERIMENTS, require_known
+
+if TYPE_CHECKING:
+    from earlysift.compare.suite import Outcome
+    from earlysift.theory.findings import Finding
 
 EXIT_OK, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 2, 130
 
@@ -94,7 +94,7 @@ Examples:
 
   earlysift report runs/compare
 
-  earlysift report runs/cpu/mlm-stdlib runs/cpu/sst2      # one page of both"""
+  earlysift report runs/cpu/mlm-stdlib runs/cpu/sst2 --out both.html     # one page of both"""
 
 _THEORY_HELP = """Hold what theory promises of selection against what convex problems and linear networks do.
 
@@ -118,22 +118,25 @@ class Check:
     """A transformers config.json, a folder that holds one, or a built-in name."""
     task: Task | None = None
     """What the model is to do. Without it: the class that the config names, else its usual language modelling."""
-    seq_length: int | None = None
+    seq_length: Annotated[int, Field(ge=2)] | None = None
     """Tokens per sample. Without it: 128, or what the model can take if that is less."""
-    batch: int = 32
+    batch: Count = 32
     """Samples per training step; the pool is batch / keep."""
-    labelled_fraction: float | None = None
+    labelled_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
     """Share of the tokens with a label. Without it: 0.15 in masked language modelling, else 1."""
-    max_positions: int | None = None
+    max_positions: Count | None = None
     """Labelled tokens of a sample that an exit reads at most; without it all."""
-    keep: float = 0.5
+    keep: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Share of the pool that is trained on."""
-    depths: tuple[int, ...] = ()
+    depths: tuple[Count, ...] = ()
     """Layers that run for an early-exit score. Without it: 1, 2, 3 and 6. The full model (exact loss) follows."""
-    seconds: float = 10.0
+    seconds: Annotated[float, Field(ge=0)] = 10.0
     """About how long to measure times; every operation is measured three times or more."""
     json: Path | None = None
     """Where to write the numbers."""
+
+    def __post_init__(self) -> None:
+        schema.hold(self, (schema.POOL_FITS,))
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,11 @@ class Report:
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Folders that `earlysift compare` or `earlysift pretrain` wrote; several make one page."""
+    out: Path | None = None
+    """Where to write the page. Without it: report.html in the folder, or in the common parent of several."""
+
+    def __post_init__(self) -> None:
+        schema.hold(self)
 
 
 @dataclass(frozen=True)
@@ -150,19 +158,26 @@ class Theory:
 
     experiments: tyro.conf.Positional[tuple[str, ...]] = ()
     """Names of experiments; all if there are none."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     """Of all randomness: the same seed gives the same digits on the same machine."""
     out: Path = Path("runs/theory")
     """Folder for the page, the pictures and the numbers; what it holds of an earlier run is replaced."""
     results: Path | None = None
     """Folder with the results of comparisons, as `compare_*.json`, to draw into the payoff map."""
 
+    def __post_init__(self) -> None:
+        schema.hold(self)
 
-def main(arguments: Sequence[str] | None = None) -> int:
+
+Command = Settings | Report | Check | PretrainSettings | Theory
+
+
+def main(arguments: Sequence[str] | None = None, prepare: Callable[[], None] = lambda: None) -> int:
     """Run the command line.
 
     Args:
         arguments: What follows ``earlysift``; None reads the process's own.
+        prepare: Called once the command is known to be sound, before its work begins.
 
     Returns:
         The exit code.
@@ -170,10 +185,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         command = _parse(given)
+        _look(command)
+        prepare()
         if isinstance(command, Check):
             return _check(command)
         if isinstance(command, Report):
-            return _report(command.runs)
+            return _report(command)
         if isinstance(command, PretrainSettings):
             return _pretrain(command)
         if isinstance(command, Theory):
@@ -182,12 +199,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         print(f"earlysift: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        said = str(error).split("\n")[0] or "no more memory"
+        print(f"earlysift: {said} Give a smaller model, batch or keep closer to 1.", file=sys.stderr)
+        return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print("earlysift: stopped before anything was measured.", file=sys.stderr)
         return EXIT_INTERRUPTED
 
 
-def _parse(given: list[str]) -> Settings | Report | Check | PretrainSettings | Theory:
+def _out_of_memory(error: Exception) -> bool:
+    """Whether memory has run out; torch says so in words."""
+    words = ("can't allocate memory", "out of memory")
+    return isinstance(error, MemoryError) or any(each in str(error) for each in words)
+
+
+def _parse(given: list[str]) -> Command:
     config = _value_of("--config", given)
     pretraining = given[:1] == ["pretrain"]
     compared = read_settings(Path(config), Settings) if config and not pretraining else Settings()
@@ -203,13 +232,97 @@ def _parse(given: list[str]) -> Settings | Report | Check | PretrainSettings | T
     check_command = Annotated[Check, tyro.conf.subcommand("check", description=check_help)]
     theory_help = _THEORY_HELP.format(experiments=", ".join(EXPERIMENTS))
     theory_command = Annotated[Theory, tyro.conf.subcommand("theory", description=theory_help)]
-    command: Settings | Report | Check | PretrainSettings | Theory = tyro.cli(
-        compare_command | pretrain_command | report_command | check_command | theory_command,
-        prog="earlysift",
-        description="Train faster by back-propagating only the samples that matter, and prove that it paid.",
-        args=given,
-    )
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            command: Command = tyro.cli(
+                compare_command | pretrain_command | report_command | check_command | theory_command,
+                prog="earlysift",
+                description="Train faster by back-propagating only the samples that matter, and prove that it paid.",
+                args=given,
+            )
+    except SystemExit as stop:
+        # Problems of the settings are told as those of a config file are, and not wrapped and boxed.
+        cause: BaseException | None = stop
+        while cause is not None:
+            if isinstance(cause, schema.Unfit):
+                raise cause from None
+            cause = cause.__context__
+        print(said.getvalue(), end="", file=sys.stderr)
+        raise
     return command
+
+
+def _look(command: Command) -> None:
+    """See whether what a command names is there, as far as that can be told without torch.
+
+    Raises:
+        ValueError: If something does not fit.
+        OSError: If something is missing, or in the way.
+    """
+    if isinstance(command, Report):
+        if command.out:
+            _require_place(command.out, "--out")
+        if not command.runs:
+            raise ValueError("Expected at least one run folder, got none; give the folders that a command wrote.")
+        for folder in command.runs:
+            read_results(folder)
+        return
+    if isinstance(command, Check):
+        if command.json:
+            _require_place(command.json, "--json")
+        read_config(command.model)
+        return
+    _require_folder(command.out, "--out")
+    if isinstance(command, Theory):
+        require_known(command.experiments, command.results)
+        return
+    if isinstance(command, PretrainSettings):
+        require_preset(command.preset)
+        if command.tokenizer and not command.tokenizer.is_file():
+            raise FileNotFoundError(f"Expected a vocab.txt or tokenizer.json at {command.tokenizer}, found none.")
+    elif command.suite:
+        from earlysift.compare.suite import names_of
+
+        names_of(command)
+        return  # a workload without data is skipped
+    else:
+        _require_memory(command)
+    if isinstance(command, Settings) and command.checkpoint and not command.checkpoint.is_dir():
+        raise FileNotFoundError(f"Expected the folder of a saved encoder at {command.checkpoint}, found none.")
+    for path in command.data:
+        require_data(path)
+
+
+def _require_place(file: Path, flag: str) -> None:
+    """See whether a file may be written, as far as the folders above it tell."""
+    if file.is_dir():
+        raise IsADirectoryError(f"Expected a file at {file}, found a folder. Choose another {flag}.")
+    _require_folder(file.parent, flag)
+
+
+def _require_folder(folder: Path, flag: str) -> None:
+    """See whether there is a folder, or may be one."""
+    nearest = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    if not nearest.is_dir():
+        raise FileExistsError(f"Expected a folder at {nearest}, found a file. Choose another {flag}.")
+    if not os.access(nearest, os.W_OK):
+        raise PermissionError(f"Nothing can be written in {nearest}. Choose another {flag}.")
+
+
+def _require_memory(settings: Settings) -> None:
+    """See whether models of so many layers of this width can be in memory at all, where the processor trains them."""
+    if settings.device != "cpu" or not hasattr(os, "sysconf"):
+        return
+    parameters = 12 * settings.layers * settings.width**2
+    needed = 16 * parameters * len(settings.arms)  # weight, gradient and two moments of AdamW, in float32
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise ValueError(
+            f"{settings.layers} layers of width {settings.width} have {parameters / 1e9:,.1f} billion weights; such a "
+            f"model for each of {len(settings.arms)} arms needs {needed / 2**30:,.0f} GiB to train, and this machine "
+            f"has {there / 2**30:,.0f}. Give fewer --layers or --arms, or less --width."
+        )
 
 
 def _value_of(flag: str, given: list[str]) -> str | None:
@@ -224,13 +337,11 @@ def _value_of(flag: str, given: list[str]) -> str | None:
 
 @contextmanager
 def _progress(console: Console) -> Iterator[Callable[[str, float], None]]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
+    if not console.is_terminal:
+        yield _print_shares(console)
+        return
+    # No column of elapsed time: arms take turns, and each would show the time of all.
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         tasks: dict[str, TaskID] = {}
 
@@ -242,12 +353,47 @@ def _progress(console: Console) -> Iterator[Callable[[str, float], None]]:
         yield show
 
 
+def _print_shares(console: Console) -> Callable[[str, float], None]:
+    """Without a terminal: a line for each quarter of a piece of work."""
+    quarters: dict[str, int] = {}
+
+    def show(name: str, share: float) -> None:
+        quarter = int(4 * share)
+        if quarter > quarters.get(name, -1):
+            quarters[name] = quarter
+            _say(console, f"{name}: {share:.0%}")
+
+    return show
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console.file.flush()  # a log is read while the program runs
+
+
 def _compare(settings: Settings) -> int:
+    from earlysift.compare.run import compare
+
     console = Console()
     with _progress(console) as show:
-        results = compare(settings, show)
+        if console.is_terminal:
+            results = compare(settings, show)
+        else:
+            labels = {ARMS[name].label for name in settings.arms}
+            results = compare(
+                settings,
+                lambda name, share: None if name in labels else show(name, share),
+                lambda name, run: _say(console, _evaluation(name, run, settings)),
+            )
     _print_results(console, results, settings.out)
     return EXIT_OK if results["complete"] else EXIT_INTERRUPTED
+
+
+def _evaluation(name: str, run: dict[str, Any], settings: Settings) -> str:
+    at = run["curve"][-1]
+    share = min(1.0, at["reference_s"] / settings.budget)
+    accuracy = "–" if at["accuracy"] is None else f"{at['accuracy']:.2%}"
+    return f"{ARMS[name].label}, seed {run['seed']}: {share:.0%} of the budget, validation accuracy {accuracy}"
 
 
 def _print_results(console: Console, results: dict[str, Any], out: Path) -> None:
@@ -274,6 +420,8 @@ def _print_results(console: Console, results: dict[str, Any], out: Path) -> None
 
 
 def _suite(settings: Settings, given: list[str]) -> int:
+    from earlysift.compare.suite import run_suite
+
     console = Console()
     flags = {argument[2:].partition("=")[0].replace("-", "_") for argument in given if argument.startswith("--")}
     with _progress(console) as show:
@@ -290,7 +438,7 @@ def _suite(settings: Settings, given: list[str]) -> int:
     return EXIT_OK if all(reason.startswith("skipped") for reason in reasons) else EXIT_BAD_INPUT
 
 
-def _print_suite(console: Console, outcomes: dict[str, Outcome]) -> None:
+def _print_suite(console: Console, outcomes: "dict[str, Outcome]") -> None:
     table = Table()
     for heading in ("workload", "arm", "speed-up", "by wall time", "accuracy", "verdict"):
         table.add_column(heading, justify="left" if heading in ("workload", "arm", "verdict") else "right")
@@ -326,6 +474,8 @@ def _mean(values: list[float | None], form: str) -> str:
 
 
 def _check(command: Check) -> int:
+    from earlysift.checkup import checkup
+
     console = Console()
     options = {name: value for name, value in vars(command).items() if name not in ("model", "json")}
     with _progress(console) as show:
@@ -346,21 +496,32 @@ def _print_check(console: Console, numbers: dict[str, Any]) -> None:
         f"{machine['device']}, threads: {machine['threads']}; training in {machine['training_dtype']}, scoring in "
         f"{machine['scoring_dtype']}; median ms of {numbers['rounds']} rounds."
     )
-    table = Table(caption=f"Memory: growth at the peak, by {machine['memory_measure']}.", caption_justify="left")
+    table = Table(
+        title=f"A training step on {shape['batch']} samples, and scoring a pool of {shape['pool']}",
+        title_justify="left",
+        caption=f"Cost c of selecting, by FLOPs and by time; by time it is the break-even gain. Memory: growth at the "
+        f"peak, by {machine['memory_measure']}.",
+        caption_justify="left",
+    )
     table.add_column("", no_wrap=True)
-    for heading in ("GFLOPs", "ms", "of a step", "cost c by FLOPs", "cost c = break-even gain", "memory (MiB)"):
+    for heading in ("break-even\ngain", "c by\nFLOPs", "of a\nstep", "ms", "GFLOPs", "MiB"):
         table.add_column(heading, justify="right")
 
     def add(title: str, entry: dict[str, Any], *ratios: str) -> None:
         memory = f"{entry['memory_bytes'] / 2**20:,.1f}"
-        table.add_row(title, f"{entry['flops'] / 1e9:,.2f}", f"{entry['ms']:,.1f}", *ratios, memory)
+        table.add_row(title, *ratios, f"{entry['ms']:,.1f}", f"{entry['flops'] / 1e9:,.2f}", memory)
 
-    add(f"train {shape['batch']}", numbers["train"], "100.0%", "1", "1")
+    add("train", numbers["train"], "1", "1", "100.0%")
     table.add_section()
     for score in numbers["scores"]:
         exit_name = "full model" if score["exact"] else f"depth {score['depth']}"
-        ratios = (f"{score['ratio']:.1%}", f"{score['cost_by_flops']:.3f}", f"{score['break_even_gain']:.3f}")
-        add(f"score {shape['pool']}, {exit_name}", score, *ratios)
+        add(
+            exit_name,
+            score,
+            f"{score['break_even_gain']:.3f}",
+            f"{score['cost_by_flops']:.3f}",
+            f"{score['ratio']:.1%}",
+        )
     console.print(table)
     console.print(
         "Selection pays only while the live gain (mean exact loss of the kept samples over that of the pool; "
@@ -383,12 +544,17 @@ def _pretrain(settings: PretrainSettings) -> int:
     return code
 
 
-def _report(runs: tuple[Path, ...]) -> int:
-    print(write_report(*runs))
+def _report(command: Report) -> int:
+    if command.out is not None:
+        command.out.parent.mkdir(parents=True, exist_ok=True)
+    print(write_report(*command.runs, out=command.out))
     return EXIT_OK
 
 
 def _theory(command: Theory) -> int:
+    from earlysift.theory import page
+    from earlysift.theory.experiments import run_experiments
+
     console = Console()
     with _progress(console) as show:
         findings = run_experiments(command.experiments, show, seed=command.seed, results=command.results)
@@ -397,11 +563,13 @@ def _theory(command: Theory) -> int:
     names = [finding.name for finding in findings]
     settings = {"seed": command.seed, "experiments": names, "results": command.results and str(command.results)}
     facts = f"seed {command.seed}, float64 on the CPU; experiments: {', '.join(names)}"
-    console.print(f"Report: {theory_page.write(findings, command.out, settings, facts)}", soft_wrap=True)
+    console.print(f"Report: {page.write(findings, command.out, settings, facts)}", soft_wrap=True)
     return EXIT_OK
 
 
-def _print_finding(console: Console, finding: Finding) -> None:
+def _print_finding(console: Console, finding: "Finding") -> None:
+    from earlysift.theory.findings import show_cell
+
     console.print(f"\n{finding.title}. {finding.summary}", highlight=False)
     for shown in finding.tables:
         table = Table(title=shown.title, title_justify="left")

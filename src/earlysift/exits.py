@@ -18,12 +18,12 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
-Task = Literal["masked_lm", "causal_lm", "token_classification", "sequence_classification"]
+from earlysift.presets import Task as Task
 
 
 @dataclass(frozen=True)

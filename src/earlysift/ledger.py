@@ -5,6 +5,7 @@ arms measured on a noisy machine then differ by what they did, not by when they 
 """
 
 import json
+import reprlib
 import time
 import warnings
 from collections import deque
@@ -109,6 +110,9 @@ class Ledger:
 def read_rows(path: Path) -> list[dict[str, Any]]:
     r"""The rows of a ledger's file; a last line that a full disk or a kill cut off is left out.
 
+    Raises:
+        ValueError: If another line holds no step.
+
     Example:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "ledger.jsonl"
@@ -116,8 +120,18 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         >>> read_rows(path)
         [{'step': 0}]
     """
-    *whole, _ = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in whole]
+    *whole, _ = path.read_bytes().split(b"\n")
+    return [_row(line, f"line {number} of {path}") for number, line in enumerate(whole, 1)]
+
+
+def _row(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"Expected a step as JSON in {where}, found damaged text: {error}.") from error
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        raise ValueError(f'Expected {{"step": number, ...}} in {where}, found {reprlib.repr(row)}.')
+    return row
 
 
 def reference_ms(counts: Mapping[str, int], medians_ms: Mapping[str, float]) -> float:

@@ -2,10 +2,11 @@
 
 import dataclasses
 import json
+import reprlib
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar
 
 Settings = TypeVar("Settings")
 
@@ -15,10 +16,10 @@ def read_settings(path: Path, kind: type[Settings]) -> Settings:
 
     Args:
         path: The file.
-        kind: The dataclass that the file fills.
+        kind: The dataclass that the file fills, and that holds its fields against their types (`earlysift.schema`).
 
     Raises:
-        ValueError: If the file is neither or has a key that is not a setting.
+        ValueError: If the file is neither, has a key that is not a setting, or a value that does not fit.
         FileNotFoundError: If there is no such file.
     """
     if not path.is_file():
@@ -28,12 +29,18 @@ def read_settings(path: Path, kind: type[Settings]) -> Settings:
         values = parse(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not a {name} file: {error}.") from error
+    except RecursionError as error:
+        raise ValueError(f"{path} is not a {name} file of settings: it is nested too deeply.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"Expected settings by name in {path}, got {reprlib.repr(values)}.")
     fields = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     unknown = sorted(set(values) - fields)
     if unknown:
         raise ValueError(f"{path} has unknown settings {unknown}; known are {', '.join(sorted(fields))}.")
-    hints = get_type_hints(kind)
-    return kind(**{name: _as(hints[name], value) for name, value in values.items()})
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
@@ -45,12 +52,3 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[
     """
     names = sorted(saved.keys() | now.keys())
     return [(name, saved.get(name), now.get(name)) for name in names if saved.get(name) != now.get(name)]
-
-
-def _as(hint: Any, value: Any) -> Any:
-    """A value of JSON or TOML, which know neither paths nor tuples, as its field wants it."""
-    if value is None:
-        return None
-    if get_origin(hint) is tuple:
-        return tuple(_as(get_args(hint)[0], item) for item in ([value] if isinstance(value, str) else value))
-    return Path(value) if Path in (hint, *get_args(hint)) else value

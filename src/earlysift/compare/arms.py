@@ -1,10 +1,10 @@
-"""Arms as rows of data: how each trains, where it comes from, and what its steps are charged for."""
+"""Arms as rows of data: how each trains, where it comes from, and what its steps are charged for.
+
+Functions go by their names in `earlysift.compare.steps.FUNCTIONS`, so that settings know the arms without torch.
+"""
 
 from dataclasses import dataclass, field
 from typing import Any
-
-from earlysift import selectors
-from earlysift.compare import peers
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ ARMS: dict[str, Arm] = {
         "draws candidates in proportion to their loss at an early exit after 3 layers, with weights that keep the mean "
         "gradient unbiased (T7)",
         depth=3,
-        select=selectors.proportional,
+        select="proportional",
     ),
     "exact": _sift(
         "exact loss",
@@ -183,7 +183,7 @@ ARMS: dict[str, Arm] = {
         "visible labels",
         "keeps the candidates with the most labelled tokens left in place: a control that needs no model (masked LM "
         "only). An arm that is not ahead of it may owe its gain to copying",
-        options={"score": peers.visible_labels},
+        options={"score": "visible_labels"},
         scoring="visible",
     ),
     "rs2": Arm(

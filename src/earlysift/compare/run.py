@@ -25,8 +25,15 @@ from earlysift.report.page import RESULTS, RESULTS_VERSION, write_report
 OnProgress = Callable[[str, float], None]
 """Called with the name of a piece of work and the share of it that is done."""
 
+OnEvaluation = Callable[[str, Run], None]
+"""Called with the name of an arm and its record so far, whose curve ends with the evaluation just made."""
 
-def compare(settings: Settings, on_progress: OnProgress = lambda name, share: None) -> dict[str, Any]:
+
+def compare(
+    settings: Settings,
+    on_progress: OnProgress = lambda name, share: None,
+    on_evaluation: OnEvaluation = lambda name, run: None,
+) -> dict[str, Any]:
     """Run every arm on every seed at an equal budget of reference time, and write the run folder.
 
     The arms of a seed take turns between evaluations, so that a noisy machine disturbs them alike and an interruption
@@ -35,6 +42,7 @@ def compare(settings: Settings, on_progress: OnProgress = lambda name, share: No
     Args:
         settings: The comparison.
         on_progress: Called as work proceeds.
+        on_evaluation: Called after every evaluation of an arm.
 
     Returns:
         The content of results.json; ``complete`` is false if Ctrl-C ended the run early.
@@ -63,7 +71,7 @@ def compare(settings: Settings, on_progress: OnProgress = lambda name, share: No
         _calibrate(results, settings, workload, partial(on_progress, "calibrate"))
         _save(settings.out, results, settings)
         for seed in range(settings.seeds):
-            _run_seed(results, settings, workload, seed, on_progress)
+            _run_seed(results, settings, workload, seed, on_progress, on_evaluation)
         results["complete"] = True
     except KeyboardInterrupt:
         results["complete"] = False
@@ -135,7 +143,12 @@ def _calibrate(
 
 
 def _run_seed(
-    results: dict[str, Any], settings: Settings, workload: Workload, seed: int, on_progress: OnProgress
+    results: dict[str, Any],
+    settings: Settings,
+    workload: Workload,
+    seed: int,
+    on_progress: OnProgress,
+    on_evaluation: OnEvaluation,
 ) -> None:
     (settings.out / folder.LEDGERS).mkdir(exist_ok=True)
     commit = environment.commit()
@@ -158,6 +171,7 @@ def _run_seed(
             if run is None:
                 del turns[name]
                 continue
+            on_evaluation(name, run)
             if run["finished"] and settings.save_encoder and (name, seed) == ("uniform", 0):
                 save_encoder(benches[name].model, workload.tokenizer_json, settings.out / folder.ENCODER)
             run["commit"] = commit  # arms may be added by a later one

@@ -4,9 +4,20 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
+from pydantic import BeforeValidator, Field
+
+from earlysift import schema
 from earlysift.compare.arms import ARMS
+from earlysift.schema import Above0, Accuracy, Count, Keep, Share
+
+
+def _separated(arms: Any) -> Any:
+    """`--arms uniform,sift` is `--arms uniform sift`."""
+    if not (isinstance(arms, tuple) and all(isinstance(given, str) for given in arms)):
+        return arms
+    return tuple(name for given in arms for name in given.split(",") if name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,13 +35,13 @@ class Settings:
     """Column of tables that holds the text. Without it: text, else the only column of strings."""
     label_column: str | None = None
     """Column of tables that holds the label (classification). Without it: label."""
-    flipped: float = 0.0
+    flipped: Share = 0.0
     """Share of the training labels that are replaced by another class (classification, image)."""
-    repeated: float = 0.0
+    repeated: Share = 0.0
     """Share of the samples that are copies of a few: boilerplate."""
-    train_samples: int | None = None
+    train_samples: Count | None = None
     """Training samples to use; without it all."""
-    max_characters: int | None = None
+    max_characters: Count | None = None
     """Cut the text to documents of about so many characters before anything else."""
     checkpoint: Path | None = None
     """Folder of a saved encoder that classification starts from (`encoder` in the run folder that saved it)."""
@@ -38,48 +49,48 @@ class Settings:
     """Save the encoder that uniform training ends with on the first seed (masked LM), to fine-tune from."""
     out: Path = Path("runs/compare")
     """Run folder: config.json, ledgers, results.json, curves.png, report.html; for a suite a folder of these."""
-    arms: tuple[str, ...] = ("uniform", "sift", "sift-entropy", "exact", "auto")
+    arms: Annotated[tuple[str, ...], BeforeValidator(_separated)] = ("uniform", "sift", "sift-entropy", "exact", "auto")
     """Arms to compare; uniform is always needed."""
-    seeds: int = 1
+    seeds: Count = 1
     """Number of seeds; each gives every arm the same initial weights and data order. Three or more make evidence."""
-    budget: float = 60.0
+    budget: Above0 = 60.0
     """Seconds of reference time that every arm may spend per seed; its learning rate decays to zero at the end."""
-    target: float | None = None
+    target: Accuracy | None = None
     """Validation accuracy (0 to 1) to reach. Without it: a share of what uniform reaches at the end of its budget."""
-    target_share: float = 0.95
+    target_share: Keep = 0.95
     """That share, so that noise at the very end does not decide."""
-    keep: float = 0.5
+    keep: Keep = 0.5
     """Share of the pool that is trained on."""
     depth: int = 1
     """Layers that run for an early-exit score."""
-    select_after: float = 0.0
+    select_after: Share = 0.0
     """Share of the budget for which arms that select by loss or entropy alone (SIFT, exact, selective backprop) first
     train uniformly, without scoring."""
-    batch: int = 32
+    batch: Count = 32
     """Samples per training step, in every arm; the pool is batch / keep."""
-    layers: int = 12
+    layers: Annotated[int, Field(ge=1, le=1024)] = 12
     """Layers of the model."""
-    width: int = 64
+    width: Annotated[int, Field(ge=32, le=16_384, multiple_of=32)] = 64
     """Width of the model, a multiple of 32."""
-    length: int = 64
+    length: Annotated[int, Field(ge=1, le=65_536)] = 64
     """Tokens per sample."""
-    vocab_size: int = 4096
+    vocab_size: Annotated[int, Field(ge=1, le=2**24)] = 4096
     """Size of the WordPiece vocabulary trained on the training part."""
-    learning_rate: float = 1.5e-3
+    learning_rate: Above0 = 1.5e-3
     """Peak learning rate, in every arm."""
-    warmup: float = 0.1
+    warmup: Share = 0.1
     """Share of an arm's budget with rising learning rate."""
-    validation_samples: int = 512
+    validation_samples: Count = 512
     """Held-out samples that every evaluation uses."""
-    evaluations: int = 16
+    evaluations: Annotated[int, Field(ge=2)] = 16
     """Evaluations per arm and seed, evenly over its budget (not charged, the same for all arms)."""
-    device: str = "cpu"
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d)?)$", description="cpu or cuda")] = "cpu"
     """Where to train: cpu, or an accelerator (cuda), which computes in bfloat16."""
     suite: Literal["cpu", "gpu"] | None = None
     """Run this suite of workloads, each a comparison in a folder of its own; other flags then hold for all of them."""
     only: tuple[str, ...] = ()
     """Workloads of the suite to run; without it all."""
-    jobs: int = 1
+    jobs: Count = 1
     """Workloads of the suite to run at a time, each on its share of the cores."""
     resume: bool = False
     """Go on in the run folder: finished arms and seeds are kept, others are run."""
@@ -90,46 +101,7 @@ class Settings:
     last word."""
 
     def __post_init__(self) -> None:
-        # `--arms uniform,sift` is `--arms uniform sift`
-        object.__setattr__(self, "arms", tuple(name for given in self.arms for name in given.split(",") if name))
-        problems = [message for bad, message in self._rules() if bad]
-        if problems:
-            raise ValueError(" ".join(problems))
-
-    def _rules(self) -> list[tuple[bool, str]]:
-        unknown = [arm for arm in self.arms if arm not in ARMS]
-        depths = {name: min(ARMS[name].depths, default=self.depth) for name in self.arms if name in ARMS}
-        too_deep = sorted(name for name, depth in depths.items() if depth >= self.layers and ARMS[name].depths)
-        shares = {name: getattr(self, name) for name in ("flipped", "repeated", "warmup", "select_after")}
-        outside = {name: value for name, value in shares.items() if not 0 <= value < 1}
-        return [
-            (bool(unknown), f"Unknown arms {unknown}; known are {', '.join(ARMS)}."),
-            ("uniform" not in self.arms, "The arm 'uniform' is needed: every other arm is compared with it."),
-            (
-                bool(too_deep),
-                f"The arms {too_deep} exit after more layers than a model of {self.layers} layers has before its last. "
-                "Leave them out, or give more --layers.",
-            ),
-            (
-                "visible" in self.arms and self.task != "masked_lm",
-                f"The arm 'visible' counts visible labels of masked language modelling; the task is {self.task}.",
-            ),
-            (self.seeds < 1, f"seeds must be at least 1, got {self.seeds}."),
-            (not self.budget > 0, f"budget must be more than 0 seconds, got {self.budget}."),
-            (not 0 < self.keep <= 1, f"keep must be in (0, 1], got {self.keep}."),
-            (not 1 <= self.depth < self.layers, f"depth must be in 1..{self.layers - 1}, got {self.depth}."),
-            (
-                self.target is not None and not 0 < self.target < 1,
-                f"target must be an accuracy between 0 and 1, got {self.target}.",
-            ),
-            (not 0 < self.target_share <= 1, f"target_share must be in (0, 1], got {self.target_share}."),
-            *((True, f"{name} must be in [0, 1), got {value}.") for name, value in outside.items()),
-            (self.batch < 1, f"batch must be at least 1, got {self.batch}."),
-            (self.evaluations < 2, f"evaluations must be at least 2, got {self.evaluations}."),
-            (self.jobs < 1, f"jobs must be at least 1, got {self.jobs}."),
-            (bool(self.only) and self.suite is None, "only names workloads of a suite: give --suite, too."),
-            (self.resume and self.force, "Choose one of resume and force."),
-        ]
+        schema.hold(self, _RULES)
 
     @property
     def pool(self) -> int:
@@ -143,3 +115,62 @@ class Settings:
             del values[name]
         plain: dict[str, object] = json.loads(json.dumps(values, default=str))
         return plain
+
+
+def _unknown_arms(settings: Settings) -> str:
+    unknown = [arm for arm in settings.arms if arm not in ARMS]
+    return f"Unknown arms {unknown}; known are {', '.join(ARMS)}." if unknown else ""
+
+
+def _no_uniform(settings: Settings) -> str:
+    missing = "uniform" not in settings.arms
+    return "The arm 'uniform' is needed: every other arm is compared with it." if missing else ""
+
+
+def _too_deep(settings: Settings) -> str:
+    exits = {name: ARMS[name].depths for name in settings.arms if name in ARMS}
+    arms = sorted(name for name, depths in exits.items() if depths and min(depths) >= settings.layers)
+    if not arms:
+        return ""
+    return (
+        f"The arms {arms} exit after more layers than a model of {settings.layers} layers has before its last. Leave "
+        "them out, or give more --layers."
+    )
+
+
+def _nothing_visible(settings: Settings) -> str:
+    if "visible" not in settings.arms or settings.task == "masked_lm":
+        return ""
+    return f"The arm 'visible' counts visible labels of masked language modelling; the task is {settings.task}."
+
+
+def _no_such_depth(settings: Settings) -> str:
+    fine = 1 <= settings.depth < settings.layers
+    return "" if fine else f"depth must be in 1..{settings.layers - 1}, got {settings.depth}."
+
+
+def _no_such_width(settings: Settings) -> str:
+    fine = settings.width < 512 or settings.width % 64 == 0
+    return "" if fine else f"width must be a multiple of 64 from 512 on, got {settings.width}."
+
+
+def _no_suite(settings: Settings) -> str:
+    wanted = settings.only and settings.suite is None
+    return "only names workloads of a suite: give --suite, too." if wanted else ""
+
+
+def _both(settings: Settings) -> str:
+    return "Choose one of resume and force." if settings.resume and settings.force else ""
+
+
+_RULES: tuple[schema.Rule, ...] = (
+    (("arms",), _unknown_arms),
+    (("arms",), _no_uniform),
+    (("arms", "layers"), _too_deep),
+    (("arms", "task"), _nothing_visible),
+    (("depth", "layers"), _no_such_depth),
+    (("width",), _no_such_width),
+    schema.POOL_FITS,
+    (("only", "suite"), _no_suite),
+    (("resume", "force"), _both),
+)

@@ -28,6 +28,12 @@ _ACCURACY_BATCHES = 100  # training accuracy is the mean over so many batches
 _REFERENCE_SEED = 1_000_000  # added to the seed, so that the reference model starts from other weights
 _SMALLEST_SHARE = 1e-3  # of uniform sampling, which keeps the weights of importance sampling finite
 
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "proportional": selectors.proportional,
+    "visible_labels": peers.visible_labels,
+}
+"""What rows of `earlysift.compare.arms` name."""
+
 Step = Callable[[float], None]
 """Takes a step, given the share of the budget that is spent."""
 
@@ -131,7 +137,8 @@ def make_sifter(bench: Bench, arm: Arm, **options: Any) -> Sifter:
     }
     auto = options.get("mode") == "auto"
     probes = {"control": make_control(bench, arm, options["keep"])} if auto else {"probe_every": 0}
-    return Sifter(bench.model, **{**shared, **probes, **options})
+    named = {name: FUNCTIONS[value] for name, value in options.items() if isinstance(value, str) and value in FUNCTIONS}
+    return Sifter(bench.model, **{**shared, **probes, **options, **named})
 
 
 def make_control(bench: Bench, arm: Arm, keep: float) -> Control:

@@ -221,15 +221,27 @@ def sources_of(path: Path, *, streaming: bool = False) -> tuple[list[Source], li
     """
     if path.is_dir():
         return _in_parts(_files_of(path), path)
-    if path.exists():
+    name = require_data(path)
+    if name is None:
         return [path], []
+    return _in_parts(_splits_of(path, name["repository"], name["configuration"], streaming), path)
+
+
+def require_data(path: Path) -> "re.Match[str] | None":
+    """See whether there are data at a path, or whether it can be the name of a data set on the hub; None: it exists.
+
+    Raises:
+        FileNotFoundError: neither.
+    """
+    if path.exists():
+        return None
     name = _HUB_NAME.fullmatch(path.as_posix())
     if name is None or format_of(path):
         raise FileNotFoundError(
             f"{path}: expected a file or folder with data, but nothing is there; check the path (language modelling "
             "without one uses the standard library of this Python)"
         )
-    return _in_parts(_splits_of(path, name["repository"], name["configuration"], streaming), path)
+    return name
 
 
 def _splits_of(path: Path, repository: str, configuration: str | None, streaming: bool) -> list[tuple[Path, Source]]:

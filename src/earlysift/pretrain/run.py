@@ -22,8 +22,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from earlysift import checks, environment, exits, scorers
 from earlysift.adapters.huggingface import SiftConfig
-from earlysift.checkup import BUILT_IN, build_model
+from earlysift.checkup import build_model
 from earlysift.files import write_json, write_whole
+from earlysift.presets import require_preset
 from earlysift.pretrain import checkpoints
 from earlysift.pretrain.corpus import optional_package
 from earlysift.pretrain.models import CONFIG, TOKENIZER, build_preset
@@ -114,14 +115,9 @@ def pretrain(settings: PretrainSettings) -> tuple[int, str]:
 
 def _shape(settings: PretrainSettings) -> Any:
     """The model without its weights."""
-    try:
-        with torch.device("meta"):
-            model: Any = build_model(settings.preset, changes=_sized(settings.vocab_size))
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"Unknown preset {settings.preset!r}; known are {', '.join(BUILT_IN)}, and any path of a transformers "
-            "config.json or of the folder that holds it."
-        ) from error
+    require_preset(settings.preset)
+    with torch.device("meta"):
+        model: Any = build_model(settings.preset, changes=_sized(settings.vocab_size))
     anatomy = exits.find_anatomy(model)
     longest = getattr(model.config, "max_position_embeddings", settings.length)
     problems = (

@@ -4,7 +4,12 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from earlysift import schema
+from earlysift.schema import Above0, Accuracy, Count, Keep, Share
 
 ARMS: dict[str, dict[str, Any]] = {
     "uniform": {"keep": 1.0},
@@ -32,53 +37,53 @@ class PretrainSettings:
     """Read the data in passing, for what is larger than memory or disk."""
     tokenizer: Path | None = None
     """BERT's vocab.txt or a tokenizer.json; without it a WordPiece tokenizer is trained on the training part."""
-    vocab_size: int | None = None
+    vocab_size: Annotated[int, Field(ge=1, le=2**24)] | None = None
     """Tokens that the model knows, and that a trained tokenizer has at most; without it what the preset says."""
     whole_word: bool = False
     """Hide all tokens of a word together (masked models, WordPiece or byte-level BPE)."""
-    length: int = 128
+    length: Annotated[int, Field(ge=1, le=65_536)] = 128
     """Tokens per sample."""
-    validation_samples: int = 2048
+    validation_samples: Count = 2048
     """Held-out samples that every evaluation uses."""
     arm: str = "sift"
     """What is trained on: uniform (all), sift (by the exit's loss), sift-entropy, exact (full model's loss), auto."""
-    depth: int = 1
+    depth: Count = 1
     """Layers that run for an early-exit score."""
-    max_positions: int | None = None
+    max_positions: Count | None = None
     """Labelled tokens of a sample that an early-exit score reads at most; without it all. Fewer make it cheaper, which
     matters where all tokens are labelled (causal models)."""
-    keep: float = 0.5
+    keep: Keep = 0.5
     """Share of the candidates that is trained on, but for the arm uniform."""
-    batch: int = 32
+    batch: Count = 32
     """Samples trained on per process and micro-step; b / keep candidates are read."""
-    accumulate: int = 8
+    accumulate: Annotated[int, Field(ge=1, le=2**20)] = 8
     """Micro-steps per optimizer step."""
-    steps: int = 100_000
+    steps: Annotated[int, Field(ge=1, le=10**12)] = 100_000
     """Optimizer steps; the learning rate has decayed at their end."""
-    minutes: float | None = None
+    minutes: Above0 | None = None
     """Minutes of training (evaluations not counted) after which the learning rate has decayed and the run ends, if the
     steps are not done before. Such a run depends on the clock: it resumes, but not bit for bit."""
-    target_accuracy: float | None = None
+    target_accuracy: Accuracy | None = None
     """Validation accuracy (0 to 1) at which the run ends."""
-    learning_rate: float = 1e-4
+    learning_rate: Above0 = 1e-4
     """Peak learning rate of AdamW."""
     schedule: Literal["linear", "cosine"] = "linear"
     """How the learning rate decays to zero."""
-    warmup: float = 0.01
+    warmup: Share = 0.01
     """Share of the training with rising learning rate."""
-    weight_decay: float = 0.01
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """Decay of weights, biases and norms excepted."""
-    every: int = 1000
+    every: Count = 1000
     """Optimizer steps from one evaluation to the next; a checkpoint follows each, and the latest two are kept."""
-    log_every: int = 50
+    log_every: Count = 50
     """Optimizer steps from one line of the log to the next; the ledger has every step."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of weights, order, masks and dropout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train. An accelerator computes in bfloat16 if it can, the processor in float32."""
     compile: bool = False
     """Compile the model by torch.compile."""
-    workers: int = 0
+    workers: Annotated[int, Field(ge=0, le=1024)] = 0
     """Processes that prepare candidates beside each training process; samples do not depend on it."""
     track: Literal["auto", "none", "tensorboard", "trackio", "wandb", "mlflow"] = "auto"
     """Tracker to log to. auto is TensorBoard if it is installed, which writes into the run folder."""
@@ -91,30 +96,7 @@ class PretrainSettings:
     last word."""
 
     def __post_init__(self) -> None:
-        problems = [message for bad, message in self._rules() if bad]
-        if problems:
-            raise ValueError(" ".join(problems))
-
-    def _rules(self) -> list[tuple[bool, str]]:
-        counts = ("length", "validation_samples", "depth", "batch", "accumulate", "steps", "every", "log_every")
-        few = {name: getattr(self, name) for name in counts if getattr(self, name) < 1}
-        return [
-            (self.arm not in ARMS, f"Unknown arm {self.arm!r}; known are {', '.join(ARMS)}."),
-            *((True, f"{name} must be at least 1, got {value}.") for name, value in few.items()),
-            (not 0 < self.keep <= 1, f"keep must be in (0, 1], got {self.keep}."),
-            (
-                self.max_positions is not None and self.max_positions < 1,
-                f"max_positions must be at least 1, got {self.max_positions}.",
-            ),
-            (self.workers < 0, f"workers must be at least 0, got {self.workers}."),
-            (not self.learning_rate > 0, f"learning_rate must be more than 0, got {self.learning_rate}."),
-            (not 0 <= self.warmup < 1, f"warmup must be a share in [0, 1), got {self.warmup}."),
-            (self.minutes is not None and not self.minutes > 0, f"minutes must be more than 0, got {self.minutes}."),
-            (
-                self.target_accuracy is not None and not 0 < self.target_accuracy < 1,
-                f"target_accuracy must be between 0 and 1, got {self.target_accuracy}.",
-            ),
-        ]
+        schema.hold(self, _RULES)
 
     def identity(self) -> dict[str, Any]:
         """The settings that make two runs the same training: all but where and how it is run, and watched."""
@@ -123,3 +105,10 @@ class PretrainSettings:
             del values[name]
         plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
         return plain
+
+
+def _unknown_arm(settings: PretrainSettings) -> str:
+    return "" if settings.arm in ARMS else f"Unknown arm {settings.arm!r}; known are {', '.join(ARMS)}."
+
+
+_RULES: tuple[schema.Rule, ...] = ((("arm",), _unknown_arm), schema.POOL_FITS)

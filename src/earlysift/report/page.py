@@ -6,7 +6,6 @@ decided, on what. Every string of the results is escaped where it enters the pag
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -31,6 +30,7 @@ from earlysift.report.series import (
     seeds,
     styles,
 )
+from earlysift.report.shape import read_json, require_shape
 from earlysift.report.tables import (
     decisions_table,
     operations_table,
@@ -186,18 +186,14 @@ def read_results(run_folder: Path) -> Results:
             f"expected the results of a comparison in {path}, found no such file; "
             "give the folder that `earlysift compare` wrote"
         )
-    try:
-        results = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(
-            f"expected JSON in {path}, found damaged or cut text ({error}); restore the file or repeat the comparison"
-        ) from error
+    results = read_json(path)
     version = results.get("version") if isinstance(results, dict) else None
     if version != RESULTS_VERSION:
         raise ValueError(
             f"expected results of version {RESULTS_VERSION} in {path}, found version {version!r}; "
             "read them with the version of earlysift that wrote them, or repeat the comparison"
         )
+    require_shape(results, path)
     return dict(results)
 
 

@@ -44,11 +44,12 @@ LINES = tuple(
     for dashes, color in product(("", "7 3"), ("#2f7fd6", "#d9581f", "#159a6c", *FURTHER_COLORS))
 )
 SHOWN_AT_FIRST = 5
+_LARGEST = 1e100  # larger numbers overflow when axes are scaled
 
 
 def number(value: Any) -> float | None:
-    """The value if it is a finite number, else None: results hold null, and NaN where a run diverged."""
-    return value if isinstance(value, int | float) and math.isfinite(value) else None
+    """The value if it is a number that can be drawn, else None: results hold null, and NaN where a run diverged."""
+    return value if isinstance(value, int | float) and abs(value) < _LARGEST else None
 
 
 def numbers(values: Iterable[Any]) -> list[float]:

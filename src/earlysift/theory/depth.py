@@ -1,6 +1,5 @@
 """Networks: does an early exit keep the hardest sample, and where does selection pay."""
 
-import json
 import math
 from pathlib import Path
 
@@ -8,10 +7,11 @@ import torch
 
 from earlysift import costs
 from earlysift.report.chart import Axis
-from earlysift.report.series import LINES, Style
+from earlysift.report.series import LINES, Style, items, label, mean, number, section, sections
 from earlysift.seeds import seeded
 from earlysift.theory import bounds, checks
 from earlysift.theory.asked import Asked, Show, far, steps_to
+from earlysift.theory.experiments import measured
 from earlysift.theory.findings import Chart, Finding, Line, Table, measure, trace
 from earlysift.theory.linear import direction_correlation, exit_errors, loss_correlation, measure_agreement
 from earlysift.theory.problems import objective, synthetic
@@ -202,22 +202,24 @@ def payoff(asked: Asked, show: Show) -> Finding:
 def _workloads(folder: Path) -> list[tuple[str | int | float | None, ...]]:
     """The arms that select by an exit of the committed results, or those in a folder."""
     rows: list[tuple[str | int | float | None, ...]] = []
-    for path in sorted(folder.glob("compare_*.json")):
-        results = json.loads(path.read_text(encoding="utf-8"))
-        prices = {name: timing["median"] for name, timing in results["operations_ms"].items()}
+    for workload, results in measured(folder).items():
+        prices = {
+            name: number(timing.get("median")) or 0.0 for name, timing in sections(results, "operations_ms").items()
+        }
         for name, scored in (("sift", "score_1"), ("sift-entropy", "entropy_1")):
-            if name not in results["arms"] or scored not in prices:
+            arm, score = section(sections(results, "arms"), name), prices.get(scored)
+            if not arm or not score:
                 continue
-            seeds = [each for each in results["arms"][name]["runs"] if each["finished"]]
-            late = [point for each in seeds for point in each["fidelity"][len(each["fidelity"]) // 2 :]]
-            if not late:
+            finished = [items(each, "fidelity") for each in items(arm, "runs") if each.get("finished")]
+            late = [point for points in finished for point in points[len(points) // 2 :]]
+            r, gain = (mean(point.get(key) for point in late) for key in ("rank_correlation", "gain"))
+            if r is None or gain is None:
                 continue
-            r, gain = (sum(point[key] for point in late) / len(late) for key in ("rank_correlation", "gain"))
-            cost = 1 + prices[scored] / prices["train"]
-            label = f"{path.stem.removeprefix('compare_')}: {results['arms'][name]['label']}"
+            cost = 1 + score / prices["train"]
             exact = 1 + (gain - 1) / r if r > 0.1 else None
-            speedup = results["comparison"].get(name, {}).get("speedup")
-            rows.append((label, len(seeds), r, gain, exact, cost, costs.payoff(gain, cost), speedup))
+            speedup = section(section(results, "comparison"), name).get("speedup")
+            title = f"{workload}: {label(name, arm)}"
+            rows.append((title, len(finished), r, gain, exact, cost, costs.payoff(gain, cost), speedup))
     return rows
 
 

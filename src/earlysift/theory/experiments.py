@@ -1,26 +1,58 @@
 """What `earlysift theory` runs, by name."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+from earlysift.report.series import Results, number, section, sections
+from earlysift.report.shape import read_json, require_shape
 
-from earlysift.theory.asked import Asked, Show
-from earlysift.theory.convex import errors, floor, greedy
-from earlysift.theory.crossing import crossing
-from earlysift.theory.depth import linear, payoff
-from earlysift.theory.findings import Finding
-from earlysift.theory.statements import statements
+if TYPE_CHECKING:
+    from earlysift.theory.findings import Finding
 
-EXPERIMENTS: dict[str, Callable[[Asked, Show], Finding]] = {
-    "statements": statements,
-    "greedy": greedy,
-    "floor": floor,
-    "errors": errors,
-    "crossing": crossing,
-    "linear": linear,
-    "payoff": payoff,
+EXPERIMENTS = {
+    "statements": "statements",
+    "greedy": "convex",
+    "floor": "convex",
+    "errors": "convex",
+    "crossing": "crossing",
+    "linear": "depth",
+    "payoff": "depth",
 }
+"""Names of experiments, and the module of this package that has the function of that name. It is imported when it is
+run, so that the command line knows the names without torch."""
+
+
+def require_known(names: Sequence[str], results: Path | None) -> None:
+    """See whether experiments are known, and whether the folder for the payoff map holds results that can be read.
+
+    Raises:
+        ValueError: If not.
+    """
+    unknown = [name for name in names if name not in EXPERIMENTS]
+    if unknown:
+        raise ValueError(f"Expected experiments among {', '.join(EXPERIMENTS)}, got {', '.join(unknown)}.")
+    if results is not None:
+        measured(results)
+
+
+def measured(folder: Path) -> dict[str, Results]:
+    """The results of comparisons in a folder, by the name of the workload.
+
+    Raises:
+        ValueError: If there are none, or they do not hold what the payoff map needs.
+    """
+    found = {path: read_json(path) for path in sorted(folder.glob("compare_*.json"))}
+    if not found:
+        raise ValueError(f"Expected compare_*.json in {folder}, found none; give the folder of a comparison's results.")
+    for path, results in found.items():
+        require_shape(results, path)
+        prices = sections(results, "operations_ms")
+        if prices and not number(section(prices, "train").get("median")):
+            raise ValueError(f"Expected the time of a training step (operations_ms, train) in {path}, found none.")
+    return {path.stem.removeprefix("compare_"): results for path, results in found.items()}
 
 
 def run_experiments(
@@ -30,7 +62,7 @@ def run_experiments(
     seed: int = 0,
     results: Path | None = None,
     effort: float = 1.0,
-) -> list[Finding]:
+) -> "list[Finding]":
     """Run experiments, one after the other, on one thread, so that sums are the same to the last digit.
 
     Args:
@@ -43,20 +75,18 @@ def run_experiments(
     Raises:
         ValueError: If a name is unknown, or the folder holds no results.
     """
-    unknown = [name for name in names if name not in EXPERIMENTS]
-    if unknown:
-        raise ValueError(f"Expected experiments among {', '.join(EXPERIMENTS)}, got {', '.join(unknown)}.")
-    if results is not None and not any(results.glob("compare_*.json")):
-        raise ValueError(
-            f"Expected compare_*.json in {results}, found none; give the folder of a comparison's results."
-        )
+    require_known(names, results)
+    import torch
+
+    from earlysift.theory.asked import Asked
+
     asked = Asked(seed, results, effort)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         return [
-            experiment(asked, lambda share, name=name: show(name, share))  # type: ignore[misc]
-            for name, experiment in EXPERIMENTS.items()
+            getattr(import_module(f"earlysift.theory.{module}"), name)(asked, partial(show, name))
+            for name, module in EXPERIMENTS.items()
             if name in (names or EXPERIMENTS)
         ]
     finally:
