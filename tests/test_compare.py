@@ -416,7 +416,7 @@ def test_flags_of_the_command_line_are_a_frozen_list(capsys):
         *("--save-encoder", "--out", "--arms", "--seeds", "--budget", "--target", "--target-share", "--keep"),
         *("--depth", "--select-after", "--batch", "--layers", "--width", "--length", "--vocab-size", "--warmup"),
         *("--learning-rate", "--validation-samples", "--evaluations", "--device", "--suite", "--only", "--jobs"),
-        *("--resume", "--force", "--config"),
+        *("--resume", "--force", "--config", "--text-column", "--label-column"),
     }
     assert named <= shown
 
