@@ -5,8 +5,11 @@ choice of None is uniform training, where every run begins and where it returns 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+import reprlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from statistics import stdev
 from typing import Any, Literal, NamedTuple
 
@@ -27,6 +30,7 @@ MARGIN = 0.1  # payoff above 1 that switching on asks for, two standard errors d
 SURE = 2.0  # standard errors
 LEAST_CORRELATION = 0.1  # a score that ranks worse than this ranks at random
 EARLY_SHARE, EARLY_PROBES = 0.1, 0.4  # this part of the training gets this part of the probes
+_NEAR_END = "the training nears its end, and greedy selection has a floor"
 
 
 @dataclass(frozen=True)
@@ -38,11 +42,12 @@ class Control:
         keeps: Values of keep to choose from, none below the sifter's own; a larger keep scores a smaller part of the
             pool, so that the batch stays the same.
         rules: Rules to choose from.
-        total_steps: Length of the training, if known: selection ends at ``end_share`` of it, as greedy has a floor.
-        end_share: Share of the training after which selection ends.
+        total_steps: Optimizer steps of the training, if known: selection ends at ``end_share`` of them, as greedy has a
+            floor.
+        end_share: Share of the training after which selection ends, at once and not at the next probe.
         probe_share: Most that probes may cost, as a share of the time of training.
-        reference_costs: Times in any one unit that make choices reproducible, instead of measured ones: ``train`` (a
-            step on b samples), ``probe``, and ``score_1``, ``score_2``, ... (the whole pool, by depth).
+        reference_costs: Times in any one unit that make choices reproducible, instead of measured ones: ``train``
+            (training on b samples), ``probe``, and ``score_1``, ``score_2``, ... (the whole pool, by depth).
     """
 
     depths: tuple[int, ...] = (1, 2, 3)
@@ -54,15 +59,37 @@ class Control:
     reference_costs: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
-        unknown = [rule for rule in self.rules if rule not in ("greedy", "unbiased")]
-        rules = [
-            (not self.depths or min(self.depths) < 1, f"depths must be positive, got {self.depths}."),
-            (not self.keeps or not all(0 < k < 1 for k in self.keeps), f"keeps must be in (0, 1), got {self.keeps}."),
-            (bool(unknown) or not self.rules, f"rules must be of greedy and unbiased, got {self.rules}."),
-            (not 0 < self.probe_share < 1, f"probe_share must be in (0, 1), got {self.probe_share}; 0.01 is usual."),
-            (not 0 < self.end_share <= 1, f"end_share must be in (0, 1], got {self.end_share}."),
+        depths, keeps, rules, costs_given = self.depths, self.keeps, self.rules, self.reference_costs
+        rows = [
+            (_several(depths, lambda d: whole(d, 1)), f"depths must be positive, got {depths!r}. They are whole numbers of layers."),
+            (_several(keeps, lambda k: finite(k) and 0 < k < 1), f"keeps must be in (0, 1), got {keeps!r}."),
+            (
+                _several(rules, lambda rule: isinstance(rule, str) and rule in ("greedy", "unbiased")),
+                f"rules must be of greedy and unbiased, got {rules!r}.",
+            ),
+            (
+                self.total_steps is None or whole(self.total_steps, 1),
+                f"total_steps must be a whole number of at least 1 or None, got {self.total_steps!r}.",
+            ),
+            (
+                finite(self.end_share) and 0 < self.end_share <= 1,
+                f"end_share must be in (0, 1], got {self.end_share!r}.",
+            ),
+            (
+                finite(self.probe_share) and 0 < self.probe_share < 1,
+                f"probe_share must be in (0, 1), got {self.probe_share!r}; 0.01 is usual.",
+            ),
+            (
+                costs_given is None
+                or (
+                    isinstance(costs_given, Mapping)
+                    and all(finite(cost) and cost >= 0 for cost in costs_given.values())
+                    and costs_given.get("train", 1) > 0
+                ),
+                f"reference_costs must be finite times, none negative and train above 0, got {costs_given!r}.",
+            ),
         ]
-        problems = [message for bad, message in rules if bad]
+        problems = [message for sound, message in rows if not sound]
         if problems:
             raise ValueError(" ".join(problems))
 
@@ -111,6 +138,7 @@ def advance(
     pool_keep: float,
     step: int,
     weighted: bool = True,
+    pools_per_step: int = 1,
 ) -> Verdict:
     """One probe further: remember its record, choose, and say when the next probe is due.
 
@@ -122,18 +150,34 @@ def advance(
         pool_keep: b / R, so what a keep as large as the pool allows costs.
         step: The present step.
         weighted: Whether the loop weighs samples, as the unbiased rule needs.
+        pools_per_step: Pools that an optimizer step trains on.
     """
     usable = all(math.isfinite(value) for value in entry.values())
     records = (*state.records, entry)[-WINDOW:] if usable else state.records
-    state = replace(state, records=records, next_probe=next_probe(step, control, prices))
+    state = replace(state, records=records, next_probe=next_probe(step, control, prices, pools_per_step))
     if not records:
         return Verdict(state, {}, "no probe has seen finite losses yet")
     told = estimates(records, control, prices, pool_keep)
     choice, reason = decide(state, told, control, step, weighted)
-    if choice != state.choice:
-        records = records[-1:]  # what was seen under one way of training says little about another
-        state = replace(state, before=(records[0]["loss"], records[0]["loss_error"]))
-    return Verdict(replace(state, choice=choice, records=records), told, reason)
+    return Verdict(_switched(state, choice), told, reason)
+
+
+def end(state: State, control: Control, step: int) -> Verdict:
+    """End selection if the training is near its own end, whether or not a probe is due."""
+    ended = state.choice is not None and _near_end(control, step)
+    return Verdict(_switched(state, None) if ended else state, {}, _NEAR_END)
+
+
+def _switched(state: State, choice: Choice | None) -> State:
+    if choice == state.choice:
+        return state
+    records = state.records[-1:]  # what was seen under one way of training says little about another
+    before = (records[0]["loss"], records[0]["loss_error"]) if records else state.before
+    return replace(state, choice=choice, records=records, before=before)
+
+
+def _near_end(control: Control, step: int) -> bool:
+    return control.total_steps is not None and step >= control.end_share * control.total_steps
 
 
 def choices(control: Control) -> list[Choice]:
@@ -283,8 +327,8 @@ def decide(
     Returns:
         The choice, and the reason in words.
     """
-    if control.total_steps is not None and step >= control.end_share * control.total_steps:
-        return None, "the training nears its end, and greedy selection has a floor"
+    if _near_end(control, step):
+        return None, _NEAR_END
     latest = state.records[-1]
     now = state.choice
     if now is not None:
@@ -314,13 +358,13 @@ def decide(
     return best, f"selection pays (payoff {told[f'payoff.{_name(best)}']:.2f}, surely {sure[best]:.2f})"
 
 
-def next_probe(step: int, control: Control, prices: Mapping[str, float]) -> int:
+def next_probe(step: int, control: Control, prices: Mapping[str, float], pools_per_step: int = 1) -> int:
     """Step of the next probe, so that all probes together cost at most ``probe_share`` of the training.
 
     A probe is due when the training since the last one has earned it. Where the length of the training is known, its
     first tenth gets two fifths of the probes: what is found early pays longest.
     """
-    interval = prices["probe"] / prices["train"] / control.probe_share
+    interval = prices["probe"] / (pools_per_step * prices["train"]) / control.probe_share
     if control.total_steps is not None:
         early, late = EARLY_SHARE / EARLY_PROBES * interval, (1 - EARLY_SHARE) / (1 - EARLY_PROBES) * interval
         ahead = max(0.0, EARLY_SHARE * control.total_steps - step)  # early steps to come
@@ -342,6 +386,67 @@ def from_json(saved: Mapping[str, Any]) -> State:
     """The state that `to_json` saved."""
     choice, (loss, error) = saved["choice"], saved["before"]
     return State(choice and Choice(*choice), tuple(saved["records"]), saved["next_probe"], (loss, error))
+
+
+def state_problems(saved: Any, control: Control) -> list[str]:
+    """What keeps `from_json` from making a state of this control from something that was saved."""
+    if not isinstance(saved, Mapping):
+        return [f"steering must be a mapping, got {reprlib.repr(saved)}"]
+    choice, records, before = saved.get("choice"), saved.get("records"), saved.get("before")
+    names = set(record_names(control))
+    rows = [
+        (
+            choice is None
+            or (
+                isinstance(choice, list | tuple)
+                and [type(part) for part in choice] == [str, int, float]
+                and Choice(*choice) in choices(control)
+            ),
+            f"steering.choice must be None or one of what may be chosen, got {reprlib.repr(choice)}",
+        ),
+        (
+            isinstance(records, list | tuple)
+            and len(records) <= WINDOW
+            and all(
+                isinstance(entry, Mapping) and entry.keys() == names and all(map(finite, entry.values()))
+                for entry in records
+            ),
+            f"steering.records must be at most {WINDOW} records of this control, got {reprlib.repr(records)}",
+        ),
+        (
+            whole(saved.get("next_probe"), 0),
+            f"steering.next_probe must be a whole number of at least 0, got {reprlib.repr(saved.get('next_probe'))}",
+        ),
+        (
+            isinstance(before, list | tuple) and len(before) == 2 and all(map(finite, before)),
+            f"steering.before must be two finite numbers, got {reprlib.repr(before)}",
+        ),
+    ]
+    return [message for sound, message in rows if not sound]
+
+
+def whole(value: Any, least: int) -> bool:
+    """Whether a value is a whole number of at least this, and none that only a typing error makes.
+
+    Example:
+        >>> whole(3, 1), whole(0, 1), whole(True, 1), whole(1.5, 1)
+        (True, False, False, False)
+    """
+    return isinstance(value, Integral) and not isinstance(value, bool) and least <= value < 1 << 63
+
+
+def finite(value: Any) -> bool:
+    """Whether a value is a number, and neither nan nor infinite.
+
+    Example:
+        >>> finite(0.5), finite(2), finite(float("nan")), finite("0.5")
+        (True, True, False, False)
+    """
+    return isinstance(value, Real) and not isinstance(value, bool) and bool(abs(value) <= sys.float_info.max)
+
+
+def _several(values: Any, sound: Callable[[Any], bool]) -> bool:
+    return isinstance(values, list | tuple) and len(values) > 0 and all(map(sound, values))
 
 
 def _name(choice: Choice) -> str:

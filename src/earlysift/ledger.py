@@ -23,7 +23,9 @@ _KEPT_TIMES = 10_000
 
 
 class Ledger:
-    """Times and counts of a run, a row per step.
+    """Times and counts of a run, a row per step; with gradient accumulation, a row per micro-step.
+
+    A copy, or one from a pickle, has the times but not the open row, and appends to the same file.
 
     Args:
         path: JSON-lines file to append to; None keeps only the statistics.
@@ -55,11 +57,19 @@ class Ledger:
         self._began_ms = 0.0
         self._times_ms: dict[str, deque[float]] = {}
 
-    def begin(self, step: int) -> None:
-        """Open the row of a step, if it is not open yet; the row of another step is ended first."""
-        if self._row.get("step") != step:
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_row": {}}  # else two ledgers would write it, by clocks that may not be the same
+
+    def begin(self, step: int, micro_step: int = 0) -> None:
+        """Open the row of a step, if it is not open yet; the row of another step is ended first.
+
+        Args:
+            step: The optimizer step.
+            micro_step: Number of the pool within it; rows of all but the first one carry it.
+        """
+        if (self._row.get("step"), self._row.get("micro_step", 0)) != (step, micro_step):
             self.end()
-            self._row = {"step": step}
+            self._row = {"step": step} | ({"micro_step": micro_step} if micro_step else {})
             self._began_ms = self.now_ms()
 
     def note(self, **values: Any) -> None:

@@ -7,6 +7,7 @@ plain objects (texts, ids) of length R is indexed like a tensor. torch nested te
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -149,16 +150,50 @@ def trim_padding(batch: Any) -> Any:
     used = mask.any(dim=0).nonzero()
     if len(used) == 0:
         return batch
-    start, stop, length = int(used[0]), int(used[-1]) + 1, mask.size(1)
+    start, stop = int(used[0]), int(used[-1]) + 1
 
     def cut(rows: Any) -> Any:
-        # Real numbers in two dimensions are multi-label targets, whose classes may happen to be as many as positions.
-        targets = isinstance(rows, Tensor) and rows.ndim == 2 and rows.is_floating_point() and rows is not mask
-        if isinstance(rows, Tensor) and rows.ndim > 1 and rows.size(1) == length and not targets:
-            return rows[:, start:stop].contiguous()  # models call view on labels
-        return rows
+        return rows[:, start:stop].contiguous() if _has_positions(rows, mask) else rows  # models call view on labels
 
     return map_rows(batch, cut, mask.size(0))
+
+
+def pad(batch: Any, length: int, fills: Mapping[str, int], *, left: bool = False) -> Any:
+    """Lengthen the tensors whose second dimension is that of ``attention_mask``, as a collator pads.
+
+    Args:
+        batch: A mapping with a two-dimensional ``attention_mask``.
+        length: Positions that rows are to have, no fewer than now.
+        fills: What padding is, by key; 0 where it is not told.
+        left: Whether padding goes in front of the samples.
+
+    Example:
+        >>> import torch
+        >>> rows = {"input_ids": torch.ones(1, 2).long(), "attention_mask": torch.ones(1, 2).long()}
+        >>> pad(rows, 3, {"input_ids": 9})
+        {'input_ids': tensor([[1, 1, 9]]), 'attention_mask': tensor([[1, 1, 0]])}
+    """
+    mask = batch["attention_mask"]
+    size, now = mask.shape
+    if now == length:
+        return batch
+
+    def lengthened(rows: Any, fill: int) -> Any:
+        if not _has_positions(rows, mask):
+            return rows
+        padding = rows.new_full((size, length - now, *rows.shape[2:]), fill)
+        return torch.cat([padding, rows] if left else [rows, padding], dim=1)
+
+    items = {
+        key: map_rows(value, partial(lengthened, fill=fills.get(key, 0)), size) for key, value in batch.items()
+    }
+    return _like(batch, items)
+
+
+def _has_positions(rows: Any, mask: Tensor) -> bool:
+    # Real numbers in two dimensions are multi-label targets, whose classes may happen to be as many as positions.
+    targets = isinstance(rows, Tensor) and rows.ndim == 2 and rows.is_floating_point() and rows is not mask
+    return isinstance(rows, Tensor) and rows.ndim > 1 and rows.size(1) == mask.size(1) and not targets
 
 
 def _tensors(pool: Any, path: str = "pool") -> Iterator[tuple[str, Tensor]]:
@@ -183,16 +218,19 @@ def map_rows(pool: Any, function: Callable[[Any], Any], size: int) -> Any:
     if isinstance(pool, Tensor):
         return pool if pool.ndim == 0 else function(pool)
     if isinstance(pool, Mapping):
-        items = {key: map_rows(value, function, size) for key, value in pool.items()}
-        if isinstance(pool, defaultdict):
-            return defaultdict(pool.default_factory, items)
-        return items if type(pool) is dict else type(pool)(items)  # type: ignore[call-arg]
+        return _like(pool, {key: map_rows(value, function, size) for key, value in pool.items()})
     if isinstance(pool, tuple | list):
         if len(pool) == size and not hasattr(pool, "_fields") and not any(True for _ in _tensors(pool)):
             return function(pool)  # a column of plain objects, one a candidate
         items_in_order = [map_rows(value, function, size) for value in pool]
         return type(pool)(*items_in_order) if hasattr(pool, "_fields") else type(pool)(items_in_order)
     return pool
+
+
+def _like(pool: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
+    if isinstance(pool, defaultdict):
+        return defaultdict(pool.default_factory, items)
+    return items if type(pool) is dict else type(pool)(items)  # type: ignore[call-arg]
 
 
 def _take_rows(rows: Any, indices: Tensor | slice) -> Any:

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 from earlysift import pools
+from earlysift.losses import IGNORED_LABEL
 from earlysift.selectors import Selection
 
 
@@ -46,12 +47,41 @@ def mean(numbers: Mapping[str, float], device: torch.device) -> dict[str, float]
     return dict(zip(numbers, (values / world()).tolist(), strict=True))
 
 
+def sharded(model: nn.Module) -> bool:
+    """Whether ranks hold parts of the weights (FSDP2), so that a pass is something that all of them do together."""
+    return world() > 1 and any(hasattr(module, "_get_fsdp_state") for module in model.modules())
+
+
+def pad_together(pool: Any, token: int, device: torch.device) -> Any:
+    """Pad to the longest pool of all ranks, on the side on which pools are padded already (right if none is).
+
+    Args:
+        pool: This rank's pool.
+        token: The padding token.
+        device: Where the backend of the process group works.
+
+    Returns:
+        The padded pool; as it came, if a rank's pool is no mapping with a two-dimensional ``attention_mask``.
+    """
+    mask = pool.get("attention_mask") if isinstance(pool, Mapping) else None
+    seen = torch.zeros(3, dtype=torch.int64, device=device)
+    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.size(1) > 0:
+        left, right = ((mask[:, end] == 0).any().long().to(device) for end in (0, -1))
+        seen = torch.stack([torch.tensor(mask.size(1), device=device), left, right])
+    lengths, lefts, rights = _all(seen).reshape(-1, 3).T.tolist()
+    if min(lengths) == 0:
+        return pool
+    fills = {pools.LABELS_KEY: IGNORED_LABEL, "input_ids": token}
+    return pools.pad(pool, max(lengths), fills, left=any(lefts) and not any(rights))
+
+
 def gather(scores: Tensor, pool: Any) -> Gathered:
     """Gather the scores of all ranks; their numbers of candidates may differ.
 
     Args:
         scores: ``(R,)``.
-        pool: What was scored; its tensors must have the same shapes behind the first dimension on all ranks.
+        pool: What was scored; its tensors must have the same shapes behind the first dimension on all ranks
+            (`pad_together`).
 
     Returns:
         The same on every rank.

@@ -2,12 +2,42 @@
 
 A schedule is any callable ``int -> float``; it has no state, so a resumed run needs none. At intensity x a step selects
 with probability x, drawn from the step's own seed; a step that does not select keeps a uniform part of the pool and is
-not scored, so it costs nothing extra.
+not scored, so it costs nothing extra. Steps are optimizer steps: pools that are accumulated into one select or do not
+select together.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 Schedule = Callable[[int], float]
+
+
+# Objects and not closures, so that a sifter that holds one can be pickled.
+@dataclass(frozen=True)
+class _Constant:
+    value: float
+
+    def __call__(self, step: int) -> float:
+        return self.value
+
+
+@dataclass(frozen=True)
+class _Warmup:
+    steps: int
+    then: Schedule
+
+    def __call__(self, step: int) -> float:
+        return 0.0 if step < self.steps else self.then(step)
+
+
+@dataclass(frozen=True)
+class _Anneal:
+    start: int
+    end: int
+    before: Schedule
+
+    def __call__(self, step: int) -> float:
+        return self.before(step) * min(1.0, max(0.0, (self.end - step) / (self.end - self.start)))
 
 
 def constant(value: float = 1.0) -> Schedule:
@@ -17,7 +47,7 @@ def constant(value: float = 1.0) -> Schedule:
         >>> constant(1.0)(10)
         1.0
     """
-    return lambda step: value
+    return _Constant(value)
 
 
 def warmup(steps: int, then: Schedule | None = None) -> Schedule:
@@ -33,8 +63,7 @@ def warmup(steps: int, then: Schedule | None = None) -> Schedule:
         >>> [warmup(2)(step) for step in range(4)]
         [0.0, 0.0, 1.0, 1.0]
     """
-    after = then or constant()
-    return lambda step: 0.0 if step < steps else after(step)
+    return _Warmup(steps, then or constant())
 
 
 def anneal(start: int, end: int, before: Schedule | None = None) -> Schedule:
@@ -56,5 +85,4 @@ def anneal(start: int, end: int, before: Schedule | None = None) -> Schedule:
     """
     if end <= start:
         raise ValueError(f"Annealing must end after it starts, got start = {start} and end = {end}.")
-    first = before or constant()
-    return lambda step: first(step) * min(1.0, max(0.0, (end - step) / (end - start)))
+    return _Anneal(start, end, before or constant())

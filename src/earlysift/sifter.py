@@ -1,12 +1,14 @@
 """`Sifter`: the one stateful object. Pools in, smaller batches of the same structure out."""
 
+import copy
 import dataclasses
 import json
 import logging
 import math
+import reprlib
 import warnings
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext, suppress
 from functools import partial
 from statistics import median
@@ -29,7 +31,7 @@ from earlysift import (
     scorers,
     selectors,
 )
-from earlysift.controller import Control
+from earlysift.controller import Control, finite, whole
 from earlysift.exits import Anatomy, ExitHead, Family
 from earlysift.fidelity import fidelity
 from earlysift.ledger import Ledger
@@ -41,11 +43,115 @@ from earlysift.seeds import seeded
 from earlysift.selectors import Selection, Selector
 from earlysift.settings import differences
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 _LOG = logging.getLogger("earlysift")
 _RULES: dict[str, Selector] = {"greedy": selectors.greedy, "unbiased": selectors.proportional}
 _SCORES = ("loss", "entropy", "exact", "uniform")
 _SCHEDULE_SAMPLES = (0, 1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)
+_COUNTS = ("candidates", "scored", "trained", "unlabelled", "non_finite")
+_FIDELITY = ("rank_correlation", "overlap", "gain")
+
+
+class _Option(NamedTuple):
+    """What a value of an option must be, how to say so, and what the option is."""
+
+    sound: Callable[[Any], bool]
+    expected: str
+    meaning: str = ""
+
+
+def _one_of(*names: str) -> _Option:
+    return _Option(lambda value: isinstance(value, str) and value in names, " or ".join(names))
+
+
+_OPTIONS = {
+    "model": _Option(lambda value: isinstance(value, nn.Module), "a torch.nn.Module"),
+    "keep": _Option(
+        lambda value: finite(value) and 0 < value <= 1,
+        "in (0, 1]",
+        "It is the share of the pool that is trained on; 0.5 is usual.",
+    ),
+    "kept": _Option(
+        lambda value: value is None or whole(value, 1),
+        "at least 1",
+        "It is the number of candidates trained on per step, a whole number, or None.",
+    ),
+    "depth": _Option(
+        lambda value: whole(value, -(1 << 63)), "a whole number", "It is the number of layers that run for a score."
+    ),
+    "score": _Option(
+        lambda value: callable(value) or (isinstance(value, str) and value in _SCORES),
+        f"one of {', '.join(_SCORES)} or a callable",
+    ),
+    "select": _Option(callable, "a callable (scores, kept, generator) -> Selection"),
+    "schedule": _Option(
+        lambda value: value is None or callable(value), "a callable from steps to shares of steps that select, or None"
+    ),
+    "mode": _one_of("fixed", "auto"),
+    "control": _Option(lambda value: value is None or isinstance(value, Control), "a Control or None"),
+    "family": _Option(lambda value: value is None or isinstance(value, Family), "a Family or None"),
+    "reduction": _one_of("mean", "sum"),
+    "max_positions": _Option(lambda value: value is None or whole(value, 1), "at least 1 or None"),
+    "drop_outliers": _Option(
+        lambda value: finite(value) and 0 <= value < 1, "in [0, 1)", "It is a share of the pool; 0 is off."
+    ),
+    "probe_every": _Option(
+        lambda value: whole(value, 0), "a whole number of at least 0", "It is a number of steps; 0 never probes."
+    ),
+    "trim": _Option(lambda value: isinstance(value, bool), "True or False"),
+    "scope": _one_of("local", "global"),
+    "seed": _Option(lambda value: whole(value, -(1 << 63)), "a whole number"),
+    "chunk_rows": _Option(lambda value: value is None or whole(value, 1), "at least 1 or None"),
+    "dtype": _Option(
+        lambda value: value is None or isinstance(value, torch.dtype) or (
+            isinstance(value, str) and value == scorers.AUTO_DTYPE
+        ),
+        "a torch.dtype, 'auto' or None",
+    ),
+    "exit_head": _Option(lambda value: value is None or isinstance(value, nn.Module), "an ExitHead or None"),
+    "exit_optimizer": _Option(
+        lambda value: value is None or callable(getattr(value, "step", None)), "an optimizer or None"
+    ),
+    "ledger": _Option(lambda value: value is None or isinstance(value, Ledger), "a Ledger or None"),
+}
+"""The arguments of `Sifter`, as rows of data."""
+
+
+def require_sound(options: Mapping[str, Any]) -> None:
+    """Refuse arguments of `Sifter` that cannot work with any model, all at once.
+
+    Raises:
+        ValueError: With a sentence for each.
+
+    Example:
+        >>> require_sound({"keep": 0.5, "score": "loss", "mode": "fixed", "depth": 1.5, "seed": "x"})
+        Traceback (most recent call last):
+        ValueError: depth must be a whole number, got 1.5. It is the number of layers that run for a score.
+        seed must be a whole number, got 'x'.
+    """
+    wrong = {name: value for name, value in options.items() if not _OPTIONS[name].sound(value)}
+    problems = [
+        f"{name} must be {_OPTIONS[name].expected}, got {reprlib.repr(value)}. {_OPTIONS[name].meaning}".strip()
+        for name, value in wrong.items()
+    ]
+    score, keep, mode, control = (options.get(name) for name in ("score", "keep", "mode", "control"))
+    if not wrong.keys() & {"score", "keep", "mode", "control"}:
+        rows = [
+            (
+                mode == "auto" and (score not in ("loss", "entropy") or keep == 1),
+                "Auto mode chooses among early exits and needs keep below 1, got "
+                f"score={_name(score or '')!r}, keep={keep}. Use score='loss' or 'entropy', or mode='fixed'.",
+            ),
+            (
+                mode == "fixed" and control is not None,
+                "A control came with mode='fixed', which chooses nothing. Set mode='auto'.",
+            ),
+        ]
+        problems += [message for bad, message in rows if bad]
+    if options.get("exit_optimizer") is not None and options.get("exit_head") is None:
+        problems.append("An exit_optimizer came without an exit_head. Pass both, or neither.")
+    if problems:
+        raise ValueError("\n".join(problems))
 
 
 class Unusable(ValueError):
@@ -64,8 +170,9 @@ class _Seen(NamedTuple):
 class Sifter:
     """Keep the samples of a pool that matter: score through an early exit, select, hand out the smaller batch.
 
-    The model is not modified and the loop stays yours. A step is one call of `sift`; all randomness is derived from
-    (seed, step, rank), so a resumed run makes the same picks.
+    The model is not modified and the loop stays yours. A step is a step of the optimizer: one call of `sift`, or with
+    gradient accumulation one for each micro-step. All randomness is derived from (seed, step, micro-step, rank), so a
+    resumed run makes the same picks. A sifter can be pickled and deep-copied, together with its model.
 
     Args:
         model: Any supported Transformer, or a module with a `Family` row; in training mode.
@@ -74,7 +181,7 @@ class Sifter:
         depth: Layers that run for a score, 1 to one less than the model has.
         score: ``"loss"``, ``"entropy"``, ``"exact"``, ``"uniform"``, or a scorer ``(model, pool) -> (R,)``.
         select: Selector ``(scores, kept, generator) -> Selection``.
-        schedule: Step to share of steps that select; None selects at every step.
+        schedule: Optimizer step to share of steps that select; None selects at every step.
         mode: ``"fixed"`` selects as told; ``"auto"`` starts uniformly, measures by probes whether selection would pay,
             and chooses rule, depth and keep, or goes back to uniform batches (`earlysift.controller`). The unbiased
             rule is a candidate only in loops that read `weights`.
@@ -86,12 +193,14 @@ class Sifter:
             cheaper and noisier score. Worth it where labels are many (causal language models); shapes are then fixed,
             and no accelerator is waited for. None reads all.
         drop_outliers: Share of the largest finite scores taken out of candidacy, in [0, 1).
-        probe_every: Steps between fidelity probes (one exact scoring of a pool, charged as ``probe``); 0 never probes.
+        probe_every: Optimizer steps between fidelity probes (one exact scoring of a step's first pool, charged as
+            ``probe``); 0 never probes.
         trim: Whether to cut padding that no kept row needs, and, in scoring, that none of the candidates needs which
             are scored together: those of like length. Shapes then vary, and an accelerator is waited for.
         scope: With several ranks, ``"local"`` selects b of the R candidates of every rank, ``"global"`` the best of all
             ranks' candidates together: scores are gathered and chosen rows exchanged, so that every rank still trains
-            on b rows. Pools then need the same shapes on all ranks, and `selection` counts through all of them.
+            on b rows. Pools that differ in length only are padded to the longest one by their ``attention_mask``; else
+            they need the same shapes on all ranks. `selection` counts through all of them.
         seed: Seed of the selection.
         chunk_rows: Candidates scored at once; None is twice the number kept (and that number in exact scoring and
             probes), which without gradients needs no more memory than a training step.
@@ -99,12 +208,12 @@ class Sifter:
         exit_head: An `ExitHead` for models whose shared head ranks badly at the exit.
         exit_optimizer: Its optimizer, for training it on detached features within `sift`. Without one, train it
             jointly: put its parameters into your optimizer and add `exit_loss` to your loss.
-        ledger: Where times and counts go; None keeps them in memory. A step's row lasts from one call of `sift` to the
-            next, so ``step_ms`` holds training and waiting for data, too; time them apart with
+        ledger: Where times and counts go; None keeps them in memory. A row lasts from one call of `sift` to the next,
+            so ``step_ms`` holds training and waiting for data, too; time them apart with
             ``sifter.ledger.timed("train")`` and ``timed("wait")``.
 
     Raises:
-        ValueError: If an argument is out of range, or with all problems of the model at once.
+        ValueError: With all arguments that cannot work, or else with all problems of the model at once.
 
     Example:
         >>> import torch
@@ -144,59 +253,27 @@ class Sifter:
         exit_optimizer: torch.optim.Optimizer | None = None,
         ledger: Ledger | None = None,
     ) -> None:
-        if not 0 < keep <= 1:
-            raise ValueError(
-                f"keep must be in (0, 1], got {keep}. It is the share of the pool that is trained on; 0.5 is usual."
-            )
-        if kept is not None and kept < 1:
-            raise ValueError(
-                f"kept must be at least 1, got {kept}. It is the number of candidates trained on per step."
-            )
-        if not 0 <= drop_outliers < 1:
-            raise ValueError(
-                f"drop_outliers must be in [0, 1), got {drop_outliers}. It is a share of the pool; 0 is off."
-            )
-        if reduction not in ("mean", "sum"):
-            raise ValueError(f"reduction must be mean or sum, got {reduction!r}.")
-        if max_positions is not None and max_positions < 1:
-            raise ValueError(f"max_positions must be at least 1 or None, got {max_positions}.")
-        if dtype is not None and dtype != scorers.AUTO_DTYPE and not isinstance(dtype, torch.dtype):
-            raise ValueError(f"dtype must be a torch.dtype, 'auto' or None, got {dtype!r}.")
-        if isinstance(score, str) and score not in _SCORES:
-            raise ValueError(f"score must be one of {', '.join(_SCORES)} or a callable, got {score!r}.")
-        if mode not in ("fixed", "auto"):
-            raise ValueError(f"mode must be fixed or auto, got {mode!r}.")
-        if scope not in ("local", "global"):
-            raise ValueError(f"scope must be local or global, got {scope!r}.")
-        if mode == "auto" and (score not in ("loss", "entropy") or keep == 1):
-            raise ValueError(
-                f"Auto mode chooses among early exits and needs keep below 1, got score={_name(score)!r}, keep={keep}. "
-                "Use score='loss' or 'entropy', or mode='fixed'."
-            )
-        if control is not None and mode == "fixed":
-            raise ValueError("A control came with mode='fixed', which chooses nothing. Set mode='auto'.")
+        require_sound({name: value for name, value in locals().items() if name in _OPTIONS})
         needs_exit = score in ("loss", "entropy") or exit_head is not None
         if needs_exit:
             problems = checks.check(model, depth=depth, family=family)
             if problems:
                 raise ValueError(exits.problem_report(model, problems))
-        if exit_optimizer is not None and exit_head is None:
-            raise ValueError("An exit_optimizer came without an exit_head. Pass both, or neither.")
         self.model = model
-        self.keep = keep
-        self.depth = depth
+        self.keep = float(keep)  # as everything here, no number of another library: it goes into the state
+        self.depth = int(depth)
         self.score = score
         self.select = select
         self.schedule = schedule or schedules.constant()
         self.mode = mode
         self.family = family
         self.reduction = reduction
-        self.max_positions = max_positions
-        self.drop_outliers = drop_outliers
-        self.probe_every = probe_every
+        self.max_positions = None if max_positions is None else int(max_positions)
+        self.drop_outliers = float(drop_outliers)
+        self.probe_every = int(probe_every)
         self.trim = trim
         self.scope = scope
-        self.seed = seed
+        self.seed = int(seed)
         self.chunk_rows = chunk_rows
         self.dtype = dtype
         self.exit_head = exit_head
@@ -212,11 +289,15 @@ class Sifter:
         self._laws: dict[int | None, costs.FlopsLaw] = {}
         self._uncounted = False  # whether it was said that FLOPs cannot be counted
         self._step = 0
-        self._kept = kept
-        self._counts = dict.fromkeys(("candidates", "scored", "trained", "unlabelled", "non_finite"), 0)
-        self._unjudged: _Seen | None = None  # scores of the step before that an accelerator has yet to count
+        self._micro_step = 0  # of the latest pool
+        self._pools_per_step = 1  # the most that were seen
+        self._kept = None if kept is None else int(kept)
+        self._largest = 0  # pool
+        self._counts = dict.fromkeys(_COUNTS, 0)
+        self._unjudged: _Seen | None = None  # scores of the pool before that an accelerator has yet to count
         self._fidelity: dict[str, float] = {}
-        self._breakdown = False
+        self._broken_probes = 0  # in a row
+        self._told_of_rest = False
         self._control = self._candidates(control or Control()) if mode == "auto" else None
         self._steering: controller.State | None = None
         if self._control and self._control.reference_costs:  # else prices need a pool
@@ -226,9 +307,15 @@ class Sifter:
         self._left_ms: float | None = None
         self._outside_ms: deque[float] = deque(maxlen=100)
 
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__ | {"_left_ms": None}  # the clock of another process may be another
+        if self._unjudged is not None:
+            state["_unjudged"] = self._unjudged._replace(counts=pending.arrived(self._unjudged.counts))
+        return state
+
     @property
     def step(self) -> int:
-        """Number of pools sifted so far."""
+        """Number of optimizer steps begun so far: of pools sifted, but for those that were accumulated."""
         return self._step
 
     @property
@@ -236,7 +323,8 @@ class Sifter:
         """Candidates that the next call of `sift` can use: b on a step of auto mode that neither selects nor probes.
 
         Loops that read on demand need not read what nobody looks at. A uniform step of auto mode trains on the first b
-        rows, so that candidates behind them may be offered again.
+        rows, so that candidates behind them may be offered again. The next call is taken for the first of its step:
+        only that one probes.
         """
         if self._kept is None:
             raise ValueError("How many are kept is known after the first pool. Pass kept= to know it before.")
@@ -254,11 +342,24 @@ class Sifter:
         self._weights_read = True
         return self.selection.weights
 
-    def sift(self, pool: Any) -> Any:
+    def begin(self, micro_step: int = 0) -> None:
+        """Open the ledger's row of the next call of `sift`: what comes before it, as waiting for data, is part of it.
+
+        Args:
+            micro_step: As `sift` will be told.
+        """
+        self.ledger.begin(self._place(micro_step)[0], micro_step)
+
+    def sift(self, pool: Any, *, micro_step: int = 0) -> Any:
         """Keep b of the R candidates of a pool.
+
+        A pool with fewer than b candidates, as the last one of an epoch, is trained on whole, unless it is the first.
 
         Args:
             pool: A batch of R candidates: a mapping (dict, BatchEncoding), tuple, list, tensor, or nesting of these.
+            micro_step: With gradient accumulation the number of this pool within its optimizer step: 0, 1, ..., so
+                ``sift(pool, micro_step=i % accumulate)`` for the pool i of an epoch. A number that does not rise begins
+                a new step. Schedules, probes and `step` count optimizer steps.
 
         Returns:
             The same structure with ``(b, ...)`` tensors; `weights` holds its weights.
@@ -269,21 +370,26 @@ class Sifter:
                 of, by the next call (or `judge`), which names their step and hands out nothing; going on sifts its
                 pool. Steps that wait anyway (probes, an exit_optimizer, global scope) refuse at once.
         """
+        if not whole(micro_step, 0):
+            raise ValueError(
+                f"micro_step must be a whole number of at least 0, got {reprlib.repr(micro_step)}. It is the number of "
+                "the pool within its optimizer step."
+            )
         size = pools.pool_size(pool)
         kept = size if self.keep == 1 else self._kept or max(1, round(self.keep * size))
-        if size < kept:
+        rest = size < kept
+        if rest and (size == 0 or self._step == 0):
             raise ValueError(
-                f"Expected at least {kept} candidates (the number kept, fixed by the first pool), got {size}. "
-                "Drop ragged last batches: DataLoader(..., drop_last=True)."
+                f"Expected at least {kept if self._step == 0 else 1} candidates (the number kept) in the first pool, "
+                f"and one in others, got {size}. Use a larger pool, or keep fewer."
             )
-        self.ledger.begin(self._step)
+        step, first = self._place(micro_step)
+        self.begin(micro_step)
         if self._left_ms is not None:
             self._outside_ms.append(self.ledger.now_ms() - self._left_ms)
         self.judge()
         if self.keep == 1:
-            device = next(self.model.parameters()).device
-            everything = Selection(torch.arange(size, device=device), torch.ones(size, device=device))
-            self._commit(pool, pool, everything, {})
+            self._commit(pool, pool, self._everything(size), {}, step, micro_step)
             return pool
         if not self.model.training:
             raise ValueError(
@@ -291,32 +397,40 @@ class Sifter:
                 "Call model.train() before the loop and after every evaluation."
             )
         self._check_on(pool)
-        generator, shared = self._generators()
-        # By the same number on all ranks: one that scored alone would wait for the others for ever (FSDP).
-        selects = torch.rand((), generator=shared).item() < self.schedule(self._step)
+        selects, generator, shared = self._draws(step, micro_step)
         select, depth, candidates = self.select, self.depth, size
+        target = max(self._largest, size)  # rows that all ranks score
         news: dict[str, Any] = {}
         steering = None
         if self.mode == "auto":
-            steering, news = self._steer(pool, kept)
+            steering, news = self._steer(pool, kept, step, first)
             choice = steering.choice
             selects = selects and choice is not None
             if choice is not None:
-                select, depth, candidates = _RULES[choice.rule], choice.depth, min(size, round(kept / choice.keep))
-        probes_now = self._probes_on(pool)
+                select, depth = _RULES[choice.rule], choice.depth
+                target = min(target, round(kept / choice.keep))
+                candidates = min(size, target)
+        probes_now = first and self._probes_on(pool, step)
+        several = selects and self.scope == "global" and ranks.world() > 1
+        if several:
+            pool = ranks.pad_together(pool, self._padding_token(), next(self.model.parameters()).device)
+        # All of a rest is kept, so that only what other ranks cannot do without it is done.
+        scores_it = not rest or several or ranks.sharded(self.model)
         scores = unjudged = None
-        if (selects or probes_now) and self.score != "uniform":
+        if (selects or probes_now) and scores_it and self.score != "uniform":
             considered = pool if candidates == size else pools.take(pool, slice(0, candidates))
-            scores = self._scores(considered, kept, depth)
+            scores = self._scores(self._filled(considered, target), kept, depth)[:candidates]
             everyone = ranks.Gathered(scores, [candidates])
-            if selects and self.scope == "global" and ranks.world() > 1:
+            if several:
                 with self.ledger.timed("gather"):
                     everyone = ranks.gather(scores, considered)
-            several = len(everyone.sizes) > 1
+                if sum(everyone.sizes) < kept * len(everyone.sizes):  # too few for all, as every rank knows
+                    everyone, several = ranks.Gathered(scores, [candidates]), False
+            total = min(kept * len(everyone.sizes), len(everyone.scores))
             counts = _without_loss(everyone.scores)
             if probes_now or several or self.exit_optimizer is not None:
                 counts = pending.arrived(counts)  # such a step waits anyway
-            seen = _Seen(self._step, len(everyone.scores), kept * len(everyone.sizes), counts)
+            seen = _Seen(step, len(everyone.scores), total, counts)
             if any(isinstance(count, Pending) for count in counts.values()):
                 unjudged = seen
             else:
@@ -325,17 +439,18 @@ class Sifter:
                 counts = pending.arrived(_without_loss(scores))
             news |= {"scored": candidates, "depth": depth, **counts}
         batch = None
-        if selects and scores is not None:
-            total = kept * len(everyone.sizes)
+        if rest and not several:
+            batch, selection = pool, self._everything(size)
+        elif selects and scores is not None:
             with self.ledger.timed("select"):
                 guarded = selectors.drop_outliers(everyone.scores, self.drop_outliers, total)
-                selection = select(guarded, total, generator if len(everyone.sizes) == 1 else shared)
+                selection = select(guarded, total, shared if several else generator)
             if len(selection.indices) != total:
                 raise ValueError(
                     f"Expected the selector to keep {total} candidates, got {len(selection.indices)}. "
                     "A fixed number keeps shapes static and ranks in step."
                 )
-            if len(everyone.sizes) > 1:
+            if several:
                 with self.ledger.timed("gather"):
                     batch, selection = ranks.exchange(considered, selection, everyone.sizes, kept)
         else:
@@ -345,8 +460,8 @@ class Sifter:
             chosen = selectors.uniform_subset(offered, kept, generator)
             selection = Selection(*(t.to(device, non_blocking=True) for t in chosen))
         if probes_now and scores is not None:
-            news |= self._probe(pool, scores, kept)
-            self._warn_of_breakdown(news)
+            news |= self._probe(pool, scores, kept, target)
+            self._warn_of_breakdown(news, step)
         if self.exit_optimizer is not None and scores is not None:
             with self.ledger.timed("exit"):
                 # Uniform, as pools come shuffled; without what would poison the head.
@@ -356,9 +471,17 @@ class Sifter:
             batch = pools.take(pool, selection.indices) if batch is None else batch
             if self.trim:
                 batch = pools.trim_padding(batch)
+        if rest and not several and not self._told_of_rest:
+            _LOG.warning(
+                "step %d: a pool of %d candidates, fewer than the %d kept, is trained on whole, and so are others.",
+                step,
+                size,
+                kept,
+            )
+            self._told_of_rest = True
         self._kept = kept
         self._steering = steering
-        self._commit(pool, batch, selection, news)
+        self._commit(pool, batch, selection, news, step, micro_step)
         self._unjudged = unjudged
         return batch
 
@@ -427,7 +550,10 @@ class Sifter:
             "version": STATE_VERSION,
             "config": self._config(),
             "step": self._step,
+            "micro_step": self._micro_step,
+            "pools_per_step": self._pools_per_step,
             "kept": self._kept,
+            "largest": self._largest,
             "counts": self._counted(),
             "fidelity": dict(self._fidelity),
             "steering": self._steering and controller.to_json(self._steering),
@@ -439,33 +565,59 @@ class Sifter:
             state["exit_optimizer"] = self.exit_optimizer.state_dict()
         return state
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where another sifter of the same configuration was saved.
 
         Raises:
-            ValueError: If the state is of another version or configuration; lists what differs. Nothing is loaded then.
+            ValueError: If the state is of another version or configuration, or not what `state_dict` returned; lists
+                what differs or is wrong. Nothing is loaded then.
         """
-        version = state.get("version")
-        if version != STATE_VERSION:
+        if not isinstance(state, Mapping):
             raise ValueError(
-                f"Expected a Sifter state of version {STATE_VERSION}, got {version!r}. Use the release that wrote it."
+                f"Expected what Sifter.state_dict() returned, a mapping, got {type(state).__name__}. Load the file "
+                "that it was saved to."
             )
-        ours, theirs = self._config(), state["config"]
-        differing = [f"{key}: saved {saved!r}, now {now!r}" for key, saved, now in differences(theirs, ours)]
-        if differing:
+        version = state.get("version")
+        if not whole(version, 0) or version != STATE_VERSION:
             raise ValueError(
-                "The saved Sifter was configured otherwise (" + "; ".join(differing) + "). "
+                f"Expected a Sifter state of version {STATE_VERSION}, got {reprlib.repr(version)}. Use the release "
+                "that wrote it."
+            )
+        theirs = _plain_settings(state.get("config"))
+        if theirs is not None and (differing := differences(theirs, self._config())):
+            listed = "; ".join(f"{key}: saved {saved!r}, now {now!r}" for key, saved, now in differing)
+            raise ValueError(
+                f"The saved Sifter was configured otherwise ({listed}). "
                 "Build the Sifter as it was saved, or start a new one."
+            )
+        problems = [] if theirs is not None else ["config must be the settings of a Sifter"]
+        problems += _state_problems(state, required=self.state_dict().keys())
+        if self._control is None:
+            problems += [] if state.get("steering") is None else ["steering must be None in fixed mode"]
+        elif state.get("steering") is not None:
+            problems += controller.state_problems(state["steering"], self._control)
+        if self.exit_head is not None:
+            problems += _tensor_problems(state.get("exit_head"), self.exit_head.state_dict())
+        if self.exit_optimizer is not None:
+            problems += _optimizer_problems(state.get("exit_optimizer"), self.exit_optimizer)
+        if problems:
+            raise ValueError(
+                f"The Sifter state is damaged: {'; '.join(problems)}. Nothing was loaded. "
+                "Load another checkpoint, or start a new Sifter."
             )
         if self.exit_head is not None:
             self.exit_head.load_state_dict(state["exit_head"])
         if self.exit_optimizer is not None:
-            self.exit_optimizer.load_state_dict(state["exit_optimizer"])
+            self.exit_optimizer.load_state_dict(copy.deepcopy(state["exit_optimizer"]))
         self._step = state["step"]
+        self._micro_step = state["micro_step"]
+        self._pools_per_step = state["pools_per_step"]
         self._kept = state["kept"]
+        self._largest = state["largest"]
         self._counts = dict(state["counts"])
         self._unjudged = None
         self._fidelity = dict(state["fidelity"])
+        self._broken_probes = 0
         self._steering = state["steering"] and controller.from_json(state["steering"])
         self._weights_read = state["weights_read"]
 
@@ -496,14 +648,42 @@ class Sifter:
             "exit_optimizer": self.exit_optimizer is not None,
         }
 
-    def _generators(self) -> tuple[Generator, Generator]:
-        """Generators of a step: this rank's own, and one that is the same on all ranks."""
-        shared = seeded(self.seed, "sift", self._step, 0)
-        return (seeded(self.seed, "sift", self._step, ranks.rank()) if ranks.rank() else shared), shared
+    def _place(self, micro_step: int) -> tuple[int, bool]:
+        """The optimizer step that the next pool belongs to, and whether it is the first pool of that step."""
+        first = self._step == 0 or micro_step <= self._micro_step
+        return (self._step if first else self._step - 1), first
 
-    def _probes_on(self, pool: Any) -> bool:
-        due = self.mode == "fixed" and self.probe_every > 0 and self._step % self.probe_every == 0
+    def _draws(self, step: int, micro_step: int) -> tuple[bool, Generator, Generator]:
+        """Whether a step selects, and generators of a pool: this rank's own, and one that is the same on all ranks."""
+
+        def made(rank: int) -> Generator:
+            return seeded(self.seed, "sift", step, rank, *([micro_step] if micro_step else []))
+
+        of_step = seeded(self.seed, "sift", step, 0)
+        # By the same number on all ranks: one that scored alone would wait for the others for ever (FSDP).
+        selects = torch.rand((), generator=of_step).item() < self.schedule(step)
+        shared = made(0) if micro_step else of_step
+        return selects, (made(ranks.rank()) if ranks.rank() else shared), shared
+
+    def _probes_on(self, pool: Any, step: int) -> bool:
+        due = self.mode == "fixed" and self.probe_every > 0 and step % self.probe_every == 0
         return due and self._anatomy is not None and pools.has_labels(pool)
+
+    def _everything(self, size: int) -> Selection:
+        device = next(self.model.parameters()).device
+        return Selection(torch.arange(size, device=device), torch.ones(size, device=device))
+
+    def _filled(self, pool: Any, rows: int) -> Any:
+        """A pool as long as those of other ranks, by rows of its own, if it takes all ranks to run the model.
+
+        In chunks of the same size a rank with fewer rows would make fewer passes, and the others wait for ever.
+        """
+        size = pools.pool_size(pool)
+        return pools.take(pool, torch.arange(rows) % size) if size < rows and ranks.sharded(self.model) else pool
+
+    def _padding_token(self) -> int:
+        token = getattr(getattr(exits.unwrap(self.model), "config", None), "pad_token_id", None)
+        return int(token) if whole(token, 0) else 0
 
     def _candidates(self, control: Control) -> Control:
         """What can be chosen on this model: an exit head belongs to one depth, and a pool is as large as it is."""
@@ -519,35 +699,44 @@ class Sifter:
             )
         return dataclasses.replace(control, depths=tuple(sorted(depths)), keeps=tuple(sorted(keeps)))
 
-    def _steer(self, pool: Any, kept: int) -> tuple[controller.State, dict[str, Any]]:
+    def _steer(self, pool: Any, kept: int, step: int, first: bool) -> tuple[controller.State, dict[str, Any]]:
         """Probe if a probe is due, and decide what steps do from here on; with what the ledger is to know."""
-        control, state = self._control, self._steering
+        control, state, together = self._control, self._steering, self._pools_per_step
         assert control is not None
-        if state is None:
+        if state is None or (step == 1 and first and together > 1):  # only now is known how many pools share a step
             prices = self._mean_over_ranks(self._prices(pool, kept))
-            state = controller.State(next_probe=controller.next_probe(self._step, control, prices))
+            due = controller.next_probe(0 if step == 1 else step, control, prices, together)
+            state = dataclasses.replace(state or controller.State(), next_probe=due)
         news: dict[str, Any] = {}
-        if self._step >= state.next_probe and pools.has_labels(pool):
+        before, reason = state.choice, ""
+        if first and step >= state.next_probe and pools.has_labels(pool):
             timed_depth = control.depths[len(self.ledger.times_ms("probe")) % len(control.depths)]
             with self.ledger.timed("probe"):
-                entry = self.probe(pool)
+                whole_pool = self._filled(pool, self._largest)
+                entry = self.probe(whole_pool)
                 if control.reference_costs is None:  # times are to be known before they are spent
                     with self.ledger.timed(f"score_{timed_depth}"):
-                        self._scorer(kept, timed_depth)(self.model, pool)
+                        self._scorer(kept, timed_depth)(self.model, whole_pool)
+            if pools.pool_size(pool) < kept:
+                entry = {}  # too few to learn from; the controller forgets it, on all ranks
             numbers = {name: entry.get(name, math.nan) for name in controller.record_names(control)}
             shared = self._mean_over_ranks({**numbers, "weighted": float(self._weights_read)})
             weighted = shared.pop("weighted") == 1  # on every rank
             prices = self._mean_over_ranks(self._prices(pool, kept))
-            before = state.choice
-            state, told, reason = controller.advance(state, shared, prices, control, self.keep, self._step, weighted)
+            state, told, reason = controller.advance(
+                state, shared, prices, control, self.keep, step, weighted, together
+            )
             seen_at = state.choice or before or self
             fidelity = {
                 "rank_correlation": shared[f"correlation.{seen_at.depth}"],
                 "gain": shared[f"gain.{seen_at.depth}.{self.keep:g}"],
             }
             news = {"control": told, "probed": pools.pool_size(pool), **fidelity}
-            if state.choice != before:
-                news["event"] = {"from": _words(before), "to": _words(state.choice), "reason": reason}
+        if state.choice is not None:
+            state, _, ended = controller.end(state, control, step)
+            reason = reason if state.choice else ended
+        if state.choice != before:
+            news["event"] = {"from": _words(before), "to": _words(state.choice), "reason": reason}
         return state, {**news, "mode": state.choice.rule if state.choice else "off"}
 
     def _mean_over_ranks(self, numbers: Mapping[str, float]) -> dict[str, float]:
@@ -599,18 +788,18 @@ class Sifter:
                 )
             self._uncounted = True
 
-    def _warn_of_breakdown(self, seen: Mapping[str, Any]) -> None:
+    def _warn_of_breakdown(self, seen: Mapping[str, Any], step: int) -> None:
         correlation = seen.get("rank_correlation", 1.0)
-        broken = correlation < controller.LEAST_CORRELATION
-        if broken and not self._breakdown:
+        broken = step > 0 and correlation < controller.LEAST_CORRELATION  # an untrained exit says nothing yet
+        self._broken_probes = self._broken_probes + 1 if broken else 0
+        if self._broken_probes == 2:  # once is chance
             _LOG.warning(
                 "step %d: the exit at depth %d ranks at random or backwards (rank correlation %.2f): selection costs "
                 "and cannot gain. Use mode='auto', train an ExitHead, or end selection by a schedule.",
-                self._step,
+                step,
                 self.depth,
                 correlation,
             )
-        self._breakdown = broken
 
     def _check_on(self, pool: Any) -> None:
         if self._checked:
@@ -665,9 +854,10 @@ class Sifter:
             "dtype": self.dtype,
         }
 
-    def _probe(self, pool: Any, scores: Tensor, kept: int) -> dict[str, float]:
+    def _probe(self, pool: Any, scores: Tensor, kept: int, rows: int) -> dict[str, float]:
         with self.ledger.timed("probe"):
-            return fidelity(scores, self._exact_scorer(kept)(self.model, pool), kept)
+            exact = self._exact_scorer(kept)(self.model, self._filled(pool, rows))
+            return fidelity(scores, exact[: len(scores)], kept)
 
     def _train_exit(self, rows: Any) -> None:
         assert self.exit_head is not None
@@ -688,7 +878,9 @@ class Sifter:
         self.exit_optimizer.step()
         self.exit_optimizer.zero_grad()
 
-    def _commit(self, pool: Any, batch: Any, selection: Selection, news: dict[str, Any]) -> None:
+    def _commit(
+        self, pool: Any, batch: Any, selection: Selection, news: dict[str, Any], step: int, micro_step: int
+    ) -> None:
         size = pools.pool_size(pool)
         news = {"candidates": size, "trained": len(selection.indices), **news}
         for name in self._counts:
@@ -704,11 +896,14 @@ class Sifter:
             if "rank_correlation" in news:
                 self._note_work(pool, "probed", None)
         if math.isfinite(news.get("rank_correlation", math.nan)):
-            self._fidelity = {name: news[name] for name in ("rank_correlation", "overlap", "gain") if name in news}
+            self._fidelity = {name: news[name] for name in _FIDELITY if name in news}
         if event := news.get("event"):
-            _LOG.warning("step %d: %s -> %s: %s", self._step, event["from"], event["to"], event["reason"])
+            _LOG.warning("step %d: %s -> %s: %s", step, event["from"], event["to"], event["reason"])
         self.selection = selection
-        self._step += 1
+        self._step = step + 1
+        self._micro_step = micro_step
+        self._pools_per_step = max(self._pools_per_step, micro_step + 1)
+        self._largest = max(self._largest, size)
         self._left_ms = self.ledger.now_ms()
 
 
@@ -752,6 +947,81 @@ def _refuse_unusable(seen: _Seen, before: Mapping[str, int], *, late: bool = Fal
             f"the {seen.kept} kept, at step {seen.step}; the batch is filled up with unlabelled ones.",
             stacklevel=level,
         )
+
+
+def _plain_settings(config: Any) -> dict[str, Any] | None:
+    """Settings that can be compared; None if they cannot be those of a sifter."""
+    try:
+        plain = json.loads(json.dumps(config))
+    except (TypeError, ValueError, RecursionError):
+        return None
+    return plain if isinstance(plain, dict) and plain else None
+
+
+def _state_problems(state: Mapping[str, Any], required: Collection[str]) -> list[str]:
+    """What is missing from a state, or not what it must be; what belongs to a control or an exit head is looked at
+    elsewhere.
+    """
+    missing = sorted(required - state.keys())
+    counts, fidelities = state.get("counts"), state.get("fidelity")
+    rows = [
+        *(
+            (name in missing or whole(state[name], least), f"{name} must be a whole number of at least {least}", name)
+            for name, least in (("step", 0), ("micro_step", 0), ("pools_per_step", 1), ("largest", 0))
+        ),
+        (state.get("kept") is None or whole(state["kept"], 1), "kept must be at least 1 or None", "kept"),
+        (
+            "counts" in missing
+            or (
+                isinstance(counts, Mapping)
+                and set(counts) == set(_COUNTS)
+                and all(whole(count, 0) for count in counts.values())
+            ),
+            f"counts must be whole numbers of {', '.join(_COUNTS)}",
+            "counts",
+        ),
+        (
+            "fidelity" in missing
+            or (
+                isinstance(fidelities, Mapping)
+                and set(fidelities) <= set(_FIDELITY)
+                and all(map(finite, fidelities.values()))
+            ),
+            f"fidelity must be finite numbers of {', '.join(_FIDELITY)}",
+            "fidelity",
+        ),
+        (
+            "weights_read" in missing or isinstance(state["weights_read"], bool),
+            "weights_read must be True or False",
+            "weights_read",
+        ),
+    ]
+    found = [f"{message}, got {reprlib.repr(state.get(name))}" for sound, message, name in rows if not sound]
+    return [*([f"it has no {', '.join(missing)}"] if missing else []), *found]
+
+
+def _tensor_problems(saved: Any, ours: Mapping[str, Tensor]) -> list[str]:
+    if not isinstance(saved, Mapping) or saved.keys() != ours.keys():
+        return [f"exit_head must hold {', '.join(ours)}"]
+    return [
+        f"exit_head's {name} must be a tensor of shape {tuple(value.shape)}"
+        for name, value in ours.items()
+        if not isinstance(saved[name], Tensor) or saved[name].shape != value.shape
+    ]
+
+
+def _optimizer_problems(saved: Any, optimizer: torch.optim.Optimizer) -> list[str]:
+    """Whether an optimizer of this kind loads what was saved and makes a step with it, tried on a copy."""
+    trial = copy.deepcopy(optimizer)
+    try:
+        trial.load_state_dict(copy.deepcopy(saved))
+        for group in trial.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+        trial.step()
+    except Exception as error:  # an optimizer refuses in as many ways as there are optimizers
+        return [f"exit_optimizer cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0][:100]})"]
+    return []
 
 
 def _words(choice: controller.Choice | None) -> str:
