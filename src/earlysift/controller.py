@@ -61,7 +61,10 @@ class Control:
     def __post_init__(self) -> None:
         depths, keeps, rules, costs_given = self.depths, self.keeps, self.rules, self.reference_costs
         rows = [
-            (_several(depths, lambda d: whole(d, 1)), f"depths must be positive, got {depths!r}. They are whole numbers of layers."),
+            (
+                _several(depths, lambda d: whole(d, 1)),
+                f"depths must be positive, got {depths!r}. They are whole numbers of layers.",
+            ),
             (_several(keeps, lambda k: finite(k) and 0 < k < 1), f"keeps must be in (0, 1), got {keeps!r}."),
             (
                 _several(rules, lambda rule: isinstance(rule, str) and rule in ("greedy", "unbiased")),
@@ -432,7 +435,7 @@ def whole(value: Any, least: int) -> bool:
         >>> whole(3, 1), whole(0, 1), whole(True, 1), whole(1.5, 1)
         (True, False, False, False)
     """
-    return isinstance(value, Integral) and not isinstance(value, bool) and least <= value < 1 << 63
+    return isinstance(value, Integral) and not isinstance(value, bool) and least <= int(value) < 1 << 63
 
 
 def finite(value: Any) -> bool:
@@ -442,7 +445,9 @@ def finite(value: Any) -> bool:
         >>> finite(0.5), finite(2), finite(float("nan")), finite("0.5")
         (True, True, False, False)
     """
-    return isinstance(value, Real) and not isinstance(value, bool) and bool(abs(value) <= sys.float_info.max)
+    number: Any = value  # compared as it is: whole numbers may be too large for a float
+    real = isinstance(value, Real) and not isinstance(value, bool)
+    return real and bool(abs(number) <= sys.float_info.max)
 
 
 def _several(values: Any, sound: Callable[[Any], bool]) -> bool:

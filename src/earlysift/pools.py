@@ -184,9 +184,7 @@ def pad(batch: Any, length: int, fills: Mapping[str, int], *, left: bool = False
         padding = rows.new_full((size, length - now, *rows.shape[2:]), fill)
         return torch.cat([padding, rows] if left else [rows, padding], dim=1)
 
-    items = {
-        key: map_rows(value, partial(lengthened, fill=fills.get(key, 0)), size) for key, value in batch.items()
-    }
+    items = {key: map_rows(value, partial(lengthened, fill=fills.get(key, 0)), size) for key, value in batch.items()}
     return _like(batch, items)
 
 

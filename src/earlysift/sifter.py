@@ -103,8 +103,8 @@ _OPTIONS = {
     "seed": _Option(lambda value: whole(value, -(1 << 63)), "a whole number"),
     "chunk_rows": _Option(lambda value: value is None or whole(value, 1), "at least 1 or None"),
     "dtype": _Option(
-        lambda value: value is None or isinstance(value, torch.dtype) or (
-            isinstance(value, str) and value == scorers.AUTO_DTYPE
+        lambda value: (
+            value is None or isinstance(value, torch.dtype) or (isinstance(value, str) and value == scorers.AUTO_DTYPE)
         ),
         "a torch.dtype, 'auto' or None",
     ),
@@ -378,11 +378,13 @@ class Sifter:
         size = pools.pool_size(pool)
         kept = size if self.keep == 1 else self._kept or max(1, round(self.keep * size))
         rest = size < kept
-        if rest and (size == 0 or self._step == 0):
+        if rest and self._step == 0:
             raise ValueError(
-                f"Expected at least {kept if self._step == 0 else 1} candidates (the number kept) in the first pool, "
-                f"and one in others, got {size}. Use a larger pool, or keep fewer."
+                f"Expected at least {kept} candidates (the number kept) in the first pool, got {size}. "
+                "Use a larger pool, or keep fewer."
             )
+        if rest and size == 0:
+            raise ValueError("Expected at least one candidate, got 0. Leave empty batches out.")
         step, first = self._place(micro_step)
         self.begin(micro_step)
         if self._left_ms is not None:
@@ -411,7 +413,7 @@ class Sifter:
                 target = min(target, round(kept / choice.keep))
                 candidates = min(size, target)
         probes_now = first and self._probes_on(pool, step)
-        several = selects and self.scope == "global" and ranks.world() > 1
+        several = selects and self.scope == "global" and self.score != "uniform" and ranks.world() > 1
         if several:
             pool = ranks.pad_together(pool, self._padding_token(), next(self.model.parameters()).device)
         # All of a rest is kept, so that only what other ranks cannot do without it is done.
@@ -473,7 +475,7 @@ class Sifter:
                 batch = pools.trim_padding(batch)
         if rest and not several and not self._told_of_rest:
             _LOG.warning(
-                "step %d: a pool of %d candidates, fewer than the %d kept, is trained on whole, and so are others.",
+                "step %d: the %d candidates of a pool are fewer than the %d kept: all are trained on. Said once.",
                 step,
                 size,
                 kept,
@@ -682,7 +684,7 @@ class Sifter:
         return pools.take(pool, torch.arange(rows) % size) if size < rows and ranks.sharded(self.model) else pool
 
     def _padding_token(self) -> int:
-        token = getattr(getattr(exits.unwrap(self.model), "config", None), "pad_token_id", None)
+        token: Any = getattr(getattr(exits.unwrap(self.model), "config", None), "pad_token_id", None)
         return int(token) if whole(token, 0) else 0
 
     def _candidates(self, control: Control) -> Control:
@@ -959,9 +961,7 @@ def _plain_settings(config: Any) -> dict[str, Any] | None:
 
 
 def _state_problems(state: Mapping[str, Any], required: Collection[str]) -> list[str]:
-    """What is missing from a state, or not what it must be; what belongs to a control or an exit head is looked at
-    elsewhere.
-    """
+    """What is missing from a state or wrong in it, but for what belongs to a control or an exit head."""
     missing = sorted(required - state.keys())
     counts, fidelities = state.get("counts"), state.get("fidelity")
     rows = [
@@ -1004,9 +1004,11 @@ def _tensor_problems(saved: Any, ours: Mapping[str, Tensor]) -> list[str]:
     if not isinstance(saved, Mapping) or saved.keys() != ours.keys():
         return [f"exit_head must hold {', '.join(ours)}"]
     return [
-        f"exit_head's {name} must be a tensor of shape {tuple(value.shape)}"
+        f"exit_head's {name} must be a tensor of {value.dtype} {tuple(value.shape)}"
         for name, value in ours.items()
-        if not isinstance(saved[name], Tensor) or saved[name].shape != value.shape
+        if not isinstance(saved[name], Tensor)
+        or (saved[name].shape, saved[name].layout) != (value.shape, value.layout)
+        or saved[name].is_floating_point() != value.is_floating_point()
     ]
 
 

@@ -4,9 +4,10 @@ Needs ``pip install earlysift[hf]``. For TRL put the mixin in front: ``class MyS
 """
 
 import dataclasses
+import itertools
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,13 +15,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from earlysift import exits, files, pools, scorers
-from earlysift.controller import Control
+from earlysift.controller import Control, whole
 from earlysift.exits import Family
 from earlysift.ledger import Ledger
 from earlysift.losses import Reduction
 from earlysift.schedules import Schedule
 from earlysift.scorers import Scorer
-from earlysift.sifter import Sifter
+from earlysift.sifter import Sifter, require_sound
 
 try:
     from transformers import Trainer
@@ -30,6 +31,8 @@ except ImportError as error:
     ) from error
 
 _LOG = logging.getLogger("earlysift")
+LOGGED = ("sift/step", "sift/gain", "sift/rank_correlation", "sift/score_ms", "sift/train_ms")
+"""What logs of training carry of `earlysift.Sifter.stats`; gain and rank correlation from the first probe on."""
 _Base = Trainer if TYPE_CHECKING else object
 
 
@@ -38,7 +41,11 @@ class SiftConfig:
     """What a Trainer is told about selection: arguments of `earlysift.Sifter`, explained there.
 
     The number kept, b, is the Trainer's own ``per_device_train_batch_size``; its loader gives pools of ``b / keep``.
-    The rule is greedy, as a Trainer's loss does not weigh samples.
+    The rule is greedy, as a Trainer's loss does not weigh samples. Steps of ``schedule``, ``probe_every`` and
+    ``control`` are the Trainer's optimizer steps, whatever its ``gradient_accumulation_steps``.
+
+    Raises:
+        ValueError: With all arguments that cannot work.
 
     Example:
         >>> SiftConfig(keep=0.25, depth=2).keep
@@ -62,6 +69,9 @@ class SiftConfig:
     chunk_rows: int | None = None
     dtype: torch.dtype | str | None = scorers.AUTO_DTYPE
 
+    def __post_init__(self) -> None:
+        require_sound(vars(self))
+
 
 class SiftTrainerMixin(_Base):  # type: ignore[misc, valid-type]
     """To be put in front of `transformers.Trainer` or a subclass: it then trains on the samples that `sift` selects.
@@ -70,8 +80,10 @@ class SiftTrainerMixin(_Base):  # type: ignore[misc, valid-type]
     accumulation and metrics are those of what is trained on. An epoch is one pass over the candidates. A last pool with
     fewer than b candidates is trained on whole, as the Trainer does with a last batch. Evaluation is left alone.
 
-    Logs of training carry ``candidates_seen`` and ``samples_trained`` (all processes) and ``sift/...`` (this process,
-    see `earlysift.Sifter.stats`). Checkpoints carry the state of selection, a file per process.
+    Steps are the Trainer's optimizer steps. Logs of training carry ``candidates_seen`` and ``samples_trained`` (all
+    processes), and of this process ``sift/step``, ``sift/gain`` and ``sift/rank_correlation`` (of the latest probe),
+    ``sift/score_ms`` and ``sift/train_ms`` (median times of a micro-batch); the rest is in the ledger and in
+    ``sifter.stats()``. Checkpoints carry the state of selection, a file per process.
 
     Args:
         sift: What to keep, and how to score; the other arguments are the Trainer's.
@@ -107,7 +119,8 @@ class SiftTrainerMixin(_Base):  # type: ignore[misc, valid-type]
         self.model_wrapped.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
-        return super().get_batch_samples(map(self._selected, self._awaited(epoch_iterator)), num_batches, device)
+        batches = (self._selected(pool, micro_step) for micro_step, pool in self._awaited(epoch_iterator))
+        return super().get_batch_samples(batches, num_batches, device)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """One micro-batch, timed: the ledger's price of training."""
@@ -117,7 +130,8 @@ class SiftTrainerMixin(_Base):  # type: ignore[misc, valid-type]
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Logs of training, with what was seen, what was trained on, and the sifter's numbers."""
         if "loss" in logs or "train_runtime" in logs:
-            logs.update(self._totals | self.sifter.stats())
+            stats = self.sifter.stats()
+            logs.update(self._totals | {name: stats[name] for name in LOGGED if name in stats})
         if seconds := logs.get("train_runtime"):
             trained = self._totals["samples_trained"] - self._trained_before
             logs["train_samples_per_second"] = round(trained / seconds, 3)  # not candidates
@@ -126,7 +140,7 @@ class SiftTrainerMixin(_Base):  # type: ignore[misc, valid-type]
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         self._totals = dict.fromkeys(self._totals, 0)
-        self.sifter = self._new_sifter(total_steps=max_steps * self.args.gradient_accumulation_steps)
+        self.sifter = self._new_sifter(total_steps=max_steps)
         if resume_from_checkpoint is not None:
             self._load_selection(Path(resume_from_checkpoint))
         self._trained_before = self._totals["samples_trained"]
@@ -145,14 +159,17 @@ class SiftTrainerMixin(_Base):  # type: ignore[misc, valid-type]
         if not path.exists():
             _LOG.warning("%s holds no state of selection (a plain Trainer's?): selection starts anew.", checkpoint)
             return
-        state = json.loads(path.read_text(encoding="utf-8"))
+        state = _read_state(path, self._totals)
         if state["batch_size"] != self._train_batch_size:
             raise ValueError(
                 f"The checkpoint's batches held {state['batch_size']} samples, now they hold {self._train_batch_size}. "
                 f"Resume with per_device_train_batch_size={state['batch_size']}, or delete {path.name} from "
                 f"{checkpoint} to start selection anew."
             )
-        self.sifter.load_state_dict(state["sifter"])
+        try:
+            self.sifter.load_state_dict(state["sifter"])
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be used. {error}") from error
         self._totals = {name: state[name] for name in self._totals}
 
     def _new_sifter(self, total_steps: int | None) -> Sifter:
@@ -169,25 +186,21 @@ class SiftTrainerMixin(_Base):  # type: ignore[misc, valid-type]
         model = self.model_wrapped if known else self.model
         return Sifter(model, kept=self._train_batch_size, ledger=ledger, **options)
 
-    def _awaited(self, epoch_iterator: Iterator[Any]) -> Iterator[Any]:
-        """Pools of the loader, each timed: how long training stands still for data."""
-        ledger = self.sifter.ledger
-        while True:
-            ledger.begin(self.sifter.step)  # sift opens the row too late for what comes before it
-            with ledger.timed("wait"):
+    def _awaited(self, epoch_iterator: Iterator[Any]) -> Iterator[tuple[int, Any]]:
+        """Pools of an optimizer step, numbered, and each timed: how long training stands still for data."""
+        for micro_step in itertools.count():
+            self.sifter.begin(micro_step)  # sift opens the row too late for what comes before it
+            with self.sifter.ledger.timed("wait"):
                 pool = next(epoch_iterator, None)
             if pool is None:
                 return
-            yield pool
+            yield micro_step, pool
 
-    def _selected(self, pool: Any) -> Any:
+    def _selected(self, pool: Any, micro_step: int) -> Any:
         pool = self._prepare_inputs(pool)
-        size = pools.pool_size(pool)
-        # Only the last pool of an epoch can be that small: the first one is refused by the sifter.
-        leftover = size < self._train_batch_size and self.sifter.step > 0
-        batch = pool if leftover else self.sifter.sift(pool)
+        batch = self.sifter.sift(pool, micro_step=micro_step)
         # Pools are equally large on all processes: accelerate evens them out.
-        self._totals["candidates_seen"] += size * self.args.world_size
+        self._totals["candidates_seen"] += pools.pool_size(pool) * self.args.world_size
         self._totals["samples_trained"] += pools.pool_size(batch) * self.args.world_size
         return batch
 
@@ -242,6 +255,28 @@ class SiftTrainer(SiftTrainerMixin, Trainer):  # type: ignore[misc]
     Reference:
         Das et al., SIFT, ICML 2024, arXiv 2402.07052.
     """
+
+
+def _read_state(path: Path, totals: Collection[str]) -> dict[str, Any]:
+    """What a process saved of selection.
+
+    Raises:
+        ValueError: If the file does not hold that; names it.
+    """
+    remedy = "Resume from another checkpoint, or delete the file to start selection anew."
+    try:
+        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"Expected a state of selection, as JSON, in {path}, got no JSON ({error}). {remedy}"
+        ) from error
+    counts = ("batch_size", *totals)
+    sound = isinstance(state, dict) and "sifter" in state and all(whole(state.get(name), 0) for name in counts)
+    if not sound:
+        raise ValueError(
+            f"Expected a state of selection with sifter, {', '.join(counts)} in {path}, got other. {remedy}"
+        )
+    return state
 
 
 def _state_name(process: int) -> str:

@@ -26,6 +26,8 @@ from earlysift.pretrain.settings import PretrainSettings
 from earlysift.pretrain.stream import Rows
 from earlysift.sifter import Unusable
 
+CURVE = ("sift/step", "sift/scored", "sift/rank_correlation", "sift/overlap", "sift/gain")
+"""What evaluations note of `earlysift.Sifter.stats`, for the curves."""
 _EVALUATED_LABELS = 4096  # whose logits are held at once
 
 
@@ -135,7 +137,7 @@ class Pretrainer(SiftTrainerMixin, Trainer):  # type: ignore[misc]
         right, loss, count = self.accelerator.reduce(self._sums(own), "sum").tolist()
         if not math.isfinite(loss):
             raise NotFinite(f"the validation loss after step {self.state.global_step} is {loss}")
-        seen = {name: value for name, value in self.sifter.stats().items() if not name.endswith("_ms")}
+        seen = {name: value for name, value in self.sifter.stats().items() if name in CURVE}
         metrics = {"eval_accuracy": right / count, "eval_loss": loss / count, "train_s": train_s}
         metrics |= self._totals | seen
         self.log(metrics)
@@ -190,9 +192,9 @@ class Pretrainer(SiftTrainerMixin, Trainer):  # type: ignore[misc]
         self.sifter.ledger.note(loss=loss, gradient_norm=length, learning_rate=rate)
         return norm
 
-    def _selected(self, pool: Any) -> Any:
+    def _selected(self, pool: Any, micro_step: int) -> Any:
         try:
-            batch = super()._selected(pool)
+            batch = super()._selected(pool, micro_step)
         except Unusable:
             # The other processes may have selected: the step goes on, to end on all of them before the update.
             self._losses.append(torch.tensor(math.nan, device=self.args.device))
