@@ -5,6 +5,8 @@ import functools
 import io
 import json
 import math
+import pickle
+import re
 import warnings
 
 import pytest
@@ -100,7 +102,9 @@ def test_the_number_kept_may_be_given(kept):
     model, _ = classifier()
     sifter = sifter_of(model, kept=kept)
     assert [len(sifter.sift(features(rows))[1]) for rows in (8, 20)] == [kept] * 2
-    with pytest.raises(ValueError, match=r"at least 9 candidates \(the number kept"):
+    with pytest.raises(
+        ValueError, match=r"at least 9 candidates \(the number kept\) in the first pool, got 8\. Use a l"
+    ):
         sifter_of(model, kept=9).sift(features(8))
     with pytest.raises(ValueError, match=r"kept must be at least 1, got 0\. It is the number of candidates trained on"):
         sifter_of(model, kept=0)
@@ -356,11 +360,25 @@ def test_a_breakdown_of_fidelity_is_warned_about_once_each_time(caplog):
         before = len(caplog.records)
         sifter.sift(features(16))
         warned_at += [step] * (len(caplog.records) - before)
-    assert warned_at == [1, 4]
+    assert warned_at == [2, 5]  # once is chance
     assert {record.name for record in caplog.records} == {"earlysift"}
     message = caplog.records[0].getMessage()
-    assert message.startswith("step 1: the exit at depth 1 ranks at random or backwards (rank correlation -1.00)")
+    assert message.startswith("step 2: the exit at depth 1 ranks at random or backwards (rank correlation -1.00)")
     assert message.endswith("Use mode='auto', train an ExitHead, or end selection by a schedule.")
+
+
+@pytest.mark.parametrize("signs", [[-1, -1, 1, 1], [1, -1, 1, -1], [-1, 1, -1, 1]])
+def test_neither_the_first_step_nor_a_single_probe_is_a_breakdown(signs, caplog):
+    model, row = classifier()
+    left = iter(signs)
+
+    def score(model, pool):
+        return next(left) * scorers.exact_loss(model, pool, family=row, dtype=None)
+
+    sifter = sifter_of(model, probe_every=1, score=score)
+    picks(sifter, [features(16)] * 4)
+    assert sifter.stats()["sift/rank_correlation"] == pytest.approx(signs[-1])
+    assert caplog.records == []
 
 
 def test_no_probes_no_fidelity():
@@ -502,7 +520,7 @@ def test_state_is_small_and_json_without_an_exit_head():
     state = sifter.state_dict()
     assert through_json(state) == state
     assert len(json.dumps(state)) < 2000
-    assert state["version"] == 2
+    assert state["version"] == 3
     assert state["step"] == 3
 
 
@@ -517,6 +535,350 @@ def test_saved_state_is_not_changed_by_going_on():
     sifter.load_state_dict(state)
     sifter.sift(features(seed=1))
     assert state == before
+
+
+def with_exit_head():
+    head = ExitHead(WIDTH, hidden=4)
+    return {"exit_head": head, "exit_optimizer": torch.optim.AdamW(head.parameters(), lr=0.1)}
+
+
+BROKEN_STATES = {
+    "step is text": ({"step": "x"}, "step must be a whole number of at least 0, got 'x'"),
+    "step is negative": ({"step": -1}, "step must be a whole number of at least 0, got -1"),
+    "step is a fraction": ({"step": 1.5}, "step must be"),
+    "step is true": ({"step": True}, "step must be"),
+    "step is huge": ({"step": 10**400}, "step must be"),
+    "step is a tensor": ({"step": torch.tensor([1, 2])}, "step must be"),
+    "step is absent": ({"step": ...}, "it has no step"),
+    "micro-step": ({"micro_step": -1}, "micro_step must be a whole number of at least 0, got -1"),
+    "pools per step": ({"pools_per_step": 0}, "pools_per_step must be a whole number of at least 1, got 0"),
+    "largest": ({"largest": None}, "largest must be a whole number of at least 0, got None"),
+    "kept is text": ({"kept": "x"}, "kept must be at least 1 or None, got 'x'"),
+    "kept is nothing": ({"kept": 0}, "kept must be"),
+    "kept is a fraction": ({"kept": 2.0}, "kept must be"),
+    "counts are absent": ({"counts": ...}, "it has no counts"),
+    "counts are a list": ({"counts": [1, 2]}, "counts must be whole numbers of candidates, scored"),
+    "a count is absent": ({"counts": {"candidates": 8}}, "counts must be"),
+    "a count is negative": (
+        {"counts": dict.fromkeys(("candidates", "scored", "trained", "unlabelled", "non_finite"), -1)},
+        "counts must be",
+    ),
+    "fidelity is a number": ({"fidelity": 0.5}, "fidelity must be finite numbers of rank_correlation, overlap, gain"),
+    "fidelity is nan": ({"fidelity": {"gain": NAN}}, "fidelity must be"),
+    "fidelity of another name": ({"fidelity": {"accuracy": 0.5}}, "fidelity must be"),
+    "weights read": ({"weights_read": 1}, "weights_read must be True or False, got 1"),
+    "steering without auto": ({"steering": {}}, "steering must be None in fixed mode"),
+    "no config": ({"config": ...}, "it has no config"),
+    "config is text": ({"config": "keep"}, "config must be the settings of a Sifter"),
+    "config holds what is no setting": ({"config": {"keep": torch.ones(3)}}, "config must be"),
+    "exit head is absent": ({"exit_head": ...}, "it has no exit_head"),
+    "exit head is a list": ({"exit_head": []}, "exit_head must hold norm.weight"),
+    "exit head lacks a tensor": ({"exit_head": {"norm.weight": torch.ones(WIDTH)}}, "exit_head must hold"),
+    "exit head of other shapes": ("narrow", r"exit_head's norm.weight must be a tensor of torch.float32 \(32,\)"),
+    "exit optimizer is absent": ({"exit_optimizer": ...}, "it has no exit_optimizer"),
+    "exit optimizer is text": ({"exit_optimizer": "adam"}, "exit_optimizer cannot be loaded"),
+    "exit optimizer of another kind": ("sgd", "exit_optimizer cannot be loaded"),
+    "exit optimizer of another size": ("moments", "exit_optimizer cannot be loaded"),
+    "all at once": ({"step": -1, "kept": "x", "counts": ...}, r"(?s)it has no counts; step must.*; kept must"),
+}
+
+
+def broken_state(state, change):
+    state = copy.deepcopy(state)
+    if change == "narrow":
+        state["exit_head"] = {name: value[:1] for name, value in state["exit_head"].items()}
+    elif change == "sgd":
+        parameters = ExitHead(WIDTH, hidden=4).parameters()
+        state["exit_optimizer"] = torch.optim.SGD(parameters, lr=0.1, momentum=0.9).state_dict()
+    elif change == "moments":
+        for entry in state["exit_optimizer"]["state"].values():
+            entry["exp_avg"] = torch.zeros(3, 3, 3)
+    else:
+        state |= change
+    return {name: value for name, value in state.items() if value is not ...}
+
+
+@pytest.mark.parametrize("name", BROKEN_STATES)
+def test_a_broken_state_is_refused_with_what_is_wrong_and_nothing_is_loaded(name):
+    change, message = BROKEN_STATES[name]
+    model, _ = classifier()
+    saved = sifter_of(model, probe_every=1, **with_exit_head())
+    picks(saved, [features(seed=seed) for seed in range(3)])
+    broken = broken_state(saved.state_dict(), change)
+    kept, sifter, other = values(broken), *(sifter_of(model, probe_every=1, **with_exit_head()) for _ in range(2))
+    for each in (sifter, other):
+        each.sift(features(seed=7))
+    before = copy.deepcopy(values(sifter.state_dict()))
+    with pytest.raises(ValueError, match=message) as caught:
+        sifter.load_state_dict(broken)
+    assert str(caught.value).count("\n") <= 2
+    assert values(sifter.state_dict()) == before
+    assert values(broken) == kept
+    later = [features(seed=seed) for seed in range(3)]
+    assert picks(sifter, later) == picks(other, later)
+    assert values(sifter.state_dict()) == values(other.state_dict())
+
+
+@pytest.mark.parametrize("state", [None, 5, "state", [], [("step", 1)], (1, 2), torch.ones(3)])
+def test_a_state_that_is_no_mapping_is_refused(state):
+    model, _ = classifier()
+    with pytest.raises(ValueError, match=r"what Sifter\.state_dict\(\) returned, a mapping, got \w+\. Load the file"):
+        sifter_of(model).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"choice": ["lazy", 1, 0.5]}, "steering.choice must be None or one of what may be chosen, got "),
+        ({"choice": ["greedy", 9, 0.5]}, "steering.choice must"),
+        ({"choice": ["greedy", True, 0.5]}, "steering.choice must"),
+        ({"choice": ["greedy", torch.ones(2), 0.5]}, "steering.choice must"),
+        ({"choice": "greedy"}, "steering.choice must"),
+        ({"records": None}, "steering.records must be at most 6 records"),
+        ({"records": [{"loss": 1.0}]}, "steering.records must"),
+        ({"records": "nan"}, "steering.records must"),
+        ({"next_probe": "soon"}, "steering.next_probe must be a whole number of at least 0, got 'soon'"),
+        ({"next_probe": -1}, "steering.next_probe must"),
+        ({"before": [1.0]}, "steering.before must be two finite numbers, got "),
+        ({"before": [NAN, 1.0]}, "steering.before must"),
+        (None, "steering must be a mapping, got 'off'"),
+    ],
+)
+def test_a_broken_state_of_auto_mode_is_refused_and_nothing_is_loaded(change, message):
+    run = Auto().go(sequence("l" * 8))
+    before = run.save()[0]
+    broken = copy.deepcopy(before) | {"step": 3}
+    if change is None:
+        broken["steering"] = "off"
+    elif change.get("records") == "nan":
+        broken["steering"]["records"][0]["loss"] = NAN
+    else:
+        broken["steering"] |= change
+    with pytest.raises(ValueError, match=message):
+        run.sifter.load_state_dict(broken)
+    assert run.save()[0] == before
+
+
+def test_loading_a_state_never_writes_into_it():
+    model, _ = classifier()
+    sifter = sifter_of(model, **with_exit_head())
+    sifter.sift(features())
+    state = copy.deepcopy(sifter.state_dict())
+    before = copy.deepcopy(values(state))
+    other = sifter_of(model, **with_exit_head())
+    other.load_state_dict(state)
+    other.sift(features(seed=1))
+    assert values(state) == before
+
+
+# Copies
+
+
+@pytest.mark.parametrize("through", [copy.deepcopy, lambda sifter: pickle.loads(pickle.dumps(sifter))])
+@pytest.mark.parametrize("name", RUNS)
+def test_a_copied_sifter_makes_the_same_picks(name, through, tmp_path):
+    pools = pools_for(build("bert", "masked_lm"), 8, rows=12)
+    run = Run(**RUNS[name], ledger=Ledger(tmp_path / "steps.jsonl")).go(pools[:3])
+    sifter = through(run.sifter)
+    assert sifter.model is not run.sifter.model
+    assert values(sifter.state_dict()) == values(run.sifter.state_dict())
+    later = picks(sifter, pools[3:])
+    assert sifter.ledger.medians_ms().keys() == run.sifter.ledger.medians_ms().keys()
+    assert picks(run.sifter, pools[3:]) == later
+    assert values(sifter.state_dict()) == values(run.sifter.state_dict())
+
+
+def test_a_copied_sifter_still_refuses_scores_that_come_late(late):
+    model, _ = classifier()
+    broken = broken_features()
+    late()
+    sifter = sifter_of(model)
+    sifter.sift(broken)
+    copied = pickle.loads(pickle.dumps(sifter))
+    for each in (sifter, copied):
+        with pytest.raises(Unusable, match=r"got 2 of 8 at step 0"):
+            each.judge()
+        each.judge()
+
+
+# Gradient accumulation
+
+
+def accumulated(sifter, pools, count):
+    """Picks of pools of which as many share an optimizer step."""
+    chosen = []
+    for number, pool in enumerate(pools):
+        sifter.sift(pool, micro_step=number % count)
+        chosen.append(sifter.selection.indices.tolist())
+    return chosen
+
+
+def test_steps_are_those_of_the_optimizer_and_the_ledger_has_a_row_for_every_pool(tmp_path):
+    model, _ = classifier()
+    sifter = sifter_of(model, probe_every=2, ledger=Ledger(tmp_path / "steps.jsonl"))
+    accumulated(sifter, [features(seed=seed) for seed in range(10)], 4)  # the last step has two
+    assert sifter.step == sifter.stats()["sift/step"] == 3
+    sifter.ledger.end()
+    rows = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
+    assert [(row["step"], row.get("micro_step", 0)) for row in rows] == [divmod(number, 4) for number in range(10)]
+    assert [number for number, row in enumerate(rows) if "probe_ms" in row] == [0, 8]
+    assert all(row["candidates"] == 8 for row in rows)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_schedule_tells_what_whole_optimizer_steps_do(count):
+    model, _ = classifier()
+    told = []
+
+    def schedule(step):
+        told.append(step)
+        return 0.5
+
+    sifter = sifter_of(model, schedule=schedule)
+    sifter.state_dict()
+    told.clear()
+    scored = []
+    for number in range(40 * count):
+        sifter.sift(features(20, number), micro_step=number % count)
+        scored.append("scored" in sifter.ledger.end())
+    assert set(told) == set(range(40))
+    by_step = [set(scored[start : start + count]) for start in range(0, len(scored), count)]
+    assert {True} in by_step
+    assert {False} in by_step
+    assert {True, False} not in by_step
+    alone = sifter_of(model, schedule=constant(0.5))
+    chosen = []
+    for number in range(40):
+        alone.sift(features(20, number))
+        chosen.append("scored" in alone.ledger.end())
+    assert [step == {True} for step in by_step] == chosen
+
+
+def test_micro_steps_draw_differently_and_the_first_one_as_without_accumulation():
+    model, _ = classifier()
+    pool = features(40)
+    chosen = accumulated(sifter_of(model, schedule=constant(0.0)), [pool] * 60, 3)
+    assert len({tuple(indices) for indices in chosen}) == 60
+    assert chosen[::3] == picks(sifter_of(model, schedule=constant(0.0)), [pool] * 20)
+    proportionally = accumulated(sifter_of(model, select=proportional), [pool] * 6, 2)
+    assert proportionally[::2] == picks(sifter_of(model, select=proportional), [pool] * 3)
+    assert len({tuple(indices) for indices in proportionally}) == 6
+
+
+@pytest.mark.parametrize("cut", range(9))
+@pytest.mark.parametrize("mode", ["fixed", "auto"])
+def test_a_run_cut_within_accumulation_goes_on_as_if_it_had_not_been(mode, cut):
+    pools = pools_for(build("bert", "masked_lm"), 10, rows=12)
+    places = [0, 1, 2, 3, 0, 1, 0, 1, 2, 3]  # the second step is the last of an epoch
+    options = {"schedule": constant(0.6), "select": proportional, "probe_every": 2}
+    if mode == "auto":
+        options = {"mode": "auto", "control": Control(probe_share=0.5, reference_costs=COSTS)}
+
+    def go(sifter, begin, end):
+        told = []
+        for pool, place in zip(pools[begin:end], places[begin:end], strict=True):
+            sifter.sift(pool, micro_step=place)
+            row = {name: value for name, value in sifter.ledger.end().items() if not name.endswith("_ms")}
+            told.append((sifter.selection.indices.tolist(), row))
+        return told
+
+    model = build("bert", "masked_lm")
+    unbroken = sifter_of(model, **options)
+    expected = go(unbroken, 0, 10)
+    first, second = (sifter_of(model, **options) for _ in range(2))
+    told = go(first, 0, cut)
+    second.load_state_dict(through_json(first.state_dict()))
+    assert told + go(second, cut, 10) == expected
+    assert values(second.state_dict()) == values(unbroken.state_dict())
+    assert unbroken.step == 3
+
+
+def test_a_pool_after_a_refused_one_begins_the_step_that_was_refused():
+    model, _ = classifier()
+    sifter, alone = sifter_of(model), sifter_of(model)
+    sifter.sift(features(seed=0), micro_step=0)
+    sifter.sift(features(seed=1), micro_step=1)
+    with pytest.raises(Unusable):
+        sifter.sift(broken_features(), micro_step=0)
+    sifter.sift(features(seed=2), micro_step=1)
+    assert sifter.step == 2
+    with pytest.raises(Unusable):
+        alone.sift(broken_features(), micro_step=0)
+    alone.sift(features(seed=2), micro_step=1)
+    assert alone.step == 1
+
+
+@pytest.mark.parametrize("micro_step", [-1, 1.0, "0", None, True])
+def test_a_micro_step_that_is_no_number_is_refused(micro_step):
+    model, _ = classifier()
+    sifter = sifter_of(model)
+    with pytest.raises(ValueError, match="micro_step must be a whole number of at least 0, got"):
+        sifter.sift(features(), micro_step=micro_step)
+    assert sifter.step == 0
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_probes_cost_their_share_whatever_is_accumulated(count):
+    ledger = Ledger()
+    control = Control(reference_costs=COSTS, probe_share=0.1)
+    sifter = sifter_of(models.ladder(), mode="auto", family=models.LADDER, control=control, ledger=ledger)
+    (pool,) = sequence("n")
+    for number in range(240):
+        sifter.sift(pool, micro_step=number % count)
+    assert sifter.step == 240 // count
+    assert 0.6 <= len(ledger.times_ms("probe")) * COSTS["probe"] / (240 * COSTS["train"]) / 0.1 <= 1
+
+
+def test_selection_ends_at_its_share_of_the_training_though_no_probe_is_due(caplog):
+    run = told_to(Auto(total_steps=20, end_share=0.5, sifter={"probe_every": 0}).go(sequence("l")), "greedy", 1, 0.5)
+    caplog.clear()
+    run.go(sequence("l" * 15)[1:])
+    assert run.probes == []
+    assert run.modes == ["off", *["greedy"] * 9, *["off"] * 5]
+    reason = "the training nears its end, and greedy selection has a floor"
+    assert run.events == [(10, {"from": "greedy, depth 1, keep 0.5", "to": "uniform", "reason": reason})]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"step 10: greedy, depth 1, keep 0.5 -> uniform: {reason}"
+    ]
+
+
+# What is left of an epoch
+
+
+@pytest.mark.parametrize("options", [{}, {"schedule": constant(0.0)}, {"select": proportional}, {"trim": True}])
+def test_a_plain_loop_over_a_loader_trains_on_what_is_left_of_an_epoch_and_says_so_once(options, caplog):
+    model = build("bert", "masked_lm")
+    (rows,) = pools_for(model, 1, rows=19)
+    data = [{name: values[number] for name, values in rows.items()} for number in range(19)]
+    loader = torch.utils.data.DataLoader(data, batch_size=8)
+    sifter = sifter_of(model, probe_every=1, **options)
+    sizes = []
+    for _ in range(2):
+        for pool in loader:
+            batch = sifter.sift(pool)
+            assert sifter.weights.shape == (len(batch["input_ids"]),)
+            loss_of(model, batch).backward()
+            sizes.append(len(batch["input_ids"]))
+    assert sizes == [4, 4, 3] * 2
+    assert torch.equal(batch["labels"], pool["labels"][:, : batch["labels"].size(1)])
+    assert sifter.weights.tolist() == [1.0] * 3
+    assert (sifter.step, sifter.stats()["sift/trained"], sifter.stats()["sift/candidates"]) == (6, 22, 38)
+    assert sifter.stats()["sift/scored"] == 32
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ["step 2: the 3 candidates of a pool are fewer than the 4 kept: all are trained on. Said once."]
+
+
+def test_a_rest_in_auto_mode_is_trained_on_whole_and_nothing_is_learnt_from_it():
+    run = Auto().go(sequence("l" * 3))
+    assert run.sifter.state_dict()["steering"]["next_probe"] == 3
+    inputs, labels = sequence("llll")[3]
+    run.go([(inputs[:5], labels[:5])])
+    assert run.picks[-1] == (inputs[:5].tolist(), labels[:5].tolist())
+    assert run.sifter.state_dict()["steering"]["records"] == []
+    assert run.sifter.state_dict()["steering"]["next_probe"] == 6
+    run = told_to(run, "greedy", 1, 0.5).go([(inputs[:5], labels[:5])])
+    assert run.picks[-1] == (inputs[:5].tolist(), labels[:5].tolist())
+    assert "scored" not in run.rows[-1]
 
 
 OTHERWISE = {
@@ -557,12 +919,13 @@ def test_all_differences_of_a_configuration_are_listed_at_once():
         sifter_of(model).load_state_dict(state)
 
 
-@pytest.mark.parametrize("version", [0, 1, None, "2"])
+@pytest.mark.parametrize("version", [0, 1, 2, None, "3", 3.0, True, [3], torch.tensor([3, 3])])
 def test_state_of_another_version_is_refused(version):
     model, _ = classifier()
     sifter = sifter_of(model)
     before = copy.deepcopy(sifter.state_dict())
-    with pytest.raises(ValueError, match=rf"Expected a Sifter state of version 2, got {version!r}\. Use the release"):
+    said = re.escape(f"Expected a Sifter state of version 3, got {version!r}. Use the release that wrote it.")
+    with pytest.raises(ValueError, match=said):
         sifter.load_state_dict({**before, "version": version, "step": 9})
     assert sifter.state_dict() == before
 
@@ -650,8 +1013,7 @@ def broken_pools():
     infinite[2:] = INF
     wide = {"input_ids": inputs, "attention_mask": torch.ones(8, 6), "labels": labels}
     return {
-        "smaller than the kept": (features(3), r"at least 4 candidates .* got 3\. Drop ragged last batches", {}),
-        "empty": (features(0), r"at least 4 candidates .* got 0\.", {}),
+        "empty": (features(0), r"at least one candidate, got 0\. Leave empty batches out", {}),
         "first dimensions differ": (
             {**wide, "attention_mask": torch.ones(7, 6)},
             r"pool\['input_ids'\]: 8, pool\['attention_mask'\]: 7, pool\['labels'\]: 8\.",
@@ -827,6 +1189,54 @@ def test_misspelt_options_are_refused():
         Sifter(model, family=row, dtype="bf16")
     with pytest.raises(ValueError, match="max_positions must be at least 1 or None, got 0"):
         Sifter(model, family=row, max_positions=0)
+
+
+REFUSED_ARGUMENTS = {
+    "chunk_rows": [(0, "at least 1 or None, got 0"), (-1, "at least"), (1.5, "at least"), ("8", "at least")],
+    "probe_every": [(-1, "a whole number of at least 0, got -1"), (2.5, "a whole"), (None, "a whole"), (NAN, "a wh")],
+    "depth": [
+        (1.5, "a whole number, got 1.5"),
+        (True, "a whole"),
+        ("1", "a whole"),
+        (None, "a whole"),
+        (NAN, "a whole"),
+    ],
+    "kept": [(2.5, r"at least 1, got 2\.5"), (True, "at least"), ("4", "at least"), (0, "at least"), (INF, "at least")],
+    "keep": [(NAN, r"in \(0, 1\], got nan"), ("half", "in"), (None, "in"), (True, "in"), ([0.5], "in")],
+    "seed": [("x", "a whole number, got 'x'"), (0.5, "a whole"), (None, "a whole"), (NAN, "a whole")],
+    "drop_outliers": [("x", r"in \[0, 1\), got 'x'"), (None, "in"), (-1, "in")],
+    "max_positions": [(1.5, "at least 1 or None"), ("x", "at least")],
+    "select": [("greedy", r"a callable \(scores, kept, generator\) -> Selection, got 'greedy'"), (None, "a callable")],
+    "schedule": [(0.5, "a callable from steps to shares .* got 0.5"), ("warmup", "a callable")],
+    "score": [(None, "one of loss"), (1.0, "one of loss"), ([], "one of loss")],
+    "mode": [(None, "fixed or auto, got None"), (1, "fixed")],
+    "scope": [(None, "local or global, got None"), (["local"], "local")],
+    "reduction": [(None, "mean or sum, got None")],
+    "control": [({"total_steps": 5}, "a Control or None"), (5, "a Control")],
+    "family": [("bert", "a Family or None, got 'bert'")],
+    "trim": [("yes", "True or False, got 'yes'"), (1, "True")],
+    "dtype": [(16, "a torch.dtype"), (["auto"], "a torch.dtype")],
+    "exit_head": [("head", "an ExitHead or None")],
+    "exit_optimizer": [("adam", "an optimizer or None")],
+    "ledger": [("steps.jsonl", "a Ledger or None, got 'steps.jsonl'")],
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_ARGUMENTS)
+def test_arguments_that_cannot_work_are_refused_with_what_is_expected(name):
+    model, row = classifier()
+    for value, expected in REFUSED_ARGUMENTS[name]:
+        with pytest.raises(ValueError, match=rf"{name} must be {expected}"):
+            Sifter(model, **{"family": row, name: value})
+
+
+def test_all_arguments_that_cannot_work_are_refused_at_once():
+    model, row = classifier()
+    with pytest.raises(ValueError, match=r"(?s)keep must.*\n.*kept must.*\n.*depth must.*\n.*seed must") as caught:
+        Sifter(model, family=row, keep=NAN, kept=2.5, depth=1.5, seed="x")
+    assert str(caught.value).count("\n") == 3
+    with pytest.raises(ValueError, match=r"model must be a torch\.nn\.Module, got None"):
+        Sifter(None)
 
 
 # The exit head
