@@ -351,6 +351,23 @@ def score_by_labels(model, pool):
     return torch.where(counts > 0, means, -torch.inf)
 
 
+def ragged_pool_of_rank(rank, step, side, size=6):
+    """Candidates of one of several ranks, padded on a side to the longest of them: lengths differ between ranks."""
+    generator = torch.Generator().manual_seed(2000 * step + rank)
+    lengths = torch.randint(4, 9 + 4 * ((rank + step) % 2), (size,), generator=generator)
+    length = int(lengths.max())
+    used = torch.arange(length) < lengths[:, None]
+    used = used.flip(1) if side == "left" else used
+    ids = torch.where(used, torch.randint(8, 90, (size, length), generator=generator), 7)
+    return {
+        "input_ids": ids,
+        "attention_mask": used.long(),
+        # No loss on the first token: on the left of it there may be padding, whose states depend on how much there is.
+        "labels": torch.where(used & (used.cumsum(dim=1) > 1), ids, -100),
+        "position_ids": (used.cumsum(dim=1) - 1).clamp(min=0),
+    }
+
+
 def pool_of_rank(rank, step, size):
     """Candidates of one of several ranks: nested, of several dtypes, the first without a label."""
     generator = torch.Generator().manual_seed(1000 * step + rank)

@@ -4,6 +4,8 @@ import dataclasses
 import inspect
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -33,7 +35,16 @@ HALF = SiftConfig(keep=0.5, depth=1, probe_every=0, dtype=None)
 ALL = SiftConfig(keep=1.0)
 
 
-class Recording:
+class Counting:
+    """Notes how many candidates were scored by the time of each log of training."""
+
+    def log(self, logs, *arguments):
+        if "loss" in logs:
+            self.scored = [*getattr(self, "scored", []), self.sifter.stats()["sift/scored"]]
+        super().log(logs, *arguments)
+
+
+class Recording(Counting):
     """Notes the micro-batches of every optimizer step, and what the Trainer counted in them."""
 
     def get_batch_samples(self, *arguments):
@@ -44,6 +55,10 @@ class Recording:
 
 
 class Recorded(Recording, SiftTrainerMixin, Trainer):
+    pass
+
+
+class Counted(Counting, SiftTrainerMixin, Trainer):
     pass
 
 
@@ -346,7 +361,7 @@ def test_candidates_and_trained_samples_are_counted_apart(tmp_path):
     assert logged(run, "candidates_seen") == seen
     assert logged(run, "samples_trained") == kept
     assert [len(batch) for batch in run.batches] == [trained_on for _, trained_on in per_step * 2]
-    assert logged(run, "sift/scored")[-1] == 10 * 8  # a pool of which all is kept is not scored
+    assert run.scored[-1] == 10 * 8  # a pool of which all is kept is not scored
     assert all(value > 0 for value in logged(run, "sift/score_ms") + logged(run, "sift/train_ms"))
     summary = run.state.log_history[-1]
     assert (summary["candidates_seen"], summary["samples_trained"]) == (86, 46)
@@ -372,18 +387,63 @@ def test_waiting_for_a_slow_loader_is_part_of_the_step_that_needs_its_pool(tmp_p
     assert sum(run.sifter.ledger.times_ms("wait")) == pytest.approx(sum(row["wait_ms"] for row in rows), rel=1e-4)
 
 
+# Steps
+
+
+def test_schedules_probes_and_logs_count_optimizer_steps(tmp_path):
+    told = []
+
+    def schedule(step):
+        told.append(step)
+        return 1.0
+
+    class Noting(Recorded):
+        ledger_path = tmp_path / "ledger.jsonl"
+
+    sift = dataclasses.replace(HALF, schedule=schedule, probe_every=2)
+    run = trained(tmp_path, Noting, sift=sift, gradient_accumulation_steps=2)
+    run.sifter.ledger.end()
+    rows = read_rows(Noting.ledger_path)
+    assert logged(run, "sift/step") == [1, 2, 3, 4, 5]
+    assert max(told) == 4
+    assert [(row["step"], row.get("micro_step", 0)) for row in rows] == [divmod(number, 2) for number in range(10)]
+    assert [number for number, row in enumerate(rows) if "probe_ms" in row] == [0, 4, 8]
+    assert all("wait_ms" in row for row in rows)
+
+
+def test_auto_mode_knows_the_length_of_the_training_in_optimizer_steps(tmp_path):
+    config = dataclasses.replace(HALF, mode="auto")
+    run = trainer_for(tmp_path, sift=config, gradient_accumulation_steps=4)
+    run.train()
+    assert run.sifter.state_dict()["config"]["control"]["total_steps"] == 5 == run.state.global_step
+
+
+def test_logs_carry_five_numbers_of_selection_and_the_sifter_has_the_rest(tmp_path):
+    run = trained(tmp_path, sift=dataclasses.replace(HALF, probe_every=2))
+    numbers = {"sift/step", "sift/gain", "sift/rank_correlation", "sift/score_ms", "sift/train_ms"}
+    for entry in run.state.log_history:
+        assert {name for name in entry if name.startswith("sift/")} == numbers
+        assert {"candidates_seen", "samples_trained"} <= set(entry)
+    assert len(run.state.log_history) == 6
+    assert {"sift/scored", "sift/non_finite", "sift/overlap", "sift/wait_ms"} <= set(run.sifter.stats())
+
+
 # Resuming
 
 
 SCHEDULED = dataclasses.replace(HALF, schedule=lambda step: step % 3 % 2, probe_every=2)  # a few steps are uniform
 
 
-@pytest.mark.parametrize("cut", [2, 3, 4], ids=["within the first epoch", "at its end", "within the second"])
-def test_a_run_resumed_from_a_checkpoint_is_bit_equal(tmp_path, cut):
+@pytest.mark.parametrize(
+    ("accumulated", "cut"),
+    [(2, 2), (2, 3), (2, 4), (4, 1), (4, 3)],  # with four, an epoch has a step of four pools and one of two
+    ids=["within the first epoch", "at its end", "within the second", "before a partial step", "in the second, before"],
+)
+def test_a_run_resumed_from_a_checkpoint_is_bit_equal(tmp_path, accumulated, cut):
     options = {
         "sift": SCHEDULED,
         "data": samples(43),
-        "gradient_accumulation_steps": 2,
+        "gradient_accumulation_steps": accumulated,
         "max_steps": 6,
         "optim": "adamw_torch",
         "learning_rate": 1e-3,
@@ -394,8 +454,10 @@ def test_a_run_resumed_from_a_checkpoint_is_bit_equal(tmp_path, cut):
     assert_equal_runs(resumed, whole)  # the log of what was before is part of the checkpoint
     assert resumed.batches == whole.batches[-len(resumed.batches) :]
     assert resumed.items == whole.items[cut:]
-    names = ("candidates_seen", "samples_trained", "sift/step", "sift/scored", "sift/rank_correlation")
+    names = ("candidates_seen", "samples_trained", "sift/step", "sift/rank_correlation")
     assert all(logged(resumed, name) == logged(whole, name) for name in names)
+    assert resumed.scored == whole.scored[cut:]
+    assert logged(whole, "sift/step") == [1, 2, 3, 4, 5, 6]
     ours, theirs = (trainer.state.log_history[-1] for trainer in (resumed, whole))
     assert ours["train_samples_per_second"] * ours["train_runtime"] < theirs["samples_trained"]  # of this call only
 
@@ -413,6 +475,45 @@ def test_a_checkpoint_of_another_selection_or_batch_size_is_refused(tmp_path):
         ValueError, match=r"batches held 4 samples, now they hold 6\. Resume with per_device_train_batc"
     ):
         trained(tmp_path, per_device_train_batch_size=6, resume=checkpoint)
+
+
+def changed(text, **values):
+    return json.dumps(json.loads(text) | values)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[:-20],
+        lambda text: "",
+        lambda text: "[" * 100_000,
+        lambda text: "null",
+        lambda text: "[1, 2]",
+        lambda text: "{}",
+        lambda text: changed(text, batch_size="4"),
+        lambda text: changed(text, samples_trained=-1),
+        lambda text: changed(text, sifter=None),
+        lambda text: changed(text, sifter={**json.loads(text)["sifter"], "step": "x"}),
+    ],
+    ids=["cut off", "empty", "deep", "null", "list", "no keys", "batch size", "count", "no sifter", "sifter's step"],
+)
+def test_a_damaged_state_of_selection_is_refused_by_its_name_and_changes_nothing(damage, two_steps, tmp_path):
+    checkpoint = Path(shutil.copytree(two_steps, tmp_path / "checkpoint-2"))
+    path = checkpoint / "sifter_0.json"
+    path.write_text(damage(path.read_text()))
+    trainer = trainer_for(tmp_path)
+    before = trainer.sifter.state_dict()
+    with pytest.raises(ValueError, match=re.escape(str(path))) as caught:
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert str(caught.value).count("\n") <= 2
+    assert trainer.sifter.state_dict() == before
+    assert trainer.sifter.step == 0
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory):
+    """The checkpoint of a run of two steps."""
+    return saved(tmp_path_factory.mktemp("two"))
 
 
 def test_a_plain_trainers_checkpoint_begins_selection_anew_and_says_so(tmp_path, caplog):
@@ -463,20 +564,18 @@ def test_auto_switches_on_where_it_pays_by_the_greedy_rule_and_off_before_the_en
         "learning_rate": 1e-2,
         "max_grad_norm": 0.0,
     }
-    run = trained(tmp_path, SiftTrainer, save_strategy="steps", save_steps=10, **options)
+    run = trained(tmp_path, Counted, save_strategy="steps", save_steps=10, **options)
     events = [record.getMessage() for record in caplog.records if record.name == "earlysift"]
     assert "uniform -> greedy" in events[0]
     assert "greedy" in events[-1].split("->")[0]
     assert "-> uniform" in events[-1]
-    scored = logged(run, "sift/scored")
+    scored = run.scored
     assert scored[0] == 0
     assert scored[-1] > 10 * 64
     assert scored[-1] == scored[-2]  # selection has ended, as the length of the training is known
-    resumed = trained(
-        tmp_path, SiftTrainer, resume=str(tmp_path / "checkpoint-10"), **(options | {"model": WithLoss()})
-    )
+    resumed = trained(tmp_path, Counted, resume=str(tmp_path / "checkpoint-10"), **(options | {"model": WithLoss()}))
     assert_equal_runs(resumed, run)
-    assert logged(resumed, "sift/scored") == scored
+    assert resumed.scored == scored[10:]
 
 
 class Large(WithLoss):
@@ -527,6 +626,24 @@ def test_flattened_batches_are_refused_at_the_first_one(tmp_path):
     trainer.data_collator = flat
     with pytest.raises(ValueError, match=r"one packed \(padding-free\) row"):
         trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"depth": 1.5}, "depth must be a whole number, got 1.5"),
+        (
+            {"chunk_rows": 0, "probe_every": -1},
+            r"(?s)probe_every must be .*, got -1.*\n.*chunk_rows must be at least 1",
+        ),
+        ({"keep": float("nan"), "seed": "x"}, r"(?s)keep must be in .*, got nan.*\n.*seed must be a whole number"),
+        ({"mode": "auto", "score": "exact"}, "Auto mode chooses among early exits"),
+        ({"schedule": 0.5}, "schedule must be a callable"),
+    ],
+)
+def test_a_config_that_cannot_work_is_refused_when_it_is_made(options, message):
+    with pytest.raises(ValueError, match=message):
+        SiftConfig(**options)
 
 
 def test_a_first_pool_smaller_than_a_batch_is_refused(tmp_path):

@@ -112,6 +112,114 @@ def test_pools_whose_rows_cannot_change_places_are_refused_on_every_rank(tmp_pat
         assert step == 0
 
 
+PADDED = (
+    SETUP
+    + """
+told = []
+for side in ("right", "left"):
+    for trim in (False, True):
+        model = models.build("llama", "causal_lm", pad_token_id=7).train()
+        sifter = Sifter(model, kept=3, scope="global", probe_every=2, dtype=None, trim=trim)
+        for step in range(4):
+            pool = models.ragged_pool_of_rank(rank, step, side)
+            batch = sifter.sift(pool)
+            model(**batch).loss.backward()
+            told.append({
+                "indices": sifter.selection.indices.tolist(), "offered": pool["input_ids"].size(1),
+                **{name: values.tolist() for name, values in batch.items()},
+            })
+print(json.dumps(told))
+torch.distributed.destroy_process_group()
+"""
+)
+
+
+def padded(pools, side):
+    """One pool of several: padded as a collator that saw them all would have."""
+    length = max(pool["input_ids"].size(1) for pool in pools)
+    fills = {"input_ids": 7, "attention_mask": 0, "labels": -100, "position_ids": 0}
+    parts = {name: [] for name in pools[0]}
+    for pool in pools:
+        lack = length - pool["input_ids"].size(1)
+        for name, values in pool.items():
+            sides = (lack, 0) if side == "left" else (0, lack)
+            parts[name].append(torch.nn.functional.pad(values, sides, value=fills[name]) if name in fills else values)
+    return {name: torch.cat(values) for name, values in parts.items()}
+
+
+def test_global_scope_pads_pools_of_different_lengths_as_one_collator_would(tmp_path):
+    by_rank = on_ranks(2, PADDED, tmp_path)
+    assert len({entry["offered"] for entry in by_rank[0]} ^ {entry["offered"] for entry in by_rank[1]}) > 0
+    moved = 0
+    for number, told in enumerate(zip(*by_rank, strict=True)):
+        step, case = number % 4, number // 4
+        side, trim = ("right", "left")[case // 2], case % 2 == 1
+        pool = padded([models.ragged_pool_of_rank(rank, step, side) for rank in range(2)], side)
+        model = models.build("llama", "causal_lm", pad_token_id=7).train()
+        one = Sifter(model, kept=6, probe_every=0, dtype=None, trim=trim)
+        one.sift(pool)
+        assert sorted(told[0]["indices"] + told[1]["indices"]) == one.selection.indices.tolist()
+        for rank, entry in enumerate(told):
+            moved += sum(place // 6 != rank for place in entry["indices"])
+            expected = {name: values[entry["indices"]] for name, values in pool.items()}
+            if trim:
+                used = expected["attention_mask"].any(dim=0).nonzero()
+                expected = {
+                    name: values[:, int(used[0]) : int(used[-1]) + 1] if values.ndim > 1 else values
+                    for name, values in expected.items()
+                }
+            for name, values in expected.items():
+                assert entry[name] == values.tolist(), name
+    assert moved > 0
+
+
+SHORT = (
+    SETUP
+    + """
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+told = {}
+for kind in ("ddp", "fsdp"):
+    for scope in ("local", "global"):
+        inner = model = models.build("bert", "masked_lm").train()
+        if kind == "fsdp":
+            mesh = torch.distributed.init_device_mesh("cpu", (count,))
+            for layer in inner.bert.encoder.layer:
+                fully_shard(layer, mesh=mesh)
+            fully_shard(inner, mesh=mesh)
+        else:
+            model = DistributedDataParallel(inner)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        sifter = Sifter(model, keep=0.25, scope=scope, probe_every=1, dtype=None)
+        sizes = []
+        for step, rows in enumerate(((12, 12), (12, 2), (5, 12), (1, 4), (12, 12))):
+            pool = models.pool_of_rank(rank, step, rows[rank])
+            pool["labels"][0] = 6
+            batch = sifter.sift({name: pool[name] for name in ("input_ids", "labels")})
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            whole = sifter.selection.indices.tolist() == list(range(rows[rank]))
+            sizes.append([len(batch["input_ids"]), whole, sifter.weights.tolist() == [1.0] * len(batch["labels"])])
+        told[f"{kind} {scope}"] = sizes
+print(json.dumps(told))
+torch.distributed.destroy_process_group()
+"""
+)
+
+
+def test_a_short_pool_on_one_rank_keeps_no_other_rank_waiting(tmp_path):
+    first, second = on_ranks(2, SHORT, tmp_path)
+    for kind in ("ddp", "fsdp"):
+        # Fewer than three candidates are trained on whole, without a look at what the other rank has.
+        assert first[f"{kind} local"] == [[3, False, True]] * 3 + [[1, True, True], [3, False, True]]
+        assert second[f"{kind} local"] == [[3, False, True], [2, True, True], *[[3, False, True]] * 3]
+        # Fourteen candidates are enough for both; five are not, and each rank then keeps what it can of its own.
+        assert [size for size, _, _ in first[f"{kind} global"]] == [3, 3, 3, 1, 3]
+        assert [size for size, _, _ in second[f"{kind} global"]] == [3, 3, 3, 3, 3]
+        assert all(weighted for told in (first, second) for _, _, weighted in told[f"{kind} global"])
+
+
 def takers_slowly(holders, kept, world):
     """Row by row: those that are over go, one rank after the other, to the first rank that lacks some."""
     taken, counts = list(holders), Counter()
