@@ -162,7 +162,8 @@ def weights(out, step=STEPS):
 def assert_bit_equal(one, other):
     rows = ledger(one)
     assert len(rows) == STEPS * ACCUMULATE
-    assert [row["step"] for row in rows] == list(range(STEPS * ACCUMULATE))
+    places = [divmod(number, ACCUMULATE) for number in range(STEPS * ACCUMULATE)]
+    assert [(row["step"], row.get("micro_step", 0)) for row in rows] == places
     assert len({row["picks"] for row in rows}) == len(rows)
     assert sum("loss" in row and "learning_rate" in row for row in rows) == STEPS
     assert len(curve(one)) == STEPS // EVERY

@@ -350,7 +350,7 @@ def test_accumulated_micro_batches_are_one_large_batch(start, tmp_path):
 def test_every_row_of_the_ledger_says_how_long_data_was_waited_for(arm, workers, start, tmp_path):
     assert start(tmp_path / "run", "--arm", arm, "--workers", workers)[0] == 0
     rows = read_rows(tmp_path / "run" / "ledgers" / "process0.jsonl")
-    assert [row["step"] for row in rows] == list(range(STEPS * ACCUMULATE))
+    assert [row["step"] for row in rows] == [number // ACCUMULATE for number in range(STEPS * ACCUMULATE)]
     assert all(0 < row["wait_ms"] < row["step_ms"] for row in rows)
 
 

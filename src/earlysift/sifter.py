@@ -421,7 +421,8 @@ class Sifter:
         scores = unjudged = None
         if (selects or probes_now) and scores_it and self.score != "uniform":
             considered = pool if candidates == size else pools.take(pool, slice(0, candidates))
-            scores = self._scores(self._filled(considered, target), kept, depth)[:candidates]
+            place = (step, ranks.rank(), *([micro_step] if micro_step else []))
+            scores = self._scores(self._filled(considered, target), kept, depth, place)[:candidates]
             everyone = ranks.Gathered(scores, [candidates])
             if several:
                 with self.ledger.timed("gather"):
@@ -817,9 +818,12 @@ class Sifter:
             probes.with_head(self._anatomy)
         self._checked = True
 
-    def _scores(self, pool: Any, kept: int, depth: int) -> Tensor:
+    def _scores(self, pool: Any, kept: int, depth: int, place: tuple[int, ...]) -> Tensor:
+        scorer = self._scorer(kept, depth)
+        if callable(self.score):
+            scorer = partial(scorers.guarded, self.score, key=(self.seed, "score", *place))
         with self.ledger.timed("score"):
-            scores = self._scorer(kept, depth)(self.model, pool)
+            scores = scorer(self.model, pool)
         size = pools.pool_size(pool)
         if not isinstance(scores, Tensor) or scores.shape != (size,) or scores.is_complex():
             came = f"{tuple(scores.shape)} of {scores.dtype}" if isinstance(scores, Tensor) else type(scores).__name__
@@ -830,8 +834,6 @@ class Sifter:
         return scores.detach()
 
     def _scorer(self, kept: int, depth: int) -> Scorer:
-        if callable(self.score):
-            return partial(scorers.guarded, self.score, key=(self.seed, "score", self._step, ranks.rank()))
         if self.score == "exact":
             return self._exact_scorer(kept)
         exit_score = scorers.early_exit_loss if self.score == "loss" else scorers.early_exit_entropy
