@@ -606,6 +606,25 @@ def test_the_first_tenth_of_a_training_gets_two_fifths_of_the_probes():
     assert gaps == {200}
 
 
+@pytest.mark.parametrize("pools_per_step", [2, 5])
+def test_pools_that_share_a_step_pay_for_its_probes_together(pools_per_step):
+    for control in (Control(), Control(total_steps=100_000)):
+        alone, together = (next_probe(0, control, CHEAP, count) for count in (1, pools_per_step))
+        assert together == math.ceil(alone / pools_per_step)
+
+
+def test_selection_ends_at_its_share_of_the_training_and_keeps_the_latest_record():
+    control = Control(depths=(1,), keeps=(0.5,), total_steps=100, end_share=0.5)
+    state = State(CHOICE, (entry_of(loss=1.0), entry_of(loss=3.0)), next_probe=90, before=(1.0, 0.1))
+    assert controller.end(state, control, 49).state == state
+    ended = controller.end(state, control, 50)
+    assert ended.state == State(None, (state.records[1],), 90, (3.0, state.records[1]["loss_error"]))
+    assert ended.reason == decide(state, told_of(1.5), control, 50)[1]
+    off = State(None, state.records, 90)
+    assert controller.end(off, control, 60).state == off
+    assert controller.end(state, ONE, 10**6).state == state  # of unknown length
+
+
 # What may be chosen
 
 
@@ -623,6 +642,29 @@ def test_everything_is_chosen_from():
     [
         ({"depths": ()}, r"depths must be positive, got \(\)\."),
         ({"depths": (0, 1)}, r"depths must be positive, got \(0, 1\)\."),
+        ({"depths": (1.5,)}, r"depths must be positive, got \(1\.5,\)\. They are whole numbers of layers\."),
+        ({"depths": (True,)}, "depths must"),
+        ({"depths": 2}, "depths must"),
+        ({"depths": "12"}, "depths must"),
+        ({"keeps": ("0.5",)}, "keeps must"),
+        ({"keeps": (NAN,)}, "keeps must"),
+        ({"keeps": 0.5}, "keeps must"),
+        ({"rules": "greedy"}, r"rules must be of greedy and unbiased, got 'greedy'\."),
+        ({"rules": (["greedy"],)}, "rules must"),
+        ({"total_steps": 0}, r"total_steps must be a whole number of at least 1 or None, got 0\."),
+        ({"total_steps": -5}, "total_steps must"),
+        ({"total_steps": 2.5}, "total_steps must"),
+        ({"total_steps": "100"}, "total_steps must"),
+        ({"probe_share": NAN}, "probe_share must"),
+        ({"probe_share": "1%"}, "probe_share must"),
+        ({"end_share": None}, "end_share must"),
+        ({"end_share": NAN}, "end_share must"),
+        ({"reference_costs": {**CHEAP, "probe": NAN}}, "reference_costs must be finite times, none negative"),
+        ({"reference_costs": {**CHEAP, "probe": INF}}, "reference_costs must"),
+        ({"reference_costs": {**CHEAP, "score_1": -1.0}}, "reference_costs must"),
+        ({"reference_costs": {**CHEAP, "train": 0.0}}, "reference_costs must"),
+        ({"reference_costs": {**CHEAP, "train": "1"}}, "reference_costs must"),
+        ({"reference_costs": [1.0, 2.0]}, "reference_costs must"),
         ({"keeps": ()}, r"keeps must be in \(0, 1\), got \(\)\."),
         ({"keeps": (0.5, 1.0)}, r"keeps must be in \(0, 1\), got \(0\.5, 1\.0\)\."),
         ({"rules": ()}, r"rules must be of greedy and unbiased, got \(\)\."),

@@ -1,7 +1,9 @@
 """The ledger: a valid JSON line per step, whatever happens, and reference time from measured medians."""
 
+import copy
 import json
 import math
+import pickle
 import time
 import warnings
 from statistics import median
@@ -174,6 +176,37 @@ def test_a_full_disk_does_not_end_a_training_run():
     assert len(caught) == 1
     assert len(batches[3][1]) == 4
     assert sifter.step == 4
+
+
+def test_micro_steps_of_a_step_have_rows_of_their_own():
+    ledger = Ledger()
+    rows = []
+    for step, micro_step in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        ledger.begin(step, micro_step)
+        ledger.begin(step, micro_step)  # which is open
+        ledger.note(trained=10 * step + micro_step)
+        rows.append({name: value for name, value in ledger.end().items() if name != "step_ms"})
+    assert rows == [
+        {"step": 0, "trained": 0},
+        {"step": 0, "micro_step": 1, "trained": 1},
+        {"step": 1, "trained": 10},
+        {"step": 1, "micro_step": 1, "trained": 11},
+    ]
+
+
+def test_a_copy_has_the_times_and_writes_no_row_twice(tmp_path):
+    path = tmp_path / "steps.jsonl"
+    ledger = Ledger(path)
+    ledger.begin(0)
+    with ledger.timed("train"):
+        pass
+    for copied in (copy.deepcopy(ledger), pickle.loads(pickle.dumps(ledger))):
+        assert copied.times_ms("train") == ledger.times_ms("train")
+        assert copied.end() == {}
+    ledger.end()
+    copied.begin(1)
+    copied.end()
+    assert [row["step"] for row in rows_of(path)] == [0, 1]
 
 
 def test_times_add_up_within_a_step_and_medians_go_over_all():

@@ -10,7 +10,7 @@ from transformers import BatchEncoding
 
 import models
 from earlysift import pools
-from earlysift.pools import has_labels, inputs_and_labels, length, pool_size, take, trim_padding
+from earlysift.pools import has_labels, inputs_and_labels, length, pad, pool_size, take, trim_padding
 
 R = 6
 ROWS = torch.tensor([1, 3, 4])
@@ -289,3 +289,41 @@ def test_multi_label_targets_as_wide_as_the_text_is_long_are_not_cut():
     trimmed = trim_padding(batch)
     assert trimmed["input_ids"].shape == (1, 2)
     assert trimmed["labels"].shape == (1, 4)
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_padding_goes_to_what_has_positions_on_the_side_asked_for(left):
+    ids = torch.arange(1, 7).reshape(2, 3)
+    batch = {
+        "input_ids": ids,
+        "attention_mask": torch.ones(2, 3, dtype=torch.bool),
+        "labels": ids,
+        "token_type_ids": ids,
+        "states": ids[..., None].expand(2, 3, 4).float(),
+        "class": ids[:, 0],
+        "targets": torch.ones(2, 3),  # as many classes as positions
+        "text": ["a", "b"],
+        "nested": {"ids": ids},
+    }
+    padded = pad(BatchEncoding(batch), 5, {"labels": -100, "input_ids": 9}, left=left)
+    assert isinstance(padded, BatchEncoding)
+    new, old = (slice(0, 2), slice(2, 5)) if left else (slice(3, 5), slice(0, 3))
+    fills = {"input_ids": 9, "attention_mask": False, "labels": -100, "token_type_ids": 0, "states": 0.0}
+    for name, fill in fills.items():
+        assert padded[name].dtype == batch[name].dtype
+        assert torch.equal(padded[name][:, old], batch[name])
+        assert (padded[name][:, new] == fill).all()
+    assert padded["nested"]["ids"].shape == (2, 5)
+    assert torch.equal(padded["class"], batch["class"])
+    assert torch.equal(padded["targets"], batch["targets"])
+    assert padded["text"] == ["a", "b"]
+    assert pad(batch, 3, {}) is batch
+
+
+@pytest.mark.parametrize("key", [key for key in models.BUILDERS if key[1] != "sequence_classification"], ids="-".join)
+def test_the_loss_of_a_model_does_not_depend_on_padding(key):
+    model = models.BUILDERS[key]()
+    batch = models.batch_for(model, key[1], 4, 10, torch.Generator().manual_seed(0))
+    padded = pad(batch, 13, {"labels": -100, "input_ids": models.PAD})
+    assert padded["input_ids"].shape == (4, 13)
+    torch.testing.assert_close(models.loss_of(model, padded), models.loss_of(model, batch), rtol=1e-5, atol=1e-5)
