@@ -9,6 +9,7 @@ import pickle
 import re
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -806,6 +807,24 @@ def test_a_pool_after_a_refused_one_begins_the_step_that_was_refused():
         alone.sift(broken_features(), micro_step=0)
     alone.sift(features(seed=2), micro_step=1)
     assert alone.step == 1
+
+
+def test_numbers_of_numpy_are_as_good_as_those_of_python():
+    model, _ = classifier()
+    pools = [features(20, seed) for seed in range(4)]
+    options = {"schedule": constant(0.0), "probe_every": 2}
+    plain = sifter_of(model, seed=3, kept=4, depth=2, **options)
+    other = sifter_of(model, seed=np.int64(3), kept=np.int32(4), depth=np.int64(2), keep=np.float32(0.5), **options)
+    expected = accumulated(plain, pools, 2)
+    assert [
+        other.sift(pool, micro_step=np.int64(i % 2)) and other.selection.indices.tolist()
+        for i, pool in enumerate(pools)
+    ] == expected
+    assert through_json(other.state_dict()) == plain.state_dict()
+    state = plain.state_dict()
+    other.load_state_dict({**state, "step": np.int64(state["step"]), "kept": np.int64(4)})
+    assert picks(other, pools) == picks(plain, pools)
+    assert through_json(other.state_dict()) == plain.state_dict()
 
 
 @pytest.mark.parametrize("micro_step", [-1, 1.0, "0", None, True])

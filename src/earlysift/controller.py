@@ -6,7 +6,6 @@ choice of None is uniform training, where every run begins and where it returns 
 
 import math
 import reprlib
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
@@ -388,7 +387,7 @@ def to_json(state: State) -> dict[str, Any]:
 def from_json(saved: Mapping[str, Any]) -> State:
     """The state that `to_json` saved."""
     choice, (loss, error) = saved["choice"], saved["before"]
-    return State(choice and Choice(*choice), tuple(saved["records"]), saved["next_probe"], (loss, error))
+    return State(choice and Choice(*choice), tuple(saved["records"]), int(saved["next_probe"]), (loss, error))
 
 
 def state_problems(saved: Any, control: Control) -> list[str]:
@@ -445,9 +444,10 @@ def finite(value: Any) -> bool:
         >>> finite(0.5), finite(2), finite(float("nan")), finite("0.5")
         (True, True, False, False)
     """
-    number: Any = value  # compared as it is: whole numbers may be too large for a float
-    real = isinstance(value, Real) and not isinstance(value, bool)
-    return real and bool(abs(number) <= sys.float_info.max)
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number too large for a float
+        return False
 
 
 def _several(values: Any, sound: Callable[[Any], bool]) -> bool:

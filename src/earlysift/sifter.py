@@ -375,6 +375,7 @@ class Sifter:
                 f"micro_step must be a whole number of at least 0, got {reprlib.repr(micro_step)}. It is the number of "
                 "the pool within its optimizer step."
             )
+        micro_step = int(micro_step)
         size = pools.pool_size(pool)
         kept = size if self.keep == 1 else self._kept or max(1, round(self.keep * size))
         rest = size < kept
@@ -415,7 +416,8 @@ class Sifter:
         probes_now = first and self._probes_on(pool, step)
         several = selects and self.scope == "global" and self.score != "uniform" and ranks.world() > 1
         if several:
-            pool = ranks.pad_together(pool, self._padding_token(), next(self.model.parameters()).device)
+            with self.ledger.timed("gather"):
+                pool = ranks.pad_together(pool, self._padding_token(), next(self.model.parameters()).device)
         # All of a rest is kept, so that only what other ranks cannot do without it is done.
         scores_it = not rest or several or ranks.sharded(self.model)
         scores = unjudged = None
@@ -612,12 +614,12 @@ class Sifter:
             self.exit_head.load_state_dict(state["exit_head"])
         if self.exit_optimizer is not None:
             self.exit_optimizer.load_state_dict(copy.deepcopy(state["exit_optimizer"]))
-        self._step = state["step"]
-        self._micro_step = state["micro_step"]
-        self._pools_per_step = state["pools_per_step"]
-        self._kept = state["kept"]
-        self._largest = state["largest"]
-        self._counts = dict(state["counts"])
+        self._step = int(state["step"])  # no number of another library: seeds depend on it
+        self._micro_step = int(state["micro_step"])
+        self._pools_per_step = int(state["pools_per_step"])
+        self._kept = None if state["kept"] is None else int(state["kept"])
+        self._largest = int(state["largest"])
+        self._counts = {name: int(count) for name, count in state["counts"].items()}
         self._unjudged = None
         self._fidelity = dict(state["fidelity"])
         self._broken_probes = 0
