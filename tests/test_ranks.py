@@ -201,6 +201,7 @@ for kind in ("ddp", "fsdp"):
             optimizer.zero_grad()
             whole = sifter.selection.indices.tolist() == list(range(rows[rank]))
             sizes.append([len(batch["input_ids"]), whole, sifter.weights.tolist() == [1.0] * len(batch["labels"])])
+            assert ("rank_correlation" in sifter.ledger.end()) == (rows[rank] >= 3)
         told[f"{kind} {scope}"] = sizes
 print(json.dumps(told))
 torch.distributed.destroy_process_group()

@@ -433,12 +433,12 @@ class Sifter:
                     everyone, several = ranks.Gathered(scores, [candidates]), False
             total = min(kept * len(everyone.sizes), len(everyone.scores))
             counts = _without_loss(everyone.scores)
-            if probes_now or several or self.exit_optimizer is not None:
+            if probes_now or several or rest or self.exit_optimizer is not None:
                 counts = pending.arrived(counts)  # such a step waits anyway
             seen = _Seen(step, len(everyone.scores), total, counts)
             if any(isinstance(count, Pending) for count in counts.values()):
                 unjudged = seen
-            else:
+            elif several or not rest:  # what is trained on whole is not chosen by its scores
                 _refuse_unusable(seen, self._counts)
             if several:  # the ledger counts what this rank saw
                 counts = pending.arrived(_without_loss(scores))
@@ -465,8 +465,10 @@ class Sifter:
             chosen = selectors.uniform_subset(offered, kept, generator)
             selection = Selection(*(t.to(device, non_blocking=True) for t in chosen))
         if probes_now and scores is not None:
-            news |= self._probe(pool, scores, kept, target)
-            self._warn_of_breakdown(news, step)
+            seen_by_probe = self._probe(pool, scores, kept, target)
+            if not rest:  # which is too little to learn from
+                news |= seen_by_probe
+                self._warn_of_breakdown(news, step)
         if self.exit_optimizer is not None and scores is not None:
             with self.ledger.timed("exit"):
                 # Uniform, as pools come shuffled; without what would poison the head.
@@ -476,14 +478,8 @@ class Sifter:
             batch = pools.take(pool, selection.indices) if batch is None else batch
             if self.trim:
                 batch = pools.trim_padding(batch)
-        if rest and not several and not self._told_of_rest:
-            _LOG.warning(
-                "step %d: the %d candidates of a pool are fewer than the %d kept: all are trained on. Said once.",
-                step,
-                size,
-                kept,
-            )
-            self._told_of_rest = True
+        if rest and not several:
+            self._tell_of_rest(step, size, kept)
         self._kept = kept
         self._steering = steering
         self._commit(pool, batch, selection, news, step, micro_step)
@@ -805,6 +801,16 @@ class Sifter:
                 self.depth,
                 correlation,
             )
+
+    def _tell_of_rest(self, step: int, size: int, kept: int) -> None:
+        if not self._told_of_rest:
+            _LOG.warning(
+                "step %d: the %d candidates of a pool are fewer than the %d kept: all are trained on. Said once.",
+                step,
+                size,
+                kept,
+            )
+        self._told_of_rest = True
 
     def _check_on(self, pool: Any) -> None:
         if self._checked:
