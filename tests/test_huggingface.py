@@ -72,6 +72,23 @@ def samples(count, family="llama", task="causal_lm"):
     return [{key: rows[i] for key, rows in batch.items()} for i in range(count)]
 
 
+def ragged_samples(count):
+    """Rows of many lengths; every other pool has longer ones."""
+    generator = Generator().manual_seed(9)
+    drawn = torch.randint(4, 10, (count,), generator=generator).tolist()
+    lengths = [length + 3 * (number // (2 * BATCH) % 2) for number, length in enumerate(drawn)]
+    return [{"input_ids": torch.randint(3, models.VOCABULARY, (length,), generator=generator)} for length in lengths]
+
+
+def padded(rows):
+    """A collator that pads to the longest row of its batch."""
+    ids = torch.nn.utils.rnn.pad_sequence(
+        [row["input_ids"] for row in rows], batch_first=True, padding_value=models.PAD
+    )
+    used = ids != models.PAD
+    return {"input_ids": ids, "attention_mask": used.long(), "labels": torch.where(used, ids, -100)}
+
+
 def trainer_for(folder, cls=Recorded, *, model=None, data=None, sift=HALF, trainer=None, **arguments):
     defaults = {
         "per_device_train_batch_size": BATCH,
@@ -689,7 +706,11 @@ uneven = []
 for size in (33, 39, 40, 47):  # behind two pools of eight on each process too few candidates for two more
     run = tests.trained(folder, data=tests.samples(size), num_train_epochs=1, **options | {"max_steps": -1})
     uneven.append([size, [len(batch) for batch in run.batches], tests.logged(run, "candidates_seen")[-1]])
+together = tests.dataclasses.replace(tests.HALF, scope="global")
+collator = {"trainer": {"data_collator": tests.padded}, "data": tests.ragged_samples(80)}
+ragged = tests.trained(folder, sift=together, **collator, **options)
 told = {
+    "ragged": ragged.batches,
     "losses": tests.logged(plain), "batches": plain.batches, "items": plain.items,
     "seen": tests.logged(plain, "candidates_seen"), "trained": tests.logged(plain, "samples_trained"),
     "whole": [tests.logged(whole), whole.batches[3:], whole.items[3:], correlations(whole)],
@@ -743,6 +764,18 @@ def test_two_processes_resume_bit_equal_each_with_picks_of_its_own(two_ranks):
         assert told["grown"] == [6, [8, 16, 24, 32, 40, 48]]
     assert two_ranks[0]["whole"][1] != two_ranks[1]["whole"][1]
     assert two_ranks[0]["whole"][3] != two_ranks[1]["whole"][3]
+
+
+def test_two_processes_select_together_from_batches_that_each_padded_for_itself(two_ranks):
+    first, second = (told["ragged"] for told in two_ranks)
+    assert [len(batch) for batch in first + second] == [BATCH] * 10
+    rows = ragged_samples(80)
+    pools = [padded(rows[start : start + 2 * BATCH]) for start in (0, 2 * BATCH)]
+    assert pools[0]["input_ids"].size(1) != pools[1]["input_ids"].size(1)
+    pool = padded(rows[: 4 * BATCH])
+    scores = models.sample_losses(models.shorter(llama(), 1).eval(), pool)
+    best = pool["input_ids"][scores.argsort(descending=True)[: 2 * BATCH]].tolist()
+    assert sorted(first[0] + second[0]) == sorted(best)
 
 
 def test_the_last_pools_of_an_epoch_are_filled_up_on_both_processes(two_ranks):
