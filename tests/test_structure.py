@@ -37,6 +37,7 @@ FLOORS = {
     "adapters": 6,
     "checkup": 6,
     "environment": 6,
+    "folders": 6,
     "report": 6,
     "schema": 6,
     "pretrain": 7,

@@ -3,9 +3,11 @@
 import statistics
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 
+from earlysift import environment
 from earlysift.compare import peers
 from earlysift.compare.arms import ARMS, EXIT_HEAD_WIDTH
 from earlysift.compare.settings import Settings
@@ -48,6 +50,12 @@ def operations_of(arms: Iterable[str], settings: Settings) -> list[str]:
     return list(names)
 
 
+def work_ledger(settings: Settings, path: Path | None = None) -> Ledger:
+    """A ledger by the clock that all times of a comparison are measured by."""
+    device = torch.device(settings.device)
+    return Ledger(path, device=device, clock=environment.work_clock(device))
+
+
 def measure_operations(
     names: list[str], settings: Settings, workload: Workload, on_share: Callable[[float], None]
 ) -> dict[str, Timing]:
@@ -66,10 +74,7 @@ def measure_operations(
     Returns:
         For every operation ``median``, ``low`` and ``high`` (20 and 80 per cent) in ms, and ``count``.
     """
-    # Where one thread computes, its own time is the time of the work, whatever else the machine does meanwhile.
-    alone = settings.device == "cpu" and torch.get_num_threads() == 1
-    clock = time.process_time if alone else time.perf_counter
-    ledger = Ledger(device=torch.device(settings.device), clock=clock)
+    ledger = work_ledger(settings)
     bench = Bench(workload, settings, seed=0, medians_ms={}, ledger=ledger)
     bench.set_rate(1.0)  # a learning rate of zero costs the same and cannot diverge
     batch, pool = bench.read(settings.batch), bench.read(settings.pool)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from earlysift import pools, scorers, selectors
+from earlysift import environment, pools, scorers, selectors
 from earlysift.compare import peers
 from earlysift.compare.arms import Arm
 from earlysift.compare.settings import Settings
@@ -133,7 +133,7 @@ def make_sifter(bench: Bench, arm: Arm, **options: Any) -> Sifter:
         "kept": bench.settings.batch,
         "depth": exits_of(arm, bench.settings)[0],
         "seed": bench.seed,
-        "ledger": Ledger(device=bench.device),
+        "ledger": Ledger(device=bench.device, clock=environment.work_clock(bench.device)),
     }
     auto = options.get("mode") == "auto"
     probes = {"control": make_control(bench, arm, options["keep"])} if auto else {"probe_every": 0}

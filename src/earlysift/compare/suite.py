@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from earlysift.compare.folder import ENCODER
+from earlysift.compare.folder import ENCODER, LOGS, suite_folder
 from earlysift.compare.settings import Settings
 from earlysift.files import write_json
 from earlysift.report.page import RESULTS, read_results
@@ -98,7 +98,6 @@ SUITES: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 
-_LOGS = "logs"
 _POLL_S = 1.0  # reading results more often would disturb what is being measured
 OnProgress = Callable[[str, float], None]
 
@@ -133,6 +132,20 @@ def run_suite(
     workloads = {name: workload_settings(name, settings, given) for name in names}
     reasons: dict[str, str | None] = {name: missing_data(workload) for name, workload in workloads.items()}
     waiting = [name for name in names if reasons[name] is None]
+    if waiting:
+        with suite_folder(settings.out, SUITES[str(settings.suite)]):
+            _run_workloads(workloads, waiting, reasons, settings, on_progress)
+    return {name: Outcome(_results(workloads[name].out), reasons[name]) for name in names}
+
+
+def _run_workloads(
+    workloads: dict[str, Settings],
+    waiting: list[str],
+    reasons: dict[str, str | None],
+    settings: Settings,
+    on_progress: OnProgress,
+) -> None:
+    """Run those that wait, and note why one did not run to its end."""
     running: dict[str, subprocess.Popen[bytes]] = {}
     try:
         while waiting or running:
@@ -153,7 +166,6 @@ def run_suite(
             process.terminate()  # they end as by Ctrl-C, even where that is ignored
         for process in running.values():
             process.wait()
-    return {name: Outcome(_results(workloads[name].out), reasons[name]) for name in names}
 
 
 def names_of(settings: Settings) -> list[str]:
@@ -237,7 +249,7 @@ def _start(name: str, workload: Settings, settings: Settings) -> "subprocess.Pop
 
 
 def _log(settings: Settings, name: str) -> Path:
-    return settings.out / _LOGS / f"{name}.log"
+    return settings.out / LOGS / f"{name}.log"
 
 
 def _reason(code: int, log: Path) -> str | None:

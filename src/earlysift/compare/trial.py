@@ -3,35 +3,75 @@
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from earlysift import exits, scorers
+from earlysift import environment, exits, scorers
 from earlysift.compare import peers
-from earlysift.compare.arms import Arm
+from earlysift.compare.arms import ARMS, Arm
+from earlysift.compare.calibrate import operations_of
+from earlysift.compare.prices import Prices, charges_ms, step_times_ms
 from earlysift.compare.settings import Settings
 from earlysift.compare.steps import STEPS, Bench
 from earlysift.fidelity import fidelity
 from earlysift.ledger import plain
 from earlysift.losses import IGNORED_LABEL
+from earlysift.pretrain.stream import Stream
+from earlysift.pretrain.workloads import Workload
 
 Point = dict[str, float]
 Run = dict[str, Any]
 
 
-def run_trial(bench: Bench, arm: Arm, on_share: Callable[[float], None] = lambda share: None) -> Iterator[Run]:
+def rehearse(settings: Settings, workload: Workload, *, choose_threads: bool) -> None:
+    """One step of every arm and an evaluation, on a model of their own: what cannot run is refused before it counts.
+
+    Args:
+        settings: The comparison.
+        workload: Samples and model.
+        choose_threads: Whether to choose the number of threads by this model's steps.
+
+    Raises:
+        ValueError: If a step cannot be taken by these settings, or on this device.
+    """
+    brief = replace(settings, budget=1e-6)  # for which a reference model takes no step
+    try:
+        bench = Bench(workload, brief, 0, dict.fromkeys(operations_of(settings.arms, settings), 1.0))
+        bench.set_rate(1.0)  # a learning rate of zero costs the same and cannot diverge
+        batch = bench.read(settings.batch)
+        bench.update(bench.loss(batch))
+        if choose_threads:
+            environment.choose_threads(lambda: bench.update(bench.loss(batch)))
+        for arm in (ARMS[name] for name in settings.arms):
+            bench.stream = Stream(workload.samples, seed=0)
+            STEPS[arm.kind](bench, arm, **arm.options)(1.0)
+        validation = workload.samples.validation.items()
+        evaluate(bench, {name: rows[: settings.batch].to(bench.device) for name, rows in validation})
+    except (RuntimeError, ArithmeticError) as error:
+        first = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(
+            f"A training step by these settings failed on {settings.device}: {first.removesuffix('.')}. Check the size "
+            "of model and batch."
+        ) from error
+
+
+def run_trial(
+    bench: Bench, arm: Arm, prices: Prices, on_share: Callable[[float], None] = lambda share: None
+) -> Iterator[Run]:
     """Train one arm on one seed until its budget of reference time is spent.
 
-    Every step is charged for what its row of the ledger says that it did. The learning rate follows the share of the
-    budget that is spent, so it has decayed whatever the steps cost. The step that crosses the budget is the last; so
-    is one after which the loss is no longer finite.
+    Every step is charged for what its row of the ledger says that it did, by the prices that hold between its
+    evaluations. The learning rate follows the share of the budget that is spent, so it has decayed whatever the steps
+    cost. The step that crosses the budget is the last; so is one after which the loss is no longer finite.
 
     Args:
         bench: Model, data and ledger.
         arm: The arm.
+        prices: What operations cost; takes in what the steps took.
         on_share: Called with the share of the budget that is spent, for progress.
 
     Yields:
@@ -55,6 +95,7 @@ def run_trial(bench: Bench, arm: Arm, on_share: Callable[[float], None] = lambda
         run.update(plain({f"final_{name}": value for name, value in quality.items()}))
         return run
 
+    on_share(0.0)
     yield evaluated()
     evaluations = 1
     started = time.perf_counter()
@@ -70,20 +111,22 @@ def run_trial(bench: Bench, arm: Arm, on_share: Callable[[float], None] = lambda
         bench.set_rate(share)
         started = time.perf_counter()
         bench.ledger.begin(run["steps"])
-        bench.ledger.note(share=share)
+        bench.ledger.note(share=share, prices=evaluations - 1)
         try:
             step(share)
         except ValueError:
             if evaluated()["final_loss"] is not None:
                 raise
             run["finished"] = True  # the model has diverged, and scores that are nan were refused
+            on_share(1.0)
             yield run
             return
         row = bench.ledger.end()
         run["wall_s"] += time.perf_counter() - started
         run["steps"] += 1
-        for kind, ms in charges_ms(row, arm, settings, bench.medians_ms).items():
+        for kind, ms in charges_ms(row, arm, settings, prices.at(bench.seed, evaluations - 1)).items():
             spent_ms[kind] += ms
+        prices.note(step_times_ms(row, arm, settings))
         for name in counts:
             counts[name] += row.get(name, 0)
         at = {"step": row["step"], "reference_s": sum(spent_ms.values()) / 1e3}
@@ -94,52 +137,13 @@ def run_trial(bench: Bench, arm: Arm, on_share: Callable[[float], None] = lambda
         spent = charged_ms / budget_ms
         # Without probes, as in the schedule: auto, while off, is evaluated after the very steps that uniform is.
         done = 1.0 if spent >= 1 else (charged_ms - spent_ms["probe"]) / budget_ms
-        on_share(min(1.0, spent))
         diverged = not math.isfinite(row["loss"])
         run["finished"] = spent >= 1 or diverged
+        on_share(1.0 if run["finished"] else spent)
         due = math.floor(done * (settings.evaluations - 1)) + 1
         if due > evaluations or diverged:
             evaluations = due
             yield evaluated()
-
-
-def charges_ms(row: dict[str, Any], arm: Arm, settings: Settings, medians_ms: dict[str, float]) -> dict[str, float]:
-    """What a step costs in reference time, by kind, from what its row of the ledger says that it did.
-
-    Args:
-        row: ``candidates`` read; ``scored`` and ``depth`` of the exit, if any; ``reference_scored``; ``probe_ms``.
-        arm: The arm; one that is not charged pays for a uniform step.
-        settings: The comparison.
-        medians_ms: Reference time of every operation.
-
-    Returns:
-        Milliseconds of ``read``, ``train`` and whatever else was done.
-
-    Example:
-        >>> from earlysift.compare.arms import ARMS
-        >>> medians_ms = {"read_batch": 1.0, "read_pool": 2.0, "score_1": 8.0, "train": 100.0}
-        >>> charges_ms({"candidates": 64, "scored": 64}, ARMS["sift"], Settings(), medians_ms)
-        {'read': 2.0, 'train': 100.0, 'score': 8.0}
-    """
-    depth = row.get("depth", (arm.depths or (settings.depth,))[0])
-    uniform = {"read": medians_ms["read_batch"], "train": medians_ms[arm.training.format(depth=depth)]}
-    if not arm.charged:
-        return uniform
-    candidates = row["candidates"]
-    read_ms = medians_ms["read_pool"] * candidates / settings.pool if candidates > settings.batch else uniform["read"]
-    probing_ms = medians_ms["probe"] if "probe_ms" in row else 0.0
-    if row.get("mode") == "off":  # auto's uniform steps are uniform's own; what it reads beyond them, it reads to probe
-        probing_ms += read_ms - uniform["read"]
-    else:
-        uniform["read"] = read_ms
-    extra = {}
-    if row.get("scored"):
-        extra["score"] = medians_ms[str(arm.scoring).format(depth=depth)] * row["scored"] / settings.pool
-    if row.get("reference_scored"):
-        extra["reference model"] = medians_ms["exact"] * row["reference_scored"] / settings.pool
-    if probing_ms:
-        extra["probe"] = probing_ms
-    return {**uniform, **extra}
 
 
 def evaluate(bench: Bench, validation: dict[str, Tensor]) -> tuple[Point, Point]:

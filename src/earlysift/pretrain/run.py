@@ -1,7 +1,6 @@
 """`earlysift pretrain`: data, model, training, results. Start reading here."""
 
 import dataclasses
-import fcntl
 import hashlib
 import importlib.util
 import json
@@ -12,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import nn
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from earlysift import checks, environment, exits, scorers
+from earlysift import checks, environment, exits, folders, scorers
 from earlysift.adapters.huggingface import SiftConfig
 from earlysift.checkup import build_model
 from earlysift.files import write_json, write_whole
@@ -29,13 +29,15 @@ from earlysift.pretrain import checkpoints
 from earlysift.pretrain.corpus import optional_package
 from earlysift.pretrain.models import CONFIG, TOKENIZER, build_preset
 from earlysift.pretrain.settings import ARMS, PretrainSettings
-from earlysift.pretrain.stream import Stream
+from earlysift.pretrain.stream import Rows, Stream
 from earlysift.pretrain.streaming import PassingStream, training_documents
 from earlysift.pretrain.tokens import packed_rows
 from earlysift.pretrain.trainer import Candidates, NotFinite, NotSaved, Pretrainer, as_it_is
 from earlysift.pretrain.workloads import Workload, load_workload
 from earlysift.report.page import RESULTS, RESULTS_VERSION, write_report
 
+PROGRAM = "pretrain"
+"""What the marker of a run folder says."""
 DONE, MISSED, DIVERGED, UNSAVED, INTERRUPTED = 0, 1, 3, 4, 130
 """Exit codes: target reached (or none given), target not reached, loss not finite, disk full, saved after a signal."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
@@ -59,11 +61,11 @@ _PARTS_MS = {
     "read": ("wait_ms",),
 }
 _LOG = logging.getLogger("earlysift")
-_LOCK = ".lock"
 _RESTARTS = "TORCHELASTIC_RESTART_COUNT"  # how often torchrun has begun its processes again
 _SHOWN_ROWS = 1000  # of the training part, that its digest looks at
 
 
+@environment.same_threads_after()
 def pretrain(settings: PretrainSettings) -> tuple[int, str]:
     """Train a model from random weights on selected samples, and write the run folder.
 
@@ -90,6 +92,7 @@ def pretrain(settings: PretrainSettings) -> tuple[int, str]:
     with args.main_process_first():  # the others find what it prepared in the cache
         workload = _workload(settings, shape)
     model = _model(settings, workload)
+    _set_threads(settings, args, model, workload)
     about = {
         **settings.identity(),
         "processes": args.world_size,
@@ -143,12 +146,29 @@ def _require_free(settings: PretrainSettings) -> None:
     out = settings.out
     # Hidden: the lock, and what was cut off before anything was written.
     occupied = out.exists() and (not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir()))
+    program = folders.marker(out).get("program", PROGRAM)
+    if program != PROGRAM:
+        raise FileExistsError(f"{out} belongs to earlysift {program}. Choose another --out.")
     if occupied and not settings.resume:
         raise FileExistsError(f"{out} is not an empty folder. Go on with its run by --resume, or choose another --out.")
     if settings.resume and not occupied:
         raise FileNotFoundError(f"There is no run to resume in {out}. Check --out, or leave --resume out.")
-    if settings.resume and not (out / CONFIG).is_file():
+    if settings.resume and not _is_run(out):
         raise FileExistsError(f"{out} holds files that earlysift pretrain did not write. Choose another --out.")
+
+
+def _is_run(out: Path) -> bool:
+    """Whether a folder is one of `pretrain`: by its marker, or, if it is older than that, by its config."""
+    path = out / CONFIG
+    if not path.is_file():
+        return False
+    if folders.marker(out):
+        return True
+    try:
+        config = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(config, dict) and "preset" in config
 
 
 @contextmanager
@@ -158,18 +178,27 @@ def _alone(settings: PretrainSettings) -> Iterator[None]:
     Raises:
         FileExistsError: If another process holds it, or a run has begun in it by now.
     """
-    settings.out.mkdir(parents=True, exist_ok=True)
-    with (settings.out / _LOCK).open("w") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which workers of the loader would inherit
-        except (BlockingIOError, PermissionError) as error:
-            raise FileExistsError(
-                f"Another process trains in {settings.out}. Wait until it has ended, or choose another --out."
-            ) from error
-        except OSError as error:
-            _LOG.warning("%s cannot be locked (%s): start no second run in it.", settings.out, error)
+    with folders.locked(settings.out):
         _require_free(settings)
         yield
+
+
+def _set_threads(settings: PretrainSettings, args: TrainingArguments, model: nn.Module, workload: Workload) -> None:
+    """On a processor, those of the run to resume, whose last digits depend on them, or those that are faster."""
+    if args.device.type != "cpu":
+        return
+    threads = folders.marker(settings.out).get("threads") if settings.resume else None
+    if isinstance(threads, int) and threads > 0:
+        torch.set_num_threads(threads)
+    elif not settings.resume and args.world_size == 1:
+        batch = {name: rows[: settings.batch] for name, rows in workload.samples.validation.items()}
+        with torch.random.fork_rng(devices=[]):
+            environment.choose_threads(partial(_step_without_update, model.train(), batch))
+
+
+def _step_without_update(model: nn.Module, batch: Rows) -> None:
+    scorers.training_loss(model, batch).backward()  # type: ignore[no-untyped-call]
+    model.zero_grad()
 
 
 def _checkpoint(settings: PretrainSettings, about: dict[str, Any]) -> Path | None:
@@ -274,7 +303,7 @@ def _digest(workload: Workload) -> str:
 
 
 def _write_setup(settings: PretrainSettings, workload: Workload) -> None:
-    settings.out.mkdir(parents=True, exist_ok=True)
+    folders.mark(settings.out, PROGRAM, threads=torch.get_num_threads())
     write_json(
         settings.out / CONFIG, json.loads(json.dumps(vars(settings) | {"resume": False, "config": None}, default=str))
     )
