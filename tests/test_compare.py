@@ -1,15 +1,18 @@
 """`earlysift compare` end to end, on tiny models and real text, through the real command line."""
 
+import dataclasses
 import html
 import importlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -17,9 +20,11 @@ import torch
 from earlysift import cli
 from earlysift.compare import suite
 from earlysift.compare.arms import ARMS
+from earlysift.compare.prices import Prices, charges_ms, step_times_ms
+from earlysift.compare.run import compare
 from earlysift.compare.settings import Settings
 from earlysift.compare.steps import Bench, learning_rate_factor
-from earlysift.compare.trial import charges_ms, evaluate
+from earlysift.compare.trial import evaluate
 from earlysift.pretrain.workloads import load_workload
 from earlysift.settings import read_settings
 
@@ -71,7 +76,9 @@ def ledger_of(out, arm, seed=0):
 
 def test_run_folder_holds_results_ledgers_figure_and_page(finished):
     names = {path.name for path in finished.iterdir()}
-    assert names == {"config.json", "results.json", "ledgers", "curves.png", "report.html"}
+    assert names == {"config.json", "results.json", "ledgers", "curves.png", "report.html", ".earlysift.json", ".lock"}
+    marker = json.loads((finished / ".earlysift.json").read_text())
+    assert marker == {"program": "compare", "version": results_of(finished)["versions"]["earlysift"]}
     assert {path.name for path in (finished / "ledgers").iterdir()} == {
         f"{arm}-seed{seed}.jsonl" for arm in THREE for seed in range(2)
     }
@@ -92,24 +99,98 @@ def test_every_arm_spends_the_budget_of_reference_time_and_at_most_one_step_more
 
 def test_charges_of_the_ledgers_rows_add_up_to_the_reference_time(finished):
     results = results_of(finished)
-    medians_ms = {name: timing["median"] for name, timing in results["operations_ms"].items()}
     settings = read_settings(finished / "config.json", Settings)
     for name, arm in results["arms"].items():
-        charges = [charges_ms(row, ARMS[name], settings, medians_ms) for row in ledger_of(finished, name)]
-        for kind, spent_s in arm["runs"][0]["spent_s"].items():
-            assert sum(charge.get(kind, 0.0) for charge in charges) / 1e3 == pytest.approx(spent_s, rel=1e-4)
+        for seed, run in enumerate(arm["runs"]):
+            tables = results["charged_ms"][seed]
+            rows = ledger_of(finished, name, seed)
+            charges = [charges_ms(row, ARMS[name], settings, tables[row["prices"]]) for row in rows]
+            for kind, spent_s in run["spent_s"].items():
+                assert sum(charge.get(kind, 0.0) for charge in charges) / 1e3 == pytest.approx(spent_s, rel=1e-4)
 
 
-def test_a_step_is_charged_what_its_operations_took_when_they_were_measured(finished):
-    ms = {name: timing["median"] for name, timing in results_of(finished)["operations_ms"].items()}
-    costs_ms = {
-        "uniform": ms["read_batch"] + ms["train"],
-        "sift": ms["read_pool"] + ms["score_1"] + ms["train"],
-        "exact": ms["read_pool"] + ms["exact"] + ms["train"],
+def measured(out, until=None):
+    """Times of every operation in the steps of all arms, before the prices of a seed and an evaluation are fixed."""
+    settings = read_settings(out / "config.json", Settings)
+    times_ms = {}
+    for name, arm in results_of(out)["arms"].items():
+        for run in arm["runs"]:
+            for row in ledger_of(out, name, run["seed"]):
+                if until is None or (run["seed"], row["prices"]) < until:
+                    for operation, ms in step_times_ms(row, ARMS[name], settings).items():
+                        times_ms.setdefault(operation, []).append(ms)
+    return times_ms
+
+
+def test_a_step_is_charged_the_median_of_the_steps_so_far_and_calibration_counts_as_ten(finished):
+    results = results_of(finished)
+    calibrated = {name: timing["median"] for name, timing in results["calibrated_ms"].items()}
+    assert [len(tables) for tables in results["charged_ms"]] == [2, 2]  # one from each evaluation to the next
+    assert results["charged_ms"][0][0] == calibrated
+    for seed, tables in enumerate(results["charged_ms"]):
+        for evaluation, table in enumerate(tables):
+            times_ms = measured(finished, until=(seed, evaluation))
+            for name, ms in calibrated.items():
+                assert table[name] == pytest.approx(median([*[ms] * 10, *times_ms.get(name, [])]), rel=1e-3)
+
+
+def test_results_tell_what_was_calibrated_and_what_the_arms_own_steps_took(finished):
+    results = results_of(finished)
+    times_ms = measured(finished)
+    assert results["operations_ms"].keys() == results["calibrated_ms"].keys() == times_ms.keys()
+    for name, timing in results["operations_ms"].items():
+        assert timing["count"] == len(times_ms[name]) > 0
+        assert timing["low"] <= timing["median"] <= timing["high"]
+    for name in ("score_1", "exact"):  # neither more nor less than what scoring, selecting and gathering took
+        assert min(times_ms[name]) <= results["operations_ms"][name]["median"] <= max(times_ms[name])
+
+
+def test_arms_pay_the_same_prices_from_one_evaluation_to_the_next_whatever_is_measured_meanwhile():
+    calibrated = {name: {"median": 10.0} for name in ("train", "score_1")}
+    tables = []
+    prices = Prices(calibrated, tables)
+    assert prices.at(0, 0) == {"train": 10.0, "score_1": 10.0}
+    for _ in range(30):
+        prices.note({"train": 20.0})
+    assert prices.at(0, 0) == {"train": 10.0, "score_1": 10.0}
+    assert prices.at(0, 2) == {"train": 20.0, "score_1": 10.0}  # a long step may skip an evaluation
+    for _ in range(90):
+        prices.note({"train": 40.0, "score_1": 2.0})
+    assert prices.at(0, 1) == prices.at(0, 2)
+    assert prices.at(1, 0) == {"train": 40.0, "score_1": 2.0}
+    again = Prices(calibrated, json.loads(json.dumps(tables)))  # as a resumed run reads them
+    assert [again.at(0, 1), again.at(1, 0)] == [prices.at(0, 1), prices.at(1, 0)]
+
+
+def test_an_operation_that_is_added_costs_as_much_of_a_training_step_as_it_does_now():
+    tables = [[{"train": 100.0}]]
+    prices = Prices({"train": {"median": 10.0}, "score_1": {"median": 4.0}}, tables)
+    assert prices.at(0, 0) == tables[0][0] == {"train": 100.0, "score_1": 40.0}
+    for _ in range(30):
+        prices.note({"score_1": 2.0})
+    assert prices.at(0, 0) == {"train": 100.0, "score_1": 40.0}
+    assert prices.at(0, 1) == {"train": 10.0, "score_1": 2.0}
+
+
+def test_scoring_is_what_a_step_takes_beyond_reading_training_and_probing():
+    settings = Settings(batch=8, keep=0.5)
+    row = {
+        "candidates": 16,
+        "scored": 8,
+        "depth": 2,
+        "wait_ms": 3.0,
+        "train_ms": 20.0,
+        "probe_ms": 30.0,
+        "step_ms": 60.0,
     }
-    for name, arm in results_of(finished)["arms"].items():
-        last = arm["runs"][0]["curve"][-1]
-        assert last["reference_s"] * 1e3 == pytest.approx(last["step"] * costs_ms[name], rel=1e-4)
+    assert step_times_ms(row, ARMS["auto"], settings) == {
+        "read_pool": 3.0,
+        "train": 20.0,
+        "score_2": 14.0,
+        "probe": 30.0,
+    }
+    row = {"candidates": 8, "wait_ms": 3.0, "train_ms": 20.0, "step_ms": 60.0}
+    assert step_times_ms(row, ARMS["sift-joint-1"], settings) == {"read_batch": 3.0, "train_joint_1": 20.0}
 
 
 def test_part_of_a_pool_is_charged_its_part_and_an_uncharged_arm_like_uniform():
@@ -201,6 +282,7 @@ def test_same_seed_and_costs_give_the_same_curves(finished, text, tmp_path):
     for arm in results["arms"].values():
         arm["runs"] = []
     (again / "results.json").write_text(json.dumps(results))
+    (again / "config.json").write_text(json.dumps(results["config"]))
     code = cli.main(["compare", "--data", str(text), "--out", str(again), "--seeds", "2", "--resume", *TINY])
     assert code == 0
     for name, arm in results_of(again)["arms"].items():
@@ -266,23 +348,241 @@ def test_a_stop_leaves_a_readable_partial_result_and_resume_finishes_it(text, tm
     assert results_of(out)["complete"] is True
 
 
-def test_force_with_data_that_cannot_be_read_keeps_the_earlier_run(finished, tmp_path, capsys):
-    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
-    missing = str(tmp_path / "typo.txt")
-    assert cli.main(["compare", "--data", missing, "--out", str(finished), "--force", *TINY]) == 2
-    assert "typo.txt" in capsys.readouterr().err
-    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
+def contents(folder):
+    """All that is in a folder, links as links, to see that nothing of it was touched."""
+    return {
+        path: (
+            os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else None,
+            path.lstat().st_mode,
+        )
+        for path in folder.rglob("*")
+    }
+
+
+REFUSED = {  # what is found at different times: by the settings, by the data, by the model, by a step of it
+    "data": ["--data", "typo.txt"],
+    "width 7": ["--width", "7"],
+    "width 0": ["--width", "0"],
+    "learning rate": ["--learning-rate", "nan"],
+    "pool": ["--keep", "1e-7"],
+    "device": ["--device", "foo"],
+    "subset": ["--train-samples", "2", "--batch", "1", "--arms", "uniform,rs2"],
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_a_refused_force_leaves_the_earlier_run_as_it_was(reason, finished, text, capsys):
+    before = contents(finished)
+    assert cli.main(["compare", "--data", str(text), "--out", str(finished), "--force", *TINY, *REFUSED[reason]]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("earlysift: ")
+    assert "Traceback" not in error
+    assert contents(finished) == before
+
+
+def test_a_refused_command_makes_no_folder_so_that_the_corrected_one_runs(text, tmp_path):
+    out = tmp_path / "runs" / "new"
+    command = ["compare", "--data", str(text), "--out", str(out), *TINY, "--budget", "0.1"]
+    for reason in REFUSED.values():
+        assert cli.main([*command, *reason]) == 2
+        assert list(tmp_path.iterdir()) == []
+    assert cli.main(command) == 0
+
+
+def test_a_run_that_has_measured_nothing_yet_is_not_another_run(finished, text, tmp_path):
+    out = Path(shutil.copytree(finished, tmp_path / "run"))
+    results = results_of(out)
+    for arm in results["arms"].values():
+        arm["runs"] = []
+    (out / "results.json").write_text(json.dumps(results))
+    assert (
+        cli.main(["compare", "--data", str(text), "--out", str(out), *TINY, "--keep", "0.25", "--budget", "0.1"]) == 0
+    )
+
+
+@pytest.mark.parametrize("flag", ["--force", "--resume"])
+def test_a_folder_of_pretrain_is_refused_and_left_as_it_was(flag, copy, text, capsys):
+    before = contents(copy)
+    assert cli.main(["compare", "--data", str(text), "--out", str(copy), flag, *TINY]) == 2
+    assert "belongs to earlysift pretrain" in capsys.readouterr().err
+    (copy / ".earlysift.json").unlink()  # as of before there were markers
+    assert cli.main(["compare", "--data", str(text), "--out", str(copy), flag, *TINY]) == 2
+    assert "no comparison wrote" in capsys.readouterr().err
+    assert contents(copy) == {path: content for path, content in before.items() if path.name != ".earlysift.json"}
+
+
+def test_pretrain_refuses_the_folder_of_a_comparison_and_leaves_it_as_it_was(finished, start):
+    before = contents(finished)
+    code, _, err = start(finished, "--resume")
+    assert (code, "belongs to earlysift compare" in err) == (2, True), err
+    assert contents(finished) == before
+
+
+@pytest.mark.parametrize("flag", ["--force", "--resume"])
+@pytest.mark.parametrize("results", ["{}", '{"version": 2, "config": {}, "arms": {}}', "[[[", "5"])
+def test_a_folder_that_merely_holds_a_results_json_is_refused_and_left_as_it_was(flag, results, text, tmp_path, capsys):
+    for name in ("results.json", "config.json", "encoder/thesis.bin", "ledgers/2024.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(results)
+    before = contents(tmp_path)
+    assert cli.main(["compare", "--data", str(text), "--out", str(tmp_path), flag, *TINY]) == 2
+    assert "no comparison wrote" in capsys.readouterr().err
+    assert contents(tmp_path) == before
 
 
 def test_force_replaces_the_earlier_run_and_leaves_other_files(finished, text, tmp_path):
     copy = tmp_path / "copy"
     subprocess.run(["cp", "-r", str(finished), str(copy)], check=True)
-    (copy / "notes.txt").write_text("mine")
+    foreign = ("notes.txt", "encoder/thesis.bin", "ledgers/2024.csv", "ledgers/mine-seed0.jsonl")
+    for name in foreign:
+        (copy / name).parent.mkdir(exist_ok=True)
+        (copy / name).write_text("mine")
     arguments = ["compare", "--data", str(text), "--out", str(copy), "--force", *TINY]
     assert cli.main([*arguments, "--arms", "uniform", "sift"]) == 0
     assert set(results_of(copy)["arms"]) == {"uniform", "sift"}
-    assert {path.name for path in (copy / "ledgers").iterdir()} == {"uniform-seed0.jsonl", "sift-seed0.jsonl"}
-    assert (copy / "notes.txt").read_text() == "mine"
+    assert {path.name for path in (copy / "ledgers").iterdir()} == {
+        *("uniform-seed0.jsonl", "sift-seed0.jsonl", "2024.csv", "mine-seed0.jsonl")
+    }
+    assert {(copy / name).read_text() for name in foreign} == {"mine"}
+
+
+def test_a_run_from_before_there_were_markers_is_resumed_but_not_deleted(finished, text, tmp_path, capsys):
+    out = Path(shutil.copytree(finished, tmp_path / "old"))
+    (out / ".earlysift.json").unlink()
+    results = results_of(out)
+    del results["charged_ms"], results["calibrated_ms"]  # all was charged as it was calibrated
+    (out / "results.json").write_text(json.dumps(results))
+    command = ["compare", "--data", str(text), "--out", str(out), "--seeds", "2", *TINY]
+    before = contents(out)
+    assert cli.main([*command, "--force"]) == 2
+    assert "has no .earlysift.json, without which nothing is deleted" in capsys.readouterr().err
+    assert cli.main(command) == 2
+    assert "holds another run" in capsys.readouterr().err
+    assert contents(out) == before
+    assert cli.main([*command, "--resume", "--arms", "uniform,sift,exact,sift-entropy"]) == 0
+    grown = results_of(out)
+    for name, arm in results["arms"].items():
+        assert grown["arms"][name]["runs"] == arm["runs"]
+    charged = {name: timing["median"] for name, timing in results["operations_ms"].items()}
+    for table in (table for tables in grown["charged_ms"] for table in tables):
+        assert {name: table[name] for name in charged} == charged
+    assert (out / ".earlysift.json").is_file()
+
+
+@pytest.mark.parametrize("flag", ["--force", "--resume"])
+@pytest.mark.parametrize("name", ["ledgers", "encoder", "results.json", "ledgers/sift-seed0.jsonl", ".lock"])
+def test_a_link_in_the_run_folder_is_refused_and_where_it_leads_to_left_as_it_was(
+    name, flag, finished, text, tmp_path, capsys
+):
+    out = Path(shutil.copytree(finished, tmp_path / "run"))
+    target = tmp_path / "elsewhere"
+    if (out / name).exists():
+        (out / name).rename(target)
+    else:
+        target.mkdir()
+    (out / name).symlink_to(target)
+    before = contents(tmp_path)
+    assert cli.main(["compare", "--data", str(text), "--out", str(out), "--seeds", "2", flag, *TINY]) == 2
+    assert f"{out / name} is a link to {target}" in capsys.readouterr().err
+    assert contents(tmp_path) == before
+
+
+def test_an_out_that_is_no_folder_is_one_clear_line(finished, text, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(finished)
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    before, run = contents(tmp_path), contents(finished)
+    for name, message in (
+        ("file", "found a file"),
+        ("file/run", f"as {tmp_path / 'file'} is a file"),
+        ("link", f"found a link to {finished}"),
+        ("dangling", "found a link to"),
+    ):
+        for flags in ([], ["--force"], ["--resume"]):
+            assert cli.main(["compare", "--data", str(text), "--out", str(tmp_path / name), *TINY, *flags]) == 2
+            assert message in capsys.readouterr().err
+    assert contents(tmp_path) == before
+    assert contents(finished) == run
+
+
+def test_a_second_comparison_in_a_folder_is_refused_while_the_first_one_runs(text, tmp_path, capsys):
+    out = tmp_path / "run"
+    arguments = ["compare", "--data", str(text), "--out", str(out), *TINY, "--budget", "2"]
+    first = subprocess.Popen(
+        [sys.executable, "-m", "earlysift", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    while first.poll() is None and not (out / "ledgers" / "exact-seed0.jsonl").exists():
+        time.sleep(0.1)
+    for flags in ([], ["--force"], ["--resume"]):
+        assert cli.main([*arguments, *flags]) == 2
+        assert f"Another process trains in {out}. Wait until" in capsys.readouterr().err
+    output, _ = first.communicate()
+    assert first.returncode == 0, output
+    assert results_of(out)["complete"] is True
+
+
+@pytest.mark.parametrize("damage", ['{"step": 0}\n', "5\n", "{\n", '{"candidates": "many", "wait_ms": 1}\n'])
+def test_a_damaged_ledger_of_a_finished_run_is_named_before_anything_is_written(
+    damage, finished, text, tmp_path, capsys
+):
+    out = Path(shutil.copytree(finished, tmp_path / "run"))
+    path = out / "ledgers" / "sift-seed0.jsonl"
+    path.write_text(damage)
+    before = contents(out)
+    assert cli.main(["compare", "--data", str(text), "--out", str(out), "--seeds", "3", *TINY, "--resume"]) == 2
+    assert f"The ledger {path} of a finished run is damaged" in capsys.readouterr().err
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize("key", ["config", "machine", "arms", "operations_ms", "complete"])
+def test_results_of_the_wrong_shape_are_refused_by_a_resume(key, finished, text, tmp_path, capsys):
+    out = Path(shutil.copytree(finished, tmp_path / "run"))
+    (out / "results.json").write_text(json.dumps(results_of(out) | {key: [1]}))
+    before = contents(out)
+    assert cli.main(["compare", "--data", str(text), "--out", str(out), "--seeds", "2", *TINY, "--resume"]) == 2
+    assert "but not the results of a comparison" in capsys.readouterr().err
+    assert contents(out) == before
+
+
+def test_a_resumed_comparison_computes_on_the_threads_of_the_run_it_goes_on_with(finished, text, tmp_path):
+    out = Path(shutil.copytree(finished, tmp_path / "run"))
+    results = results_of(out)
+    results["machine"]["threads"] = 2
+    (out / "results.json").write_text(json.dumps(results))
+    settings = read_settings(out / "config.json", Settings)
+    threads, before = set(), torch.get_num_threads()
+
+    def note(name, share):
+        threads.add(torch.get_num_threads())
+
+    results = compare(dataclasses.replace(settings, out=out, resume=True), note)  # only rehearsed: all is there
+    assert threads == {2}
+    assert results["machine"]["threads"] == 2
+    assert torch.get_num_threads() == before
+
+
+def test_progress_is_told_at_every_evaluation_as_the_share_of_the_arm_over_all_seeds(text, tmp_path):
+    settings = {"data": (text,), "arms": ("uniform", "sift"), "layers": 3, "width": 32, "length": 32, "batch": 8}
+    settings |= {"vocab_size": 300, "budget": 0.2, "evaluations": 3, "validation_samples": 32, "seeds": 2}
+    told = {}
+    results = compare(
+        Settings(**settings, out=tmp_path / "run"), lambda *news: told.setdefault(news[0], []).append(news[1])
+    )
+    for arm in results["arms"].values():
+        shares = told[arm["label"]]
+        assert shares == sorted(shares)
+        assert (shares[0], shares[-1]) == (0.0, 1.0)
+        for seed, run in enumerate(arm["runs"]):
+            for point in run["curve"]:
+                share = (seed + min(1.0, point["reference_s"] / 0.2)) / 2
+                assert any(one == pytest.approx(share, abs=1e-4) for one in shares)
+    settings["seeds"] = 3
+    told.clear()
+    compare(
+        Settings(**settings, out=tmp_path / "run", resume=True),
+        lambda *news: told.setdefault(news[0], []).append(news[1]),
+    )
+    assert all(told[arm["label"]][:2] == [1 / 3, 2 / 3] for arm in results["arms"].values())  # finished before
 
 
 def test_missing_data_is_one_clear_line_and_exit_code_2(tmp_path, capsys):
@@ -293,11 +593,13 @@ def test_missing_data_is_one_clear_line_and_exit_code_2(tmp_path, capsys):
     assert "Traceback" not in error
 
 
-def test_an_accelerator_that_is_not_there_is_one_clear_line(text, tmp_path, capsys):
-    if torch.accelerator.is_available():
+@pytest.mark.parametrize("device", ["cuda", "foo", "cuda:99", "meta", "cpu:3", ""])
+def test_an_accelerator_that_is_not_there_is_one_clear_line(device, text, tmp_path, capsys):
+    if torch.accelerator.is_available() and device == "cuda":
         pytest.skip("this machine has an accelerator")
-    code = cli.main(["compare", "--data", str(text), "--out", str(tmp_path / "out"), "--device", "cuda", *TINY])
+    code = cli.main(["compare", "--data", str(text), "--out", str(tmp_path / "out"), "--device", device, *TINY])
     assert code == 2
+    assert not (tmp_path / "out").exists()
     assert "Expected an accelerator" in capsys.readouterr().err
 
 
@@ -507,6 +809,7 @@ def emptied(finished, folder, arms):
     results["config"]["arms"] = arms
     results["arms"] = {}
     (folder / "results.json").write_text(json.dumps(results))
+    (folder / "config.json").write_text(json.dumps(results["config"]))
 
 
 def test_arms_added_by_a_resume_give_the_curves_of_a_run_at_once_and_repeat_nothing(finished, text, tmp_path):
@@ -541,13 +844,14 @@ def test_an_added_operation_is_scaled_to_the_speed_that_the_others_were_measured
     out = tmp_path / "slower"
     emptied(finished, out, ["uniform"])
     results = results_of(out)
-    for timing in results["operations_ms"].values():
+    results["charged_ms"] = []
+    for timing in results["calibrated_ms"].values():
         timing["median"] *= 50  # a machine fifty times slower
     (out / "results.json").write_text(json.dumps(results))
     command = ["compare", "--data", str(text), "--out", str(out), "--resume", *TINY, "--arms", "uniform,sift-2"]
     assert cli.main(command) == 0
-    medians_ms = {name: timing["median"] for name, timing in results_of(out)["operations_ms"].items()}
-    assert medians_ms["train"] == results["operations_ms"]["train"]["median"]
+    medians_ms = {name: timing["median"] for name, timing in results_of(out)["calibrated_ms"].items()}
+    assert medians_ms["train"] == results["calibrated_ms"]["train"]["median"]
     assert 0.1 < medians_ms["score_2"] / medians_ms["train"] < 3
 
 
@@ -594,6 +898,34 @@ def test_suite_runs_each_workload_in_a_folder_of_its_own_and_skips_what_has_no_d
     assert all(after[arm] == before[arm] for arm in before)
     assert cli.main([*command, "--only", "digits"]) == 2
     assert "digits: did not run: The folder" in capsys.readouterr().out
+
+
+def test_suite_in_a_folder_that_it_does_not_own_is_refused_and_leaves_it_as_it_was(
+    tiny_suite, finished, tmp_path, capsys
+):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for name, content in (("foreign", "logs/digits.log"), ("notes", "notes.txt"), ("linked", None)):
+        out = tmp_path / name
+        out.mkdir()
+        if content is None:
+            (out / "logs").symlink_to(elsewhere)
+        else:
+            (out / content).parent.mkdir(exist_ok=True)
+            (out / content).write_text("mine")
+    Path(shutil.copytree(finished, tmp_path / "comparison"))
+    before = contents(tmp_path)
+    for name, message in (
+        ("foreign", "no suite wrote"),
+        ("notes", "no suite wrote"),
+        ("comparison", "no suite wrote"),
+        ("linked", "is a link to"),
+    ):
+        for flags in ([], ["--force"], ["--resume"]):
+            command = ["compare", "--suite", "cpu", "--only", "digits", "--out", str(tmp_path / name), *flags]
+            assert cli.main(command) == 2
+            assert message in capsys.readouterr().err
+    assert contents(tmp_path) == before
 
 
 def test_suite_refuses_unknown_workloads_and_names_the_known(tmp_path, capsys):

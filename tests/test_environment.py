@@ -1,4 +1,4 @@
-"""What a process runs with: memory is kept unless the user has decided, and results say so."""
+"""What a process runs with: memory is kept and threads are chosen unless the user has decided, and results say so."""
 
 import json
 import os
@@ -24,6 +24,11 @@ for _ in range(20):
     torch.ones(1 << 24)
 print(json.dumps([faults() - before, environment.machine(torch.device("cpu"))["keeps_memory"]]))
 """
+
+
+def torch_threads():
+    """Threads that torch takes where nobody has decided."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def probed(*arguments, **variables):
@@ -62,3 +67,68 @@ def test_memory_is_left_to_what_the_user_has_decided():
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 def test_what_the_user_says_of_other_matters_decides_nothing():
     assert probed("keep", MALLOC_ARENA_MAX="2")[1] is True
+
+
+THREADS = """
+import json, os, sys, time, torch
+if "set before" in sys.argv:
+    torch.set_num_threads(3)
+from earlysift import environment
+if "set after" in sys.argv:
+    torch.set_num_threads(3)
+slow = 1 if "together" in sys.argv else torch.get_num_threads()  # the number of threads on which a step takes long
+taken = []
+def step():
+    taken.append(torch.get_num_threads())
+    time.sleep(0.5 if torch.get_num_threads() == slow else 0.001)
+with environment.same_threads_after():
+    found = torch.get_num_threads()
+    chosen = environment.choose_threads(step)
+    clock = environment.work_clock(torch.device("cpu"))
+    now = torch.get_num_threads()
+print(json.dumps([found, chosen, now, torch.get_num_threads(), sorted(set(taken)), clock is time.process_time]))
+"""
+
+
+def chosen(*arguments, **variables):
+    """Threads that are found, chosen, in use, in use afterwards, and tried; whether a clock of one thread is used."""
+    undecided = {
+        name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", THREADS, *arguments],
+        env=undecided | variables,
+        stdout=subprocess.PIPE,
+        check=True,
+        timeout=300,
+    )
+    return json.loads(done.stdout)
+
+
+@pytest.mark.skipif(torch_threads() == 1, reason="there is nothing to choose from on one core")
+def test_one_thread_computes_unless_all_are_clearly_faster_and_both_are_tried():
+    found, *others = chosen("alone")
+    assert others == [1, 1, found, [1, found], True]
+    found, *others = chosen("together")
+    assert others == [found, found, found, [1, found], False]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "threads"),
+    [
+        ((), {"OMP_NUM_THREADS": "3"}, 3),
+        ((), {"OMP_NUM_THREADS": "1"}, 1),
+        (("set before",), {}, 3),
+        (("set after",), {}, 3),
+    ],
+    ids=["variable", "variable of one", "call before the import", "call after the import"],
+)
+def test_threads_are_left_to_what_the_user_has_decided_and_nothing_is_tried(arguments, variables, threads):
+    assert chosen(*arguments, **variables) == [threads, threads, threads, threads, [], threads == 1]
+
+
+@pytest.mark.parametrize("name", ["foo", "", "meta", "cpu:1", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused_with_those_that_are(name):
+    with pytest.raises(ValueError, match=f"for device={name!r}; accelerators found: .*Use --device cpu"):
+        environment.usable_device(name)
+    assert environment.usable_device("cpu").type == "cpu"

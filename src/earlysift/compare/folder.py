@@ -115,9 +115,9 @@ def _require_suite(folder: Path, workloads: set[str]) -> None:
         return
     found = {path.name for path in folder.iterdir()} - _OWN
     program = folders.marker(folder).get("program")
-    unmarked = program is None and found <= {LOGS, _PAGE, *workloads}  # of before there were markers
-    unmarked = unmarked and all(_is_comparison(folder / name) for name in found & workloads)
-    if program != SUITE and not unmarked:
+    runs = found & workloads
+    older = program is None and found <= {LOGS, _PAGE, *runs} and all(_is_comparison(folder / name) for name in runs)
+    if program != SUITE and found and not (runs and older):
         raise FileExistsError(
             f"The folder {folder} holds files that no suite wrote. Choose another --out; nothing was touched."
         )

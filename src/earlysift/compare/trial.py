@@ -38,6 +38,11 @@ def rehearse(settings: Settings, workload: Workload, *, choose_threads: bool) ->
     Raises:
         ValueError: If a step cannot be taken by these settings, or on this device.
     """
+    if settings.pool > len(workload.samples):
+        raise ValueError(
+            f"A pool of {settings.pool:,} candidates (batch / keep) is more than the {len(workload.samples):,} samples "
+            "to train on. Give a larger keep, or a smaller batch."
+        )
     brief = replace(settings, budget=1e-6)  # for which a reference model takes no step
     try:
         bench = Bench(workload, brief, 0, dict.fromkeys(operations_of(settings.arms, settings), 1.0))
