@@ -50,7 +50,7 @@ def test_a_run_killed_again_and_again_is_bit_equal_to_one_that_was_not(start, un
         ("before anything is saved, within accumulation", kill("compute_loss", 2), 0, None),
         ("within accumulation, with workers", kill("compute_loss", 10), 2, None),
         ("while a checkpoint is written", kill("_save_rng_state", 1), 0, None),
-        ("before its manifest", kill("write_json", 2), 2, "checkpoint-6 is not used: incomplete"),
+        ("before its manifest", kill("write_json", 3), 2, "checkpoint-6 is not used: incomplete"),
         ("before older ones are deleted", kill("prune", 2), 0, "checkpoint-6 is not used: incomplete"),
         ("in the last evaluation", kill("evaluate", 1), 2, None),
     ]
