@@ -172,25 +172,21 @@ def test_an_operation_that_is_added_costs_as_much_of_a_training_step_as_it_does_
     assert prices.at(0, 1) == {"train": 10.0, "score_1": 2.0}
 
 
-def test_scoring_is_what_a_step_takes_beyond_reading_training_and_probing():
+def test_scoring_is_all_that_a_sifter_takes_but_for_probes_and_is_measured_for_a_whole_pool():
     settings = Settings(batch=8, keep=0.5)
-    row = {
-        "candidates": 16,
-        "scored": 8,
-        "depth": 2,
-        "wait_ms": 3.0,
-        "train_ms": 20.0,
-        "probe_ms": 30.0,
-        "step_ms": 60.0,
-    }
-    assert step_times_ms(row, ARMS["auto"], settings) == {
-        "read_pool": 3.0,
+    row = {"candidates": 16, "scored": 8, "depth": 2, "wait_ms": 3.0, "train_ms": 20.0, "probe_ms": 30.0}
+    assert step_times_ms(row | {"sift_ms": 37.0, "score_ms": 5.0}, ARMS["auto"], settings) == {
         "train": 20.0,
+        "read_pool": 3.0,
         "score_2": 14.0,
         "probe": 30.0,
     }
-    row = {"candidates": 8, "wait_ms": 3.0, "train_ms": 20.0, "step_ms": 60.0}
-    assert step_times_ms(row, ARMS["sift-joint-1"], settings) == {"read_batch": 3.0, "train_joint_1": 20.0}
+    row = {"candidates": 8, "wait_ms": 3.0, "train_ms": 20.0, "sift_ms": 1.0}  # before it selects
+    assert step_times_ms(row, ARMS["sift-joint-1"], settings) == {"train_joint_1": 20.0, "read_batch": 3.0}
+    row = {"candidates": 32, "scored": 32, "wait_ms": 3.0, "train_ms": 20.0, "score_ms": 8.0}
+    assert step_times_ms(row, ARMS["rho-loss"], settings) == {"train": 20.0, "read_pool": 1.5, "exact": 4.0}
+    row = {"candidates": 0, "scored": 0, "train_ms": 20.0}  # what was drawn before is enough
+    assert step_times_ms(row, ARMS["selective-backprop"], settings) == {"train": 20.0}
 
 
 def test_part_of_a_pool_is_charged_its_part_and_an_uncharged_arm_like_uniform():
@@ -910,6 +906,7 @@ def test_suite_in_a_folder_that_it_does_not_own_is_refused_and_leaves_it_as_it_w
         out.mkdir()
         if content is None:
             (out / "logs").symlink_to(elsewhere)
+            (out / ".earlysift.json").write_text('{"program": "compare --suite"}')
         else:
             (out / content).parent.mkdir(exist_ok=True)
             (out / content).write_text("mine")

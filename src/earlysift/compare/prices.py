@@ -70,11 +70,11 @@ class Prices:
 def step_times_ms(row: dict[str, Any], arm: Arm, settings: Settings) -> Table:
     """What the operations of a step took by its row of the ledger, as `charges_ms` charges them.
 
-    Scoring is all of a step that is not reading, training or probing: selecting and gathering are part of it.
+    Scoring is all that a sifter does but probe: selecting and gathering are part of it.
 
     Args:
-        row: ``candidates``, ``wait_ms``, ``train_ms``, ``step_ms``; ``scored``, ``depth``, ``probe_ms``,
-            ``reference_ms`` if there are any.
+        row: ``candidates``, ``wait_ms``, ``train_ms``; if there are any ``scored``, ``depth``, ``sift_ms`` (else
+            ``score_ms``) and ``probe_ms``.
         arm: The arm.
         settings: The comparison.
 
@@ -83,22 +83,22 @@ def step_times_ms(row: dict[str, Any], arm: Arm, settings: Settings) -> Table:
 
     Example:
         >>> from earlysift.compare.arms import ARMS
-        >>> row = {"candidates": 64, "scored": 64, "wait_ms": 1.0, "train_ms": 50.0, "step_ms": 60.0}
+        >>> row = {"candidates": 64, "scored": 64, "wait_ms": 1.0, "sift_ms": 9.0, "train_ms": 50.0}
         >>> step_times_ms(row, ARMS["sift"], Settings())
-        {'read_pool': 1.0, 'train': 50.0, 'score_1': 9.0}
+        {'train': 50.0, 'read_pool': 1.0, 'score_1': 9.0}
     """
     depth = depth_of(row, arm, settings)
-    candidates = row["candidates"]
-    if candidates > settings.batch:
-        times_ms = {"read_pool": row["wait_ms"] * settings.pool / candidates}
-    else:
-        times_ms = {"read_batch": row["wait_ms"]}
-    times_ms[arm.training.format(depth=depth)] = row["train_ms"]
+    candidates, probe_ms = row["candidates"], row.get("probe_ms", 0.0)
+    times_ms = {arm.training.format(depth=depth): row["train_ms"]}
+    if candidates == settings.batch:
+        times_ms["read_batch"] = row["wait_ms"]
+    elif candidates:
+        times_ms["read_pool"] = row["wait_ms"] * settings.pool / candidates
     if row.get("scored"):
-        others_ms = sum(row.get(f"{name}_ms", 0.0) for name in ("wait", "train", "probe", "reference"))
-        times_ms[str(arm.scoring).format(depth=depth)] = (row["step_ms"] - others_ms) * settings.pool / row["scored"]
-    if "probe_ms" in row:
-        times_ms["probe"] = row["probe_ms"]
+        scoring_ms = row["sift_ms"] - probe_ms if "sift_ms" in row else row["score_ms"]
+        times_ms[str(arm.scoring).format(depth=depth)] = scoring_ms * settings.pool / row["scored"]
+    if probe_ms:
+        times_ms["probe"] = probe_ms
     return times_ms
 
 

@@ -199,7 +199,9 @@ def sifted(
 
     def step(share: float) -> None:
         sifter = selecting if share >= select_after else plain
-        batch = sifter.sift(bench.read(sifter.wanted))
+        pool = bench.read(sifter.wanted)
+        with bench.ledger.timed("sift"):
+            batch = sifter.sift(pool)
         row = sifter.ledger.end()
         if row.get("mode") == "off":
             bench.position -= row["candidates"] - row["trained"]  # read for a probe only; offered again
