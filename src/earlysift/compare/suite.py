@@ -237,13 +237,14 @@ def _start(name: str, workload: Settings, settings: Settings) -> "subprocess.Pop
     config = log.with_suffix(".json")
     write_json(config, json.loads(json.dumps(dataclasses.asdict(workload), default=str)))
     threads = str(max(1, (os.cpu_count() or 1) // settings.jobs))
+    share = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads} if settings.jobs > 1 else {}  # else it chooses
     with log.open("wb") as file:
         return subprocess.Popen(
             [sys.executable, "-m", "earlysift", "compare", "--config", str(config)],
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
+            env={**os.environ, **share},
             start_new_session=True,  # Ctrl-C reaches it through us, once
         )
 
