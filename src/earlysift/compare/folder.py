@@ -26,9 +26,10 @@ _FILES = (RESULTS, CONFIG, _PAGE, "curves.png")
 _LEDGER = re.compile(rf"({'|'.join(map(re.escape, ARMS))})-seed\d+\.jsonl")
 _OWN = {folders.LOCK, folders.MARKER}
 _MAY_GROW = ("seeds", "arms")
-_SHAPE: dict[str, type] = {"complete": bool, "config": dict, "machine": dict, "data": dict} | dict.fromkeys(
-    ("operations_ms", "measured_ms", "arms"), dict
-)
+_SHAPE: dict[str, type] = {
+    **{"complete": bool, "charged_ms": list},
+    **dict.fromkeys(("config", "machine", "data", "arms", "operations_ms", "calibrated_ms", "measured_ms"), dict),
+}
 
 
 def inspect(
@@ -153,19 +154,22 @@ def _fits(results: Any) -> bool:
     """Whether this is what a comparison writes into results.json."""
     if not isinstance(results, dict) or results.get("version") != RESULTS_VERSION:
         return False
-    if not all(isinstance(results.get(name), kind) for name, kind in _SHAPE.items()):
+    shaped = {"calibrated_ms": {}, "charged_ms": []} | results  # which runs have since prices follow the steps
+    if not all(isinstance(shaped.get(name), kind) for name, kind in _SHAPE.items()):
         return False
     settings = {field.name for field in dataclasses.fields(Settings)}
     config, arms = results["config"], results["arms"]
     if not {"arms", "seeds", "budget", "evaluations"} <= config.keys() <= settings or not arms.keys() <= ARMS.keys():
         return False
     runs = [run for arm in arms.values() for run in _runs(arm)]
-    timings = [*results["operations_ms"].values(), *results.get("calibrated_ms", {}).values()]
+    timings = [*shaped["operations_ms"].values(), *shaped["calibrated_ms"].values()]
+    tables = [table for seed in shaped["charged_ms"] for table in (seed if isinstance(seed, list) else [seed])]
     threads = results["machine"].get("threads")
     return (
         all(isinstance(arm, dict) and isinstance(arm.get("runs"), list) for arm in arms.values())
         and all(isinstance(run, dict) and {"seed", "finished", "curve", "spent_s"} <= run.keys() for run in runs)
         and all(isinstance(timing, dict) and "median" in timing for timing in timings)
+        and all(isinstance(table, dict) and "train" in table for table in tables)
         and (threads is None or (isinstance(threads, int) and threads > 0))
     )
 
