@@ -154,7 +154,10 @@ def _fits(results: Any) -> bool:
     """Whether this is what a comparison writes into results.json."""
     if not isinstance(results, dict) or results.get("version") != RESULTS_VERSION:
         return False
-    shaped = {"calibrated_ms": {}, "charged_ms": []} | results  # which runs have since prices follow the steps
+    shaped: dict[str, Any] = {
+        "calibrated_ms": {},
+        "charged_ms": [],
+    } | results  # runs have them since prices follow the steps
     if not all(isinstance(shaped.get(name), kind) for name, kind in _SHAPE.items()):
         return False
     settings = {field.name for field in dataclasses.fields(Settings)}
