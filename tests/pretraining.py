@@ -97,7 +97,7 @@ def torchrun(data, environment, out, *options, launched=("-m", "earlysift")):
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, launched), "pretrain"]
     arguments = [*arguments_for(data, out, "plain.json"), "--accumulate", "1", *options]
     return subprocess.run(
-        [sys.executable, *launch, *arguments], env=environment, capture_output=True, text=True, timeout=200, check=False
+        [sys.executable, *launch, *arguments], env=environment, capture_output=True, text=True, check=False
     )
 
 

@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from statistics import median
 
@@ -27,6 +26,7 @@ from earlysift.compare.steps import Bench, learning_rate_factor
 from earlysift.compare.trial import evaluate
 from earlysift.pretrain.workloads import load_workload
 from earlysift.settings import read_settings
+from processes import IN_THE_BACKGROUND, started, wait_until
 
 SIZE = [
     *("--evaluations", "3", "--validation-samples", "32", "--batch", "8", "--layers", "3", "--width", "32"),
@@ -64,17 +64,6 @@ def finished(text, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "one"
     assert cli.main(["compare", "--data", str(text), "--out", str(out), "--seeds", "2", *TINY]) == 0
     return out
-
-
-def started(command):
-    """A process of its own that heeds Ctrl-C, also where the tests themselves are told to ignore it (nohup, &)."""
-    return subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
 
 
 def results_of(out):
@@ -332,14 +321,13 @@ def test_resume_of_a_finished_run_adds_seeds_and_keeps_the_finished_ones(finishe
         assert [run["curve"] for run in after["arms"][name]["runs"][:2]] == [run["curve"] for run in arm["runs"]]
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_leaves_a_readable_partial_result_and_resume_finishes_it(text, tmp_path, stop):
+@pytest.mark.parametrize(("stop", "ignored"), [(signal.SIGINT, ()), (signal.SIGTERM, IN_THE_BACKGROUND)])
+def test_a_stop_leaves_a_readable_partial_result_and_resume_finishes_it(text, tmp_path, stop, ignored):
     out = tmp_path / "cut"
     command = [sys.executable, "-m", "earlysift", "compare", "--data", str(text), "--out", str(out), *TINY]
     command[command.index("--budget") + 1] = "2"
-    process = started(command)
-    while process.poll() is None and not (out / "ledgers" / "exact-seed0.jsonl").exists():
-        time.sleep(0.1)
+    process = started(command, ignored, stderr=subprocess.STDOUT)
+    wait_until(process, (out / "ledgers" / "exact-seed0.jsonl").exists)
     process.send_signal(stop)
     output, _ = process.communicate()
     assert process.returncode == 130, output
@@ -514,9 +502,8 @@ def test_an_out_that_is_no_folder_is_one_clear_line(finished, text, tmp_path, ca
 def test_a_second_comparison_in_a_folder_is_refused_while_the_first_one_runs(text, tmp_path, capsys):
     out = tmp_path / "run"
     arguments = ["compare", "--data", str(text), "--out", str(out), *TINY, "--budget", "2"]
-    first = started([sys.executable, "-m", "earlysift", *arguments])
-    while first.poll() is None and not (out / "ledgers" / "exact-seed0.jsonl").exists():
-        time.sleep(0.1)
+    first = started([sys.executable, "-m", "earlysift", *arguments], stderr=subprocess.STDOUT)
+    wait_until(first, (out / "ledgers" / "exact-seed0.jsonl").exists)
     for flags in ([], ["--force"], ["--resume"]):
         assert cli.main([*arguments, *flags]) == 2
         assert f"Another process trains in {out}. Wait until" in capsys.readouterr().err
@@ -946,9 +933,8 @@ def test_ctrl_c_stops_a_suite_and_leaves_partial_results_that_a_resume_finishes(
     out = tmp_path / "cpu"
     command = [sys.executable, "-m", "earlysift", "compare", "--suite", "cpu", "--only", "digits", "--out", str(out)]
     command += [*SIZE, "--seeds", "1", "--budget", "2", "--jobs", "2", "--arms", "uniform", "exact"]
-    process = started(command)
-    while process.poll() is None and not (out / "digits" / "ledgers" / "exact-seed0.jsonl").exists():
-        time.sleep(0.1)
+    process = started(command, stderr=subprocess.STDOUT)
+    wait_until(process, (out / "digits" / "ledgers" / "exact-seed0.jsonl").exists)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate()
     assert process.returncode == 130, output

@@ -44,7 +44,6 @@ def probed(*arguments, **variables):
         env=undecided | variables,
         stdout=subprocess.PIPE,
         check=True,
-        timeout=120,
     )
     return json.loads(done.stdout)
 

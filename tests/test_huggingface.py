@@ -742,7 +742,7 @@ def run(arguments):
     path = os.pathsep.join([str(source), str(tests), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=200, check=False
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False
     )
 
 

