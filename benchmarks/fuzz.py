@@ -8,7 +8,6 @@ Exit code 1 if any case ended in a traceback, lost data, left something behind, 
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys

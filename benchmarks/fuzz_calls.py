@@ -17,7 +17,12 @@ from fuzz_trying import Case, call
 from fuzz_world import CHECK, COMPARE, MODEL, PRETRAIN
 
 KIND = "command line"
-_BASES = {"compare": ("compare", *COMPARE), "pretrain": ("pretrain", *PRETRAIN), "check": CHECK, "theory": ("theory", "errors")}
+_BASES = {
+    "compare": ("compare", *COMPARE),
+    "pretrain": ("pretrain", *PRETRAIN),
+    "check": CHECK,
+    "theory": ("theory", "errors"),
+}
 _FIELDS: dict[str, type] = {"compare": Settings, "pretrain": PretrainSettings, "check": Check, "theory": Theory}
 _HUGE = "9" * 30
 # By the type of a flag: values that hardly any flag can take. What a flag of the type may well mean stands in _SENSE.
@@ -73,7 +78,9 @@ def kind_of(hint: Any) -> str:
 def _where(command: str, draw: random.Random) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Into a new folder, or over a good run that must survive a refusal."""
     if command == "compare":
-        folder, how = draw.choice((("good", ("--force",)), ("good", ("--force",)), ("new", ()), ("good", ("--resume",))))
+        folder, how = draw.choice(
+            (("good", ("--force",)), ("good", ("--force",)), ("new", ()), ("good", ("--resume",)))
+        )
     elif command == "pretrain":
         folder, how = draw.choice((("new", ()), ("trained", ("--resume",))))
     else:
@@ -247,7 +254,24 @@ def _files() -> Iterator[Case]:
         yield _case(command, "--config", "trained/config.json", *over, out=out)
 
 
-_JSON_VALUES = ("many", "", 0, -1, 1.5, 1e300, True, None, [], [1], ["a"], [[]], {}, {"a": 1}, [None], _HUGE)
+_JSON_VALUES: tuple[Any, ...] = (
+    "many",
+    "",
+    0,
+    -1,
+    1.5,
+    1e300,
+    True,
+    None,
+    [],
+    [1],
+    ["a"],
+    [[]],
+    {},
+    {"a": 1},
+    [None],
+    _HUGE,
+)
 
 
 def _typed(draw: random.Random) -> Iterator[Case]:
@@ -293,26 +317,39 @@ def _plain(command: str) -> dict[str, Any]:
 def _folders() -> Iterator[Case]:
     """Folders that are another's, links, files, and those that cannot be written."""
 
-    def link(target: str, path: str) -> None:
-        os.symlink(target, path)
+    def copied(*gone: str) -> None:
+        """A good run without some of its files."""
+        shutil.copytree("good", "new")
+        for name in gone:
+            shutil.rmtree(f"new/{name}") if Path(f"new/{name}").is_dir() else os.remove(f"new/{name}")
 
-    def locked(path: str) -> None:
-        for inner in (Path(path), *(inner for inner in Path(path).rglob("*") if inner.is_dir())):
-            inner.chmod(0o555)
+    def without(name: str, make: Callable[[], object]) -> Callable[[], None]:
+        def prepare() -> None:
+            copied(*((name,) if Path("good", name).exists() else ()))
+            make()
+
+        return prepare
+
+    def locked() -> None:
+        copied()
+        for path in (Path("new/ledgers"), Path("new")):
+            path.chmod(0o555)
 
     makes: dict[str, Callable[[], None]] = {
-        "link to good": partial(link, "good", "new"),
-        "link to foreign": partial(link, "foreign", "new"),
-        "link to nothing": partial(link, "nowhere", "new"),
-        "link to itself": partial(link, "new", "new"),
-        "link to a file": partial(link, "precious.txt", "new"),
-        "a pipe": lambda: os.mkfifo("new"),
-        "results.json is a folder": lambda: Path("new/results.json").mkdir(parents=True),
-        "ledgers is a file": lambda: shutil.copytree("good", "new") and (shutil.rmtree("new/ledgers"), _written("new/ledgers", b"x")) and None,  # type: ignore[func-returns-value]
-        "config.json is a link": lambda: shutil.copytree("good", "new") and (os.remove("new/config.json"), link("../precious.txt", "new/config.json")) and None,  # type: ignore[func-returns-value]
-        "results.json is a link": lambda: shutil.copytree("good", "new") and (os.remove("new/results.json"), link("../good/results.json", "new/results.json")) and None,  # type: ignore[func-returns-value]
-        "encoder is a link": lambda: shutil.copytree("good", "new") and link("../outside", "new/encoder"),  # type: ignore[func-returns-value]
-        "read-only": lambda: shutil.copytree("good", "new") and locked("new"),  # type: ignore[func-returns-value]
+        "link to good": partial(os.symlink, "good", "new"),
+        "link to foreign": partial(os.symlink, "foreign", "new"),
+        "link to nothing": partial(os.symlink, "nowhere", "new"),
+        "link to itself": partial(os.symlink, "new", "new"),
+        "link to a file": partial(os.symlink, "precious.txt", "new"),
+        "a pipe": partial(os.mkfifo, "new"),
+        "results.json is a folder": partial(os.makedirs, "new/results.json"),
+        "ledgers is a file": without("ledgers", partial(_written, "new/ledgers", b"x")),
+        "config.json is a link": without("config.json", partial(os.symlink, "../precious.txt", "new/config.json")),
+        "results.json is a link": without(
+            "results.json", partial(os.symlink, "../good/results.json", "new/results.json")
+        ),
+        "encoder is a link": without("encoder", partial(os.symlink, "../outside", "new/encoder")),
+        "read-only": locked,
     }
     kinds: tuple[tuple[str, tuple[str, ...]], ...] = (
         ("compare", ()),
@@ -323,8 +360,24 @@ def _folders() -> Iterator[Case]:
     )
     for command, how in kinds:
         base = _BASES[command]
-        for folder in ("good", "trained", "mixed", "linked", "foreign", "empty", "outside", "precious.txt", "text.txt/x", ".", "/", "/proc/new", ""):
-            yield _case(*base, *how, "--out", folder, out=(folder,) if folder in ("good", "trained", "mixed", "linked") else ())
+        for folder in (
+            "good",
+            "trained",
+            "mixed",
+            "linked",
+            "foreign",
+            "empty",
+            "outside",
+            "precious.txt",
+            "text.txt/x",
+            ".",
+            "/",
+            "/proc/new",
+            "",
+        ):
+            yield _case(
+                *base, *how, "--out", folder, out=(folder,) if folder in ("good", "trained", "mixed", "linked") else ()
+            )
         for made, make in makes.items():
             if made == "read-only" and os.geteuid() == 0:
                 continue  # root may write
@@ -332,7 +385,9 @@ def _folders() -> Iterator[Case]:
     for how in (("--force",), ("--resume",)):
         yield _case("compare", *COMPARE, "--seeds", "2", "--out", "good", *how, out=("good",))
         yield _case("compare", *COMPARE, "--depth", "1", "--keep", "0.25", "--out", "good", *how, out=("good",))
-        yield _case("compare", "--suite", "cpu", "--only", "sst2", "--data", "empty", "--out", "good", *how, out=("good",))
+        yield _case(
+            "compare", "--suite", "cpu", "--only", "sst2", "--data", "empty", "--out", "good", *how, out=("good",)
+        )
         yield _case("compare", "--suite", "cpu", "--only", "nothing", "--out", "foreign", *how)
     for given in (
         ("--out", "good"),
@@ -348,47 +403,61 @@ def _folders() -> Iterator[Case]:
         yield _case(*CHECK, "--json", json_path, refused=True)
 
 
-_DAMAGED: tuple[tuple[str, Callable[[Any], Any]], ...] = (
-    ("an object", lambda results: {}),
-    ("a list", lambda results: []),
-    ("five", lambda results: 5),
-    ("null", lambda results: None),
+Change = Callable[[dict[str, Any]], Any]
+
+
+def _instead(content: Any) -> Change:
+    return lambda results: content
+
+
+def _with(name: str, value: Any) -> Change:
+    return lambda results: {**results, name: value}
+
+
+def _without(name: str) -> Change:
+    return lambda results: {key: value for key, value in results.items() if key != name}
+
+
+def _with_runs(value: Any) -> Change:
+    return lambda results: {**results, "arms": {"uniform": {**results["arms"]["uniform"], "runs": value}}}
+
+
+def _with_curve(value: Any) -> Change:
+    def change(results: dict[str, Any]) -> Any:
+        arm = results["arms"]["sift"]
+        return {**results, "arms": {**results["arms"], "sift": {**arm, "runs": [{**arm["runs"][0], "curve": value}]}}}
+
+    return change
+
+
+_PARTS = (
+    *("arms", "config", "data", "comparison", "target", "machine", "baseline", "verdict", "measured_ms", "versions"),
+    *("operations_ms", "created"),
+)
+_RUNS: tuple[Any, ...] = (None, "x", [1], [{}], {}, [None])
+_CURVES: tuple[Any, ...] = (None, [], [1], [{}], "x", [{"reference_s": "x", "accuracy": None, "loss": []}])
+_DAMAGED: tuple[tuple[str, Change], ...] = (
+    ("an object", _instead({})),
+    ("a list", _instead([])),
+    ("five", _instead(5)),
+    ("null", _instead(None)),
     ("version only", lambda results: {"version": results["version"]}),
-    ("version of later", lambda results: {**results, "version": 10**6}),
+    ("version of later", _with("version", 10**6)),
     ("version is text", lambda results: {**results, "version": str(results["version"])}),
-    ("version is a list", lambda results: {**results, "version": [1]}),
-    *(
-        (f"{name} is {value!r}", lambda results, name=name, value=value: {**results, name: value})  # type: ignore[misc]
-        for name in ("arms", "config", "data", "comparison", "target", "machine", "baseline", "verdict", "measured_ms", "versions", "operations_ms", "created")
-        for value in (None, "x", [1])
-    ),
-    *(
-        (f"no {name}", lambda results, name=name: {key: value for key, value in results.items() if key != name})  # type: ignore[misc]
-        for name in ("arms", "config", "data", "comparison", "machine", "verdict", "operations_ms")
-    ),
-    *(
-        (f"runs are {value!r}", lambda results, value=value: {**results, "arms": {"uniform": {**results["arms"]["uniform"], "runs": value}}})  # type: ignore[misc]
-        for value in (None, "x", [1], [{}], {}, [None])
-    ),
-    *(
-        (f"the curve is {value!r}", lambda results, value=value: _with_curve(results, value))  # type: ignore[misc]
-        for value in (None, [], [1], [{}], "x", [{"reference_s": "x", "accuracy": None, "loss": []}])
-    ),
+    ("version is a list", _with("version", [1])),
+    *((f"{name} is {value!r}", _with(name, value)) for name in _PARTS for value in (None, "x", [1])),
+    *((f"no {name}", _without(name)) for name in _PARTS),
+    *((f"runs are {value!r}", _with_runs(value)) for value in _RUNS),
+    *((f"the curve is {value!r}", _with_curve(value)) for value in _CURVES),
     ("another arm", lambda results: {**results, "arms": {**results["arms"], "<b>new</b>": results["arms"]["sift"]}}),
 )
-
-
-def _with_curve(results: dict[str, Any], value: Any) -> dict[str, Any]:
-    arm = results["arms"]["sift"]
-    return {**results, "arms": {**results["arms"], "sift": {**arm, "runs": [{**arm["runs"][0], "curve": value}]}}}
 
 
 def _results() -> Iterator[Case]:
     """Results, ledgers and inputs of theory that are damaged, or none."""
 
-    def damaged(change: Callable[[Any], Any]) -> None:
-        path = Path("good/results.json")
-        path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    def damaged(change: Change, path: str = "good/results.json") -> None:
+        _written(path, json.dumps(change(json.loads(Path("good/results.json").read_text()))).encode())
 
     for made, change in _DAMAGED:
         yield _case("report", "good", out=("good",), prepare=partial(damaged, change), made=made)
@@ -404,13 +473,19 @@ def _results() -> Iterator[Case]:
             made=made,
         )
     for made, content in (
-        *(("five", b"5\n"), ("null", b"null\n"), ("a list", b"[1]\n"), ("text", b"hello\n"), ("binary", bytes(range(256)))),
+        *(
+            ("five", b"5\n"),
+            ("null", b"null\n"),
+            ("a list", b"[1]\n"),
+            ("text", b"hello\n"),
+            ("binary", bytes(range(256))),
+        ),
         *(("times are text", b'{"step": 0, "train_ms": "x"}\n'), ("cut", b'{"step": 0}\n{"st'), ("empty", b"")),
     ):
         for arm in ("sift", "uniform"):
             path = f"good/ledgers/{arm}-seed0.jsonl"
             yield _case(*resumed, out=("good",), prepare=partial(_written, path, content), made=f"{arm} ledger: {made}")
-    for given in (
+    folders: tuple[tuple[str, ...], ...] = (
         (),
         ("missing",),
         ("foreign",),
@@ -423,22 +498,25 @@ def _results() -> Iterator[Case]:
         ("",),
         (".",),
         ("good", "--no-such-flag"),
-    ):
+    )
+    for given in folders:
         yield _case("report", *given, out=("good", "trained", "."))
     for made, change in _DAMAGED[::2]:
         yield _case(
             *("theory", "payoff", "--results", "given", "--out", "new"),
-            prepare=lambda change=change: _written(  # type: ignore[misc]
-                "given/compare_x.json", json.dumps(change(json.loads(Path("good/results.json").read_text()))).encode()
-            ),
+            prepare=partial(damaged, change, "given/compare_x.json"),
             out=("new",),
             made=made,
         )
     for made, model in _MODELS:
-        given = (*CHECK, "--out", "x") if made == "no flag" else CHECK
-        yield _case(*given, prepare=partial(_written, "model.json", model), made=f"config: {made}")
+        yield _case(*CHECK, prepare=partial(_written, "model.json", model), made=f"config: {made}")
         yield _case(
-            *_BASES["pretrain"], "--out", "new", out=("new",), prepare=partial(_written, "model.json", model), made=f"config: {made}"
+            *_BASES["pretrain"],
+            "--out",
+            "new",
+            out=("new",),
+            prepare=partial(_written, "model.json", model),
+            made=f"config: {made}",
         )
 
 
@@ -490,8 +568,24 @@ def _checkpoints() -> Iterator[Case]:
         os.replace(path, "moved")
         os.symlink(os.path.abspath("moved"), path)
 
-    damages = {"cut": cut, "flipped": flipped, "swapped": swapped, "gone": os.remove, "a folder": folder, "a link": linked}
-    names = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "sifter_0.json", "manifest.json", "training_args.bin")
+    damages = {
+        "cut": cut,
+        "flipped": flipped,
+        "swapped": swapped,
+        "gone": os.remove,
+        "a folder": folder,
+        "a link": linked,
+    }
+    names = (
+        "model.safetensors",
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "trainer_state.json",
+        "sifter_0.json",
+        "manifest.json",
+        "training_args.bin",
+    )
     resumed = ("pretrain", *PRETRAIN, "--out", "trained", "--resume")
     for made, damage in damages.items():
         for name in names:
@@ -500,4 +594,6 @@ def _checkpoints() -> Iterator[Case]:
     for name in ("config.json", "results.json", "ledgers/process0.jsonl", "tokenizer.json"):
         for made, damage in damages.items():
             if made != "swapped":
-                yield _case(*resumed, out=("trained",), prepare=partial(damage, f"trained/{name}"), made=f"{name}: {made}")
+                yield _case(
+                    *resumed, out=("trained",), prepare=partial(damage, f"trained/{name}"), made=f"{name}: {made}"
+                )

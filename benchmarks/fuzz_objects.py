@@ -24,6 +24,14 @@ from earlysift.selectors import Selection
 from fuzz_calls import kind_of
 from fuzz_trying import Case, Lost
 
+# Called with what their types forbid.
+_family: Any = Family
+_selection: Any = Selection
+_schedules: Any = schedules
+_losses: Any = losses
+_exits: Any = exits
+_new_sifter: Any = Sifter
+
 SETTINGS, LIBRARY, STATE = "settings", "library", "state"
 _VOCABULARY, _ROWS, _LENGTH, _CLASSES = 50, 8, 6, 3
 _NAN = math.nan
@@ -31,7 +39,17 @@ _NAN = math.nan
 
 def cases() -> list[Case]:
     """Everything that is tried from Python."""
-    return [*_settings(), *_arguments(), *_pools(), *_models(), *_functions(), *_families(), *_parts(), *_states(), *_checkpoints()]
+    return [
+        *_settings(),
+        *_arguments(),
+        *_pools(),
+        *_models(),
+        *_functions(),
+        *_families(),
+        *_parts(),
+        *_states(),
+        *_checkpoints(),
+    ]
 
 
 # Models and pools. Made when they are needed, in the process of the case.
@@ -79,7 +97,8 @@ def _sift(model: nn.Module | None = None, *pool: Any, **arguments: Any) -> None:
             if _shown(sifter) != before:
                 raise Lost("the sifter's state after a pool that was refused") from None
             raise
-    scorers.training_loss(model, batch, family=arguments.get("family")).backward()
+    loss = scorers.training_loss(model, batch, family=arguments.get("family"))
+    torch.autograd.backward(loss)
 
 
 def _shown(sifter: Sifter) -> str:
@@ -125,7 +144,11 @@ def _settings() -> Iterator[Case]:
                 if value == "nonsense" and field.name in ("preset", "tracker"):
                     continue
                 given = {**base, field.name: value}
-                act = partial(_configured, settings, given) if settings in (SiftConfig, Control) else partial(settings, **given)
+                act = (
+                    partial(_configured, settings, given)
+                    if settings in (SiftConfig, Control)
+                    else partial(settings, **given)
+                )
                 yield _case(SETTINGS, f"{settings.__name__}({field.name}={value!r})", act, field.name)
         yield _case(SETTINGS, f"{settings.__name__}(no_such=1)", partial(settings, no_such=1), "no_such")
 
@@ -174,7 +197,7 @@ def _arguments() -> Iterator[Case]:
                 shown = ", ".join(f"{key}={held!r}" for key, held in given.items() if key != "exit_head" or name == key)
                 yield _case(LIBRARY, f"Sifter(model, {shown})", partial(_sift, **given), name.replace("_", " "), name)
     for model in (None, "bert", 5, [], {}, nn.Linear, object()):
-        yield _case(LIBRARY, f"Sifter({model!r})".split(" at 0x")[0], partial(Sifter, model), "model")  # type: ignore[arg-type]
+        yield _case(LIBRARY, f"Sifter({model!r})".split(" at 0x")[0], partial(_new_sifter, model), "model")
     controls: tuple[dict[str, Any], ...] = (
         {"depths": ()},
         {"depths": (0,)},
@@ -209,6 +232,7 @@ def _arguments() -> Iterator[Case]:
 
 
 # Pools
+
 
 def _changed(change: Callable[[dict[str, Any]], Any], task: str = "masked_lm") -> Any:
     return change(_pool(task))
@@ -248,19 +272,39 @@ _POOLS: tuple[tuple[str, Callable[[dict[str, Any]], Any], tuple[str, ...]], ...]
         for dtype in (torch.float32, torch.float64, torch.float16, torch.int8, torch.uint8, torch.bool, torch.complex64)
     ),
     ("labels of nan", lambda pool: {**pool, "labels": torch.full(pool["labels"].shape, _NAN)}, ("labels",)),
-    ("inputs beyond the vocabulary", lambda pool: {**pool, "input_ids": pool["input_ids"] + _VOCABULARY}, ("input_ids", "inputs")),
+    (
+        "inputs beyond the vocabulary",
+        lambda pool: {**pool, "input_ids": pool["input_ids"] + _VOCABULARY},
+        ("input_ids", "inputs"),
+    ),
     ("inputs of float", lambda pool: {**pool, "input_ids": pool["input_ids"].float()}, ("input_ids", "inputs")),
-    ("inputs too long", lambda pool: {"input_ids": torch.ones(8, 40).long(), "labels": torch.ones(8, 40).long()}, ("input_ids", "inputs", "positions")),
+    (
+        "inputs too long",
+        lambda pool: {"input_ids": torch.ones(8, 40).long(), "labels": torch.ones(8, 40).long()},
+        ("input_ids", "inputs", "positions"),
+    ),
     ("inputs of one dimension", lambda pool: {**pool, "input_ids": pool["input_ids"][:, 0]}, ("input_ids", "inputs")),
-    ("inputs of no position", lambda pool: {name: rows[:, :0] for name, rows in pool.items()}, ("input_ids", "inputs", "label")),
+    (
+        "inputs of no position",
+        lambda pool: {name: rows[:, :0] for name, rows in pool.items()},
+        ("input_ids", "inputs", "label"),
+    ),
     ("no inputs", lambda pool: {"labels": pool["labels"]}, ("input_ids", "inputs", "model")),
     ("an unknown input", _with(unknown=torch.ones(8)), ("unknown",)),
     ("a mask of three dimensions", lambda pool: {**pool, "attention_mask": torch.ones(8, 2, 3)}, ("attention_mask",)),
-    ("a packed row", lambda pool: {name: rows[:1] for name, rows in pool.items()} | {"cu_seqlens": torch.tensor([0])}, ("packed",)),
+    (
+        "a packed row",
+        lambda pool: {name: rows[:1] for name, rows in pool.items()} | {"cu_seqlens": torch.tensor([0])},
+        ("packed",),
+    ),
     ("a triple", lambda pool: (pool["input_ids"], pool["labels"], pool["labels"]), ("labels", "pair")),
     ("a set", lambda pool: {1, 2}, ("tensors",)),
     ("a generator", lambda pool: (row for row in pool), ("tensors",)),
-    ("sparse inputs", lambda pool: {**pool, "input_ids": pool["input_ids"].to_sparse()}, ("sparse", "input_ids", "inputs")),
+    (
+        "sparse inputs",
+        lambda pool: {**pool, "input_ids": pool["input_ids"].to_sparse()},
+        ("sparse", "input_ids", "inputs"),
+    ),
     ("int32 labels", lambda pool: {**pool, "labels": pool["labels"].int()}, ("labels",)),
     ("a note beside it", lambda pool: {**pool, "note": ["x"] * 7}, ()),
 )
@@ -300,10 +344,11 @@ def _pooled(model: str, task: str, change: Callable[[dict[str, Any]], Any]) -> N
 
 # Models
 
+
 class _Odd(nn.Module):
     """A model whose forward does what it is told."""
 
-    def __init__(self, forward: Callable[[nn.Module, Tensor], Any], blocks: Any = None, **parts: nn.Module) -> None:
+    def __init__(self, forward: Callable[[Any, Tensor], Any], blocks: Any = None, **parts: nn.Module) -> None:
         super().__init__()
         self.blocks = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]) if blocks is None else blocks
         self.head = nn.Linear(4, _CLASSES)
@@ -334,7 +379,11 @@ _MODELS: tuple[tuple[str, Callable[[], nn.Module], bool], ...] = (
     ("runs its layers twice", lambda: _Odd(lambda self, x: self.head(_through(self, _through(self, x)))), True),
     ("runs its layers backwards", lambda: _Odd(lambda self, x: self.head(self.blocks[0](self.blocks[1](x)))), True),
     ("has no layer", lambda: _Odd(lambda self, x: self.head(x), nn.ModuleList()), True),
-    ("has one layer", lambda: _Odd(lambda self, x: self.head(_through(self, x)), nn.ModuleList([nn.Linear(4, 4)])), True),
+    (
+        "has one layer",
+        lambda: _Odd(lambda self, x: self.head(_through(self, x)), nn.ModuleList([nn.Linear(4, 4)])),
+        True,
+    ),
     ("has layers in a dict", lambda: _Odd(lambda self, x: self.head(x), nn.ModuleDict()), True),
     ("has layers in a module", lambda: _Odd(lambda self, x: self.head(self.blocks(x)), nn.Linear(4, 4)), True),
     ("indexes its layers", lambda: _Odd(lambda self, x: self.head(self.blocks[1](self.blocks[0](x)))), True),
@@ -353,9 +402,20 @@ def _models() -> Iterator[Case]:
     for made, build, refused in _MODELS:
         for score in ("loss", "exact", "entropy"):
             yield _case(
-                LIBRARY, f"a model that {made}, score={score!r}", partial(_modelled, build, score), refused=refused and not (score == "exact" and "layer" in made)
+                LIBRARY,
+                f"a model that {made}, score={score!r}",
+                partial(_modelled, build, score),
+                refused=refused and not (score == "exact" and "layer" in made),
             )
-    for name in ("T5ForConditionalGeneration", "BartForConditionalGeneration", "BertForQuestionAnswering", "BertForMultipleChoice", "BertForNextSentencePrediction", "ViTForImageClassification", "MambaForCausalLM"):
+    for name in (
+        "T5ForConditionalGeneration",
+        "BartForConditionalGeneration",
+        "BertForQuestionAnswering",
+        "BertForMultipleChoice",
+        "BertForNextSentencePrediction",
+        "ViTForImageClassification",
+        "MambaForCausalLM",
+    ):
         yield _case(LIBRARY, f"a {name} without a family row", partial(_of_transformers, name), refused=False)
 
 
@@ -372,12 +432,22 @@ def _modelled(build: Callable[[], nn.Module], score: str) -> None:
 
 
 def _of_transformers(name: str) -> None:
-    sizes = {"T5ForConditionalGeneration": {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 2, "num_heads": 2}, "BartForConditionalGeneration": {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2}}
+    sizes = {
+        "T5ForConditionalGeneration": {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 2, "num_heads": 2},
+        "BartForConditionalGeneration": {
+            "d_model": 16,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "encoder_attention_heads": 2,
+            "decoder_attention_heads": 2,
+        },
+    }
     model = _small(name, **sizes.get(name, {}))
     _sift(model, _pool())
 
 
 # Scorers, selectors, schedules of a user's own
+
 
 def _indices(*values: Any, weights: Any = None, dtype: torch.dtype = torch.int64) -> Any:
     return Selection(torch.tensor(values, dtype=dtype), torch.ones(len(values)) if weights is None else weights)
@@ -401,8 +471,12 @@ def _functions() -> Iterator[Case]:
         "a sparse tensor": lambda model, pool: torch.ones(_ROWS).to_sparse(),
     }
     for made, score in scored.items():
-        yield _case(LIBRARY, f"a scorer that returns {made}", partial(_sift, score=score), "score", refused=made != "booleans")
-    yield _case(LIBRARY, "a scorer without arguments", partial(_sift, score=lambda: torch.ones(_ROWS)), "score", "argument")
+        yield _case(
+            LIBRARY, f"a scorer that returns {made}", partial(_sift, score=score), "score", refused=made != "booleans"
+        )
+    yield _case(
+        LIBRARY, "a scorer without arguments", partial(_sift, score=lambda: torch.ones(_ROWS)), "score", "argument"
+    )
     whole = partial(_sift, score=lambda model, pool: torch.arange(_ROWS))
     yield _case(LIBRARY, "a scorer that returns whole numbers", whole, refused=False)
     selected: dict[str, Callable[..., Any]] = {
@@ -411,7 +485,7 @@ def _functions() -> Iterator[Case]:
         "text": lambda *_: "rows",
         "indices alone": lambda *_: torch.arange(4),
         "a list": lambda *_: [0, 1, 2, 3],
-        "a pair of lists": lambda *_: Selection([0, 1, 2, 3], [1.0] * 4),  # type: ignore[arg-type]
+        "a pair of lists": lambda *_: _selection([0, 1, 2, 3], [1.0] * 4),
         "a pair": lambda *_: (torch.arange(4), torch.ones(4)),
         "too few": lambda *_: _indices(0, 1),
         "too many": lambda *_: _indices(*range(8)),
@@ -421,49 +495,63 @@ def _functions() -> Iterator[Case]:
         "negative rows": lambda *_: _indices(0, 1, 2, -1),
         "rows as real numbers": lambda *_: _indices(0, 1, 2, 3, dtype=torch.float32),
         "a mask": lambda *_: _indices(1, 1, 0, 1, dtype=torch.bool),
-        "two dimensions": lambda *_: Selection(torch.arange(4)[:, None], torch.ones(4)),
+        "two dimensions": lambda *_: _selection(torch.arange(4)[:, None], torch.ones(4)),
         "too few weights": lambda *_: _indices(0, 1, 2, 3, weights=torch.ones(3)),
         "weights of nan": lambda *_: _indices(0, 1, 2, 3, weights=torch.full((4,), _NAN)),
         "negative weights": lambda *_: _indices(0, 1, 2, 3, weights=-torch.ones(4)),
-        "no weights": lambda *_: Selection(torch.arange(4), None),  # type: ignore[arg-type]
+        "no weights": lambda *_: _selection(torch.arange(4), None),
     }
     for made, select in selected.items():
         act = partial(_sift, select=select)
-        yield _case(LIBRARY, f"a selector that returns {made}", act, "select", refused=made not in ("a pair", "rows twice", "negative weights"))
+        yield _case(
+            LIBRARY,
+            f"a selector that returns {made}",
+            act,
+            "select",
+            refused=made not in ("a pair", "rows twice", "negative weights"),
+        )
     yield _case(LIBRARY, "a selector without arguments", partial(_sift, select=lambda: None), "select", "argument")
     for made, value in (("nan", _NAN), ("text", "x"), ("None", None)):
-        yield _case(LIBRARY, f"a schedule that returns {made}", partial(_sift, schedule=lambda step, value=value: value), "schedule")  # type: ignore[misc]
+        yield _case(
+            LIBRARY,
+            f"a schedule that returns {made}",
+            partial(_sift, schedule=lambda step, value=value: value),
+            "schedule",
+        )
 
 
 # Family rows
 
+
 def _families() -> Iterator[Case]:
     bert = "bert.encoder.layer"
     rows: tuple[tuple[str, Callable[[], Family]], ...] = (
-        ("layers that are not there", lambda: Family("nothing.here")),
-        ("layers of no name", lambda: Family("")),
-        ("layers that are no list", lambda: Family("bert.encoder")),
-        ("layers that are None", lambda: Family(None)),  # type: ignore[arg-type]
-        ("layers that are five", lambda: Family(5)),  # type: ignore[arg-type]
-        ("layers that are a parameter", lambda: Family("bert.embeddings.word_embeddings.weight")),
-        ("a head that is not there", lambda: Family(bert, (("nothing",),), "masked_lm")),
-        ("a head that is a name", lambda: Family(bert, "cls", "masked_lm")),  # type: ignore[arg-type]
-        ("a head of names", lambda: Family(bert, ("cls",), "masked_lm")),  # type: ignore[arg-type]
-        ("a head that is five", lambda: Family(bert, 5, "masked_lm")),  # type: ignore[arg-type]
-        ("a head that is a layer", lambda: Family(bert, (("bert.encoder.layer.1",),), "masked_lm")),
-        ("a head that is the embedding", lambda: Family(bert, (("bert.embeddings",),), "masked_lm")),
-        ("a head that is twice there", lambda: Family(bert, (("cls", "cls"),), "masked_lm")),
-        ("an unknown task", lambda: Family(bert, (("cls",),), "poetry")),  # type: ignore[arg-type]
-        ("the wrong task", lambda: Family(bert, (("cls",),), "causal_lm")),
-        ("a task for classes", lambda: Family(bert, (("cls",),), "sequence_classification")),
-        ("positionwise modules that are not there", lambda: Family(bert, (("cls",),), "masked_lm", (("nothing",),))),
-        ("positionwise modules that are a name", lambda: Family(bert, (("cls",),), "masked_lm", "output")),  # type: ignore[arg-type]
-        ("positionwise modules that mix positions", lambda: Family(bert, (("cls",),), "masked_lm", (("attention",),))),
+        ("layers that are not there", lambda: _family("nothing.here")),
+        ("layers of no name", lambda: _family("")),
+        ("layers that are no list", lambda: _family("bert.encoder")),
+        ("layers that are None", lambda: _family(None)),
+        ("layers that are five", lambda: _family(5)),
+        ("layers that are a parameter", lambda: _family("bert.embeddings.word_embeddings.weight")),
+        ("a head that is not there", lambda: _family(bert, (("nothing",),), "masked_lm")),
+        ("a head that is a name", lambda: _family(bert, "cls", "masked_lm")),
+        ("a head of names", lambda: _family(bert, ("cls",), "masked_lm")),
+        ("a head that is five", lambda: _family(bert, 5, "masked_lm")),
+        ("a head that is a layer", lambda: _family(bert, (("bert.encoder.layer.1",),), "masked_lm")),
+        ("a head that is the embedding", lambda: _family(bert, (("bert.embeddings",),), "masked_lm")),
+        ("a head that is twice there", lambda: _family(bert, (("cls", "cls"),), "masked_lm")),
+        ("an unknown task", lambda: _family(bert, (("cls",),), "poetry")),
+        ("the wrong task", lambda: _family(bert, (("cls",),), "causal_lm")),
+        ("a task for classes", lambda: _family(bert, (("cls",),), "sequence_classification")),
+        ("positionwise modules that are not there", lambda: _family(bert, (("cls",),), "masked_lm", (("nothing",),))),
+        ("positionwise modules that are a name", lambda: _family(bert, (("cls",),), "masked_lm", "output")),
+        ("positionwise modules that mix positions", lambda: _family(bert, (("cls",),), "masked_lm", (("attention",),))),
     )
     harmless = ("positionwise modules that are not there",)
     for made, row in rows:
         act = partial(_rowed, row)
-        yield _case(LIBRARY, f"a family row with {made}", act, refused=made not in harmless and made != "the wrong task")
+        yield _case(
+            LIBRARY, f"a family row with {made}", act, refused=made not in harmless and made != "the wrong task"
+        )
 
 
 def _rowed(row: Callable[[], Family]) -> None:
@@ -471,6 +559,7 @@ def _rowed(row: Callable[[], Family]) -> None:
 
 
 # Other parts of the library
+
 
 def _parts() -> Iterator[Case]:
     pool, states, labels = _pool(), torch.randn(8, 6, 4), torch.zeros(8, 6).long()
@@ -481,31 +570,67 @@ def _parts() -> Iterator[Case]:
         ("greedy of two dimensions", lambda: selectors.greedy(scores[None], 1), ("scores",)),
         ("greedy of nothing", lambda: selectors.greedy(scores[:0], 1), ("scores", "kept")),
         ("proportional of negative scores", lambda: selectors.proportional(-scores, 2, generator), ("scores",)),
-        ("proportional with a share of nan", lambda: selectors.proportional(scores, 2, generator, uniform_share=_NAN), ("uniform_share",)),
-        ("warmup of nan steps", lambda: schedules.warmup(_NAN), ("steps",)),  # type: ignore[arg-type]
-        ("anneal backwards", lambda: schedules.anneal(5, 5), ("start", "end")),
-        ("anneal of nan", lambda: schedules.anneal(0, _NAN), ("start", "end")),  # type: ignore[arg-type]
-        ("a constant of nan", lambda: schedules.constant(_NAN), ("value", "schedule")),
-        ("token losses of labels beyond", lambda: losses.token_losses(states, labels + 99, nn.Linear(4, 5)), ("labels",)),
-        ("token losses of float labels", lambda: losses.token_losses(states, labels.float(), nn.Linear(4, 5)), ("labels",)),
+        (
+            "proportional with a share of nan",
+            lambda: selectors.proportional(scores, 2, generator, uniform_share=_NAN),
+            ("uniform_share",),
+        ),
+        ("warmup of nan steps", lambda: _schedules.warmup(_NAN), ("steps",)),
+        ("anneal backwards", lambda: _schedules.anneal(5, 5), ("start", "end")),
+        ("anneal of nan", lambda: _schedules.anneal(0, _NAN), ("start", "end")),
+        ("a constant of nan", lambda: _schedules.constant(_NAN), ("value", "schedule")),
+        (
+            "token losses of labels beyond",
+            lambda: losses.token_losses(states, labels + 99, nn.Linear(4, 5)),
+            ("labels",),
+        ),
+        (
+            "token losses of float labels",
+            lambda: losses.token_losses(states, labels.float(), nn.Linear(4, 5)),
+            ("labels",),
+        ),
         ("token losses of other rows", lambda: losses.token_losses(states, labels[:3], nn.Linear(4, 5)), ("labels",)),
-        ("class losses of labels beyond", lambda: losses.class_losses(states[:, 0], labels[:, 0] + 99), ("labels",)),
-        ("class losses of other rows", lambda: losses.class_losses(states[:, 0], labels[:3, 0]), ("labels",)),
-        ("class losses of an unknown problem", lambda: losses.class_losses(states[:, 0], labels[:, 0], problem="x"), ("problem",)),  # type: ignore[arg-type]
-        ("exit loss of labels beyond", lambda: _sifter().exit_loss({**pool, "labels": pool["labels"] + 99}), ("labels",)),
+        ("class losses of labels beyond", lambda: _losses.class_losses(states[:, 0], labels[:, 0] + 99), ("labels",)),
+        ("class losses of other rows", lambda: _losses.class_losses(states[:, 0], labels[:3, 0]), ("labels",)),
+        (
+            "class losses of an unknown problem",
+            lambda: _losses.class_losses(states[:, 0], labels[:, 0], problem="x"),
+            ("problem",),
+        ),
+        (
+            "exit loss of labels beyond",
+            lambda: _sifter().exit_loss({**pool, "labels": pool["labels"] + 99}),
+            ("labels",),
+        ),
         ("exit loss without labels", lambda: _sifter().exit_loss({"input_ids": pool["input_ids"]}), ("labels",)),
-        ("training loss without labels", lambda: scorers.training_loss(_small("BertForMaskedLM"), {"input_ids": pool["input_ids"]}), ("labels",)),
-        ("training loss at depth 9", lambda: scorers.training_loss(_small("BertForMaskedLM"), pool, depth=9), ("depth",)),
+        (
+            "training loss without labels",
+            lambda: scorers.training_loss(_small("BertForMaskedLM"), {"input_ids": pool["input_ids"]}),
+            ("labels",),
+        ),
+        (
+            "training loss at depth 9",
+            lambda: scorers.training_loss(_small("BertForMaskedLM"), pool, depth=9),
+            ("depth",),
+        ),
         ("a score at depth 9", lambda: scorers.early_exit_loss(_small("BertForMaskedLM"), pool, depth=9), ("depth",)),
-        ("a score of 0 chunk rows", lambda: scorers.early_exit_loss(_small("BertForMaskedLM"), pool, chunk_rows=0), ("chunk_rows",)),
+        (
+            "a score of 0 chunk rows",
+            lambda: scorers.early_exit_loss(_small("BertForMaskedLM"), pool, chunk_rows=0),
+            ("chunk_rows",),
+        ),
         ("weights before any pool", lambda: _sifter().weights, ("weights",)),
         ("wanted before any pool", lambda: _sifter().wanted, ("kept",)),
         ("a smaller second pool", _smaller, ("candidates", "pool")),
         ("a probe of a pool without labels", lambda: _sifter().probe({"input_ids": pool["input_ids"]}), ("labels",)),
         ("a check at depth 0", lambda: _problems(exits.check(_small("BertForMaskedLM"), depth=0)), ("depth",)),
-        ("an exit head of width nan", lambda: exits.ExitHead(_NAN), ("width",)),  # type: ignore[arg-type]
-        ("an exit head with -1 hidden", lambda: exits.ExitHead(4, hidden=-1), ("hidden",)),
-        ("an exit head of another width", lambda: _sift(exit_head=exits.ExitHead(3)), ("width", "exit head", "exit_head", "ExitHead")),
+        ("an exit head of width nan", lambda: _exits.ExitHead(_NAN), ("width",)),
+        ("an exit head with -1 hidden", lambda: _exits.ExitHead(4, hidden=-1), ("hidden",)),
+        (
+            "an exit head of another width",
+            lambda: _sift(exit_head=_exits.ExitHead(3)),
+            ("width", "exit head", "exit_head", "ExitHead"),
+        ),
     )
     for made, act, words in tries:
         yield _case(LIBRARY, made, act, *words)
@@ -524,8 +649,8 @@ def _problems(problems: list[exits.Problem]) -> None:
 
 # Saved states
 
-_STATE_VALUES = ("x", -1, 1.5, None, [], {}, _NAN, True)
-_REFUSED_STATES = {  # by part: values that it can have
+_STATE_VALUES: tuple[Any, ...] = ("x", -1, 1.5, None, [], {}, _NAN, True)
+_REFUSED_STATES: dict[str, tuple[Any, ...]] = {  # by part: values that it can have
     "kept": (None,),
     "steering": (None,),
     "fidelity": ({},),
@@ -537,9 +662,15 @@ def _states() -> Iterator[Case]:
     for mode in ("fixed", "auto"):
         parts = ("version", "config", "step", "kept", "counts", "fidelity", "steering", "weights_read")
         for part in parts:
-            yield _case(STATE, f"{mode} sifter, no {part}", partial(_loaded, mode, partial(_without, part)), part, "state")
+            yield _case(
+                STATE, f"{mode} sifter, no {part}", partial(_loaded, mode, partial(_without, part)), part, "state"
+            )
             for value in _STATE_VALUES:
-                if part == "weights_read" or value in _REFUSED_STATES.get(part, ()) or (part == "step" and value is True):
+                if (
+                    part == "weights_read"
+                    or value in _REFUSED_STATES.get(part, ())
+                    or (part == "step" and value is True)
+                ):
                     continue
                 if mode == "fixed" and part == "steering" and not value:
                     continue
@@ -548,23 +679,62 @@ def _states() -> Iterator[Case]:
         for name in ("candidates", "scored", "trained", "unlabelled", "non_finite"):
             for value in ("x", -1, None, 1.5):
                 change = partial(_put, ("counts", name), value)
-                yield _case(STATE, f"{mode} sifter, counts of {name} are {value!r}", partial(_loaded, mode, change), "counts", name)
-            yield _case(STATE, f"{mode} sifter, no counts of {name}", partial(_loaded, mode, partial(_without, name, "counts")), "counts", name)
+                yield _case(
+                    STATE,
+                    f"{mode} sifter, counts of {name} are {value!r}",
+                    partial(_loaded, mode, change),
+                    "counts",
+                    name,
+                )
+            yield _case(
+                STATE,
+                f"{mode} sifter, no counts of {name}",
+                partial(_loaded, mode, partial(_without, name, "counts")),
+                "counts",
+                name,
+            )
         change = partial(_put, ("counts", "unknown"), 1)
-        yield _case(STATE, f"{mode} sifter, counts of something unknown", partial(_loaded, mode, change), "counts", "unknown")
+        yield _case(
+            STATE, f"{mode} sifter, counts of something unknown", partial(_loaded, mode, change), "counts", "unknown"
+        )
         for name, value in (("keep", 0.25), ("depth", 9), ("seed", 1), ("mode", "x"), ("schedule", None)):
-            yield _case(STATE, f"{mode} sifter, configured with {name} {value!r}", partial(_loaded, mode, partial(_put, ("config", name), value)), name)
+            yield _case(
+                STATE,
+                f"{mode} sifter, configured with {name} {value!r}",
+                partial(_loaded, mode, partial(_put, ("config", name), value)),
+                name,
+            )
     for name in ("choice", "records", "next_probe", "before"):
-        yield _case(STATE, f"auto sifter, no {name}", partial(_loaded, "auto", partial(_without, name, "steering")), "steering", name)
+        yield _case(
+            STATE,
+            f"auto sifter, no {name}",
+            partial(_loaded, "auto", partial(_without, name, "steering")),
+            "steering",
+            name,
+        )
         for value in ("x", -1, 1.5, {}, [1]):
             change = partial(_put, ("steering", name), value)
             yield _case(STATE, f"auto sifter, {name} is {value!r}", partial(_loaded, "auto", change), "steering", name)
     for value in (["best", 1, 0.5], ["greedy", 9, 0.5], ["greedy", 1, 7.0], ["greedy", 1], ["greedy", "x", 0.5]):
-        yield _case(STATE, f"auto sifter, choice is {value!r}", partial(_loaded, "auto", partial(_put, ("steering", "choice"), value)), "steering", "choice")
-    for records in ([{}], [None], [{"loss": "x"}], ["x"]):
-        yield _case(STATE, f"auto sifter, records are {records!r}", partial(_loaded, "auto", partial(_put, ("steering", "records"), records)), "steering", "records")
-    for state in (None, 5, [], "x", {}):
-        yield _case(STATE, f"a state that is {state!r}", partial(_loaded, "fixed", lambda _, state=state: state), "state")  # type: ignore[misc]
+        yield _case(
+            STATE,
+            f"auto sifter, choice is {value!r}",
+            partial(_loaded, "auto", partial(_put, ("steering", "choice"), value)),
+            "steering",
+            "choice",
+        )
+    wrong: tuple[Any, ...] = ([{}], [None], [{"loss": "x"}], ["x"])
+    for records in wrong:
+        yield _case(
+            STATE,
+            f"auto sifter, records are {records!r}",
+            partial(_loaded, "auto", partial(_put, ("steering", "records"), records)),
+            "steering",
+            "records",
+        )
+    others: tuple[Any, ...] = (None, 5, [], "x", {})
+    for state in others:
+        yield _case(STATE, f"a state that is {state!r}", partial(_loaded, "fixed", partial(_instead, state)), "state")
     yield _case(STATE, "a state of auto for a fixed sifter", partial(_crossed, "auto", "fixed"), "mode")
     yield _case(STATE, "a state of a fixed sifter for auto", partial(_crossed, "fixed", "auto"), "mode")
     for made, change in (
@@ -576,7 +746,19 @@ def _states() -> Iterator[Case]:
         ("an empty exit optimizer", partial(_put, ("exit_optimizer",), {})),
         ("an exit optimizer that is text", partial(_put, ("exit_optimizer",), "x")),
     ):
-        yield _case(STATE, f"a state with {made}", partial(_loaded, "head", change), "exit_head", "exit_optimizer", "exit head", "exit optimizer")
+        yield _case(
+            STATE,
+            f"a state with {made}",
+            partial(_loaded, "head", change),
+            "exit_head",
+            "exit_optimizer",
+            "exit head",
+            "exit optimizer",
+        )
+
+
+def _instead(other: Any, state: Any) -> Any:
+    return other
 
 
 def _without(name: str, *where: Any) -> Any:
@@ -640,6 +822,14 @@ def _load(sifter: Sifter, state: Any) -> None:
 # The file of a Trainer's checkpoint
 
 
+_OF_TRAINER = ("batch_size", "sifter", "candidates_seen", "samples_trained")
+_OF_NO_TYPE: tuple[Any, ...] = ("x", None, [], -1)
+
+
+def _edited(change: Callable[[Any], Any], text: str) -> bytes:
+    return json.dumps(change(json.loads(text))).encode()
+
+
 def _checkpoints() -> Iterator[Case]:
     contents: dict[str, Callable[[str], bytes]] = {
         "empty": lambda text: b"",
@@ -651,14 +841,11 @@ def _checkpoints() -> Iterator[Case]:
         "NaN": lambda text: b"NaN",
         "deep": lambda text: b"[" * 10**5,
         "UTF-16": lambda text: text.encode("utf-16"),
+        **{f"no {name}": partial(_edited, partial(_without, name)) for name in _OF_TRAINER},
         **{
-            f"no {name}": lambda text, name=name: json.dumps(_without(name, json.loads(text))).encode()  # type: ignore[misc]
-            for name in ("batch_size", "sifter", "candidates_seen", "samples_trained")
-        },
-        **{
-            f"{name} is {value!r}": lambda text, name=name, value=value: json.dumps({**json.loads(text), name: value}).encode()  # type: ignore[misc]
-            for name in ("batch_size", "sifter", "candidates_seen", "samples_trained")
-            for value in ("x", None, [], -1)
+            f"{name} is {value!r}": partial(_edited, partial(_put, (name,), value))
+            for name in _OF_TRAINER
+            for value in _OF_NO_TYPE
         },
         "step is text": lambda text: text.replace('"step": ', '"step": "x", "no": ').encode(),
     }

@@ -6,9 +6,11 @@ folder is a canary, whose digest is compared before and after.
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
+import resource
 import select
 import shutil
 import signal
@@ -30,6 +32,7 @@ no reading makes sense of it. ``traceback``: any other error. ``data lost``: a f
 changed or gone, or a state after it was refused. ``left behind``: a refused call made files. ``hang``: no end.
 """
 LIMIT_S, ENOUGH_S, GRACE_S = 180.0, 8.0, 60.0  # to begin; of training; to end when told so
+_MOST_MEMORY = 4 << 30
 OWN = re.compile(
     r"config\.json|results\.json|report\.html|curves\.png|tokenizer\.json|ledgers/[\w-]+\.jsonl|checkpoint-\d+/.*"
     r"|encoder/(config\.json|model\.safetensors|tokenizer\.json|earlysift\.json)|\.\w+"
@@ -139,6 +142,7 @@ def _be(case: Case, folder: Path) -> NoReturn:
     code = 1
     try:
         os.setsid()
+        resource.setrlimit(resource.RLIMIT_DATA, (_MOST_MEMORY, _MOST_MEMORY))
         for stream, name in ((0, os.devnull), (1, folder.parent / "out"), (2, folder.parent / "err")):
             os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), stream)
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
@@ -235,8 +239,8 @@ def _stop(process: int) -> int:
 
 def _of_command(case: Case, code: int, out: str, err: str) -> Tried:
     lines = [line.strip(" │").strip() for line in (err or out).split("\n")]
-    ours = [line for line in lines if line.startswith("earlysift: ")]
-    parsed = [line for above, line in zip(lines, lines[1:], strict=False) if above.startswith("╭─ ")]
+    ours = [line for line in lines if re.match(r"earlysift: |[\w-]+: (did not run|skipped): ", line)]
+    parsed = [line for above, line in itertools.pairwise(lines) if above.startswith("╭─ ")]
     raised = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Interrupt|Warning)\b", line)]
     if "Traceback (most recent call last)" in err or code < 0:
         return Tried("traceback", code, (raised or ours or lines)[-1] or f"ended by signal {-code}")

@@ -40,7 +40,7 @@ LINES = {
     "S12": Line("nan or infinite numbers end the run before the update, exit code 3", 14, "scorecard", "s12_a_number"),
     "S12 ranks": Line("all ranks stop at the same step, whichever is hit", 28, "scorecard", "s12_all_ranks"),
     "A1, A2": Line("pools in which no bad candidate is picked", 10_000, "scorecard", "s12_no_bad"),
-    "S18": Line("a signal ends the run, saved or clean; the most seconds that one took", 25, "scorecard", "s18_a_signal"),
+    "S18": Line("a signal ends the run, saved or clean (worst: seconds)", 25, "scorecard", "s18_a_signal"),
     "S1": Line("SIGKILL at a random time: nothing lost or left over, bit-equal at the end", 50, "scorecard", "s01"),
     "S5": Line("50 further steps after resuming are bit-equal", 96, "scorecard", "s05"),
 }

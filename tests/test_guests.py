@@ -345,9 +345,7 @@ print(json.dumps({"changed": changed, "new": new, "all": sorted({name.split(".")
 def run(script, *arguments, path=()):
     source = str(Path(earlysift.__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([source, *map(str, path)])}
-    done = subprocess.run(
-        [sys.executable, "-c", script, *arguments], env=environment, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", script, *arguments], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -741,9 +741,7 @@ def run(arguments):
     source, tests = Path(earlysift.__file__).parents[1], Path(models.__file__).parent
     path = os.pathsep.join([str(source), str(tests), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False
-    )
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False)
 
 
 def test_two_processes_train_as_one_that_accumulates_their_batches(two_ranks):
