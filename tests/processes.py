@@ -1,5 +1,7 @@
 """Real processes: with the signals of a terminal, whatever the tests were started by; and several, as ranks."""
 
+import atexit
+import functools
 import json
 import os
 import signal
@@ -10,8 +12,6 @@ from pathlib import Path
 
 import earlysift
 
-# Without the interpreter's own end, in which a thread of gloo now and then aborts a process that has done its work.
-_LEAVE = "\nimport os, sys\nsys.stdout.flush()\nsys.stderr.flush()\nos._exit(0)\n"
 # What ``nohup`` and ``&`` ignore stays ignored in all processes that are started from there, unless it is set anew.
 _BEGIN = """
 import os, signal, sys
@@ -37,24 +37,66 @@ def wait_until(process, happened):
         time.sleep(0.05)
 
 
-def on_ranks(count, script, tmp_path):
-    """What processes print last, as JSON; a script gets its rank, a file to meet in, and the number of ranks."""
+# Forks ranks from a process that has imported what they need, and waits for them; where one fails, the others are
+# killed, as they would wait for it. Without the interpreter's own end, in which a thread of gloo now and then aborts a
+# process that has done its work.
+_FORKER = """
+import json, os, signal, sys, traceback
+import ranked
+
+for line in sys.stdin:
+    told = json.loads(line)
+    ranks, codes = [], {}
+    for rank in range(told["count"]):
+        child = os.fork()
+        if child == 0:
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            for stream, name in ((1, "out"), (2, "err")):
+                os.dup2(os.open(f"{told['folder']}/{name}{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+            sys.argv = ["-c", str(rank), told["store"], str(told["count"])]
+            code = 1
+            try:
+                exec(compile(told["script"], "<script of a rank>", "exec"), {"__name__": "__main__"})
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        ranks.append(child)
+    while len(codes) < len(ranks):
+        child, status = os.wait()
+        codes[child] = os.waitstatus_to_exitcode(status)
+        for other in ranks:
+            if codes[child] != 0 and other not in codes:
+                os.kill(other, signal.SIGKILL)
+    print(json.dumps([codes[child] for child in ranks]), flush=True)
+"""
+
+
+@functools.cache
+def _forker():
     source, tests = Path(earlysift.__file__).parents[1], Path(__file__).parent
     environment = {**os.environ, "PYTHONPATH": f"{source}{os.pathsep}{tests}", "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", script + _LEAVE, str(rank), str(tmp_path / "store"), str(count)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(count)
-    ]
-    try:
-        outputs = [rank.communicate() for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0] * count, outputs
-    return [json.loads(out.splitlines()[-1]) for out, _ in outputs]
+    forker = started([sys.executable, "-c", _FORKER], env=environment, stdin=subprocess.PIPE, stderr=None)
+    atexit.register(_end, forker)
+    return forker
+
+
+def _end(forker):
+    forker.stdin.close()
+    forker.wait()
+    forker.stdout.close()
+
+
+def on_ranks(count, script, tmp_path):
+    """What processes print last, as JSON; a script gets its rank, a file to meet in, and the number of ranks."""
+    forker = _forker()
+    told = {"count": count, "script": script, "folder": str(tmp_path), "store": str(tmp_path / "store")}
+    forker.stdin.write(json.dumps(told) + "\n")
+    forker.stdin.flush()
+    codes = json.loads(forker.stdout.readline())
+    said = [[(tmp_path / f"{name}{rank}").read_text() for name in ("out", "err")] for rank in range(count)]
+    assert codes == [0] * count, said
+    return [json.loads(out.splitlines()[-1]) for out, _ in said]
