@@ -143,8 +143,6 @@ def _several(draw: random.Random) -> Iterator[Case]:
         ("--batch", "1", "--keep", "0.9"),
         ("--only", "digits"),
         ("--suite", "cpu", "--only", "nothing"),
-        ("--suite", "cpu", "--only", "sst2"),
-        ("--suite", "gpu", "--only", "digits"),
         ("--task", "classification"),
         ("--task", "classification", "--data", "text.txt"),
         ("--task", "masked_lm", "--data", "table.tsv", "missing.txt"),
@@ -385,9 +383,6 @@ def _folders() -> Iterator[Case]:
     for how in (("--force",), ("--resume",)):
         yield _case("compare", *COMPARE, "--seeds", "2", "--out", "good", *how, out=("good",))
         yield _case("compare", *COMPARE, "--depth", "1", "--keep", "0.25", "--out", "good", *how, out=("good",))
-        yield _case(
-            "compare", "--suite", "cpu", "--only", "sst2", "--data", "empty", "--out", "good", *how, out=("good",)
-        )
         yield _case("compare", "--suite", "cpu", "--only", "nothing", "--out", "foreign", *how)
     for given in (
         ("--out", "good"),

@@ -8,6 +8,7 @@ def opened(browser, address: str, width: int = 1200, color_scheme: str = "light"
     """The page in a browser that is offline; afterwards it must have complained of nothing and asked for nothing."""
     troubles, requests = [], []
     context = browser.new_context(viewport={"width": width, "height": 800}, offline=True, color_scheme=color_scheme)
+    context.set_default_timeout(0)  # a busy machine is no failure
     page = context.new_page()
     page.on("pageerror", lambda error: troubles.append(str(error)))
     page.on("console", lambda message: troubles.append(message.text))

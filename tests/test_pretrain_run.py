@@ -317,10 +317,13 @@ def names_of(folder):
 
 
 def test_a_time_budget_ends_the_run_with_a_decayed_rate(start, tmp_path):
-    out = tmp_path / "run"
-    code, said, err = start(out, "--steps", 100000, "--minutes", 0.04, "--schedule", "cosine", "--warmup", 0)
-    assert code == 0, err
-    rates = [row["learning_rate"] for row in ledger(out) if "learning_rate" in row]
+    for minutes in (0.04, 0.4, 4):  # on a busy machine, the first may be over before the second step
+        out = tmp_path / f"{minutes}"
+        code, said, err = start(out, "--steps", 100000, "--minutes", minutes, "--schedule", "cosine", "--warmup", 0)
+        assert code == 0, err
+        rates = [row["learning_rate"] for row in ledger(out) if "learning_rate" in row]
+        if len(rates) > 1:
+            break
     assert rates == sorted(rates, reverse=True)
     assert rates[0] == 0.01
     assert rates[-1] < rates[0]
