@@ -38,6 +38,10 @@ OWN = re.compile(
     r"|encoder/(config\.json|model\.safetensors|tokenizer\.json|earlysift\.json)|\.\w+"
 )
 """What commands write into a run folder, and may replace when they are asked to."""
+_RAW = re.compile(  # what Python and torch say of values, passed on as it is
+    r"^earlysift: (Expecting |Extra data|Out of range float|invalid literal|could not convert|Invalid learning)"
+    r"|codec can't decode|not supported between|has no attribute|object is not|\(char \d+\)$"
+)
 _CLEAR = (ValueError, TypeError, FileNotFoundError, FileExistsError)
 
 
@@ -123,7 +127,10 @@ def call(*arguments: str) -> Callable[[], int]:
 
 def _start(case: Case, world: Path, scratch: Path) -> _Running:
     folder = scratch / "world"
-    shutil.copytree(world, folder, symlinks=True)
+    if case.command:
+        shutil.copytree(world, folder, symlinks=True)
+    else:
+        folder.mkdir()
     if case.prepare is not None:
         with contextlib.chdir(folder):
             case.prepare()
@@ -239,7 +246,8 @@ def _stop(process: int) -> int:
 
 def _of_command(case: Case, code: int, out: str, err: str) -> Tried:
     lines = [line.strip(" │").strip() for line in (err or out).split("\n")]
-    ours = [line for line in lines if re.match(r"earlysift: |[\w-]+: (did not run|skipped): ", line)]
+    said = [line for line in lines if re.match(r"earlysift: |[\w-]+: (did not run|skipped): ", line)]
+    ours = [line for line in said if not _RAW.search(line)]
     parsed = [line for above, line in itertools.pairwise(lines) if above.startswith("╭─ ")]
     raised = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Interrupt|Warning)\b", line)]
     if "Traceback (most recent call last)" in err or code < 0:
@@ -248,7 +256,7 @@ def _of_command(case: Case, code: int, out: str, err: str) -> Tried:
         return Tried("taken" if case.refused else "fine", code, "".join(ours[:1]))
     if code in (2, 3, 4) and (ours or parsed):
         return Tried("clear error", code, (ours or parsed)[0])
-    return Tried("traceback", code, next(filter(None, lines), "nothing"))
+    return Tried("traceback", code, next(filter(None, said + lines), "nothing"))
 
 
 def _of_library(code: int, out: str, err: str) -> Tried:
@@ -263,9 +271,8 @@ def _changes(case: Case, before: dict[str, str], folder: Path, *, ran: bool) -> 
     after = digests(folder)
 
     # A run that was gone on with, and then stopped by an error, may know more than before.
-    grown = "--resume" in case.name and all(
-        _grown(text, after.get(path, "")) for path, text in before.items() if path.endswith("results.json")
-    )
+    results = [f"{out}/results.json" for out in case.out if f"{out}/results.json" in before]
+    grown = "--resume" in case.name and all(_grown(before[path], after.get(path, "")) for path in results)
 
     def allowed(path: str) -> bool:
         inner = [path.removeprefix(f"{out}/") for out in case.out if path.startswith(f"{out}/")]
@@ -280,6 +287,8 @@ def _changes(case: Case, before: dict[str, str], folder: Path, *, ran: bool) -> 
 
 def _grown(before: str, after: str) -> bool:
     """Whether results hold all runs that earlier ones held."""
+    if before == after:
+        return True
     try:
         runs, runs_now = (
             [run for arm in json.loads(text)["arms"].values() for run in arm["runs"] if run["finished"]]
