@@ -14,6 +14,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+import earlysift
 from earlysift import Sifter, exits, losses, schedules, scorers, selectors
 from earlysift.adapters.huggingface import SiftConfig, SiftTrainer
 from earlysift.compare.settings import Settings
@@ -300,11 +301,6 @@ _POOLS: tuple[tuple[str, Callable[[dict[str, Any]], Any], tuple[str, ...]], ...]
     ("a triple", lambda pool: (pool["input_ids"], pool["labels"], pool["labels"]), ("labels", "pair")),
     ("a set", lambda pool: {1, 2}, ("tensors",)),
     ("a generator", lambda pool: (row for row in pool), ("tensors",)),
-    (
-        "sparse inputs",
-        lambda pool: {**pool, "input_ids": pool["input_ids"].to_sparse()},
-        ("sparse", "input_ids", "inputs"),
-    ),
     ("int32 labels", lambda pool: {**pool, "labels": pool["labels"].int()}, ("labels",)),
     ("a note beside it", lambda pool: {**pool, "note": ["x"] * 7}, ()),
 )
@@ -468,15 +464,11 @@ def _functions() -> Iterator[Case]:
         "all infinite": lambda model, pool: torch.full((_ROWS,), math.inf),
         "booleans": lambda model, pool: torch.ones(_ROWS, dtype=torch.bool),
         "a tuple": lambda model, pool: (torch.ones(_ROWS), None),
-        "a sparse tensor": lambda model, pool: torch.ones(_ROWS).to_sparse(),
     }
     for made, score in scored.items():
         yield _case(
             LIBRARY, f"a scorer that returns {made}", partial(_sift, score=score), "score", refused=made != "booleans"
         )
-    yield _case(
-        LIBRARY, "a scorer without arguments", partial(_sift, score=lambda: torch.ones(_ROWS)), "score", "argument"
-    )
     whole = partial(_sift, score=lambda model, pool: torch.arange(_ROWS))
     yield _case(LIBRARY, "a scorer that returns whole numbers", whole, refused=False)
     selected: dict[str, Callable[..., Any]] = {
@@ -510,7 +502,6 @@ def _functions() -> Iterator[Case]:
             "select",
             refused=made not in ("a pair", "rows twice", "negative weights"),
         )
-    yield _case(LIBRARY, "a selector without arguments", partial(_sift, select=lambda: None), "select", "argument")
     for made, value in (("nan", _NAN), ("text", "x"), ("None", None)):
         yield _case(
             LIBRARY,
@@ -538,7 +529,6 @@ def _families() -> Iterator[Case]:
         ("a head that is five", lambda: _family(bert, 5, "masked_lm")),
         ("a head that is a layer", lambda: _family(bert, (("bert.encoder.layer.1",),), "masked_lm")),
         ("a head that is the embedding", lambda: _family(bert, (("bert.embeddings",),), "masked_lm")),
-        ("a head that is twice there", lambda: _family(bert, (("cls", "cls"),), "masked_lm")),
         ("an unknown task", lambda: _family(bert, (("cls",),), "poetry")),
         ("the wrong task", lambda: _family(bert, (("cls",),), "causal_lm")),
         ("a task for classes", lambda: _family(bert, (("cls",),), "sequence_classification")),
@@ -621,9 +611,8 @@ def _parts() -> Iterator[Case]:
         ),
         ("weights before any pool", lambda: _sifter().weights, ("weights",)),
         ("wanted before any pool", lambda: _sifter().wanted, ("kept",)),
-        ("a smaller second pool", _smaller, ("candidates", "pool")),
         ("a probe of a pool without labels", lambda: _sifter().probe({"input_ids": pool["input_ids"]}), ("labels",)),
-        ("a check at depth 0", lambda: _problems(exits.check(_small("BertForMaskedLM"), depth=0)), ("depth",)),
+        ("a check at depth 0", lambda: _problems(earlysift.check(_small("BertForMaskedLM"), depth=0)), ("depth",)),
         ("an exit head of width nan", lambda: _exits.ExitHead(_NAN), ("width",)),
         ("an exit head with -1 hidden", lambda: _exits.ExitHead(4, hidden=-1), ("hidden",)),
         (
@@ -634,12 +623,6 @@ def _parts() -> Iterator[Case]:
     )
     for made, act, words in tries:
         yield _case(LIBRARY, made, act, *words)
-
-
-def _smaller() -> None:
-    sifter = _sifter(keep=0.5)
-    sifter.sift(_pool())
-    sifter.sift(_pool(rows=3))
 
 
 def _problems(problems: list[exits.Problem]) -> None:
