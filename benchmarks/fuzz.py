@@ -9,7 +9,6 @@ Exit code 1 if any case ended in a traceback, lost data, left something behind, 
 
 import argparse
 import os
-import subprocess
 import sys
 import tempfile
 import warnings
@@ -40,10 +39,10 @@ def cases(seed: int) -> list[Case]:
 def _real(case: Case) -> Case:
     """A call again, as a process that starts from nothing."""
 
-    def act() -> int:
+    def act() -> None:
         captured = case.act.__closure__ or ()
         (arguments,) = (cell.cell_contents for cell in captured)
-        return subprocess.run([sys.executable, "-m", "earlysift", *arguments], check=False).returncode
+        os.execv(sys.executable, [sys.executable, "-m", "earlysift", *arguments])
 
     return Case(**{**vars(case), "kind": "command line, real process", "act": act})
 

@@ -39,8 +39,8 @@ OWN = re.compile(
 )
 """What commands write into a run folder, and may replace when they are asked to."""
 _RAW = re.compile(  # what Python and torch say of values, passed on as it is
-    r"^earlysift: (Expecting |Extra data|Out of range float|invalid literal|could not convert|Invalid learning)"
-    r"|codec can't decode|not supported between|has no attribute|object is not|\(char \d+\)$"
+    r"^earlysift: (Expecting |Extra data|Out of range float|invalid literal|could not convert|Invalid learning|'\S+' codec"
+    r"|'\S+' object|'\S+' not supported)"
 )
 _CLEAR = (ValueError, TypeError, FileNotFoundError, FileExistsError)
 
