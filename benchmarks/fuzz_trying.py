@@ -39,8 +39,8 @@ OWN = re.compile(
 )
 """What commands write into a run folder, and may replace when they are asked to."""
 _RAW = re.compile(  # what Python and torch say of values, passed on as it is
-    r"^earlysift: (Expecting |Extra data|Out of range float|invalid literal|could not convert|Invalid learning|'\S+' codec"
-    r"|'\S+' object|'\S+' not supported)"
+    r"^earlysift: (Expecting |Extra data|Out of range float|invalid literal|could not convert|Invalid learning"
+    r"|'\S+' codec|'\S+' object|'\S+' not supported)"
 )
 _CLEAR = (ValueError, TypeError, FileNotFoundError, FileExistsError)
 
@@ -203,7 +203,8 @@ def _ended(running: _Running) -> Tried | None:
     done, status = os.waitpid(process, os.WNOHANG)
     hangs = False
     if not done:
-        begun = took_s > ENOUGH_S and any((folder / out / "config.json").is_file() for out in case.out)
+        ledgers = [path for out in case.out for path in (folder / out / "ledgers").glob("*.jsonl")]
+        begun = took_s > ENOUGH_S and any(time.time() - path.stat().st_mtime < took_s for path in ledgers)
         if not begun and took_s < LIMIT_S:
             return None
         status = _stop(process)
