@@ -643,7 +643,10 @@ _REFUSED_STATES: dict[str, tuple[Any, ...]] = {  # by part: values that it can h
 def _states() -> Iterator[Case]:
     """States with a part that is missing, of another type, or of another sifter."""
     for mode in ("fixed", "auto"):
-        parts = ("version", "config", "step", "kept", "counts", "fidelity", "steering", "weights_read")
+        parts = (
+            *("version", "config", "step", "micro_step", "pools_per_step", "kept", "largest", "counts", "fidelity"),
+            *("steering", "weights_read"),
+        )
         for part in parts:
             yield _case(
                 STATE, f"{mode} sifter, no {part}", partial(_loaded, mode, partial(_without, part)), part, "state"

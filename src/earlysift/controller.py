@@ -394,7 +394,7 @@ def state_problems(saved: Any, control: Control) -> list[str]:
     """What keeps `from_json` from making a state of this control from something that was saved."""
     if not isinstance(saved, Mapping):
         return [f"steering must be a mapping, got {reprlib.repr(saved)}"]
-    choice, records, before = saved.get("choice"), saved.get("records"), saved.get("before")
+    choice, records, before = saved.get("choice", "nothing"), saved.get("records"), saved.get("before")
     names = set(record_names(control))
     rows = [
         (
