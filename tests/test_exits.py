@@ -1005,4 +1005,6 @@ def test_a_malformed_row_is_refused_when_it_is_made(arguments, message):
 @pytest.mark.parametrize("family", ["bert", 5, ("layers",)])
 def test_what_is_no_row_is_refused(family):
     with pytest.raises(ValueError, match="Expected family to be a Family"):
+        find_anatomy(build("bert", "masked_lm"), family)
+    with pytest.raises(ValueError, match="family must be a Family or None"):
         Sifter(build("bert", "masked_lm"), family=family)

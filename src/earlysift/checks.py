@@ -63,10 +63,7 @@ def check(model: nn.Module, *, depth: int = 1, family: Family | None = None, inp
     problems = dry_run(model, found, depth, inputs)
     if problems:
         return problems
-    tolerance = _tolerance(model, found, inputs)
-    problems = _head_problems(model, found, inputs, tolerance)
-    used = _headless(found) if problems else found
-    return problems + _loss_problems(model, used, inputs, labels, tolerance)
+    return [problem for part in _comparison(model, found, inputs, labels) for problem in part]
 
 
 def verified(model: nn.Module, batch: Any, family: Family | None = None) -> Anatomy:
@@ -86,7 +83,7 @@ def verified(model: nn.Module, batch: Any, family: Family | None = None) -> Anat
     """
     anatomy = exits.find_anatomy(model, family)
     if (anatomy.head, anatomy.task) not in _COMPARED.get(anatomy.core, {}):
-        _compare(model, anatomy, batch)
+        _compare_and_remember(model, anatomy, batch)
     return as_compared(anatomy)
 
 
@@ -132,7 +129,7 @@ def dry_run(model: nn.Module, anatomy: Anatomy, depth: int, inputs: Any) -> list
         ):
             logits = exits.call(model, inputs)
     except Exception as error:  # whatever a model does when it misses its layers
-        return _failures(model, anatomy, inputs) or [
+        return _comparison(model, anatomy, inputs, None)[1] or [
             Problem(
                 f"The model fails when only the first {depth} of its layers are there: {error!r}.",
                 "Give the path of the list that it loops over, or score with a callable of your own.",
@@ -169,21 +166,15 @@ def dry_run(model: nn.Module, anatomy: Anatomy, depth: int, inputs: Any) -> list
     return problems
 
 
-def _compare(model: nn.Module, anatomy: Anatomy, batch: Any) -> None:
+def _compare_and_remember(model: nn.Module, anatomy: Anatomy, batch: Any) -> None:
     inputs, labels = pools.inputs_and_labels(batch)
     # Rows with labels, if there are any. All ranks of a sharded model run the same passes, whatever theirs hold.
     labelled = (labels.reshape(len(labels), -1) != losses.IGNORED_LABEL).any(dim=1)
     rows = labelled.int().argsort(descending=True, stable=True)[:_ROWS]
     inputs, labels = pools.inputs_and_labels(pools.take(batch, rows))
-    failures = _failures(model, anatomy, inputs)
-    if failures:
-        raise ValueError(exits.problem_report(model, failures))
-    tolerance = _tolerance(model, anatomy, inputs)
-    head_problems = _head_problems(model, anatomy, inputs, tolerance)
-    used = _headless(anatomy) if head_problems else anatomy
-    problems = _loss_problems(model, used, inputs, labels, tolerance)
-    if problems:
-        raise ValueError(exits.problem_report(model, [*head_problems, *problems]))
+    head_problems, others = _comparison(model, anatomy, inputs, labels)
+    if others:
+        raise ValueError(exits.problem_report(model, [*head_problems, *others]))
     for problem in head_problems:
         _LOG.warning("%s: %s The model's own logits are used.", type(anatomy.core).__name__, problem.reason)
     _COMPARED.setdefault(anatomy.core, {})[anatomy.head, anatomy.task] = not head_problems
@@ -193,53 +184,46 @@ def _headless(anatomy: Anatomy) -> Anatomy:
     return anatomy._replace(head=(), positionwise=())
 
 
-def _failures(model: nn.Module, anatomy: Anatomy, inputs: Any) -> list[Problem]:
-    """Whether the whole model runs on these inputs."""
-    try:
-        with torch.no_grad(), exits.uncompiled(), exits.scoring_mode(model):
-            logits = exits.call(model, inputs)
-    except Exception as error:  # whatever a model does with inputs that do not fit
-        shapes = (
-            {name: (str(t.dtype), *t.shape) for name, t in inputs.items() if isinstance(t, Tensor)}
-            if isinstance(inputs, Mapping)
-            else type(inputs).__name__
-        )
-        reason = f"The model fails on two rows of the pool ({shapes}): {error!r}."
-        return [
-            Problem(reason, _remedy(anatomy, inputs, "Look whether a batch from the same loader can be trained on."))
-        ]
-    classified = anatomy.task == "sequence_classification"
-    if logits.ndim != (2 if classified else 3):
-        expected = "(R, classes)" if classified else "(R, positions, classes)"
-        reason = f"Expected logits {expected} for {anatomy.task}, got {tuple(logits.shape)}."
-        return [Problem(reason, "Set the task in the family row.")]
-    return []
-
-
-def _tolerance(model: nn.Module, anatomy: Anatomy, inputs: Any) -> float:
-    """The relative difference that rounding explains: larger where the model computes in fewer bits than float32."""
-    seen = []
+def _comparison(
+    model: nn.Module, anatomy: Anatomy, inputs: Any, labels: Tensor | None
+) -> tuple[list[Problem], list[Problem]]:
+    """Problems of the head, which the model's own logits solve, and others."""
+    computed_in = []
 
     def look(layer: nn.Module, arguments: Any, output: Any) -> None:
         states = output[0] if isinstance(output, tuple | list) else output
         autocast = torch.is_autocast_enabled(states.device.type)  # also if the model's own forward enters it
-        seen.append(_COARSE if autocast or states.dtype.itemsize < 4 else _PRECISE)
+        computed_in.append(_COARSE if autocast or states.dtype.itemsize < 4 else _PRECISE)
 
     handle = anatomy.layers[0].register_forward_hook(look)
     try:
         with torch.no_grad(), exits.uncompiled(), exits.scoring_mode(model):
-            exits.call(model, inputs)
+            own = exits.call(model, inputs)
+    except Exception as error:  # whatever a model does with inputs that do not fit
+        return [], [
+            Problem(
+                f"The model fails on two rows of the pool: {error!r}.",
+                _remedy(anatomy, inputs, "See whether the model can be called with a batch of the same loader."),
+            )
+        ]
     finally:
         handle.remove()
-    return max(seen, default=_PRECISE) if torch.get_float32_matmul_precision() == "highest" else _COARSE
+    dimensions, shape = (2, "(R, C)") if anatomy.task == "sequence_classification" else (3, "(R, T, V)")
+    if own.ndim != dimensions:
+        reason = f"Expected logits {shape} for {anatomy.task}, got {tuple(own.shape)}."
+        return [], [Problem(reason, "Set the task in the family row.")]
+    exact = torch.get_float32_matmul_precision() == "highest"
+    tolerance = max(computed_in, default=_PRECISE) if exact else _COARSE
+    head_problems = _head_problems(model, anatomy, inputs, own, tolerance)
+    used = _headless(anatomy) if head_problems else anatomy
+    return head_problems, _loss_problems(model, used, inputs, labels, tolerance)
 
 
-def _head_problems(model: nn.Module, anatomy: Anatomy, inputs: Any, tolerance: float) -> list[Problem]:
+def _head_problems(model: nn.Module, anatomy: Anatomy, inputs: Any, own: Tensor, tolerance: float) -> list[Problem]:
     """Whether the head that the row names, on the states that enter it, makes the model's own logits."""
     if not anatomy.head:
         return []
     with torch.no_grad(), exits.uncompiled(), exits.scoring_mode(model):
-        own = exits.call(model, inputs)
         try:
             with exits.headless(anatomy):
                 states = exits.call(model, inputs)

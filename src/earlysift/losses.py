@@ -124,9 +124,7 @@ def class_losses(logits: Tensor, labels: Tensor, *, problem: Problem | None = No
     problem = problem or classification_problem(logits, labels)
     logits = logits.float()
     if problem == "single_label":
-        _require_class_ids(labels, logits.size(-1))
-        losses = F.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL, reduction="none")
-        return torch.where(labels == IGNORED_LABEL, UNLABELLED, losses)
+        return torch.where(labels == IGNORED_LABEL, UNLABELLED, _cross_entropy(logits, labels))
     targets = labels.reshape(logits.shape).float()
     if problem == "multi_label":
         losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
@@ -279,22 +277,22 @@ def _chunks(states: Tensor, labels: Tensor, size: int) -> Iterator[tuple[Tensor,
         yield states[start : start + size], labels[start : start + size]
 
 
-def _require_class_ids(labels: Tensor, classes: int | None = None) -> None:
+def _require_class_ids(labels: Tensor) -> None:
     if labels.dtype != torch.int64:
         raise ValueError(f"Expected labels of dtype torch.int64 (class ids), got {labels.dtype}. Use labels.long().")
-    if classes is None or labels.device.type != "cpu":  # an accelerator would be waited for; its own check remains
-        return
-    wrong = labels[(labels != IGNORED_LABEL) & ((labels < 0) | (labels >= classes))]
-    if len(wrong):
-        raise ValueError(
-            f"Expected labels in 0..{classes - 1}, or {IGNORED_LABEL} where there is none, got {int(wrong[0])}. "
-            "Check that the model has as many outputs as the tokenizer has tokens, or the data has classes."
-        )
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    _require_class_ids(labels, logits.size(-1))
-    return F.cross_entropy(logits, labels, reduction="none")
+    _require_class_ids(labels)
+    try:
+        return F.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL, reduction="none")
+    except IndexError as error:  # on a CPU; to look first would make an accelerator wait
+        classes = logits.size(-1)
+        wrong = labels[(labels != IGNORED_LABEL) & ((labels < 0) | (labels >= classes))]
+        raise ValueError(
+            f"Expected labels in 0..{classes - 1}, or {IGNORED_LABEL} where there is none, got {int(wrong[0])}. "
+            "Check that the model has as many outputs as the tokenizer has tokens, or the data has classes."
+        ) from error
 
 
 def _entropy(logits: Tensor, labels: Tensor) -> Tensor:

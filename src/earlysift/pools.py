@@ -77,7 +77,7 @@ def inputs_and_labels(pool: Any) -> tuple[Any, Tensor]:
     A mapping gives its ``labels`` entry; a pair ``(inputs, labels)`` its second item.
 
     Raises:
-        ValueError: If there are no labels.
+        ValueError: If there are no labels, or a single one for all candidates.
 
     Example:
         >>> import torch
@@ -87,8 +87,12 @@ def inputs_and_labels(pool: Any) -> tuple[Any, Tensor]:
     """
     if has_labels(pool):
         if isinstance(pool, Mapping):
-            return {key: value for key, value in pool.items() if key != LABELS_KEY}, pool[LABELS_KEY]
-        return pool[0], pool[1]
+            inputs, labels = {key: value for key, value in pool.items() if key != LABELS_KEY}, pool[LABELS_KEY]
+        else:
+            inputs, labels = pool
+        if labels.ndim == 0:
+            raise ValueError("Expected labels with one row per candidate, got a single number.")
+        return inputs, labels
     came = f"keys {sorted(map(str, pool))}" if isinstance(pool, Mapping) else type(pool).__name__
     raise ValueError(
         f"Expected a mapping with '{LABELS_KEY}' or a pair (inputs, labels), got {came}. "
