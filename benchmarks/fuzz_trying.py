@@ -31,11 +31,11 @@ BAD = OUTCOMES[2:]
 no reading makes sense of it. ``traceback``: any other error. ``data lost``: a file that the call had no right to is
 changed or gone, or a state after it was refused. ``left behind``: a refused call made files. ``hang``: no end.
 """
-LIMIT_S, ENOUGH_S, GRACE_S = 180.0, 8.0, 60.0  # to begin; of training; to end when told so
+LIMIT_S, ENOUGH_S, GRACE_S = 180.0, 20.0, 60.0  # to begin; of training; to end when told so
 _MOST_MEMORY = 4 << 30
 OWN = re.compile(
     r"config\.json|results\.json|report\.html|curves\.png|tokenizer\.json|ledgers/[\w-]+\.jsonl|checkpoint-\d+/.*"
-    r"|encoder/(config\.json|model\.safetensors|tokenizer\.json|earlysift\.json)|\.\w+"
+    r"|encoder/(config\.json|model\.safetensors|tokenizer\.json|earlysift\.json)|\.lock|\.earlysift\.json"
 )
 """What commands write into a run folder, and may replace when they are asked to."""
 _RAW = re.compile(  # what Python and torch say of values, passed on as it is
@@ -203,7 +203,10 @@ def _ended(running: _Running) -> Tried | None:
     done, status = os.waitpid(process, os.WNOHANG)
     hangs = False
     if not done:
-        ledgers = [path for out in case.out for path in (folder / out / "ledgers").glob("*.jsonl")]
+        ledgers: list[Path] = []
+        for out in case.out:
+            with contextlib.suppress(OSError):  # a name that no file system takes
+                ledgers += (folder / out / "ledgers").glob("*.jsonl")
         begun = took_s > ENOUGH_S and any(time.time() - path.stat().st_mtime < took_s for path in ledgers)
         if not begun and took_s < LIMIT_S:
             return None

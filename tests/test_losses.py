@@ -440,3 +440,13 @@ def test_labels_out_of_range_are_refused_with_the_range(wrong):
         losses.token_losses(hidden, labels, linear(), chunk_tokens=3)
     with pytest.raises(ValueError, match=rf"Expected labels in 0..{C - 1}, or -100 .* got {wrong}\."):
         losses.class_losses(torch.zeros(2, C), torch.tensor([0, wrong]))
+
+
+@pytest.mark.parametrize("function", ["class_losses", "class_entropies"])
+@pytest.mark.parametrize(
+    ("labels", "problem"),
+    [(torch.zeros(3, dtype=torch.int64), None), (torch.zeros(8), "multi_label"), (torch.zeros(8, C), "several")],
+)
+def test_labels_of_other_samples_or_classes_are_refused(function, labels, problem):
+    with pytest.raises(ValueError, match=r"fit logits \(8, 5\)"):
+        getattr(losses, function)(torch.zeros(8, C), labels, problem=problem)

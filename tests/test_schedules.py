@@ -23,7 +23,8 @@ def any_schedule(draw):
 
 
 def test_module_has_the_schedules_tested_here():
-    public = {n for n, f in inspect.getmembers(schedules, inspect.isfunction) if f.__module__ == schedules.__name__}
+    functions = inspect.getmembers(schedules, inspect.isfunction)
+    public = {n for n, f in functions if f.__module__ == schedules.__name__ and not n.startswith("_")}
     assert public == {"constant", "warmup", "anneal"}
 
 
@@ -74,3 +75,10 @@ def test_anneal_scales_the_schedule_before_it():
 def test_anneal_that_ends_before_it_starts_is_refused(start, end):
     with pytest.raises(ValueError, match=rf"must end after it starts, got start = {start} and end = {end}\."):
         anneal(start, end)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_refused(value):
+    for made in (lambda: constant(value), lambda: warmup(value), lambda: anneal(value, 5), lambda: anneal(0, value)):
+        with pytest.raises(ValueError, match="must be a finite number"):
+            made()

@@ -9,15 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Generator
 
+import models
 import reference
-from earlysift import selectors
+from earlysift import Sifter, selectors
 from earlysift.selectors import (
+    Selection,
     drop_outliers,
     greedy,
     inclusion_probabilities,
     percentile,
     proportional,
     ranking,
+    require_selection,
     uniform_subset,
 )
 
@@ -374,3 +377,28 @@ def test_uniform_subset_keeps_everyone_equally_often():
         counts[indices] += 1
     assert (counts / draws - 0.4).abs().max() <= 4 * math.sqrt(0.24 / draws)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (None, "two tensors, got NoneType"),
+        (torch.tensor([0, 1]), "two tensors, got Tensor"),
+        (Selection([0, 1], [1.0, 1.0]), "two tensors, got Selection"),
+        (Selection(torch.tensor([0]), torch.ones(1)), r"keep 2 candidates, got indices of shape \(1,\)"),
+        (Selection(torch.tensor([[0], [1]]), torch.ones(2)), r"keep 2 candidates, got indices of shape \(2, 1\)"),
+        (Selection(torch.tensor([0.0, 1.0]), torch.ones(2)), "whole numbers as indices"),
+        (Selection(torch.tensor([True, False]), torch.ones(2)), "whole numbers as indices"),
+        (Selection(torch.tensor([0, 1]), torch.ones(1)), "whole numbers as indices and real ones as weights"),
+        (Selection(torch.tensor([0, 4]), torch.ones(2)), r"indices in 0..3 .* got \[0, 4\]"),
+        (Selection(torch.tensor([-1, 1]), torch.ones(2)), r"indices in 0..3 .* got \[-1, 1\]"),
+        (Selection(torch.tensor([0, 1]), torch.tensor([1.0, float("nan")])), "finite weights"),
+    ],
+)
+def test_what_is_no_selection_is_refused_with_what_was_expected(returned, message):
+    with pytest.raises(ValueError, match=message):
+        require_selection(returned, 2, 4, look=True)
+    sifter = Sifter(models.ladder(), keep=0.5, family=models.LADDER, select=lambda scores, kept, generator: returned)
+    with pytest.raises(ValueError, match=message):
+        sifter.sift((torch.zeros(4, 16), torch.zeros(4, dtype=torch.int64)))
+    assert sifter.step == 0

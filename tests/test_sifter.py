@@ -1070,7 +1070,7 @@ def broken_pools():
         ),
         "a selector that keeps another number": (
             (inputs, labels),
-            r"Expected the selector to keep 4 candidates, got 3\.",
+            r"Expected the selector to keep 4 candidates, got indices of shape \(3,\)\.",
             {
                 "select": lambda scores, kept, generator: greedy(scores, kept - int(scores[0])),
                 "score": lambda model, pool: torch.full((8,), float(pool[0] is inputs)),

@@ -570,12 +570,19 @@ def test_command_writes_page_pictures_and_numbers_that_are_the_same_again(tmp_pa
     assert html.count('class="dot"') == len(placed) > 10
     assert "<script" not in html
     names = {path.name for path in (tmp_path / "first").iterdir()}
-    assert names == {"theory.html", "theory.json", "curves.json", "payoff.png", "payoff.svg"}
+    assert names == {".earlysift.json", "theory.html", "theory.json", "curves.json", "payoff.png", "payoff.svg"}
     for name in names:
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
     assert json.loads((tmp_path / "first" / "theory.json").read_text())["findings"]["payoff"]["tables"]
     assert cli.main(["theory", "payoff", "--seed", "1", "--out", str(tmp_path / "third")]) == 0
     assert (tmp_path / "first" / "theory.json").read_bytes() != (tmp_path / "third" / "theory.json").read_bytes()
+
+
+def test_findings_are_not_written_among_files_of_others(tmp_path, capsys):
+    (tmp_path / "theory.html").write_text("my thesis")
+    assert cli.main(["theory", "payoff", "--out", str(tmp_path)]) == 2
+    assert "holds files that earlysift theory did not write" in capsys.readouterr().err
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["my thesis"]
 
 
 @pytest.mark.parametrize(

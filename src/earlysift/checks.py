@@ -99,7 +99,9 @@ def problem_of(anatomy: Anatomy) -> losses.Problem | None:
     return _PROBLEM_OF_CONFIG.get(str(getattr(getattr(anatomy.core, "config", None), "problem_type", None)))
 
 
-def dry_run(model: nn.Module, anatomy: Anatomy, depth: int, inputs: Any) -> list[Problem]:
+def dry_run(
+    model: nn.Module, anatomy: Anatomy, depth: int, inputs: Any, *, exit_head: nn.Module | None = None
+) -> list[Problem]:
     """Problems that show when the truncated model runs; part of `check`.
 
     Args:
@@ -107,6 +109,7 @@ def dry_run(model: nn.Module, anatomy: Anatomy, depth: int, inputs: Any) -> list
         anatomy: Where its layers are.
         depth: Number of layers that should run.
         inputs: What the model is called with, without labels; two rows are enough.
+        exit_head: Module behind the exit, if any.
     """
     calls = [0] * len(anatomy.layers)
 
@@ -125,13 +128,14 @@ def dry_run(model: nn.Module, anatomy: Anatomy, depth: int, inputs: Any) -> list
             exits.uncompiled(),  # compiled code would not call hooks added after compilation
             torch.no_grad(),
             exits.scoring_mode(model),
-            exits.shortened(anatomy, depth),
+            exits.shortened(anatomy, depth, exit_head=exit_head),
         ):
             logits = exits.call(model, inputs)
     except Exception as error:  # whatever a model does when it misses its layers
         return _comparison(model, anatomy, inputs, None)[1] or [
             Problem(
-                f"The model fails when only the first {depth} of its layers are there: {error!r}.",
+                f"The model fails when only the first {depth} of its layers are there"
+                f"{', with an exit_head behind them' * (exit_head is not None)}: {error!r}.",
                 "Give the path of the list that it loops over, or score with a callable of your own.",
             )
         ]
@@ -202,21 +206,26 @@ def _comparison(
     except Exception as error:  # whatever a model does with inputs that do not fit
         return [], [
             Problem(
-                f"The model fails on two rows of the pool: {error!r}.",
+                f"The model fails on two rows of the pool ({_described(inputs)}): {error!r}.",
                 _remedy(anatomy, inputs, "See whether the model can be called with a batch of the same loader."),
             )
         ]
     finally:
         handle.remove()
     dimensions, shape = (2, "(R, C)") if anatomy.task == "sequence_classification" else (3, "(R, T, V)")
-    if own.ndim != dimensions:
-        reason = f"Expected logits {shape} for {anatomy.task}, got {tuple(own.shape)}."
+    if own.ndim != dimensions or (labels is not None and len(own) != len(labels)):
+        reason = f"Expected logits {shape} of two rows for {anatomy.task}, got {tuple(own.shape)}."
         return [], [Problem(reason, "Set the task in the family row.")]
     exact = torch.get_float32_matmul_precision() == "highest"
     tolerance = max(computed_in, default=_PRECISE) if exact else _COARSE
     head_problems = _head_problems(model, anatomy, inputs, own, tolerance)
     used = _headless(anatomy) if head_problems else anatomy
     return head_problems, _loss_problems(model, used, inputs, labels, tolerance)
+
+
+def _described(inputs: Any) -> str:
+    tensors = inputs.items() if isinstance(inputs, Mapping) else [("inputs", inputs)]
+    return ", ".join(f"{name} {t.dtype} {tuple(t.shape)}" for name, t in tensors if isinstance(t, Tensor))
 
 
 def _head_problems(model: nn.Module, anatomy: Anatomy, inputs: Any, own: Tensor, tolerance: float) -> list[Problem]:

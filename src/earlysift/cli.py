@@ -555,6 +555,7 @@ def _theory(command: Theory) -> int:
     from earlysift.theory import page
     from earlysift.theory.experiments import run_experiments
 
+    page.require_own(command.out)
     console = Console()
     with _progress(console) as show:
         findings = run_experiments(command.experiments, show, seed=command.seed, results=command.results)

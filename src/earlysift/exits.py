@@ -600,6 +600,10 @@ def anatomy_or_problems(model: nn.Module, family: Family | None) -> Anatomy | li
                 "Give the path of the layer list in the family row; `model.named_modules()` lists the paths.",
             )
         )
+    elif not len(layers):
+        problems.append(
+            Problem(f"The list of layers at '{row.layers}' of {name} is empty.", "Give the path of another.")
+        )
     suffix = next((s for s in _TASK_OF_CLASS_SUFFIX if name.endswith(s)), None)
     task = row.task or (_TASK_OF_CLASS_SUFFIX[suffix] if suffix else None)
     if task is None:

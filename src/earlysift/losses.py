@@ -13,7 +13,7 @@ below everything and is counted as non-finite). `earlysift.selectors` gives both
 """
 
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -121,7 +121,7 @@ def class_losses(logits: Tensor, labels: Tensor, *, problem: Problem | None = No
         >>> class_losses(torch.zeros(2, 4), torch.tensor([3, -100]))
         tensor([1.3863,   -inf])
     """
-    problem = problem or classification_problem(logits, labels)
+    problem = _checked_problem(logits, labels, problem)
     logits = logits.float()
     if problem == "single_label":
         return torch.where(labels == IGNORED_LABEL, UNLABELLED, _cross_entropy(logits, labels))
@@ -149,7 +149,7 @@ def class_entropies(logits: Tensor, labels: Tensor, *, problem: Problem | None =
         >>> class_entropies(torch.zeros(1, 4), torch.tensor([3]))
         tensor([1.3863])
     """
-    problem = problem or classification_problem(logits, labels)
+    problem = _checked_problem(logits, labels, problem)
     if problem == "regression":
         raise ValueError(
             "Entropy needs a predicted distribution, and a regression output has none. "
@@ -188,6 +188,18 @@ def classification_problem(logits: Tensor, labels: Tensor) -> Problem:
     )
 
 
+def _checked_problem(logits: Tensor, labels: Tensor, problem: Problem | None) -> Problem:
+    problem = problem or classification_problem(logits, labels)
+    shapes = {"single_label": logits.shape[:1]}
+    known = problem in get_args(Problem)
+    if not known or labels.numel() != shapes.get(problem, logits.shape).numel() or len(labels) != len(logits):
+        raise ValueError(
+            f"Expected a problem of {', '.join(get_args(Problem))} and labels that fit logits {tuple(logits.shape)}, "
+            f"got {problem!r} and labels {tuple(labels.shape)}. Give one label per sample, or one per sample and class."
+        )
+    return problem
+
+
 def labelled_positions(labels: Tensor, *, causal: bool = False) -> Tensor:
     """Which positions carry a label, as the head sees them: bool ``(R, T)``, or ``(R, T - 1)`` when causal."""
     return (labels[:, 1:] if causal else labels) != IGNORED_LABEL
@@ -212,6 +224,7 @@ def positions_to_read(labels: Tensor, *, causal: bool = False, max_positions: in
         >>> positions_to_read(labels), positions_to_read(labels, causal=True)
         (tensor([1, 3, 5]), tensor([0, 4]))
     """
+    _require_class_ids(labels)
     if labels.ndim != 2:
         raise ValueError(
             f"Expected labels (R, T), one per position, got {tuple(labels.shape)}. Give -100 where there is none."

@@ -43,10 +43,14 @@ class _Anneal:
 def constant(value: float = 1.0) -> Schedule:
     """The same intensity at every step.
 
+    Raises:
+        ValueError: If the value is nan or infinite.
+
     Example:
         >>> constant(1.0)(10)
         1.0
     """
+    _require_numbers(value=value)
     return _Constant(value)
 
 
@@ -63,6 +67,7 @@ def warmup(steps: int, then: Schedule | None = None) -> Schedule:
         >>> [warmup(2)(step) for step in range(4)]
         [0.0, 0.0, 1.0, 1.0]
     """
+    _require_numbers(steps=steps)
     return _Warmup(steps, then or constant())
 
 
@@ -77,12 +82,19 @@ def anneal(start: int, end: int, before: Schedule | None = None) -> Schedule:
         before: Schedule whose intensity is scaled down.
 
     Raises:
-        ValueError: If ``end`` is not after ``start``.
+        ValueError: If ``end`` is not after ``start``, or one of them is nan or infinite.
 
     Example:
         >>> [anneal(2, 4)(step) for step in range(6)]
         [1.0, 1.0, 1.0, 0.5, 0.0, 0.0]
     """
+    _require_numbers(start=start, end=end)
     if end <= start:
         raise ValueError(f"Annealing must end after it starts, got start = {start} and end = {end}.")
     return _Anneal(start, end, before or constant())
+
+
+def _require_numbers(**values: float) -> None:
+    bad = [f"{name} must be a finite number, got {value!r}." for name, value in values.items() if value - value != 0]
+    if bad:
+        raise ValueError(" ".join(bad))

@@ -300,6 +300,8 @@ def _scores(
 ) -> Tensor:
     anatomy = checks.as_compared(exits.find_anatomy(model, family))
     size = pools.pool_size(pool)
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"chunk_rows must be at least 1 or None, got {chunk_rows}.")
     rows = chunk_rows or size
     thins = exits.thins(model, anatomy, max_positions)
     order = pools.by_length(pool) if trim else None

@@ -212,6 +212,40 @@ def ranking(scores: Tensor) -> Tensor:
     return torch.sort(keys, descending=True, stable=True).indices
 
 
+def require_selection(selection: Selection, kept: int, candidates: int, *, look: bool) -> None:
+    """Refuse what a selector returned, if no batch can be taken by it.
+
+    Args:
+        selection: What it returned.
+        kept: Number of candidates that it had to keep.
+        candidates: R.
+        look: Whether to look at indices and weights themselves, which waits for an accelerator.
+
+    Raises:
+        ValueError: If it is something else than a selection of that many candidates.
+    """
+    indices, weights = (getattr(selection, name, None) for name in ("indices", "weights"))
+    if not (isinstance(indices, Tensor) and isinstance(weights, Tensor)):
+        raise ValueError(
+            f"Expected the selector to return Selection(indices, weights), two tensors, got {type(selection).__name__}."
+        )
+    if indices.shape != (kept,):
+        raise ValueError(
+            f"Expected the selector to keep {kept} candidates, got indices of shape {tuple(indices.shape)}. "
+            "A fixed number keeps shapes static and ranks in step."
+        )
+    if indices.dtype not in (torch.int64, torch.int32) or not weights.is_floating_point() or weights.shape != (kept,):
+        raise ValueError(
+            f"Expected the selector to return whole numbers as indices and real ones as weights, ({kept},) each, got "
+            f"{indices.dtype} and {weights.dtype} {tuple(weights.shape)}."
+        )
+    if look and bool(((indices < 0) | (indices >= candidates) | ~torch.isfinite(weights)).any()):
+        raise ValueError(
+            f"Expected the selector to return indices in 0..{candidates - 1} and finite weights, got "
+            f"{indices.tolist()} and {weights.tolist()}."
+        )
+
+
 def uniform_subset(candidates: int, kept: int, generator: Generator) -> Selection:
     """Keep ``kept`` of ``candidates`` uniformly at random, weights 1: what a step without selection does.
 

@@ -104,9 +104,11 @@ _OPTIONS = {
     "chunk_rows": _Option(lambda value: value is None or whole(value, 1), "at least 1 or None"),
     "dtype": _Option(
         lambda value: (
-            value is None or isinstance(value, torch.dtype) or (isinstance(value, str) and value == scorers.AUTO_DTYPE)
+            value is None
+            or (isinstance(value, torch.dtype) and value.is_floating_point)
+            or (isinstance(value, str) and value == scorers.AUTO_DTYPE)
         ),
-        "a torch.dtype, 'auto' or None",
+        "a torch.dtype of floating point, 'auto' or None",
     ),
     "exit_head": _Option(lambda value: value is None or isinstance(value, nn.Module), "an ExitHead or None"),
     "exit_optimizer": _Option(
@@ -450,11 +452,8 @@ class Sifter:
             with self.ledger.timed("select"):
                 guarded = selectors.drop_outliers(everyone.scores, self.drop_outliers, total)
                 selection = select(guarded, total, shared if several else generator)
-            if len(selection.indices) != total:
-                raise ValueError(
-                    f"Expected the selector to keep {total} candidates, got {len(selection.indices)}. "
-                    "A fixed number keeps shapes static and ranks in step."
-                )
+            # To look at the numbers themselves waits for an accelerator: only those of a selector of the user's own.
+            selectors.require_selection(selection, total, len(guarded), look=select not in _RULES.values())
             if several:
                 with self.ledger.timed("gather"):
                     batch, selection = ranks.exchange(considered, selection, everyone.sizes, kept)
@@ -634,7 +633,7 @@ class Sifter:
             "depth": self.depth,
             "score": _name(self.score),
             "select": _name(self.select),
-            "schedule": [float(self.schedule(step)) for step in _SCHEDULE_SAMPLES],
+            "schedule": [self._share(step) for step in _SCHEDULE_SAMPLES],
             "mode": self.mode,
             "control": self._control and json.loads(json.dumps(dataclasses.asdict(self._control))),
             "reduction": self.reduction,
@@ -662,9 +661,19 @@ class Sifter:
 
         of_step = seeded(self.seed, "sift", step, 0)
         # By the same number on all ranks: one that scored alone would wait for the others for ever (FSDP).
-        selects = torch.rand((), generator=of_step).item() < self.schedule(step)
+        selects = torch.rand((), generator=of_step).item() < self._share(step)
         shared = made(0) if micro_step else of_step
         return selects, (made(ranks.rank()) if ranks.rank() else shared), shared
+
+    def _share(self, step: int) -> float:
+        """The share of steps that select, by the schedule."""
+        share = self.schedule(step)
+        if not finite(share):
+            raise ValueError(
+                f"Expected the schedule to return a number in [0, 1], got {reprlib.repr(share)} at step {step}. It is "
+                "the share of steps that select."
+            )
+        return float(share)
 
     def _probes_on(self, pool: Any, step: int) -> bool:
         due = self.mode == "fixed" and self.probe_every > 0 and step % self.probe_every == 0
@@ -818,7 +827,7 @@ class Sifter:
         anatomy = exits.find_anatomy(self.model, self.family)
         if self.score != "exact":
             inputs, _ = pools.inputs_and_labels(pools.take(pool, slice(0, 2)))
-            problems = checks.dry_run(self.model, anatomy, self.depth, inputs)
+            problems = checks.dry_run(self.model, anatomy, self.depth, inputs, exit_head=self.exit_head)
             if problems:
                 raise ValueError(exits.problem_report(self.model, problems))
         self._anatomy = checks.verified(self.model, pool, self.family)

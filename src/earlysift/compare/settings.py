@@ -122,6 +122,12 @@ def _unknown_arms(settings: Settings) -> str:
     return f"Unknown arms {unknown}; known are {', '.join(ARMS)}." if unknown else ""
 
 
+def _no_encoder(settings: Settings) -> str:
+    if not settings.save_encoder or settings.task == "masked_lm":
+        return ""
+    return f"save_encoder saves the encoder of a masked language model; the task is {settings.task}."
+
+
 def _no_uniform(settings: Settings) -> str:
     missing = "uniform" not in settings.arms
     return "The arm 'uniform' is needed: every other arm is compared with it." if missing else ""
@@ -168,6 +174,7 @@ _RULES: tuple[schema.Rule, ...] = (
     (("arms",), _no_uniform),
     (("arms", "layers"), _too_deep),
     (("arms", "task"), _nothing_visible),
+    (("save_encoder", "task"), _no_encoder),
     (("depth", "layers"), _no_such_depth),
     (("width",), _no_such_width),
     schema.POOL_FITS,

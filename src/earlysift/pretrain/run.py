@@ -20,7 +20,7 @@ from torch import nn
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from earlysift import checks, environment, exits, folders, scorers
+from earlysift import checks, environment, exits, folders, pools, scorers
 from earlysift.adapters.huggingface import SiftConfig
 from earlysift.checkup import build_model
 from earlysift.files import write_json, write_whole
@@ -92,6 +92,7 @@ def pretrain(settings: PretrainSettings) -> tuple[int, str]:
     with args.main_process_first():  # the others find what it prepared in the cache
         workload = _workload(settings, shape)
     model = _model(settings, workload)
+    _require_sound(settings, model, workload)
     _set_threads(settings, args, model, workload)
     about = {
         **settings.identity(),
@@ -135,6 +136,17 @@ def _shape(settings: PretrainSettings) -> Any:
     if problems:
         raise ValueError(" ".join(problems))
     return model
+
+
+def _require_sound(settings: PretrainSettings, model: nn.Module, workload: Workload) -> None:
+    """Run the model on two rows before a folder is made: whatever is wrong with it shows here."""
+    rows = {name: values[:2] for name, values in workload.samples.validation.items()}
+    if settings.arm not in ("uniform", "exact"):
+        inputs, _ = pools.inputs_and_labels(rows)
+        problems = checks.dry_run(model, exits.find_anatomy(model), settings.depth, inputs)
+        if problems:
+            raise ValueError(exits.problem_report(model, problems))
+    checks.verified(model, rows)
 
 
 def _sized(vocab_size: int | None) -> dict[str, int]:

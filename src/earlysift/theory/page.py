@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from earlysift import folders
 from earlysift.files import write_whole
 from earlysift.report.chart import explorer, switch_css
 from earlysift.report.figures import SETTINGS
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 VERSION = 1
+PROGRAM = "theory"
 NUMBERS, CURVES, PAGE = "theory.json", "curves.json", "theory.html"
 PICTURE_COLUMNS = 3
 
@@ -42,6 +44,21 @@ def render(findings: list[Finding], facts: str) -> str:
     return document("earlysift theory", body, switch_css(measures=most, axes=1, lines=lines))
 
 
+def require_own(out: Path) -> None:
+    """See whether findings may go into a folder: one that is empty, or not there, or that findings were written to.
+
+    Raises:
+        FileExistsError: If it holds anything else.
+        OSError: If nothing can be written there.
+    """
+    folders.require_room(out)
+    occupied = out.is_dir() and any(out.iterdir())
+    if occupied and folders.marker(out).get("program") != PROGRAM:
+        raise FileExistsError(
+            f"The folder {out} holds files that earlysift theory did not write. Choose another --out."
+        )
+
+
 def write(findings: list[Finding], out: Path, settings: Mapping[str, Any], facts: str) -> Path:
     """Write page, pictures and numbers into a folder, each whole or not at all.
 
@@ -53,8 +70,13 @@ def write(findings: list[Finding], out: Path, settings: Mapping[str, Any], facts
 
     Returns:
         The path of the page.
+
+    Raises:
+        FileExistsError: If the folder holds files of others.
     """
+    require_own(out)
     out.mkdir(parents=True, exist_ok=True)
+    folders.mark(out, PROGRAM)
     tables = {"version": VERSION, **settings, "findings": {each.name: numbers(each) for each in findings}}
     points = {"version": VERSION, **settings, "charts": {each.name: curves(each) for each in findings}}
     for name, content, indent in ((NUMBERS, tables, 1), (CURVES, points, None)):
