@@ -2,8 +2,9 @@
 
 Every number of the page comes from a file under benchmarks/results: ``compare_*.json`` (the results.json of a run of
 ``earlysift compare``), and those of ``benchmarks/run.py``; each names hardware and commit.
-The measured part of docs/theory.md comes from ``theory.json``, which ``earlysift theory`` writes, and the table of
-docs/reliability.md from ``reliability.json``, which ``benchmarks/reliability.py`` writes.
+The measured part of docs/theory.md comes from ``theory.json``, which ``earlysift theory`` writes, and the tables of
+docs/reliability.md from ``reliability.json`` and ``fuzz.json``, which ``benchmarks/reliability.py`` and
+``benchmarks/fuzz.py`` write.
 """
 
 import json
@@ -26,6 +27,7 @@ _DEMO = "compare_demo.json"
 _DEMO_START, _DEMO_END = "<!-- demo -->", "<!-- /demo -->"
 _THEORY_START, _THEORY_END = "<!-- theory -->", "<!-- /theory -->"
 _SCORES_START, _SCORES_END = "<!-- scorecard -->", "<!-- /scorecard -->"
+_FUZZ_START, _FUZZ_END = "<!-- fuzz -->", "<!-- /fuzz -->"
 _SHORT = 20  # rows of a table of docs/theory.md; longer ones stand on the page of `earlysift theory` alone
 _MAIN_ARMS = ("auto", "sift")  # which have columns of their own in the overview
 _KINDS = ("read", "score", "probe", "train", "reference model")
@@ -35,7 +37,9 @@ _MOST_EVENTS = 4  # decisions shown per seed
 _INTRODUCTION = """# Results
 
 Written by `make docs` from the files in [benchmarks/results](../benchmarks/results); edit those, not this page.
-Reference time charges every operation at its median measured in the same run. Every arm starts from the same weights,
+Reference time charges every operation at its median measured in the same run: in the arms' own steps, or, in results
+that show no calibrated times beside the charged ones, in a calibration before the run, which charged scoring too much.
+Selective backprop drew by percentiles within the pool in those. Every arm starts from the same weights,
 reads the same stream, spends the same budget, and its learning rate decays to zero at the end of it. Accuracy is on
 held-out data in its own distribution: of masked or next tokens, of sentences, of images. A speed-up is uniform's time
 to the target over the arm's, a geometric mean over seeds; in brackets 95 % intervals of comparisons by Student's t
@@ -55,6 +59,7 @@ def main() -> int:
         (ROOT / "README.md", _DEMO_START, _DEMO_END, demo_section),
         (ROOT / "docs" / "theory.md", _THEORY_START, _THEORY_END, theory_section),
         (ROOT / "docs" / "reliability.md", _SCORES_START, _SCORES_END, scorecard_section),
+        (ROOT / "docs" / "reliability.md", _FUZZ_START, _FUZZ_END, fuzz_section),
     ):
         if path.is_file():
             before, _, rest = path.read_text(encoding="utf-8").partition(start)
@@ -102,6 +107,14 @@ def scorecard_section() -> str:
     machine = f"{measured['machine']['cpu']}, {measured['machine']['cores']} cores; {versions}."
     headings = ["line", "what holds", "bar (cases)", "passed", "measured", "took", "commit"]
     return f"{_table(headings, rows)}\n\n{machine}"
+
+
+def fuzz_section() -> str:
+    """What came of all that was tried by the fuzzer, as Markdown."""
+    fuzz = json.loads((RESULTS / "fuzz.json").read_text(encoding="utf-8"))
+    outcomes = list(next(iter(fuzz["counts"].values())))
+    rows = [[kind, *(f"{count:,}" for count in counts.values())] for kind, counts in fuzz["counts"].items()]
+    return f"{_table(['what', *outcomes], rows)}\n\nSeed {fuzz['seed']}; {fuzz['hardware']}; commit {fuzz['commit']}."
 
 
 def verdict_table(results: dict[str, Any]) -> str:
