@@ -63,7 +63,7 @@ class Asked:
         ({"layers": 10}, "layers must be at most 9, got 10."),
         ({"limit": 0}, "limit must be at least 1, got 0."),
         ({"task": "three"}, "task must be one of one, two, got 'three'."),
-        ({"device": "foo"}, "device must be cpu, cuda or cuda:0 to cuda:9, got 'foo'."),
+        ({"device": "foo"}, "device must be cpu or cuda, got 'foo'."),
         ({"name": 5}, "name must be text, got 5."),
         ({"out": 5}, "out must be a path, got 5."),
         ({"data": 5}, "data must be a list, each of it a path, got 5."),
