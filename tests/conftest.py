@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import gc
+import importlib.util
 import json
 import os
 import re
@@ -14,6 +15,8 @@ import pytest
 import torch
 
 import pretraining
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 # No test fails because the machine is busy, and every run tries the same examples.
 hypothesis.settings.register_profile(
@@ -112,3 +115,16 @@ def uncut(start, tmp_path_factory):
 def copy(uncut, tmp_path):
     """A copy of that run, to be tampered with."""
     return Path(shutil.copytree(uncut, tmp_path / "run"))
+
+
+@pytest.fixture(scope="module")
+def results_page():
+    """The script that writes docs/results.md, as a module."""
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        spec = importlib.util.spec_from_file_location("results_page", BENCHMARKS / "results_page.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        sys.path.remove(str(BENCHMARKS))

@@ -1,7 +1,5 @@
 """docs/results.md: what it says of arms that never acted, of auto without probes, and of what scoring was charged."""
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,18 +11,6 @@ ACCURACIES = {
     "exact": (0.0, 0.3, 0.51),
     "auto": (0.0, 0.4, 0.5),
 }
-
-
-@pytest.fixture(scope="module")
-def page():
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        spec = importlib.util.spec_from_file_location("results_page", ROOT / "benchmarks" / "results_page.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        yield module
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
 
 
 def run(seed, accuracies, **more):
@@ -49,7 +35,7 @@ def run(seed, accuracies, **more):
 
 
 @pytest.fixture
-def results(page):
+def results(results_page):
     """Three seeds; InfoBatch never acts, exact loss scores 100 pools of 100 steps, auto has a probe."""
     made = {
         "config": {"budget": 10.0, "seeds": 3, "target": None, "target_share": 0.95},
@@ -69,41 +55,41 @@ def results(page):
         one["spent_s"] = {"read": 0.1, "score": 3.0, "probe": 0.0, "train": 6.0}
     parts = {"score": 24.0, "select": 0.5, "gather": 0.5, "train": 50.0}
     made["measured_ms"] |= {f"exact: {part}": {"median": ms, "count": 300} for part, ms in parts.items()}
-    return made | page.judged(made)
+    return made | results_page.judged(made)
 
 
-def test_an_arm_that_never_acted_is_not_the_fastest(page, results):
+def test_an_arm_that_never_acted_is_not_the_fastest(results_page, results):
     assert results["comparison"]["infobatch"]["speedup"] > results["comparison"]["exact"]["speedup"]
-    (row,) = [line for line in page._overview([results]).splitlines() if line.startswith("| letters")]
+    (row,) = [line for line in results_page._overview([results]).splitlines() if line.startswith("| letters")]
     assert "infobatch" not in row
     assert "exact: " in row
-    (row,) = [line for line in page.verdict_table(results).splitlines() if line.startswith("| infobatch")]
+    (row,) = [line for line in results_page.verdict_table(results).splitlines() if line.startswith("| infobatch")]
     assert row.endswith("| Never acted |")
 
 
-def test_nothing_is_fastest_where_no_other_arm_acted(page, results):
+def test_nothing_is_fastest_where_no_other_arm_acted(results_page, results):
     del results["comparison"]["exact"]
-    (row,) = [line for line in page._overview([results]).splitlines() if line.startswith("| letters")]
+    (row,) = [line for line in results_page._overview([results]).splitlines() if line.startswith("| letters")]
     assert row.endswith("| – |")
 
 
-def test_auto_with_too_few_probes_is_said_to_have_had_too_few(page, results):
-    assert page.decisions(results).splitlines()[0] == (
+def test_auto_with_too_few_probes_is_said_to_have_had_too_few(results_page, results):
+    assert results_page.decisions(results).splitlines()[0] == (
         "  - seed 0 (1 probe, 1.0 % of the time): uniform throughout, as a decision needs 3 probes"
     )
     for one in results["arms"]["auto"]["runs"]:
         one["control"] = [{"step": step, "reference_s": step / 10} for step in (10, 20, 30)]
-    assert page.decisions(results).splitlines()[0].endswith("(3 probes, 1.0 % of the time): uniform throughout")
+    assert results_page.decisions(results).splitlines()[0].endswith("(3 probes, 1.0 % of the time): uniform throughout")
 
 
-def test_what_scoring_was_charged_stands_beside_what_it_took(page, results):
-    header, _, *rows = page.charges_table(results).strip().splitlines()
+def test_what_scoring_was_charged_stands_beside_what_it_took(results_page, results):
+    header, _, *rows = results_page.charges_table(results).strip().splitlines()
     assert header.count("|") == rows[0].count("|")
     assert rows == ["| exact | 30.0 | 25.0 | 60.0 | 50.0 | 0.500 | 0.500 | +0 % |"]
     results["measured_ms"]["exact: score"]["median"] = 19.0
-    assert page.charges_table(results).strip().endswith("| 0.500 | 0.400 | +25 % |")
+    assert results_page.charges_table(results).strip().endswith("| 0.500 | 0.400 | +25 % |")
 
 
-def test_results_without_scoring_have_no_table_of_charges(page, results):
+def test_results_without_scoring_have_no_table_of_charges(results_page, results):
     del results["arms"]["exact"]
-    assert page.charges_table(results) == ""
+    assert results_page.charges_table(results) == ""
