@@ -20,6 +20,7 @@ import measuring
 import shapes
 from earlysift import exits, losses, pools, scorers
 from earlysift.exits import Anatomy
+from earlysift.measures import LOSS
 from shapes import Shape
 
 TITLE = "Cost of scoring"
@@ -174,7 +175,7 @@ def _dense_scores(
             inputs, labels = pools.inputs_and_labels(pools.take(pool, slice(start, start + chunk_rows)))
             logits = logits_of(model, inputs)
             if anatomy.task == "sequence_classification":
-                scores.append(losses.class_losses(logits, labels))
+                scores.append(losses.class_scores(LOSS, logits, labels))
                 continue
             if anatomy.task == "causal_lm":
                 logits, labels = logits[:, :-1], labels[:, 1:]

@@ -20,6 +20,7 @@ from earlysift.adapters.huggingface import SiftConfig, SiftTrainer
 from earlysift.compare.settings import Settings
 from earlysift.controller import Control
 from earlysift.exits import Family
+from earlysift.measures import LOSS
 from earlysift.pretrain.settings import PretrainSettings
 from earlysift.selectors import Selection
 from fuzz_calls import kind_of
@@ -135,7 +136,7 @@ def _settings() -> Iterator[Case]:
         hints = get_type_hints(settings)
         for field in dataclasses.fields(settings):
             hint = str(hints[field.name])
-            if "Callable" in hint or field.name in ("family", "control", "schedule", "dtype"):
+            if "Callable" in hint or field.name in ("family", "control", "schedule", "dtype", "select"):
                 wrong: tuple[Any, ...] = (5, [1])
             else:
                 wrong = _WRONG[kind_of(hints[field.name])]
@@ -158,7 +159,7 @@ def _configured(kind: type, values: dict[str, Any]) -> None:
     """Settings, and what is built of them: some are looked at only there."""
     settings = kind(**values)
     options = dict(vars(settings)) if kind is SiftConfig else {"mode": "auto", "control": settings}
-    _sift(kept=4, **options)
+    _sift(**(options | {"kept": options.get("kept") or 4}))
 
 
 # Arguments of the sifter
@@ -571,20 +572,28 @@ def _parts() -> Iterator[Case]:
         ("a constant of nan", lambda: _schedules.constant(_NAN), ("value", "schedule")),
         (
             "token losses of labels beyond",
-            lambda: losses.token_losses(states, labels + 99, nn.Linear(4, 5)),
+            lambda: losses.token_scores(LOSS, states, labels + 99, nn.Linear(4, 5)),
             ("labels",),
         ),
         (
             "token losses of float labels",
-            lambda: losses.token_losses(states, labels.float(), nn.Linear(4, 5)),
+            lambda: losses.token_scores(LOSS, states, labels.float(), nn.Linear(4, 5)),
             ("labels",),
         ),
-        ("token losses of other rows", lambda: losses.token_losses(states, labels[:3], nn.Linear(4, 5)), ("labels",)),
-        ("class losses of labels beyond", lambda: _losses.class_losses(states[:, 0], labels[:, 0] + 99), ("labels",)),
-        ("class losses of other rows", lambda: _losses.class_losses(states[:, 0], labels[:3, 0]), ("labels",)),
+        (
+            "token losses of other rows",
+            lambda: losses.token_scores(LOSS, states, labels[:3], nn.Linear(4, 5)),
+            ("labels",),
+        ),
+        (
+            "class losses of labels beyond",
+            lambda: _losses.class_scores(LOSS, states[:, 0], labels[:, 0] + 99),
+            ("labels",),
+        ),
+        ("class losses of other rows", lambda: _losses.class_scores(LOSS, states[:, 0], labels[:3, 0]), ("labels",)),
         (
             "class losses of an unknown problem",
-            lambda: _losses.class_losses(states[:, 0], labels[:, 0], problem="x"),
+            lambda: _losses.class_scores(LOSS, states[:, 0], labels[:, 0], problem="x"),
             ("problem",),
         ),
         (

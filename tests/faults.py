@@ -7,6 +7,8 @@ import time
 
 import torch
 
+from earlysift import scorers
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 DISK_FULL = "disk full"  # for files above this size
 _LARGEST_FILE = 100_000
@@ -67,7 +69,9 @@ def faulty(cls, place, value, step, rank=0):
                     if self._bad and place in _NUMBERS:
                         _NUMBERS[place](self.accelerator.unwrap_model(self.model)).fill_(value)
                 if self._bad and place == "score":
-                    self.sifter.score = lambda model, pool: torch.full((len(pool["input_ids"]),), value)
+                    self.sifter._runner.approximation = scorers.custom(
+                        lambda model, pool: torch.full((len(pool["input_ids"]),), value)
+                    )
                 if self._bad and place == "gradient":
                     _layer(self.model).weight.register_hook(lambda gradient: torch.full_like(gradient, value))
                 self.before = {name: held.clone() for name, held in self.model.state_dict().items()}

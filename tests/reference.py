@@ -10,10 +10,12 @@ import torch
 from torch import Generator, Tensor
 
 from earlysift.losses import Head, Problem, Reduction
+from earlysift.measures import Measure
 from earlysift.selectors import Selection
 
 
-def token_losses(
+def token_scores(
+    measure: Measure,
     hidden: Tensor,
     labels: Tensor,
     head: Head,
@@ -23,22 +25,8 @@ def token_losses(
     chunk_tokens: int = 1024,
     places: Tensor | None = None,
 ) -> Tensor:
-    """f_i = mean (or sum) over the labelled t of -log p_t[y_t]."""
-    return _over_positions(hidden, labels, head, _surprise, causal, reduction, places)
-
-
-def token_entropies(
-    hidden: Tensor,
-    labels: Tensor,
-    head: Head,
-    *,
-    causal: bool = False,
-    reduction: Reduction = "mean",
-    chunk_tokens: int = 1024,
-    places: Tensor | None = None,
-) -> Tensor:
-    """g_i = mean (or sum) over the labelled t of -sum_v p_t[v] log p_t[v]."""
-    return _over_positions(hidden, labels, head, lambda z, y: _shannon(z), causal, reduction, places)
+    """Mean (or sum) over the labelled t of a measure of the logits at t."""
+    return _over_positions(hidden, labels, head, OF_CLASSES[measure.name], causal, reduction, places)
 
 
 def positions_to_read(labels: Tensor, *, causal: bool = False, max_positions: int | None = None) -> Tensor:
@@ -55,38 +43,23 @@ def positions_to_read(labels: Tensor, *, causal: bool = False, max_positions: in
     return torch.tensor(places, dtype=torch.long)
 
 
-def class_losses(logits: Tensor, labels: Tensor, *, problem: Problem | None = None) -> Tensor:
-    """f_i of one prediction per sample."""
-    f = []
+def class_scores(measure: Measure, logits: Tensor, labels: Tensor, *, problem: Problem | None = None) -> Tensor:
+    """A measure of one prediction per sample; of several classes or numbers, their mean."""
+    found = []
     for z, y in zip(logits.double().tolist(), labels.tolist(), strict=True):
         kind = problem or _kind(z, labels)
-        if kind == "single_label":
-            f.append(-math.inf if y == -100 else _surprise(z, y))
-            continue
         ys = y if isinstance(y, list) else [y]
         if all(target == -100 for target in ys):
-            f.append(-math.inf)
-        elif kind == "multi_label":
-            f.append(sum(_binary(zc, yc) for zc, yc in zip(z, ys, strict=True)) / len(z))
-        else:
-            f.append(sum((zc - yc) ** 2 for zc, yc in zip(z, ys, strict=True)) / len(z))
-    return torch.tensor(f)
-
-
-def class_entropies(logits: Tensor, labels: Tensor, *, problem: Problem | None = None) -> Tensor:
-    """g_i of one predicted distribution per sample."""
-    g = []
-    for z, y in zip(logits.double().tolist(), labels.tolist(), strict=True):
-        kind = problem or _kind(z, labels)
-        if kind == "regression":
-            raise ValueError("Entropy needs a predicted distribution.")
-        if all(target == -100 for target in (y if isinstance(y, list) else [y])):
-            g.append(-math.inf)
+            found.append(-math.inf)
         elif kind == "single_label":
-            g.append(_shannon(z))
+            found.append(OF_CLASSES[measure.name](z, y))
+        elif kind == "multi_label":
+            found.append(sum(OF_INDICATORS[measure.name](zc, yc) for zc, yc in zip(z, ys, strict=True)) / len(z))
+        elif measure.name == "loss":
+            found.append(sum((zc - yc) ** 2 for zc, yc in zip(z, ys, strict=True)) / len(z))
         else:
-            g.append(sum(_shannon([zc, 0.0]) for zc in z) / len(z))
-    return torch.tensor(g)
+            raise ValueError("No distribution is predicted.")
+    return torch.tensor(found)
 
 
 def ranking(scores: Tensor) -> Tensor:
@@ -157,6 +130,11 @@ def _shannon(z: list[float]) -> float:
     return -sum(math.exp(lp) * lp for lp in log_p if lp > -math.inf)
 
 
+def _closeness(z: list[float]) -> float:
+    second, first = sorted(math.exp(zv - _log_partition(z)) for zv in z)[-2:]
+    return 1 - (first - second)
+
+
 def _binary(z: float, y: float) -> float:
     # p(1) = 1 / (1 + exp(-z))
     return y * _log_partition([0.0, -z]) + (1 - y) * _log_partition([0.0, z])
@@ -177,3 +155,11 @@ def _correlation(x: list[float], y: list[float]) -> float:
     xy = sum((a - mean_x) * (c - mean_y) for a, c in zip(x, y, strict=True))
     norm = math.sqrt(sum((a - mean_x) ** 2 for a in x) * sum((c - mean_y) ** 2 for c in y))
     return xy / norm if norm > 0 else 0.0
+
+
+OF_CLASSES = {"loss": _surprise, "entropy": lambda z, y: _shannon(z), "margin": lambda z, y: _closeness(z)}
+OF_INDICATORS = {
+    "loss": _binary,
+    "entropy": lambda z, y: _shannon([z, 0.0]),
+    "margin": lambda z, y: _closeness([z, 0.0]),
+}

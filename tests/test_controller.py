@@ -669,8 +669,8 @@ def test_everything_is_chosen_from():
         ({"keeps": (0.5, 1.0)}, r"keeps must be in \(0, 1\), got \(0\.5, 1\.0\)\."),
         ({"rules": ()}, r"rules must be of greedy and unbiased, got \(\)\."),
         ({"rules": ("greedy", "lazy")}, r"rules must be of greedy and unbiased, got \('greedy', 'lazy'\)\."),
-        ({"probe_share": 0.0}, r"probe_share must be in \(0, 1\), got 0\.0; 0\.01 is usual\."),
-        ({"probe_share": 1.0}, r"probe_share must be in \(0, 1\), got 1\.0; 0\.01 is usual\."),
+        ({"probe_share": 0.0}, r"probe_share must be in \(0, 1\), got 0\.0\. The usual value is 0\.01\."),
+        ({"probe_share": 1.0}, r"probe_share must be in \(0, 1\), got 1\.0\. The usual value is 0\.01\."),
         ({"end_share": 0.0}, r"end_share must be in \(0, 1\], got 0\.0\."),
         ({"end_share": 1.5}, r"end_share must be in \(0, 1\], got 1\.5\."),
     ],
@@ -681,7 +681,7 @@ def test_what_cannot_be_controlled_is_refused(options, message):
 
 
 def test_all_that_is_wrong_is_said_at_once():
-    with pytest.raises(ValueError, match=r"depths must.*keeps must.*probe_share must"):
+    with pytest.raises(ValueError, match=r"(?s)depths must.*\n.*keeps must.*\n.*probe_share must"):
         Control(depths=(0,), keeps=(2.0,), probe_share=2.0)
 
 

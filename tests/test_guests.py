@@ -94,7 +94,7 @@ def test_sift_leaves_everything_as_it_found_it(family, task, score):
     warm, *pools = pools_for(model, 3)
     loss_of(model, warm).backward()  # gradients of the user's step, and caches that models build themselves
     next(iter(model.parameters())).requires_grad_(False)
-    frozen = sifter._anatomy.layers[1]
+    frozen = find_anatomy(model, row_of(model)).layers[1]
     frozen.eval()
     next(frozen.children()).train()
     before = copy.deepcopy(everything(model))

@@ -1,7 +1,6 @@
 """`SiftTrainer` in the real Trainer and TRL's, and `Sifter` in accelerate's loop: picks and losses of a slow loop."""
 
 import dataclasses
-import inspect
 import json
 import os
 import re
@@ -18,7 +17,7 @@ from torch import Generator, nn
 
 import earlysift
 import models
-from earlysift import Sifter
+from earlysift import SiftConfig, Sifter, selectors
 from earlysift.controller import Control
 from earlysift.ledger import read_rows
 
@@ -28,7 +27,7 @@ with warnings.catch_warnings():
     import transformers
     from transformers import Trainer, TrainingArguments
 
-    from earlysift.adapters.huggingface import SiftConfig, SiftTrainer, SiftTrainerMixin
+    from earlysift.adapters.huggingface import SiftTrainer, SiftTrainerMixin
 
 BATCH, LENGTH, RATE = 4, 8, 0.05
 HALF = SiftConfig(keep=0.5, depth=1, probe_every=0, dtype=None)
@@ -633,6 +632,8 @@ def test_what_cannot_work_is_refused_at_construction_all_at_once(tmp_path):
         trainer_for(tmp_path, model=sharded, sift=dataclasses.replace(HALF, family=models.LADDER))
     with pytest.raises(ValueError, match=r"Expected depth in 1\.\.3"):
         trainer_for(tmp_path, sift=SiftConfig(depth=4))
+    with pytest.raises(ValueError, match=r"(?s)kept=4 is given, .*Leave kept out.*only select=greedy is possible"):
+        trainer_for(tmp_path, sift=SiftConfig(kept=4, select=selectors.proportional))
     trainer_for(tmp_path, sift=ALL, per_device_train_batch_size=1)
 
 
@@ -645,35 +646,19 @@ def test_flattened_batches_are_refused_at_the_first_one(tmp_path):
         trainer.train()
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"depth": 1.5}, "depth must be a whole number, got 1.5"),
-        (
-            {"chunk_rows": 0, "probe_every": -1},
-            r"(?s)probe_every must be .*, got -1.*\n.*chunk_rows must be at least 1",
-        ),
-        ({"keep": float("nan"), "seed": "x"}, r"(?s)keep must be in .*, got nan.*\n.*seed must be a whole number"),
-        ({"mode": "auto", "score": "exact"}, "Auto mode chooses among early exits"),
-        ({"schedule": 0.5}, "schedule must be a callable"),
-    ],
-)
-def test_a_config_that_cannot_work_is_refused_when_it_is_made(options, message):
-    with pytest.raises(ValueError, match=message):
-        SiftConfig(**options)
-
-
 def test_a_first_pool_smaller_than_a_batch_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"at least 4 candidates .* got 3"):
         trained(tmp_path, data=samples(3))
 
 
-def test_config_holds_arguments_of_the_sifter_with_the_same_defaults():
-    parameters = inspect.signature(Sifter).parameters
-    for field in dataclasses.fields(SiftConfig):
-        assert field.default == parameters[field.name].default, field.name
-    left_out = {"model", "kept", "select", "exit_head", "exit_optimizer", "ledger"}
-    assert {field.name for field in dataclasses.fields(SiftConfig)} == parameters.keys() - left_out
+def test_a_config_and_its_options_by_name_make_the_same_sifter():
+    model = models.build("bert", "masked_lm")
+    options = {"keep": 0.25, "depth": 2, "score": "margin", "trim": True, "seed": 3}
+    by_name, by_config = Sifter(model, **options), Sifter(model, SiftConfig(**options))
+    assert by_name.config == by_config.config == Sifter(model, SiftConfig(keep=0.25), **options).config
+    assert by_name.state_dict() == by_config.state_dict()
+    with pytest.raises(TypeError, match="unexpected keyword argument 'kep'"):
+        Sifter(model, kep=0.5)
 
 
 # Several processes

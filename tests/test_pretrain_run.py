@@ -548,7 +548,7 @@ def test_settings_are_the_command_line_and_the_config_file(start, uncut, tmp_pat
     assert set(config) == set(PretrainSettings.__dataclass_fields__)
     code, said, err = start(copy, "--config", uncut / "config.json", "--resume")
     assert (code, "Trained 12 steps" in said) == (0, True), err
-    assert set(ARMS) == {"uniform", "sift", "sift-entropy", "exact", "auto"}
+    assert set(ARMS) == {"uniform", "sift", "sift-entropy", "sift-margin", "exact", "auto"}
 
 
 # Several processes

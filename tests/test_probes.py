@@ -9,6 +9,7 @@ from torch import Generator, nn
 import models
 from earlysift import scorers
 from earlysift.exits import ExitHead, Family, find_anatomy
+from earlysift.measures import MEASURES
 from earlysift.probes import probe
 from models import BUILDERS, LAYERS, WIDTH, build, logits_of, loss_of, row_of
 
@@ -72,13 +73,14 @@ def assert_same(one, other, **tolerance):
 def test_losses_and_scores_are_those_of_the_scorers(family, task):
     model = build(family, task)
     batch, row = batch_of(model), row_of(model)
-    for signal, scorer in (("loss", scorers.early_exit_loss), ("entropy", scorers.early_exit_entropy)):
-        seen = seen_by(model, batch, signal=signal)
+    for measure in MEASURES.values():
+        seen = seen_by(model, batch, measure=measure)
         assert seen.exact.dtype == torch.float32
         torch.testing.assert_close(seen.exact, scorers.exact_loss(model, batch, family=row, dtype=None))
         assert list(seen.scores) == list(DEPTHS)
         for depth in DEPTHS:
-            torch.testing.assert_close(seen.scores[depth], scorer(model, batch, depth=depth, family=row, dtype=None))
+            scores = scorers.at_exit(measure, depth)(model, batch, family=row, dtype=None)
+            torch.testing.assert_close(seen.scores[depth], scores)
 
 
 @pytest.mark.parametrize(("family", "task"), FEW)

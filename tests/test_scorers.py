@@ -13,7 +13,10 @@ from transformers import BatchEncoding
 import models
 from earlysift import Sifter, exits, scorers
 from earlysift.exits import ExitHead, Family
+from earlysift.measures import ENTROPY, MEASURES
 from models import BUILDERS, build, loss_of, row_of, sample_losses, shorter
+
+SCORERS = [*(scorers.at_exit(measure, 1) for measure in MEASURES.values()), scorers.exact()]
 
 ALL = [pytest.param(family, task, id=f"{family}-{task}") for family, task in BUILDERS]
 TOKENS = [pytest.param(*key, id="-".join(key)) for key in BUILDERS if key[1] != "sequence_classification"]
@@ -122,7 +125,7 @@ def test_weights_multiply_what_a_sample_adds_to_the_loss(family, task):
     assert torch.equal(scorers.training_loss(model, batch, family=row_of(model), weights=torch.ones(7)), plain)
 
 
-@pytest.mark.parametrize("scorer", [scorers.early_exit_loss, scorers.early_exit_entropy, scorers.exact_loss])
+@pytest.mark.parametrize("scorer", SCORERS, ids=lambda scorer: scorer.name)
 @pytest.mark.parametrize(("family", "task"), FEW)
 def test_rows_at_once_change_no_score(family, task, scorer):
     model = build(family, task)
@@ -145,7 +148,7 @@ def test_scores_do_not_depend_on_the_company_or_on_padding(family, task):
     close(scorers.early_exit_loss(model, padded, depth=2, family=row_of(model), dtype=None), scores, 1e-5)
 
 
-@pytest.mark.parametrize("scorer", [scorers.early_exit_loss, scorers.early_exit_entropy, scorers.exact_loss])
+@pytest.mark.parametrize("scorer", SCORERS, ids=lambda scorer: scorer.name)
 @pytest.mark.parametrize("length", [11, 24])
 @pytest.mark.parametrize(("family", "task"), [("bert", "masked_lm"), ("llama", "causal_lm"), ("plain", "causal_lm")])
 def test_labels_that_are_not_one_per_position_are_refused_with_what_came(family, task, length, scorer):
@@ -156,7 +159,7 @@ def test_labels_that_are_not_one_per_position_are_refused_with_what_came(family,
         scorer(model, pool, family=row_of(model), dtype=None)
 
 
-@pytest.mark.parametrize("scorer", [scorers.early_exit_loss, scorers.early_exit_entropy, scorers.exact_loss])
+@pytest.mark.parametrize("scorer", SCORERS, ids=lambda scorer: scorer.name)
 @pytest.mark.parametrize(("family", "task"), FEW)
 def test_trimmed_chunks_of_like_length_give_the_same_scores_from_fewer_positions(family, task, scorer):
     model = build(family, task)
@@ -182,7 +185,7 @@ def test_trimmed_chunks_of_like_length_give_the_same_scores_from_fewer_positions
 def test_entropy_is_that_of_the_distribution_a_really_shorter_model_predicts(family, task):
     model = build(family, task)
     pool = pool_for(model)
-    scores = scorers.early_exit_entropy(model, pool, depth=2, family=row_of(model), dtype=None)
+    scores = scorers.at_exit(ENTROPY, 2)(model, pool, family=row_of(model), dtype=None)
     labels = pool["labels"]
     with torch.no_grad():
         logits = models.logits_of(shorter(model, 2).eval()(**{k: v for k, v in pool.items() if k != "labels"}))
@@ -195,7 +198,7 @@ def test_entropy_is_that_of_the_distribution_a_really_shorter_model_predicts(fam
     close(scores, entropies, 1e-5)
 
 
-@pytest.mark.parametrize("scorer", [scorers.early_exit_loss, scorers.early_exit_entropy, scorers.exact_loss])
+@pytest.mark.parametrize("scorer", SCORERS, ids=lambda scorer: scorer.name)
 @pytest.mark.parametrize(("family", "task"), TOKENS)
 def test_sample_without_labels_is_minus_infinity(family, task, scorer):
     model = build(family, task)
@@ -388,19 +391,6 @@ def test_scorers_leave_the_pool_as_it_was():
     scorers.early_exit_loss(model, pool, exit_head=ExitHead(models.WIDTH), chunk_rows=2)
     assert list(pool) == list(before)
     assert all(torch.equal(value, before[key]) for key, value in pool.items())
-
-
-def test_random_scores_come_from_the_given_generator_alone():
-    state = torch.get_rng_state()
-    first, same, other = (
-        scorers.random_scores(nn.Identity(), torch.zeros(50, 2), generator=Generator().manual_seed(seed))
-        for seed in (0, 0, 1)
-    )
-    assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(first, same)
-    assert not torch.equal(first, other)
-    assert first.min() >= 0
-    assert first.max() < 1
 
 
 def test_a_scorer_of_ones_own_runs_without_gradients_in_evaluation_mode_and_on_its_own_random_numbers():

@@ -34,9 +34,10 @@ from earlysift import (
 from earlysift.controller import Control
 from earlysift.exits import find_anatomy
 from earlysift.fidelity import fidelity
+from earlysift.judging import Unusable
 from earlysift.losses import labelled_positions
+from earlysift.measures import ENTROPY, MARGIN
 from earlysift.selectors import Selection, greedy, percentile, proportional
-from earlysift.sifter import Unusable
 from models import LAYERS, WIDTH, build, loss_of, row_of
 from processes import on_ranks
 
@@ -180,8 +181,9 @@ def test_outliers_are_taken_out_of_candidacy():
         ("loss", lambda model, pool: scorers.early_exit_loss(model, pool, depth=2, family=row_of(model), dtype=None)),
         (
             "entropy",
-            lambda model, pool: scorers.early_exit_entropy(model, pool, depth=2, family=row_of(model), dtype=None),
+            lambda model, pool: scorers.at_exit(ENTROPY, 2)(model, pool, family=row_of(model), dtype=None),
         ),
+        ("margin", lambda model, pool: scorers.at_exit(MARGIN, 2)(model, pool, family=row_of(model), dtype=None)),
         ("exact", lambda model, pool: scorers.exact_loss(model, pool, family=row_of(model), dtype=None)),
     ],
 )
@@ -998,7 +1000,9 @@ def test_outlier_share_out_of_range_is_refused(drop):
 
 def test_unknown_score_is_refused_with_the_known_ones():
     model, row = classifier()
-    with pytest.raises(ValueError, match="score must be one of loss, entropy, exact, uniform or a callable, got 'los'"):
+    with pytest.raises(
+        ValueError, match="score must be one of loss, entropy, margin, exact, uniform or a callable, got 'los'"
+    ):
         Sifter(model, score="los", family=row)
 
 
@@ -1271,7 +1275,7 @@ def test_joint_exit_loss_trains_trunk_and_exit_head_and_nothing_above_the_exit()
         assert loss.shape == ()
         assert loss.dtype == torch.float32
         loss.backward()
-        layers = sifter._anatomy.layers
+        layers = find_anatomy(model, row_of(model)).layers
         assert all(parameter.grad is not None for parameter in layers[:2].parameters())
         assert all(parameter.grad is None for parameter in layers[2:].parameters())
         assert all(parameter.grad is not None for parameter in head.parameters())
@@ -1619,10 +1623,11 @@ def test_a_probe_outside_of_steps_tells_what_a_record_tells_and_changes_nothing(
     assert numbers == run.sifter.probe(pool)
     fixed = sifter_of(run.model, family=models.LADDER)
     assert fixed.probe(pool) == numbers
-    entropic = sifter_of(run.model, family=models.LADDER, score="entropy")
-    scores = scorers.early_exit_entropy(run.model, pool, depth=2, family=models.LADDER, dtype=None)
     exact = scorers.exact_loss(run.model, pool, family=models.LADDER, dtype=None)
-    assert entropic.probe(pool)["gain.2.0.5"] == pytest.approx(fidelity(scores, exact, 32)["gain"])
+    for measure in (ENTROPY, MARGIN):
+        sifter = sifter_of(run.model, family=models.LADDER, score=measure.name)
+        scores = scorers.at_exit(measure, 2)(run.model, pool, family=models.LADDER, dtype=None)
+        assert sifter.probe(pool)["gain.2.0.5"] == pytest.approx(fidelity(scores, exact, 32)["gain"])
 
 
 @pytest.mark.parametrize("at_probe", [True, False])
@@ -1685,7 +1690,10 @@ def test_a_schedule_still_tells_when_auto_may_select():
     ("options", "message"),
     [
         ({"mode": "manual"}, r"mode must be fixed or auto, got 'manual'\."),
-        ({"keep": 1.0}, r"needs keep below 1, got score='loss', keep=1\.0\. Use score='loss' or 'entropy', or mode="),
+        (
+            {"keep": 1.0},
+            r"needs keep below 1, got score='loss', keep=1\.0\. Use score='loss', 'entropy' or 'margin', or mode=",
+        ),
         ({"score": "exact"}, r"chooses among early exits .* got score='exact', keep=0\.5\."),
         ({"score": "uniform"}, r"chooses among early exits .* got score='uniform'"),
         ({"score": lambda model, pool: torch.zeros(8)}, r"chooses among early exits .* got score='.*<lambda>'"),

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from earlysift.checks import check
+    from earlysift.config import SiftConfig
     from earlysift.exits import ExitHead, Family, truncated
     from earlysift.ledger import Ledger
     from earlysift.schedules import anneal, constant, warmup
@@ -25,6 +26,7 @@ else:  # a name brings torch with it, which takes seconds; `earlysift --help` ne
 
 _HOMES = {
     "checks": ("check",),
+    "config": ("SiftConfig",),
     "exits": ("ExitHead", "Family", "truncated"),
     "ledger": ("Ledger",),
     "schedules": ("anneal", "constant", "warmup"),
@@ -37,6 +39,7 @@ __all__ = [
     "Family",
     "Ledger",
     "Selection",
+    "SiftConfig",
     "Sifter",
     "anneal",
     "check",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from earlysift import exits, losses, pools
 from earlysift.exits import Anatomy, Family, Problem
+from earlysift.measures import LOSS
 
 _LOG = logging.getLogger("earlysift")
 _ROWS = 2  # samples that a comparison runs
@@ -291,12 +292,12 @@ def _remedy(anatomy: Anatomy, inputs: Any, otherwise: str) -> str:
 
 def _mean_loss(model: nn.Module, anatomy: Anatomy, inputs: Any, labels: Tensor) -> Tensor:
     if anatomy.task == "sequence_classification":
-        per_sample = losses.class_losses(exits.call(model, inputs), labels, problem=problem_of(anatomy))
+        per_sample = losses.class_scores(LOSS, exits.call(model, inputs), labels, problem=problem_of(anatomy))
         return per_sample[per_sample != losses.UNLABELLED].mean()
     causal = anatomy.task == "causal_lm"
     with exits.headless(anatomy):
         states = exits.call(model, inputs)
-    sums = losses.token_losses(states, labels, exits.head_of(anatomy), causal=causal, reduction="sum")
+    sums = losses.token_scores(LOSS, states, labels, exits.head_of(anatomy), causal=causal, reduction="sum")
     return sums[sums != losses.UNLABELLED].sum() / losses.labelled_positions(labels, causal=causal).sum()
 
 

@@ -6,11 +6,10 @@ choice of None is uniform training, where every run begins and where it returns 
 
 import math
 import reprlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from numbers import Integral, Real
 from statistics import stdev
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from torch import Tensor
 from earlysift import costs, selectors
 from earlysift.fidelity import fidelity
 from earlysift.probes import Probe
+from earlysift.validation import finite, option, problems, several, whole
 
 Rule = Literal["greedy", "unbiased"]
 Record = dict[str, float]
@@ -49,51 +49,43 @@ class Control:
             (training on b samples), ``probe``, and ``score_1``, ``score_2``, ... (the whole pool, by depth).
     """
 
-    depths: tuple[int, ...] = (1, 2, 3)
-    keeps: tuple[float, ...] = (0.5, 0.67)
-    rules: tuple[Rule, ...] = ("greedy", "unbiased")
-    total_steps: int | None = None
-    end_share: float = 0.85
-    probe_share: float = 0.01
-    reference_costs: Mapping[str, float] | None = None
+    depths: tuple[int, ...] = option(
+        (1, 2, 3),
+        lambda depths: several(depths, lambda d: whole(d, 1)),
+        "positive",
+        "They are whole numbers of layers.",
+    )
+    keeps: tuple[float, ...] = option(
+        (0.5, 0.67), lambda keeps: several(keeps, lambda k: finite(k) and 0 < k < 1), "in (0, 1)"
+    )
+    rules: tuple[Rule, ...] = option(
+        ("greedy", "unbiased"),
+        lambda rules: several(rules, lambda rule: isinstance(rule, str) and rule in get_args(Rule)),
+        "of greedy and unbiased",
+    )
+    total_steps: int | None = option(
+        None, lambda steps: steps is None or whole(steps, 1), "a whole number of at least 1 or None"
+    )
+    end_share: float = option(0.85, lambda share: finite(share) and 0 < share <= 1, "in (0, 1]")
+    probe_share: float = option(
+        0.01, lambda share: finite(share) and 0 < share < 1, "in (0, 1)", "The usual value is 0.01."
+    )
+    reference_costs: Mapping[str, float] | None = option(
+        None,
+        lambda costs: (
+            costs is None
+            or (
+                isinstance(costs, Mapping)
+                and all(finite(cost) and cost >= 0 for cost in costs.values())
+                and costs.get("train", 1) > 0
+            )
+        ),
+        "finite times, none negative and train above 0",
+    )
 
     def __post_init__(self) -> None:
-        depths, keeps, rules, costs_given = self.depths, self.keeps, self.rules, self.reference_costs
-        rows = [
-            (
-                _several(depths, lambda d: whole(d, 1)),
-                f"depths must be positive, got {depths!r}. They are whole numbers of layers.",
-            ),
-            (_several(keeps, lambda k: finite(k) and 0 < k < 1), f"keeps must be in (0, 1), got {keeps!r}."),
-            (
-                _several(rules, lambda rule: isinstance(rule, str) and rule in ("greedy", "unbiased")),
-                f"rules must be of greedy and unbiased, got {rules!r}.",
-            ),
-            (
-                self.total_steps is None or whole(self.total_steps, 1),
-                f"total_steps must be a whole number of at least 1 or None, got {self.total_steps!r}.",
-            ),
-            (
-                finite(self.end_share) and 0 < self.end_share <= 1,
-                f"end_share must be in (0, 1], got {self.end_share!r}.",
-            ),
-            (
-                finite(self.probe_share) and 0 < self.probe_share < 1,
-                f"probe_share must be in (0, 1), got {self.probe_share!r}; 0.01 is usual.",
-            ),
-            (
-                costs_given is None
-                or (
-                    isinstance(costs_given, Mapping)
-                    and all(finite(cost) and cost >= 0 for cost in costs_given.values())
-                    and costs_given.get("train", 1) > 0
-                ),
-                f"reference_costs must be finite times, none negative and train above 0, got {costs_given!r}.",
-            ),
-        ]
-        problems = [message for sound, message in rows if not sound]
-        if problems:
-            raise ValueError(" ".join(problems))
+        if wrong := problems(self):
+            raise ValueError("\n".join(wrong.values()))
 
 
 class Choice(NamedTuple):
@@ -425,33 +417,6 @@ def state_problems(saved: Any, control: Control) -> list[str]:
         ),
     ]
     return [message for sound, message in rows if not sound]
-
-
-def whole(value: Any, least: int) -> bool:
-    """Whether a value is a whole number of at least this, and none that only a typing error makes.
-
-    Example:
-        >>> whole(3, 1), whole(0, 1), whole(True, 1), whole(1.5, 1)
-        (True, False, False, False)
-    """
-    return isinstance(value, Integral) and not isinstance(value, bool) and least <= int(value) < 1 << 63
-
-
-def finite(value: Any) -> bool:
-    """Whether a value is a number, and neither nan nor infinite.
-
-    Example:
-        >>> finite(0.5), finite(2), finite(float("nan")), finite("0.5")
-        (True, True, False, False)
-    """
-    try:
-        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # a whole number too large for a float
-        return False
-
-
-def _several(values: Any, sound: Callable[[Any], bool]) -> bool:
-    return isinstance(values, list | tuple) and len(values) > 0 and all(map(sound, values))
 
 
 def _name(choice: Choice) -> str:

@@ -1,4 +1,4 @@
-"""Per-sample losses and entropies: hidden states and labels in, one float32 number per sample out.
+"""Measures of samples: hidden states (or logits) and labels in, one float32 number per sample out.
 
 Only labelled positions are ever put through the head, a chunk at a time, so that no (positions, vocabulary) matrix of a
 pool exists. For masked language modelling this is the design, not an optimisation: a dense BERT head costs more than
@@ -19,7 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORED_LABEL = -100
+from earlysift.measures import IGNORED_LABEL as IGNORED_LABEL
+from earlysift.measures import Measure
+
 UNLABELLED = -torch.inf
 _SPREAD_OVER, _FAR_APART = 1 << 20, 648_055  # positions that a sample may have; the odd number next to 0.618 times that
 
@@ -28,7 +30,8 @@ Reduction = Literal["mean", "sum"]
 Problem = Literal["single_label", "multi_label", "regression"]
 
 
-def token_losses(
+def token_scores(
+    measure: Measure,
     hidden: Tensor,
     labels: Tensor,
     head: Head,
@@ -38,14 +41,15 @@ def token_losses(
     chunk_tokens: int = 1024,
     places: Tensor | None = None,
 ) -> Tensor:
-    r"""Cross entropy of every sample over its labelled positions.
+    r"""A measure of every sample over its labelled positions; for `earlysift.measures.LOSS` its cross entropy.
 
-    ``loss_i = mean over {t : labels[i, t] != -100} of -log softmax(head(hidden[i, t]))[labels[i, t]]``
+    ``score_i = mean over {t : labels[i, t] != -100} of measure(head(hidden[i, t]), labels[i, t])``
 
     Serves masked language modelling and token classification (``causal=False``) and causal language modelling
     (``causal=True``: the state at position t predicts the label at t + 1).
 
     Args:
+        measure: What is read off the logits at a position.
         hidden: States that enter the head, ``(R, T, D)``, any floating dtype.
         labels: Class ids, ``(R, T)``; -100 marks positions without a label.
         head: Maps ``(n, D)`` to logits ``(n, V)``.
@@ -64,47 +68,49 @@ def token_losses(
 
     Example:
         >>> import torch
+        >>> from earlysift.measures import ENTROPY, LOSS
         >>> hidden, head = torch.zeros(2, 3, 4), torch.nn.Linear(4, 10, bias=False)
         >>> labels = torch.tensor([[-100, 7, -100], [-100, -100, -100]])
-        >>> token_losses(hidden, labels, head)
-        tensor([2.3026,   -inf], grad_fn=<WhereBackward0>)
+        >>> token_scores(LOSS, hidden, labels, head), token_scores(ENTROPY, hidden, labels, head)
+        (tensor([2.3026,   -inf], grad_fn=<WhereBackward0>), tensor([2.3026,   -inf], grad_fn=<WhereBackward0>))
     """
-    return _reduce_tokens(hidden, labels, head, _cross_entropy, causal, reduction, chunk_tokens, places)
+    if hidden.ndim != 3 or labels.shape != hidden.shape[:2]:
+        raise ValueError(
+            f"Expected hidden states (R, T, D) and labels (R, T), got {tuple(hidden.shape)} and {tuple(labels.shape)}. "
+            "Give one label per position, -100 where there is none."
+        )
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction must be mean or sum, got {reduction!r}.")
+    _require_class_ids(labels)
+    if places is None:
+        if causal:  # without the last position, which predicts nothing, dense labels leave nothing to gather
+            hidden, labels, causal = hidden[:, :-1], labels[:, 1:], False
+        places = positions_to_read(labels, causal=causal)
+    targets = _targets(labels, causal)
+    states, at_places = hidden.flatten(0, 1), targets.flatten()
+    if len(places) < len(states):  # else there is nothing to leave out
+        states, at_places = states.index_select(0, places), at_places.index_select(0, places)
+    values = torch.cat([measure.of_classes(head(h).float(), y) for h, y in _chunks(states, at_places, chunk_tokens)])
+    # Copies to distinct places and sums along rows: the result depends neither on the chunk size nor, as atomic
+    # adds would on a GPU, on the order in which threads arrive.
+    labelled = at_places != IGNORED_LABEL
+    everywhere = torch.zeros(targets.numel(), dtype=torch.float32, device=hidden.device)
+    total = everywhere.index_copy(0, places, torch.where(labelled, values, 0.0)).view(targets.shape).sum(dim=1)
+    read = everywhere.index_copy(0, places, labelled.float()).view(targets.shape).sum(dim=1)
+    counts = (targets != IGNORED_LABEL).sum(dim=1)
+    reduced = total / read.clamp(min=1) if reduction == "mean" else total * (counts / read.clamp(min=1))
+    return torch.where(counts == 0, UNLABELLED, reduced)
 
 
-def token_entropies(
-    hidden: Tensor,
-    labels: Tensor,
-    head: Head,
-    *,
-    causal: bool = False,
-    reduction: Reduction = "mean",
-    chunk_tokens: int = 1024,
-    places: Tensor | None = None,
-) -> Tensor:
-    r"""Entropy of the predicted distribution of every sample over its labelled positions, in nats.
+def class_scores(measure: Measure, logits: Tensor, labels: Tensor, *, problem: Problem | None = None) -> Tensor:
+    """A measure of every sample in sequence (or image) classification and regression.
 
-    ``entropy_i = mean over labelled t of -sum_v p_v log p_v,  p = softmax(head(hidden[i, t]))``
-
-    Labels only say *where* to look, not what is right. Arguments, returns and errors as in `token_losses`.
-
-    Example:
-        >>> import torch
-        >>> head = torch.nn.Linear(4, 10, bias=False)
-        >>> with torch.no_grad():
-        ...     token_entropies(torch.zeros(1, 3, 4), torch.tensor([[1, -100, 2]]), head)
-        tensor([2.3026])
-    """
-    return _reduce_tokens(hidden, labels, head, _entropy, causal, reduction, chunk_tokens, places)
-
-
-def class_losses(logits: Tensor, labels: Tensor, *, problem: Problem | None = None) -> Tensor:
-    """Loss of every sample in sequence (or image) classification and regression.
-
-    Single label: cross entropy. Multi label: mean over classes of the binary cross entropy. Regression: mean over
-    outputs of the squared error. Classes and outputs whose target is -100 are left out of their sample's mean.
+    Single label: the measure of the prediction. Multi label and regression: its mean over classes or outputs. A measure
+    that reads targets leaves out classes and outputs whose target is -100.
 
     Args:
+        measure: What is read off the logits; for `earlysift.measures.LOSS` cross entropy, binary cross entropy or the
+            squared error.
         logits: ``(R, C)``, any floating dtype.
         labels: Class ids ``(R,)``; 0/1 indicators ``(R, C)``; or targets ``(R,)`` / ``(R, C)``. Class id -100, or a row
             of labels that are all -100, marks an unlabelled sample.
@@ -114,53 +120,31 @@ def class_losses(logits: Tensor, labels: Tensor, *, problem: Problem | None = No
         float32 ``(R,)``; ``-inf`` for unlabelled samples.
 
     Raises:
-        ValueError: If labels do not fit the logits, or class ids are not int64 or (on a CPU) out of range.
+        ValueError: If labels do not fit the logits, class ids are not int64 or (on a CPU) out of range, or the measure
+            needs a predicted distribution and the problem is a regression.
 
     Example:
         >>> import torch
-        >>> class_losses(torch.zeros(2, 4), torch.tensor([3, -100]))
+        >>> from earlysift.measures import LOSS
+        >>> class_scores(LOSS, torch.zeros(2, 4), torch.tensor([3, -100]))
         tensor([1.3863,   -inf])
     """
     problem = _checked_problem(logits, labels, problem)
     logits = logits.float()
     if problem == "single_label":
-        return torch.where(labels == IGNORED_LABEL, UNLABELLED, _cross_entropy(logits, labels))
-    targets = labels.reshape(logits.shape).float()
-    if problem == "multi_label":
-        losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-    else:
-        losses = F.mse_loss(logits, targets, reduction="none")
-    labelled = targets != IGNORED_LABEL
-    counts = labelled.sum(dim=-1)
-    means = torch.where(labelled, losses, 0.0).sum(dim=-1) / counts.clamp(min=1)
-    return torch.where(counts == 0, UNLABELLED, means)
-
-
-def class_entropies(logits: Tensor, labels: Tensor, *, problem: Problem | None = None) -> Tensor:
-    """Entropy of the predicted class distribution of every sample, in nats (mean over classes when multi label).
-
-    Arguments and returns as in `class_losses`; labels only tell which samples are labelled.
-
-    Raises:
-        ValueError: For regression, which predicts no distribution.
-
-    Example:
-        >>> import torch
-        >>> class_entropies(torch.zeros(1, 4), torch.tensor([3]))
-        tensor([1.3863])
-    """
-    problem = _checked_problem(logits, labels, problem)
-    if problem == "regression":
+        _require_class_ids(labels)
+        return torch.where(labels == IGNORED_LABEL, UNLABELLED, measure.of_classes(logits, labels))
+    function = measure.of_indicators if problem == "multi_label" else measure.of_numbers
+    if function is None:
         raise ValueError(
-            "Entropy needs a predicted distribution, and a regression output has none. "
+            f"The {measure.name} needs a predicted distribution, and a regression output has none. "
             "Use the loss-based score (score='loss') for regression."
         )
-    logits = logits.float()
-    if problem == "single_label":
-        return torch.where(labels == IGNORED_LABEL, UNLABELLED, _entropy(logits, labels))
-    entropy = F.softplus(logits) - logits * torch.sigmoid(logits)  # of Bernoulli(sigmoid(logit))
-    unlabelled = (labels.reshape(logits.shape) == IGNORED_LABEL).all(dim=-1)
-    return torch.where(unlabelled, UNLABELLED, entropy.mean(dim=-1))
+    targets = labels.reshape(logits.shape).float()
+    values, labelled = function(logits, targets), targets != IGNORED_LABEL
+    counted = labelled if measure.reads_targets else torch.ones_like(labelled)
+    means = torch.where(counted, values, 0.0).sum(dim=-1) / counted.sum(dim=-1).clamp(min=1)
+    return torch.where(labelled.any(dim=-1), means, UNLABELLED)
 
 
 def classification_problem(logits: Tensor, labels: Tensor) -> Problem:
@@ -241,44 +225,6 @@ def positions_to_read(labels: Tensor, *, causal: bool = False, max_positions: in
     return (chosen + length * torch.arange(rows, device=labels.device)[:, None]).flatten()
 
 
-def _reduce_tokens(
-    hidden: Tensor,
-    labels: Tensor,
-    head: Head,
-    measure: Callable[[Tensor, Tensor], Tensor],
-    causal: bool,
-    reduction: Reduction,
-    chunk_tokens: int,
-    places: Tensor | None,
-) -> Tensor:
-    if hidden.ndim != 3 or labels.shape != hidden.shape[:2]:
-        raise ValueError(
-            f"Expected hidden states (R, T, D) and labels (R, T), got {tuple(hidden.shape)} and {tuple(labels.shape)}. "
-            "Give one label per position, -100 where there is none."
-        )
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction must be mean or sum, got {reduction!r}.")
-    _require_class_ids(labels)
-    if places is None:
-        if causal:  # without the last position, which predicts nothing, dense labels leave nothing to gather
-            hidden, labels, causal = hidden[:, :-1], labels[:, 1:], False
-        places = positions_to_read(labels, causal=causal)
-    targets = _targets(labels, causal)
-    states, at_places = hidden.flatten(0, 1), targets.flatten()
-    if len(places) < len(states):  # else there is nothing to leave out
-        states, at_places = states.index_select(0, places), at_places.index_select(0, places)
-    values = torch.cat([measure(head(h).float(), y) for h, y in _chunks(states, at_places, chunk_tokens)])
-    # Copies to distinct places and sums along rows: the result depends neither on the chunk size nor, as atomic
-    # adds would on a GPU, on the order in which threads arrive.
-    labelled = at_places != IGNORED_LABEL
-    everywhere = torch.zeros(targets.numel(), dtype=torch.float32, device=hidden.device)
-    total = everywhere.index_copy(0, places, torch.where(labelled, values, 0.0)).view(targets.shape).sum(dim=1)
-    read = everywhere.index_copy(0, places, labelled.float()).view(targets.shape).sum(dim=1)
-    counts = (targets != IGNORED_LABEL).sum(dim=1)
-    reduced = total / read.clamp(min=1) if reduction == "mean" else total * (counts / read.clamp(min=1))
-    return torch.where(counts == 0, UNLABELLED, reduced)
-
-
 def _targets(labels: Tensor, causal: bool) -> Tensor:
     """What every position is to predict, ``(R, T)``."""
     return F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL) if causal else labels
@@ -293,21 +239,3 @@ def _chunks(states: Tensor, labels: Tensor, size: int) -> Iterator[tuple[Tensor,
 def _require_class_ids(labels: Tensor) -> None:
     if labels.dtype != torch.int64:
         raise ValueError(f"Expected labels of dtype torch.int64 (class ids), got {labels.dtype}. Use labels.long().")
-
-
-def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    _require_class_ids(labels)
-    try:
-        return F.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL, reduction="none")
-    except IndexError as error:  # on a CPU; to look first would make an accelerator wait
-        classes = logits.size(-1)
-        wrong = labels[(labels != IGNORED_LABEL) & ((labels < 0) | (labels >= classes))]
-        raise ValueError(
-            f"Expected labels in 0..{classes - 1}, or {IGNORED_LABEL} where there is none, got {int(wrong[0])}. "
-            "Check that the model has as many outputs as the tokenizer has tokens, or the data has classes."
-        ) from error
-
-
-def _entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    terms: Tensor = torch.special.entr(F.softmax(logits, dim=-1))  # 0 log 0 = 0: classes of logit -inf add nothing
-    return terms.sum(dim=-1)

@@ -7,6 +7,7 @@ plain objects (texts, ids) of length R is indexed like a tensor. torch nested te
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -52,8 +53,40 @@ def pool_size(pool: Any) -> int:
     return next(iter(sizes.values()))
 
 
+@dataclass(frozen=True)
+class Pool:
+    """A pool whose structure was checked once, by `checked`: its data, and how many candidates it has.
+
+    Attributes:
+        data: What the loader gave.
+        size: R.
+    """
+
+    data: Any
+    size: int
+
+    def take(self, indices: Tensor | slice) -> "Pool":
+        """The rows ``indices`` of every tensor, in the same structure."""
+        count = len(range(self.size)[indices]) if isinstance(indices, slice) else len(indices)
+        return Pool(map_rows(self.data, lambda rows: _take_rows(rows, indices), self.size), count)
+
+
+def checked(pool: Any) -> Pool:
+    """Check a pool's structure; a `Pool` has been checked and comes back as it is.
+
+    Raises:
+        ValueError: As `pool_size`.
+
+    Example:
+        >>> import torch
+        >>> checked({"input_ids": torch.zeros(8, 4)}).take(slice(0, 3)).size
+        3
+    """
+    return pool if isinstance(pool, Pool) else Pool(pool, pool_size(pool))
+
+
 def take(pool: Any, indices: Tensor | slice) -> Any:
-    """The rows ``indices`` of every tensor, in the same structure.
+    """The rows ``indices`` of every tensor, in the same structure; checks the pool.
 
     Args:
         pool: A pool of R candidates.
@@ -67,8 +100,7 @@ def take(pool: Any, indices: Tensor | slice) -> Any:
         >>> take({"x": torch.arange(4), "text": ["a", "b", "c", "d"]}, torch.tensor([1, 3]))
         {'x': tensor([1, 3]), 'text': ['b', 'd']}
     """
-    size = pool_size(pool)
-    return map_rows(pool, lambda rows: _take_rows(rows, indices), size)
+    return checked(pool).take(indices).data
 
 
 def inputs_and_labels(pool: Any) -> tuple[Any, Tensor]:

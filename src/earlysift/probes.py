@@ -3,18 +3,17 @@
 What a probe measures decides whether selection pays (`earlysift.controller`). It is charged like everything else.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any, Literal, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from earlysift import checks, exits, losses, pools, scorers
-from earlysift.exits import Anatomy, Family
-from earlysift.losses import Head, Reduction
-
-Signal = Literal["loss", "entropy"]
+from earlysift import checks, exits, pools, scorers
+from earlysift.exits import Anatomy
+from earlysift.measures import LOSS, Measure
 
 
 class Probe(NamedTuple):
@@ -36,13 +35,8 @@ def probe(
     pool: Any,
     *,
     depths: Sequence[int],
-    signal: Signal = "loss",
-    family: Family | None = None,
-    exit_head: nn.Module | None = None,
-    reduction: Reduction = "mean",
-    max_positions: int | None = None,
-    chunk_rows: int | None = None,
-    dtype: torch.dtype | str | None = scorers.AUTO_DTYPE,
+    measure: Measure = LOSS,
+    **options: Any,
 ) -> Probe:
     r"""Exact losses, scores at several depths and inner products of gradients, from one forward pass.
 
@@ -56,13 +50,9 @@ def probe(
         model: The model, wrapped or not; left as it was.
         pool: Pool of R candidates with labels.
         depths: Exits to score at.
-        signal: Loss or entropy at the exits.
-        family: A row for a model that `earlysift.exits.FAMILIES` does not know; its head must be named.
-        exit_head: Module behind the exits, if any.
-        reduction: Mean or sum over the labelled positions of a sample.
-        max_positions: Labelled positions of a sample that the exits read at most; the exact losses read all.
-        chunk_rows: Candidates that run at once; None runs the whole pool.
-        dtype: Autocast dtype, see `earlysift.scorers.early_exit_loss`.
+        measure: What is read off the predictions at the exits.
+        options: Those of `earlysift.scorers.Scoring`; a row of a family must name its head. Exact losses read all
+            labelled positions, and nothing is trimmed.
 
     Returns:
         The probe. Memory: R times the square of the model's width.
@@ -71,6 +61,7 @@ def probe(
         ValueError: If the model's head has no name, so that no states enter it.
 
     Example:
+        >>> from earlysift.exits import Family
         >>> net = nn.Module()
         >>> net.layers, net.head = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), nn.Linear(4, 3)
         >>> net.forward = lambda x: net.head(net.layers(x))
@@ -83,30 +74,34 @@ def probe(
         Gradients of the last layer as a stand-in: Katharopoulos and Fleuret, 2018, arXiv 1803.00942. The replay of
         exits and the use of inner products are ours.
     """
-    anatomy = with_head(checks.as_compared(exits.find_anatomy(model, family)))
+    scoring = scorers.Scoring(**options)
+    anatomy = with_head(checks.as_compared(exits.find_anatomy(model, scoring.family)))
     head = exits.head_of(anatomy)  # before the head is taken out of the model
-    size = pools.pool_size(pool)
-    rows = chunk_rows or size
+    pool = pools.checked(pool)
+    rows = scoring.chunk_rows or pool.size
+    per_sample = partial(scorers.sample_scores, anatomy=anatomy, head=head, reduction=scoring.reduction)
     exact, gradients = [], []
     scores: dict[int, list[Tensor]] = {depth: [] for depth in depths}
     with ExitStack() as stack:
         stack.enter_context(exits.uncompiled())  # for a few passes, compiling would cost more than it saves
         stack.enter_context(exits.scoring_mode(model))
-        stack.enter_context(scorers.precision(anatomy, dtype))
-        if exit_head is not None:
-            stack.enter_context(exits.scoring_mode(exit_head))
+        stack.enter_context(scorers.precision(anatomy, scoring.dtype))
+        if scoring.exit_head is not None:
+            stack.enter_context(exits.scoring_mode(scoring.exit_head))
         stack.enter_context(exits.headless(anatomy))
-        for start in range(0, size, rows):
-            inputs, labels = pools.inputs_and_labels(pools.take(pool, slice(start, start + rows)))
+        for start in range(0, pool.size, rows):
+            inputs, labels = pools.inputs_and_labels(pool.take(slice(start, start + rows)).data)
             with torch.no_grad():
                 with exits.captured(anatomy, max(depths)) as outputs:
                     states = exits.call(model, inputs)
                 for depth in depths:
-                    with exits.replayed(anatomy, outputs[:depth], exit_head=exit_head):
+                    with exits.replayed(anatomy, outputs[:depth], exit_head=scoring.exit_head):
                         at_exit = exits.call(model, inputs)
-                    scores[depth].append(_per_sample(anatomy, head, at_exit, labels, signal, reduction, max_positions))
-            per_sample, gradient = _losses_and_gradients(anatomy, head, states, labels, reduction)
-            exact.append(per_sample)
+                    scores[depth].append(
+                        per_sample(measure, states=at_exit, labels=labels, max_positions=scoring.max_positions)
+                    )
+            loss, gradient = _losses_and_gradients(per_sample, states, labels)
+            exact.append(loss)
             gradients.append(gradient)
     by_sample = torch.cat(gradients).double()
     return Probe(
@@ -128,34 +123,14 @@ def with_head(anatomy: Anatomy) -> Anatomy:
     return anatomy._replace(head=anatomy.head or anatomy.classifier)
 
 
-def _per_sample(
-    anatomy: Anatomy,
-    head: Head,
-    states: Tensor,
-    labels: Tensor,
-    signal: Signal,
-    reduction: Reduction,
-    max_positions: int | None,
-) -> Tensor:
-    if anatomy.task == "sequence_classification":
-        per_class = losses.class_losses if signal == "loss" else losses.class_entropies
-        return per_class(head(states), labels, problem=checks.problem_of(anatomy))
-    per_token = losses.token_losses if signal == "loss" else losses.token_entropies
-    causal = anatomy.task == "causal_lm"
-    places = losses.positions_to_read(labels, causal=causal, max_positions=max_positions)
-    return per_token(states, labels, head, causal=causal, reduction=reduction, places=places)
-
-
-def _losses_and_gradients(
-    anatomy: Anatomy, head: Head, states: Tensor, labels: Tensor, reduction: Reduction
-) -> tuple[Tensor, Tensor]:
+def _losses_and_gradients(per_sample: Callable[..., Tensor], states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     with torch.enable_grad():
         entering = states.detach().requires_grad_()
-        per_sample = _per_sample(anatomy, head, entering, labels, "loss", reduction, None)
-        finite = torch.isfinite(per_sample)
-        (delta,) = torch.autograd.grad(torch.where(finite, per_sample, 0.0).sum(), entering)
+        loss = per_sample(LOSS, states=entering, labels=labels)
+        finite = torch.isfinite(loss)
+        (delta,) = torch.autograd.grad(torch.where(finite, loss, 0.0).sum(), entering)
     rows = len(labels)
     # Heads that pool inside get states per position, others one state per sample.
     delta, entering = (t.reshape(rows, -1, t.shape[-1]).float() for t in (delta, entering.detach()))
     gradient = torch.einsum("rtd,rte->rde", delta, entering).flatten(1)
-    return per_sample.detach(), torch.where(finite[:, None], gradient, 0.0)
+    return loss.detach(), torch.where(finite[:, None], gradient, 0.0)

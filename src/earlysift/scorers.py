@@ -1,63 +1,143 @@
-"""Scorers: (model, pool) to one score per candidate, shape ``(R,)``, larger meaning more worth training on.
+"""Approximate losses: (model, pool) to one score per candidate, shape ``(R,)``, larger meaning more worth training on.
 
-A scorer is any callable ``(model, pool) -> Tensor (R,)``; a lambda is a full citizen. Those here run under ``no_grad``
-(never ``inference_mode``, whose tensors poison caches that models build lazily), in evaluation mode with every
-module's own flag restored, a chunk of rows at a time, in bfloat16 where the hardware has it, and draw from no global
-generator.
+An `Approximation` is one value: `at_exit` and `exact` make them of an `earlysift.measures.Measure`, `custom` of a
+callable ``(model, pool) -> (R,)``. All run under ``no_grad`` (never ``inference_mode``, whose tensors poison caches
+that models build lazily), in evaluation mode with every module's own flag restored, a chunk of rows at a time, in
+bfloat16 where the hardware has it, and draw from no global generator.
 """
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from earlysift import checks, exits, losses, pools
 from earlysift.exits import Anatomy, Family
-from earlysift.losses import Reduction
+from earlysift.losses import Head, Reduction
+from earlysift.measures import LOSS, MEASURES, Measure
+from earlysift.pools import Pool
 from earlysift.seeds import reseeded
 
 Scorer = Callable[[nn.Module, Any], Tensor]
 
 AUTO_DTYPE = "auto"
+SCORES = (*MEASURES, "exact", "uniform")
+"""Scores by name."""
 
 
-def early_exit_loss(
-    model: nn.Module,
-    pool: Any,
-    *,
-    depth: int = 1,
-    family: Family | None = None,
-    exit_head: nn.Module | None = None,
-    reduction: Reduction = "mean",
-    max_positions: int | None = None,
-    chunk_rows: int | None = None,
-    trim: bool = False,
-    dtype: torch.dtype | str | None = AUTO_DTYPE,
-) -> Tensor:
+@dataclass(frozen=True)
+class Scoring:
+    """How pools are scored, whatever the approximation.
+
+    Attributes:
+        family: A row for a model that `earlysift.exits.FAMILIES` does not know.
+        exit_head: Module behind the exit, if any.
+        reduction: Mean or sum over the labelled positions of a sample.
+        max_positions: Labelled positions of a sample that an exit reads at most, see
+            `earlysift.losses.positions_to_read`.
+        chunk_rows: Candidates that run at once; bounds memory. None runs the whole pool at once.
+        trim: Whether candidates of similar length run together, without the padding that none of them needs.
+        dtype: Autocast dtype while scoring; ``"auto"`` is bfloat16 where the hardware computes in it, None leaves
+            autocast as it is.
+        key: What the random numbers depend on that a scorer of the user's own may draw.
+    """
+
+    family: Family | None = None
+    exit_head: nn.Module | None = None
+    reduction: Reduction = "mean"
+    max_positions: int | None = None
+    chunk_rows: int | None = None
+    trim: bool = False
+    dtype: torch.dtype | str | None = AUTO_DTYPE
+    key: tuple[int | str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.chunk_rows is not None and self.chunk_rows < 1:
+            raise ValueError(f"chunk_rows must be at least 1 or None, got {self.chunk_rows}.")
+
+
+@dataclass(frozen=True)
+class Approximation:
+    """An approximate loss: how to score a pool, and what scoring runs.
+
+    Attributes:
+        name: What settings and checkpoints call it.
+        score: From this value, a model, a pool of R candidates and how it is scored to float32 ``(R,)``; ``-inf`` for
+            unlabelled samples.
+        measure: What it reads off the predictions; None if that is unknown, and so is what scoring costs.
+        depth: Layers that run, counted from the first; None runs all of them.
+    """
+
+    name: str
+    score: Callable[["Approximation", nn.Module, Pool, Scoring], Tensor]
+    measure: Measure | None = None
+    depth: int | None = None
+
+    def __call__(self, model: nn.Module, pool: Any, **options: Any) -> Tensor:
+        """Score a pool, with options of `Scoring`."""
+        return self.score(self, model, pools.checked(pool), Scoring(**options))
+
+
+def at_exit(measure: Measure, depth: int) -> Approximation:
+    """A measure at the exit after ``depth`` layers, behind which the model's own final norm and head follow: SIFT.
+
+    Example:
+        >>> from earlysift.measures import ENTROPY
+        >>> model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), nn.Linear(4, 3))
+        >>> pool = (torch.zeros(5, 4), torch.tensor([0, 1, 2, 0, 1]))
+        >>> at_exit(ENTROPY, 1)(model, pool, family=Family("0", task="sequence_classification")).shape
+        torch.Size([5])
+
+    Reference:
+        Das et al., SIFT, ICML 2024, arXiv 2402.07052 (loss-based and entropy-based early exit).
+    """
+    return Approximation(measure.name, _measured, measure, depth)
+
+
+def exact(measure: Measure = LOSS) -> Approximation:
+    """A measure of the full model: what an early exit approximates, at full forward cost."""
+    return Approximation("exact", _measured, measure)
+
+
+def custom(scorer: Scorer) -> Approximation:
+    """A scorer of the user's own, run as the others are: no gradients, evaluation mode, no global random state touched.
+
+    It is called with the model and the pool as the loader gave it.
+    """
+    return Approximation(name_of(scorer), partial(_guarded, scorer))
+
+
+def named(score: str | Scorer, depth: int) -> Approximation | None:
+    """The approximation that `SiftConfig.score` and ``depth`` stand for; None for ``"uniform"``, which scores nothing.
+
+    Example:
+        >>> named("margin", 2).depth, named("exact", 2).depth, named("uniform", 2)
+        (2, None, None)
+    """
+    if callable(score):
+        return custom(score)
+    if score in MEASURES:
+        return at_exit(MEASURES[score], depth)
+    return exact() if score == "exact" else None
+
+
+def early_exit_loss(model: nn.Module, pool: Any, *, depth: int = 1, **options: Any) -> Tensor:
     """Loss of every candidate at the exit after ``depth`` layers: loss-based SIFT.
 
     Args:
         model: The model, wrapped or not; left as it was.
         pool: Pool of R candidates with labels.
-        depth: Layers that run; the model's own final norm and head follow.
-        family: A row for a model that `earlysift.exits.FAMILIES` does not know.
-        exit_head: Module behind the exit, if any.
-        reduction: Mean or sum over the labelled positions of a sample.
-        max_positions: Labelled positions of a sample that are read at most, see
-            `earlysift.losses.positions_to_read`.
-        chunk_rows: Candidates that run at once; bounds memory. None runs the whole pool at once.
-        trim: Whether candidates of like length run together, without the padding that none of them needs.
-        dtype: Autocast dtype while scoring; ``"auto"`` is bfloat16 where the hardware computes in it, None leaves
-            autocast as it is.
+        depth: Layers that run.
+        options: Those of `Scoring`.
 
     Returns:
         float32 ``(R,)``, ``-inf`` for unlabelled samples.
 
     Example:
-        >>> import torch
-        >>> from earlysift.exits import Family
         >>> model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), nn.Linear(4, 3))
         >>> pool = (torch.zeros(5, 4), torch.tensor([0, 1, 2, 0, 1]))
         >>> early_exit_loss(model, pool, family=Family("0", task="sequence_classification")).shape
@@ -66,114 +146,15 @@ def early_exit_loss(
     Reference:
         Das et al., SIFT, ICML 2024, arXiv 2402.07052 (loss-based early exit).
     """
-    return _scores(
-        model,
-        pool,
-        losses.token_losses,
-        losses.class_losses,
-        depth=depth,
-        family=family,
-        exit_head=exit_head,
-        reduction=reduction,
-        max_positions=max_positions,
-        chunk_rows=chunk_rows,
-        trim=trim,
-        dtype=dtype,
-    )
+    return at_exit(LOSS, depth)(model, pool, **options)
 
 
-def early_exit_entropy(
-    model: nn.Module,
-    pool: Any,
-    *,
-    depth: int = 1,
-    family: Family | None = None,
-    exit_head: nn.Module | None = None,
-    reduction: Reduction = "mean",
-    max_positions: int | None = None,
-    chunk_rows: int | None = None,
-    trim: bool = False,
-    dtype: torch.dtype | str | None = AUTO_DTYPE,
-) -> Tensor:
-    """Entropy of every candidate's prediction at the exit after ``depth`` layers: entropy-based SIFT.
-
-    Arguments and returns as in `early_exit_loss`; the labels only tell which positions count.
-
-    Reference:
-        Das et al., SIFT, ICML 2024, arXiv 2402.07052 (entropy-based early exit).
-    """
-    return _scores(
-        model,
-        pool,
-        losses.token_entropies,
-        losses.class_entropies,
-        depth=depth,
-        family=family,
-        exit_head=exit_head,
-        reduction=reduction,
-        max_positions=max_positions,
-        chunk_rows=chunk_rows,
-        trim=trim,
-        dtype=dtype,
-    )
-
-
-def exact_loss(
-    model: nn.Module,
-    pool: Any,
-    *,
-    family: Family | None = None,
-    reduction: Reduction = "mean",
-    chunk_rows: int | None = None,
-    trim: bool = False,
-    dtype: torch.dtype | str | None = AUTO_DTYPE,
-) -> Tensor:
+def exact_loss(model: nn.Module, pool: Any, **options: Any) -> Tensor:
     """Loss of every candidate under the full model: what early exit approximates, at full forward cost.
 
     Arguments and returns as in `early_exit_loss`.
     """
-    return _scores(
-        model,
-        pool,
-        losses.token_losses,
-        losses.class_losses,
-        depth=None,
-        family=family,
-        exit_head=None,
-        reduction=reduction,
-        max_positions=None,
-        chunk_rows=chunk_rows,
-        trim=trim,
-        dtype=dtype,
-    )
-
-
-def random_scores(model: nn.Module, pool: Any, *, generator: Generator) -> Tensor:
-    """Uniform random scores, whatever the model: greedy selection on them is uniform sampling.
-
-    Example:
-        >>> import torch
-        >>> random_scores(nn.Identity(), torch.zeros(3, 2), generator=torch.Generator().manual_seed(0)).shape
-        torch.Size([3])
-    """
-    return torch.rand(pools.pool_size(pool), generator=generator, device=generator.device)
-
-
-def guarded(score: Scorer, model: nn.Module, pool: Any, *, key: tuple[int | str, ...]) -> Tensor:
-    """Call a scorer of the user's own as those here run: no gradients, evaluation mode, no global random state touched.
-
-    Args:
-        score: The scorer.
-        model: The model; every module's training flag is restored.
-        pool: Pool of R candidates.
-        key: What the random numbers that the scorer may draw from global generators depend on.
-
-    Returns:
-        What the scorer returned.
-    """
-    device = next(model.parameters(), torch.empty(0)).device
-    with torch.no_grad(), exits.scoring_mode(model), reseeded(*key, device=device):
-        return score(model, pool)
+    return exact()(model, pool, **options)
 
 
 def training_loss(
@@ -219,13 +200,14 @@ def training_loss(
             stack.enter_context(exits.shortened(anatomy, depth, exit_head=exit_head, detach_exit=detach_exit))
         if anatomy.task == "sequence_classification":
             logits = exits.call(model, inputs, synchronized=depth is None)
-            per_sample = losses.class_losses(logits, labels, problem=checks.problem_of(anatomy))
+            per_sample = losses.class_scores(LOSS, logits, labels, problem=checks.problem_of(anatomy))
             counts = (per_sample != losses.UNLABELLED).float()
         else:
             with exits.headless(anatomy):
                 hidden = exits.call(model, inputs, synchronized=depth is None)
             causal = anatomy.task == "causal_lm"
-            per_sample = losses.token_losses(
+            per_sample = losses.token_scores(
+                LOSS,
                 hidden,
                 labels,
                 exits.head_of(anatomy),
@@ -283,54 +265,82 @@ def scoring_dtype(device: torch.device) -> torch.dtype | None:
     return None
 
 
-def _scores(
-    model: nn.Module,
-    pool: Any,
-    per_token: Callable[..., Tensor],
-    per_class: Callable[..., Tensor],
+def sample_scores(
+    measure: Measure,
+    anatomy: Anatomy,
+    head: Head,
+    states: Tensor,
+    labels: Tensor,
     *,
-    depth: int | None,
-    family: Family | None,
-    exit_head: nn.Module | None,
     reduction: Reduction,
-    max_positions: int | None,
-    chunk_rows: int | None,
-    trim: bool,
-    dtype: torch.dtype | str | None,
+    max_positions: int | None = None,
+    places: Tensor | None = None,
 ) -> Tensor:
-    anatomy = checks.as_compared(exits.find_anatomy(model, family))
-    size = pools.pool_size(pool)
-    if chunk_rows is not None and chunk_rows < 1:
-        raise ValueError(f"chunk_rows must be at least 1 or None, got {chunk_rows}.")
-    rows = chunk_rows or size
-    thins = exits.thins(model, anatomy, max_positions)
-    order = pools.by_length(pool) if trim else None
+    """A measure of every sample from the states in front of the head (its logits, if the head is the identity).
+
+    Args:
+        measure: What is read off the logits.
+        anatomy: Says what the labels mean.
+        head: From states to logits.
+        states: ``(R, T, D)``; in classification ``(R, D)`` or what its head takes.
+        labels: ``(R, T)`` or ``(R, ...)``.
+        reduction: Mean or sum over the labelled positions of a sample.
+        max_positions: Labelled positions of a sample that are read at most.
+        places: Those positions, where they are known already.
+
+    Returns:
+        float32 ``(R,)``.
+    """
+    if anatomy.task == "sequence_classification":
+        return losses.class_scores(measure, head(states), labels, problem=checks.problem_of(anatomy))
+    causal = anatomy.task == "causal_lm"
+    if places is None:
+        places = losses.positions_to_read(labels, causal=causal, max_positions=max_positions)
+    return losses.token_scores(measure, states, labels, head, causal=causal, reduction=reduction, places=places)
+
+
+def _measured(approximation: Approximation, model: nn.Module, pool: Pool, scoring: Scoring) -> Tensor:
+    measure, depth = approximation.measure, approximation.depth
+    assert measure is not None
+    anatomy = checks.as_compared(exits.find_anatomy(model, scoring.family))
+    max_positions = None if depth is None else scoring.max_positions
+    classifies = anatomy.task == "sequence_classification"
+    head: Head = (lambda logits: logits) if classifies else exits.head_of(anatomy)
+    skips = not classifies and depth is not None and exits.thins(model, anatomy, max_positions)
+    rows = scoring.chunk_rows or pool.size
+    order = pools.by_length(pool.data) if scoring.trim else None
     if order is not None:
-        pool = pools.take(pool, order)
+        pool = pool.take(order)
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(precision(anatomy, dtype))
+        stack.enter_context(precision(anatomy, scoring.dtype))
         if depth is not None:
-            stack.enter_context(exits.shortened(anatomy, depth, exit_head=exit_head))
+            stack.enter_context(exits.shortened(anatomy, depth, exit_head=scoring.exit_head))
         stack.enter_context(exits.scoring_mode(model))  # of the short model: walking the other layers takes time
         scores = []
-        for start in range(0, size, rows):
-            chunk = pools.take(pool, slice(start, start + rows))
+        for start in range(0, pool.size, rows):
+            chunk = pool.take(slice(start, start + rows)).data
             inputs, labels = pools.inputs_and_labels(chunk if order is None else pools.trim_padding(chunk))
-            if anatomy.task == "sequence_classification":
-                scores.append(per_class(exits.call(model, inputs), labels, problem=checks.problem_of(anatomy)))
-                continue
-            causal = anatomy.task == "causal_lm"
-            places = losses.positions_to_read(labels, causal=causal, max_positions=max_positions)
-            with ExitStack() as at_exit:
-                at_exit.enter_context(exits.headless(anatomy))
-                if depth is not None and thins:
-                    at_exit.enter_context(exits.at_places(anatomy, depth, places, labels.shape))
-                hidden = exits.call(model, inputs)
-            head = exits.head_of(anatomy)
-            scores.append(per_token(hidden, labels, head, causal=causal, reduction=reduction, places=places))
+            places = None
+            with ExitStack() as at_head:
+                if not classifies:
+                    causal = anatomy.task == "causal_lm"
+                    places = losses.positions_to_read(labels, causal=causal, max_positions=max_positions)
+                    at_head.enter_context(exits.headless(anatomy))
+                if depth is not None and places is not None and skips:
+                    at_head.enter_context(exits.at_places(anatomy, depth, places, labels.shape))
+                states = exits.call(model, inputs)
+            scores.append(
+                sample_scores(measure, anatomy, head, states, labels, reduction=scoring.reduction, places=places)
+            )
         found = torch.cat(scores)
         return found if order is None else torch.empty_like(found).index_copy(0, order, found)
+
+
+def _guarded(scorer: Scorer, _: Approximation, model: nn.Module, pool: Pool, scoring: Scoring) -> Tensor:
+    device = next(model.parameters(), torch.empty(0)).device
+    with torch.no_grad(), exits.scoring_mode(model), reseeded(*scoring.key, device=device):
+        return scorer(model, pool.data)
 
 
 def precision(anatomy: Anatomy, dtype: torch.dtype | str | None) -> AbstractContextManager[Any]:
@@ -342,3 +352,16 @@ def precision(anatomy: Anatomy, dtype: torch.dtype | str | None) -> AbstractCont
     if not isinstance(chosen, torch.dtype):
         raise ValueError(f"dtype must be a torch.dtype, 'auto' or None, got {dtype!r}.")
     return torch.autocast(device.type, dtype=chosen)
+
+
+def name_of(function: str | Callable[..., Any]) -> str:
+    """What a checkpoint calls a function, which has no value to save; a partial with its arguments.
+
+    Example:
+        >>> name_of(partial(pools.take, indices=3))
+        'take(indices=3)'
+    """
+    if isinstance(function, partial):
+        options = [*map(repr, function.args), *(f"{key}={value!r}" for key, value in function.keywords.items())]
+        return f"{name_of(function.func)}({', '.join(options)})"
+    return function if isinstance(function, str) else getattr(function, "__qualname__", type(function).__qualname__)

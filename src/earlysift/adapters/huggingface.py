@@ -8,20 +8,17 @@ import itertools
 import json
 import logging
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from earlysift import exits, files, pools, scorers
-from earlysift.controller import Control, whole
-from earlysift.exits import Family
+from earlysift import exits, files, pools, selectors
+from earlysift.config import SiftConfig as SiftConfig
+from earlysift.controller import Control
 from earlysift.ledger import Ledger
-from earlysift.losses import Reduction
-from earlysift.schedules import Schedule
-from earlysift.scorers import Scorer
-from earlysift.sifter import Sifter, require_sound
+from earlysift.sifter import Sifter
+from earlysift.validation import whole
 
 try:
     from transformers import Trainer
@@ -34,43 +31,6 @@ _LOG = logging.getLogger("earlysift")
 LOGGED = ("sift/step", "sift/gain", "sift/rank_correlation", "sift/score_ms", "sift/train_ms")
 """What logs of training carry of `earlysift.Sifter.stats`; gain and rank correlation from the first probe on."""
 _Base = Trainer if TYPE_CHECKING else object
-
-
-@dataclass(frozen=True)
-class SiftConfig:
-    """What a Trainer is told about selection: arguments of `earlysift.Sifter`, explained there.
-
-    The number kept, b, is the Trainer's own ``per_device_train_batch_size``; its loader gives pools of ``b / keep``.
-    The rule is greedy, as a Trainer's loss does not weigh samples. Steps of ``schedule``, ``probe_every`` and
-    ``control`` are the Trainer's optimizer steps, whatever its ``gradient_accumulation_steps``.
-
-    Raises:
-        ValueError: With all arguments that cannot work.
-
-    Example:
-        >>> SiftConfig(keep=0.25, depth=2).keep
-        0.25
-    """
-
-    keep: float = 0.5
-    depth: int = 1
-    score: str | Scorer = "loss"
-    schedule: Schedule | None = None
-    mode: Literal["fixed", "auto"] = "fixed"
-    control: Control | None = None
-    family: Family | None = None
-    reduction: Reduction = "mean"
-    max_positions: int | None = None
-    drop_outliers: float = 0.0
-    probe_every: int = 100
-    trim: bool = False
-    scope: Literal["local", "global"] = "local"
-    seed: int = 0
-    chunk_rows: int | None = None
-    dtype: torch.dtype | str | None = scorers.AUTO_DTYPE
-
-    def __post_init__(self) -> None:
-        require_sound(vars(self))
 
 
 class SiftTrainerMixin(_Base):  # type: ignore[misc, valid-type]
@@ -173,18 +133,17 @@ class SiftTrainerMixin(_Base):  # type: ignore[misc, valid-type]
         self._totals = {name: state[name] for name in self._totals}
 
     def _new_sifter(self, total_steps: int | None) -> Sifter:
-        options = dict(vars(self.sift))
-        ledger = Ledger(self.ledger_path)
-        if self.sift.mode == "auto":
-            control = self.sift.control or Control()
-            options["control"] = dataclasses.replace(control, total_steps=control.total_steps or total_steps)
-            ledger = Ledger(
-                self.ledger_path, device=self.args.device
-            )  # decisions rest on its times, which are then worth waiting for
+        config, ledger = self.sift, Ledger(self.ledger_path)
+        if config.mode == "auto":
+            control = config.control or Control()
+            control = dataclasses.replace(control, total_steps=control.total_steps or total_steps)
+            config = dataclasses.replace(config, control=control)
+            # Decisions rest on its times, which are then worth waiting for.
+            ledger = Ledger(self.ledger_path, device=self.args.device)
         # Scoring enters from outside what it knows (compiled code is then used), and goes around other wrappers.
         known = exits.unwrap(self.model_wrapped) is exits.unwrap(self.model)
         model = self.model_wrapped if known else self.model
-        return Sifter(model, kept=self._train_batch_size, ledger=ledger, **options)
+        return Sifter(model, dataclasses.replace(config, kept=self._train_batch_size), ledger=ledger)
 
     def _awaited(self, epoch_iterator: Iterator[Any]) -> Iterator[tuple[int, Any]]:
         """Pools of an optimizer step, numbered, and each timed: how long training stands still for data."""
@@ -225,6 +184,15 @@ class SiftTrainerMixin(_Base):  # type: ignore[misc, valid-type]
                 0 < keep < 1 and round(batch_size / keep) == batch_size,
                 f"keep={keep} leaves no choice with batches of {batch_size}: a pool would hold {batch_size}, too. "
                 "Use larger batches or a smaller keep.",
+            ),
+            (
+                self.sift.kept is not None,
+                f"kept={self.sift.kept} is given, but the number kept is the Trainer's per_device_train_batch_size. "
+                "Leave kept out.",
+            ),
+            (
+                self.sift.select is not selectors.greedy,
+                "A Trainer's loss does not weigh samples, so that only select=greedy is possible. Leave select out.",
             ),
         ]
         found = [message for bad, message in problems if bad]

@@ -210,7 +210,7 @@ def sifted(
             if joint:
                 loss = joint_loss(bench, selecting, batch, joint)
             else:
-                loss = bench.loss(batch, None if sifter.keep == 1 else sifter.weights)
+                loss = bench.loss(batch, None if sifter.config.keep == 1 else sifter.weights)
             bench.update(loss)
 
     return step

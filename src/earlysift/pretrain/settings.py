@@ -9,16 +9,16 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from earlysift import schema
+from earlysift.measures import MEASURES, sift_arm
 from earlysift.schema import Above0, Accuracy, Count, Keep, Share
 
 ARMS: dict[str, dict[str, Any]] = {
     "uniform": {"keep": 1.0},
-    "sift": {"score": "loss"},
-    "sift-entropy": {"score": "entropy"},
+    **{sift_arm(name): {"score": name} for name in MEASURES},
     "exact": {"score": "exact"},
     "auto": {"mode": "auto"},
 }
-"""Arms as rows of data: what each changes in `earlysift.adapters.huggingface.SiftConfig`."""
+"""Arms as rows of data: what each changes in `earlysift.SiftConfig`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,8 @@ class PretrainSettings:
     validation_samples: Count = 2048
     """Held-out samples that every evaluation uses."""
     arm: str = "sift"
-    """What is trained on: uniform (all), sift (by the exit's loss), sift-entropy, exact (full model's loss), auto."""
+    """What is trained on: uniform (all), sift (by the exit's loss), sift-entropy or another measure at the exit, exact
+    (full model's loss), auto."""
     depth: Count = 1
     """Layers that run for an early-exit score."""
     max_positions: Count | None = None

@@ -19,12 +19,12 @@ from transformers import Trainer, TrainerCallback
 from earlysift import exits, pools, ranks, scorers
 from earlysift.adapters.huggingface import SiftTrainerMixin
 from earlysift.files import write_whole
+from earlysift.judging import Unusable
 from earlysift.ledger import read_rows
 from earlysift.losses import IGNORED_LABEL
 from earlysift.pretrain import checkpoints
 from earlysift.pretrain.settings import PretrainSettings
 from earlysift.pretrain.stream import Rows
-from earlysift.sifter import Unusable
 
 CURVE = ("sift/step", "sift/scored", "sift/rank_correlation", "sift/overlap", "sift/gain")
 """What evaluations note of `earlysift.Sifter.stats`, for the curves."""

@@ -1,0 +1,179 @@
+"""`SiftConfig`: how samples are selected. `Sifter`, `SiftTrainer`, `pretrain` and `compare` share it."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+
+from earlysift import schedules, scorers, selectors
+from earlysift.controller import Control
+from earlysift.exits import Family
+from earlysift.losses import Reduction
+from earlysift.measures import MEASURES
+from earlysift.schedules import Schedule
+from earlysift.scorers import SCORES, Scorer
+from earlysift.selectors import Selector
+from earlysift.validation import finite, one_of, option, problems, whole
+
+_SCHEDULE_SAMPLES = (0, 1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)
+
+
+@dataclass(frozen=True)
+class SiftConfig:
+    """How samples are selected.
+
+    Attributes:
+        keep: b / R, in (0, 1]. The number kept is fixed by the first pool. 1.0 hands pools through untouched.
+        kept: b, the number of candidates to keep; None is keep times the rows of the first pool.
+        depth: Layers that run for a score, 1 to one less than the model has.
+        score: ``"loss"``, ``"entropy"`` or ``"margin"`` at the exit (`earlysift.measures.MEASURES`), ``"exact"`` (loss
+            of the full model), ``"uniform"``, or a scorer ``(model, pool) -> (R,)``.
+        select: Selector ``(scores, kept, generator) -> Selection``.
+        schedule: Optimizer step to share of steps that select; None selects at every step.
+        mode: ``"fixed"`` selects as configured; ``"auto"`` starts uniformly, measures by probes whether selection would
+            pay, and chooses rule, depth and keep, or goes back to uniform batches (`earlysift.controller`). The
+            unbiased rule is a candidate only in loops that read `Sifter.weights`.
+        control: What auto may choose from and spend; None is `earlysift.controller.Control()`. The configured depth and
+            keep are always among the candidates.
+        family: A row for a model that `earlysift.exits.FAMILIES` does not know.
+        reduction: Mean or sum over a sample's labelled positions.
+        max_positions: Labelled positions of a sample that an early exit reads at most, spread over its length: a
+            cheaper and noisier score. Worth it where labels are many (causal language models); shapes are then fixed,
+            and no accelerator is waited for. None reads all.
+        drop_outliers: Share of the largest finite scores taken out of candidacy, in [0, 1).
+        probe_every: Optimizer steps between fidelity probes (one exact scoring of a step's first pool, charged as
+            ``probe``); 0 never probes.
+        trim: Whether to cut padding that no kept row needs. Scoring then pads within groups of similar length. Shapes
+            vary, and an accelerator is waited for.
+        scope: With several ranks, ``"local"`` selects b of the R candidates of every rank, ``"global"`` the best of all
+            ranks' candidates together: scores are gathered and chosen rows exchanged, so that every rank still trains
+            on b rows. Pools that differ in length only are padded to the longest one by their ``attention_mask``; else
+            they need the same shapes on all ranks. `Sifter.selection` counts through all of them.
+        seed: Seed of the selection.
+        chunk_rows: Candidates scored at once; None is twice the number kept (and that number in exact scoring and
+            probes), which without gradients needs no more memory than a training step.
+        dtype: Autocast dtype while scoring, see `earlysift.scorers.Scoring`.
+
+    Raises:
+        ValueError: With a sentence for every option that cannot work with any model.
+
+    Example:
+        >>> SiftConfig(keep=0.25, score="margin").depth
+        1
+        >>> SiftConfig(depth=1.5, seed="x")
+        Traceback (most recent call last):
+        ValueError: depth must be a whole number, got 1.5. It is the number of layers that run for a score.
+        seed must be a whole number, got 'x'.
+    """
+
+    keep: float = option(
+        0.5,
+        lambda value: finite(value) and 0 < value <= 1,
+        "in (0, 1]",
+        "It is the share of the pool that is trained on; 0.5 is usual.",
+    )
+    kept: int | None = option(
+        None,
+        lambda value: value is None or whole(value, 1),
+        "at least 1",
+        "It is the number of candidates trained on per step, a whole number, or None.",
+    )
+    depth: int = option(
+        1, lambda value: whole(value, -(1 << 63)), "a whole number", "It is the number of layers that run for a score."
+    )
+    score: str | Scorer = option(
+        "loss",
+        lambda value: callable(value) or (isinstance(value, str) and (value in MEASURES or value in SCORES)),
+        f"one of {', '.join(SCORES)} or a callable",
+    )
+    select: Selector = option(selectors.greedy, callable, "a callable (scores, kept, generator) -> Selection")
+    schedule: Schedule | None = option(
+        None,
+        lambda value: value is None or callable(value),
+        "a callable from steps to shares of steps that select, or None",
+    )
+    mode: Literal["fixed", "auto"] = one_of("fixed", "fixed", "auto")
+    control: Control | None = option(
+        None, lambda value: value is None or isinstance(value, Control), "a Control or None"
+    )
+    family: Family | None = option(None, lambda value: value is None or isinstance(value, Family), "a Family or None")
+    reduction: Reduction = one_of("mean", "mean", "sum")
+    max_positions: int | None = option(None, lambda value: value is None or whole(value, 1), "at least 1 or None")
+    drop_outliers: float = option(
+        0.0, lambda value: finite(value) and 0 <= value < 1, "in [0, 1)", "It is a share of the pool; 0 is off."
+    )
+    probe_every: int = option(
+        100, lambda value: whole(value, 0), "a whole number of at least 0", "It is a number of steps; 0 never probes."
+    )
+    trim: bool = option(False, lambda value: isinstance(value, bool), "True or False")
+    scope: Literal["local", "global"] = one_of("local", "local", "global")
+    seed: int = option(0, lambda value: whole(value, -(1 << 63)), "a whole number")
+    chunk_rows: int | None = option(None, lambda value: value is None or whole(value, 1), "at least 1 or None")
+    dtype: torch.dtype | str | None = option(
+        scorers.AUTO_DTYPE,
+        lambda value: (
+            value is None
+            or (isinstance(value, torch.dtype) and value.is_floating_point)
+            or (isinstance(value, str) and value == scorers.AUTO_DTYPE)
+        ),
+        "a torch.dtype of floating point, 'auto' or None",
+    )
+
+    def __post_init__(self) -> None:
+        wrong = problems(self)
+        sentences = [*wrong.values()]
+        if not wrong.keys() & {"score", "keep", "mode", "control"}:
+            approximation = scorers.named(self.score, 1)
+            if self.mode == "auto" and (approximation is None or approximation.depth is None or self.keep == 1):
+                sentences.append(
+                    "Auto mode chooses among early exits and needs keep below 1, got "
+                    f"score={scorers.name_of(self.score)!r}, keep={self.keep}. Use score={_listed(MEASURES)}, or "
+                    "mode='fixed'."
+                )
+            if self.mode == "fixed" and self.control is not None:
+                sentences.append("A control came with mode='fixed', which chooses nothing. Set mode='auto'.")
+        if sentences:
+            raise ValueError("\n".join(sentences))
+        for name in ("keep", "drop_outliers"):  # no numbers of other libraries: they go into checkpoints
+            object.__setattr__(self, name, float(getattr(self, name)))
+        for name in ("kept", "depth", "max_positions", "probe_every", "seed"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, int(getattr(self, name)))
+
+    def share(self, step: int) -> float:
+        """The share of steps that select at an optimizer step, by the schedule.
+
+        Raises:
+            ValueError: If the schedule returns something else than a number.
+        """
+        share = (self.schedule or schedules.constant())(step)
+        if not finite(share):
+            raise ValueError(
+                f"Expected the schedule to return a number in [0, 1], got {share!r} at step {step}. It is the share of "
+                "steps that select."
+            )
+        return float(share)
+
+    def identity(self) -> dict[str, Any]:
+        """The options that two runs must share to make the same picks, as JSON; for checkpoints.
+
+        Functions have no value to save: a schedule is known by samples, a callable by its name.
+        """
+        shown = ("keep", "depth", "mode", "reduction", "max_positions", "drop_outliers", "probe_every")
+        shown += ("trim", "scope", "seed")
+        control = self.control and json.loads(json.dumps(asdict(self.control)))
+        return {
+            **{name: getattr(self, name) for name in shown},
+            "score": scorers.name_of(self.score),
+            "select": scorers.name_of(self.select),
+            "schedule": [self.share(step) for step in _SCHEDULE_SAMPLES],
+            "control": control,
+            "dtype": str(self.dtype),
+        }
+
+
+def _listed(names: Iterable[str]) -> str:
+    *others, last = map(repr, names)
+    return f"{', '.join(others)} or {last}"

@@ -1,0 +1,119 @@
+"""Judging scores: whether a batch can be chosen by them, and what a user should hear about them."""
+
+import logging
+import warnings
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from earlysift import controller, losses, pending
+from earlysift.pending import Pending
+
+_LOG = logging.getLogger("earlysift")
+_LEVEL = 4  # from here to the line that called `Sifter.sift`
+
+
+class Unusable(ValueError):
+    """Too few of a pool's scores are finite, so that nothing can be selected by them."""
+
+
+class Counted(NamedTuple):
+    """The scores of a step: how many there are, how many to keep, and how many are ``unlabelled``, ``non_finite``.
+
+    The two counts are pending where an accelerator has yet to make them.
+    """
+
+    step: int
+    size: int
+    kept: int
+    counts: dict[str, Any]
+
+    def is_pending(self) -> bool:
+        """Whether an accelerator has yet to count."""
+        return any(isinstance(number, Pending) for number in self.counts.values())
+
+
+def count(scores: Tensor) -> dict[str, Any]:
+    """How many scores are ``unlabelled``, and how many ``non_finite``; pending on an accelerator."""
+    unlabelled = scores == losses.UNLABELLED
+    broken = ~(torch.isfinite(scores) | unlabelled)
+    return {"unlabelled": pending.number(unlabelled.sum()), "non_finite": pending.number(broken.sum())}
+
+
+def require_scores(scores: object, size: int) -> Tensor:
+    """Refuse what a scorer returned if it is not one real number per candidate.
+
+    Raises:
+        ValueError: Says what came instead.
+    """
+    if isinstance(scores, Tensor) and scores.shape == (size,) and not scores.is_complex():
+        return scores.detach()
+    received = f"{tuple(scores.shape)} of {scores.dtype}" if isinstance(scores, Tensor) else type(scores).__name__
+    raise ValueError(
+        f"Expected scores of shape ({size},), one per candidate, got {received}. "
+        "A scorer returns a tensor with one real number per row of the pool."
+    )
+
+
+def require_usable(counted: Counted, before: Mapping[str, int], *, late: bool = False) -> None:
+    """Raise if too few scores are usable; warn of those that say that something is wrong.
+
+    Args:
+        counted: The scores; their counts have arrived.
+        before: Counts of the steps before: what was warned of is not warned of again.
+        late: Whether other pools may have come since.
+
+    Raises:
+        ValueError: If no candidate is labelled.
+        Unusable: If fewer scores are finite than are to be kept.
+    """
+    at = f" at step {counted.step}" if late else ""
+    unlabelled, broken = counted.counts["unlabelled"], counted.counts["non_finite"]
+    if unlabelled == counted.size:
+        raise ValueError(
+            f"None of the {counted.size} candidates{at} has a labelled position (all labels are "
+            f"{losses.IGNORED_LABEL}). Check the collator: training on this pool would give a loss of nan."
+        )
+    if counted.size - broken < counted.kept:
+        raise Unusable(
+            f"Expected at least {counted.kept} candidates with a finite score, got {counted.size - broken} of "
+            f"{counted.size} at step {counted.step}: {broken} are nan or inf. Look for nan in the inputs, or for "
+            "weights that have diverged."
+        )
+    if broken and not before["non_finite"]:
+        warnings.warn(
+            f"{broken} of {counted.size} scores are nan or inf at step {counted.step}; such candidates are never "
+            "selected. Sifter.stats() goes on counting them.",
+            stacklevel=_LEVEL,
+        )
+    labelled = counted.size - broken - unlabelled
+    if labelled < counted.kept and not before["unlabelled"]:
+        warnings.warn(
+            f"Only {labelled} of {counted.size} candidates have a labelled position, fewer than the {counted.kept} "
+            f"kept, at step {counted.step}; the batch is filled up with unlabelled ones.",
+            stacklevel=_LEVEL,
+        )
+
+
+def broken_probes(correlation: float, step: int, depth: int, before: int) -> int:
+    """Count probes in a row whose exit ranks at random or backwards; the second one is warned of.
+
+    Args:
+        correlation: Rank correlation of the probe.
+        step: Its step; at the first one an untrained exit says nothing yet.
+        depth: The exit.
+        before: Such probes in a row until now.
+    """
+    if step == 0 or correlation >= controller.LEAST_CORRELATION:
+        return 0
+    if before == 1:  # once is chance
+        _LOG.warning(
+            "step %d: the exit at depth %d ranks at random or backwards (rank correlation %.2f): selection costs "
+            "and cannot gain. Use mode='auto', train an ExitHead, or end selection by a schedule.",
+            step,
+            depth,
+            correlation,
+        )
+    return before + 1

@@ -1,0 +1,137 @@
+"""Planning a step: whether it selects, by what, and from which candidates, before anything is scored."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Generator
+
+from earlysift import controller, pools, ranks, selectors
+from earlysift.config import SiftConfig
+from earlysift.pools import Pool
+from earlysift.progress import Progress
+from earlysift.runner import Runner
+from earlysift.scorers import Approximation
+from earlysift.seeds import seeded
+from earlysift.selectors import Selector
+
+RULES: dict[str, Selector] = {"greedy": selectors.greedy, "unbiased": selectors.proportional}
+"""The selectors that auto mode chooses from."""
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Random numbers of a pool: this rank's ``own`` generator, one ``shared`` by all, and whether its step selects."""
+
+    own: Generator
+    shared: Generator
+    selects: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a step does.
+
+    Attributes:
+        step: The optimizer step.
+        micro_step: Number of the pool within it.
+        kept: b.
+        is_rest: Whether the pool holds fewer than b candidates: all are trained on.
+        draws: Where random numbers come from.
+        selects: Whether the step selects; if not, it trains uniformly.
+        select: The selector.
+        approximation: What scores the candidates; None if nothing needs scores.
+        depth: The exit that it uses, if it uses one.
+        considered: Candidates that are scored, counted from the first.
+        rows: Rows that every rank scores.
+        probes: Whether scores are compared with exact losses.
+        everywhere: Whether the candidates of all ranks are selected from together.
+        steering: What auto mode remembers after this step.
+        row: What the ledger is to note of steering.
+    """
+
+    step: int
+    micro_step: int
+    kept: int
+    is_rest: bool
+    draws: Draws
+    selects: bool
+    select: Selector
+    approximation: Approximation | None
+    depth: int
+    considered: int
+    rows: int
+    probes: bool
+    everywhere: bool
+    steering: controller.State | None = None
+    row: dict[str, Any] = field(default_factory=dict)
+
+
+def draw(config: SiftConfig, step: int, micro_step: int) -> Draws:
+    """What a pool's random numbers decide, and come from: derived from seed, step, micro-step and rank alone."""
+
+    def made(rank: int) -> Generator:
+        return seeded(config.seed, "sift", step, rank, *([micro_step] if micro_step else []))
+
+    of_step = seeded(config.seed, "sift", step, 0)
+    # By the same number on all ranks: one that scored alone would wait for the others for ever (FSDP).
+    selects = torch.rand((), generator=of_step).item() < config.share(step)
+    shared = made(0) if micro_step else of_step
+    return Draws(made(ranks.rank()) if ranks.rank() else shared, shared, selects)
+
+
+def plan(
+    config: SiftConfig,
+    progress: Progress,
+    runner: Runner,
+    pool: Pool,
+    kept: int,
+    micro_step: int,
+    steered: tuple[controller.State | None, dict[str, Any]],
+) -> Plan:
+    """Plan the step of a pool.
+
+    Args:
+        config: How samples are selected.
+        progress: What was before.
+        runner: Knows the model.
+        pool: Pool of R candidates.
+        kept: b.
+        micro_step: Number of the pool within its step.
+        steered: What auto mode decided, and the row of it; None and nothing in fixed mode.
+    """
+    step, first = progress.place(micro_step)
+    draws = draw(config, step, micro_step)
+    state, row = steered
+    selects, select, depth, approximation = draws.selects, config.select, config.depth, runner.approximation
+    rows, considered = max(progress.largest, pool.size), pool.size
+    if state is not None:
+        selects = selects and state.choice is not None
+    if state is not None and state.choice is not None:
+        select, depth, keep = RULES[state.choice.rule], state.choice.depth, state.choice.keep
+        approximation = runner.at(depth)
+        rows = min(rows, round(kept / keep))
+        considered = min(pool.size, rows)
+    due = config.mode == "fixed" and config.probe_every > 0 and step % config.probe_every == 0
+    probes = first and due and runner.anatomy is not None and pools.has_labels(pool.data)
+    is_rest = pool.size < kept
+    everywhere = selects and config.scope == "global" and approximation is not None and ranks.world() > 1
+    # All of a rest is kept, so that only what other ranks cannot do without it is done.
+    scores_it = (selects or probes) and (not is_rest or everywhere or ranks.sharded(runner.model))
+    return Plan(
+        step=step,
+        micro_step=micro_step,
+        kept=kept,
+        is_rest=is_rest,
+        draws=draws,
+        selects=selects,
+        select=select,
+        approximation=approximation if scores_it else None,
+        depth=depth,
+        considered=considered,
+        rows=rows,
+        probes=probes,
+        everywhere=everywhere,
+        steering=state,
+        row=row,
+    )

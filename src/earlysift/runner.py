@@ -1,0 +1,224 @@
+"""`Runner`: everything of a `Sifter` that runs the model. Scores, probes, exit training, and what they cost."""
+
+import logging
+from collections.abc import Mapping
+from contextlib import nullcontext, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from earlysift import checks, controller, costs, exits, judging, losses, pools, probes, ranks, scorers
+from earlysift.config import SiftConfig
+from earlysift.controller import Control
+from earlysift.exits import Anatomy, ExitHead
+from earlysift.fidelity import fidelity
+from earlysift.ledger import Ledger
+from earlysift.measures import LOSS
+from earlysift.pools import Pool
+from earlysift.scorers import Approximation
+from earlysift.validation import whole
+
+_LOG = logging.getLogger("earlysift")
+
+
+class Runner:
+    """Runs a model for a `Sifter`, and counts the FLOPs of it.
+
+    Args:
+        model: The model, wrapped or not; left as it was.
+        config: How pools are scored.
+        exit_head: Module behind the exit, if any.
+        exit_optimizer: Its optimizer, if it is trained here.
+        ledger: Where times and FLOPs go.
+
+    Raises:
+        ValueError: With all problems of the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: SiftConfig,
+        exit_head: ExitHead | None,
+        exit_optimizer: torch.optim.Optimizer | None,
+        ledger: Ledger,
+    ) -> None:
+        self.model, self.config, self.ledger = model, config, ledger
+        self.exit_head, self.exit_optimizer = exit_head, exit_optimizer
+        self.approximation = scorers.named(config.score, config.depth)
+        self.anatomy: Anatomy | None = None
+        self._exits = exit_head is not None or (self.approximation is not None and self.approximation.depth is not None)
+        self._compared = not (self._exits or (self.approximation and self.approximation.measure))
+        if self._exits and (problems := checks.check(model, depth=config.depth, family=config.family)):
+            raise ValueError(exits.problem_report(model, problems))
+        # With a scorer of the user's own, a model that we cannot take apart only lacks probes and FLOPs.
+        optional = self._compared and config.family is None
+        with suppress(ValueError) if optional else nullcontext():
+            self.anatomy = exits.find_anatomy(model, config.family)
+        self._laws: dict[int | None, costs.FlopsLaw] = {}
+        self._flops_failed = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    def layers(self) -> int:
+        """Number of layers of a model that can be probed.
+
+        Raises:
+            ValueError: If its head has no name.
+        """
+        return len(probes.with_head(exits.find_anatomy(self.model, self.config.family)).layers)
+
+    def compare(self, pool: Pool) -> None:
+        """Compare the model with what is known about it, on the first pool: see `earlysift.checks.verified`.
+
+        Raises:
+            ValueError: With all problems found.
+        """
+        if self._compared:
+            return
+        anatomy = exits.find_anatomy(self.model, self.config.family)
+        if self._exits:
+            inputs, _ = pools.inputs_and_labels(pool.take(slice(0, 2)).data)
+            problems = checks.dry_run(self.model, anatomy, self.config.depth, inputs, exit_head=self.exit_head)
+            if problems:
+                raise ValueError(exits.problem_report(self.model, problems))
+        self.anatomy = checks.verified(self.model, pool.data, self.config.family)
+        if self.config.mode == "auto":
+            probes.with_head(self.anatomy)
+        self._compared = True
+
+    def score(self, pool: Pool, approximation: Approximation, kept: int, key: tuple[int | str, ...] = ()) -> Tensor:
+        """Scores of a pool, ``(R,)``, timed.
+
+        Args:
+            pool: Pool of R candidates.
+            approximation: What scores them.
+            kept: b, which bounds how many run at once.
+            key: What random numbers of a user's scorer depend on.
+        """
+        with self.ledger.timed("score"):
+            scores = approximation(self.model, pool, **self._options(kept, approximation), key=key)
+        return judging.require_scores(scores, pool.size)
+
+    def fidelity(self, pool: Pool, scores: Tensor, kept: int) -> dict[str, float]:
+        """How well scores rank the first candidates of a pool, by their exact losses."""
+        with self.ledger.timed("probe"):
+            exact = scorers.exact()
+            losses_of_pool = exact(self.model, pool, **self._options(kept, exact))
+            return fidelity(scores, losses_of_pool[: len(scores)], kept)
+
+    def record(self, pool: Pool, control: Control, kept: int) -> controller.Record:
+        """The record of one probe of auto mode."""
+        measure = (self.approximation and self.approximation.measure) or LOSS
+        options = self._options(kept, scorers.exact()) | {"trim": False}
+        seen = probes.probe(self.model, pool, depths=control.depths, measure=measure, **options)
+        return controller.record(seen, kept, control)
+
+    def steering_record(self, pool: Pool, control: Control, kept: int) -> controller.Record:
+        """The record of a probe within a step, timed; times scoring at one of the depths, too, where times decide."""
+        timed_depth = control.depths[len(self.ledger.times_ms("probe")) % len(control.depths)]
+        with self.ledger.timed("probe"):
+            record = self.record(pool, control, kept)
+            approximation = self.at(timed_depth)
+            if control.reference_costs is None and approximation is not None:  # known before it is spent
+                with self.ledger.timed(f"score_{timed_depth}"):
+                    approximation(self.model, pool, **self._options(kept, approximation))
+        return record
+
+    def at(self, depth: int) -> Approximation | None:
+        """The configured approximation with another exit; as it is, where it has none."""
+        if self.approximation is None or self.approximation.depth is None:
+            return self.approximation
+        return scorers.named(self.approximation.name, depth)
+
+    def train_exit(self, pool: Pool, scores: Tensor, kept: int) -> None:
+        """One step of the exit head on the first b healthy candidates: uniform, as pools come shuffled."""
+        assert self.exit_head is not None
+        assert self.exit_optimizer is not None
+        healthy = (torch.isfinite(scores) | (scores == losses.UNLABELLED)).nonzero().squeeze(1)
+        with self.ledger.timed("exit"):
+            with exits.scoring_mode(self.model), torch.enable_grad():
+                loss = scorers.training_loss(
+                    self.model,
+                    pool.take(healthy[:kept]).data,
+                    depth=self.config.depth,
+                    family=self.config.family,
+                    exit_head=self.exit_head,
+                    detach_exit=True,
+                )
+            parameters = [p for p in self.exit_head.parameters() if p.requires_grad]
+            # Only the exit head's gradients: the model's own .grad fields belong to the user's loop.
+            for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+                parameter.grad = gradient
+            self.exit_optimizer.step()
+            self.exit_optimizer.zero_grad()
+
+    def filled(self, pool: Pool, rows: int) -> Pool:
+        """A pool as long as those of other ranks, by rows of its own, if it takes all ranks to run the model.
+
+        In chunks of the same size a rank with fewer rows would make fewer passes, and the others wait for ever.
+        """
+        if pool.size >= rows or not ranks.sharded(self.model):
+            return pool
+        return pool.take(torch.arange(rows) % pool.size)
+
+    def padding_token(self) -> int:
+        """The token that pools are padded with."""
+        token: Any = getattr(getattr(exits.unwrap(self.model), "config", None), "pad_token_id", None)
+        return int(token) if whole(token, 0) else 0
+
+    def flops(self, pool: Pool, control: Control, kept: int) -> dict[str, float]:
+        """FLOPs of training on b candidates, of a probe, and of scoring at each depth; waits for an accelerator."""
+
+        def count(rows: Any, depth: int | None, passes: int = 1) -> float:
+            assert self.anatomy is not None
+            how = {"passes": passes, "max_positions": self._max_positions(depth)}
+            return costs.batch_work(self.anatomy, rows, "all", self._law(depth), **how)["all_flops"]
+
+        return {
+            "train": count(pool.take(slice(0, kept)).data, None, passes=3),
+            "probe": count(pool.data, None),
+            **{f"score_{depth}": count(pool.data, depth) for depth in control.depths},
+        }
+
+    def note_work(self, rows: Any, name: str, depth: int | None = None, *, passes: int = 1) -> None:
+        """Note positions and FLOPs of passes to a depth (None: all layers), if they can be counted."""
+        if self.anatomy is None or not pools.has_labels(rows):
+            return
+        how = {"passes": passes, "max_positions": self._max_positions(depth)}
+        try:
+            self.ledger.note(**costs.pending_work(self.anatomy, rows, name, self._law(depth), **how))
+        except Exception as error:  # a number for the ledger is no reason to stop a training
+            if not self._flops_failed:
+                kind = type(self.model).__name__
+                _LOG.warning("FLOPs of %s cannot be counted: %r. The ledger goes without.", kind, error)
+            self._flops_failed = True
+
+    def _options(self, kept: int, approximation: Approximation) -> Mapping[str, Any]:
+        """How this sifter scores: options of `earlysift.scorers.Scoring`."""
+        # An exit has few layers and few positions with logits: twice b still needs less memory than a training step.
+        rows = kept if approximation.depth is None else 2 * kept
+        return {
+            "family": self.config.family,
+            "exit_head": self.exit_head,
+            "reduction": self.config.reduction,
+            "max_positions": self.config.max_positions,
+            "chunk_rows": self.config.chunk_rows or rows,
+            "trim": self.config.trim,
+            "dtype": self.config.dtype,
+        }
+
+    def _max_positions(self, depth: int | None) -> int | None:
+        return None if depth is None else self.config.max_positions
+
+    def _law(self, depth: int | None) -> costs.FlopsLaw:
+        """FLOPs to a depth; found once, as walking a model takes longer than many a kernel."""
+        assert self.anatomy is not None
+        if depth not in self._laws:
+            thins = depth is not None and exits.thins(self.model, self.anatomy, self.config.max_positions)
+            self._laws[depth] = costs.flops_law(self.anatomy, depth, thins=thins)
+        return self._laws[depth]

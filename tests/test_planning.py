@@ -1,0 +1,69 @@
+"""Plans: derived from seed, step, micro-step and rank alone, and complete before anything is scored."""
+
+import pytest
+import torch
+
+from earlysift import SiftConfig, planning, pools, progress, selectors, warmup
+from earlysift.controller import Choice, State
+from earlysift.ledger import Ledger
+from earlysift.runner import Runner
+from models import VOCABULARY, build
+
+
+def plan_of(rows=8, kept=4, *, step=0, micro_step=0, steered=(None, {}), **options):
+    config = SiftConfig(**options)
+    runner = Runner(build("bert", "masked_lm"), config, None, None, Ledger())
+    ids = torch.randint(3, VOCABULARY, (rows, 6), generator=torch.Generator().manual_seed(0))
+    before = progress.Progress(step=step, kept=kept, counts={}, fidelity={}, largest=8)
+    pool = pools.checked({"input_ids": ids, "labels": ids})
+    return planning.plan(config, before, runner, pool, kept, micro_step, steered)
+
+
+def test_draws_depend_on_seed_step_and_micro_step_alone():
+    def numbers(seed, step, micro_step):
+        draws = planning.draw(SiftConfig(seed=seed), step, micro_step)
+        return torch.rand(3, generator=draws.own).tolist()
+
+    assert numbers(0, 1, 0) == numbers(0, 1, 0)
+    assert len({tuple(numbers(*place)) for place in [(0, 1, 0), (1, 1, 0), (0, 2, 0), (0, 1, 1)]}) == 4
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_as_many_steps_select_as_the_schedule_says(share):
+    config = SiftConfig(schedule=lambda step: share)
+    selects = [planning.draw(config, step, 0).selects for step in range(400)]
+    assert sum(selects) / 400 == pytest.approx(share, abs=0.07)
+
+
+def test_micro_steps_of_a_step_select_together():
+    config = SiftConfig(schedule=lambda step: 0.5)
+    for step in range(20):
+        assert len({planning.draw(config, step, micro_step).selects for micro_step in range(4)}) == 1
+
+
+def test_a_selecting_step_scores_all_candidates_at_the_configured_exit():
+    plan = plan_of(depth=2, probe_every=0)
+    assert (plan.selects, plan.select, plan.depth, plan.considered, plan.rows) == (True, selectors.greedy, 2, 8, 8)
+    assert plan.approximation.depth == 2
+    assert not plan.probes
+
+
+def test_a_step_that_neither_selects_nor_probes_scores_nothing():
+    assert plan_of(schedule=warmup(5), probe_every=0).approximation is None
+    assert plan_of(schedule=warmup(5), probe_every=1).approximation is not None
+
+
+def test_a_rest_is_trained_on_whole_and_not_scored():
+    plan = plan_of(rows=3, step=5)
+    assert plan.is_rest
+    assert plan.approximation is None
+
+
+def test_auto_mode_replaces_rule_exit_and_keep():
+    state = State(Choice("unbiased", 3, 0.8))
+    plan = plan_of(mode="auto", steered=(state, {"mode": "unbiased"}))
+    assert (plan.select, plan.depth, plan.considered, plan.rows) == (selectors.proportional, 3, 5, 5)
+    assert plan.approximation.depth == 3
+    assert (plan.steering, plan.row) == (state, {"mode": "unbiased"})
+    off = plan_of(mode="auto", steered=(State(), {"mode": "off"}))
+    assert (off.selects, off.approximation) == (False, None)

@@ -1,0 +1,84 @@
+"""Steering: prices from times where there are any, probes only when they are due, the configured choice among all."""
+
+import math
+
+import pytest
+
+from earlysift import controller, steering
+from earlysift.controller import Choice, Control, State
+from earlysift.steering import Measured
+
+PRICES = {"train": 60.0, "probe": 30.0, "score_1": 6.0}
+CONTROL = Control(depths=(1,), keeps=(0.5,), rules=("greedy",))
+
+
+def steered(state, step, *, record=None, **changes):
+    calls = []
+
+    def probe():
+        calls.append("probe")
+        return Measured(record, weighted=False)
+
+    def prices():
+        calls.append("prices")
+        return PRICES
+
+    options = {"first": True, "pools_per_step": 1, "depth": 1, "keep": 0.5} | changes
+    found = steering.steer(state, CONTROL, step, prices_of=prices, probe=probe if record else None, **options)
+    return *found, calls
+
+
+RECORD = steering.record_of({}, CONTROL) | {"correlation.1": 0.5, "gain.1.0.5": 1.2}
+
+
+def test_prices_are_times_or_flops_in_the_unit_of_the_training_time():
+    flops = {"train": 6e9, "probe": 3e9, "score_1": 1e9}
+    assert steering.prices(flops, {"score_1": 5.0}) == flops  # times of scoring alone compare with nothing
+    assert steering.prices(flops, {"train": 60.0, "score_1": 5.0}) == {"train": 60.0, "probe": 30.0, "score_1": 5.0}
+
+
+def test_the_first_step_finds_out_when_a_probe_is_due_and_steps_before_it_ask_for_nothing():
+    state, row, calls = steered(None, 0, record=RECORD)
+    assert (state, row) == (State(next_probe=controller.next_probe(0, CONTROL, PRICES)), {"mode": "off"})
+    assert calls == ["prices"]
+    assert steered(state, state.next_probe - 1, record=RECORD) == (state, {"mode": "off"}, [])
+
+
+def test_a_due_probe_is_made_at_the_first_pool_of_a_step_alone():
+    due = State(next_probe=4)
+    for changes in ({"first": False}, {"record": None}):
+        state, row, calls = steered(due, 4, **{"record": RECORD} | changes)
+        assert (state, row, calls) == (due, {"mode": "off"}, [])
+    state, row, calls = steered(due, 4, record=RECORD)
+    assert calls == ["probe", "prices"]
+    assert state.next_probe > 4
+    assert (row["rank_correlation"], row["gain"]) == (0.5, 1.2)
+
+
+def test_selection_ends_with_the_training_whether_a_probe_is_due_or_not():
+    control = Control(depths=(1,), keeps=(0.5,), total_steps=100)
+    on = State(Choice("greedy", 1, 0.5), next_probe=1000)
+    options = {"first": True, "pools_per_step": 1, "depth": 1, "keep": 0.5, "probe": None}
+    kept, row = steering.steer(on, control, 84, prices_of=dict, **options)
+    assert (kept, row) == (on, {"mode": "greedy"})
+    ended, row = steering.steer(on, control, 85, prices_of=dict, **options)
+    assert ended.choice is None
+    assert row["mode"] == "off"
+    assert row["event"]["from"] == "greedy, depth 1, keep 0.5"
+    assert row["event"]["to"] == "uniform"
+
+
+def test_candidates_are_what_the_model_has_and_the_configured_choice():
+    options = {"depth": 2, "keep": 0.25, "layers": 4, "one_depth": False}
+    control = steering.candidates(Control(depths=(1, 3, 9), keeps=(0.1, 0.5)), **options)
+    assert (control.depths, control.keeps) == ((1, 2, 3), (0.25, 0.5))
+    assert steering.candidates(Control(), **options | {"one_depth": True}).depths == (2,)
+    with pytest.raises(ValueError, match=r"reference_costs of probe, score_1, .*, train, got \['train'\]"):
+        steering.candidates(Control(reference_costs={"train": 1.0}), **options)
+
+
+def test_a_record_has_all_names_and_nan_where_nothing_was_seen():
+    record = steering.record_of({"loss": 2.0}, CONTROL)
+    assert list(record) == controller.record_names(CONTROL)
+    assert record.pop("loss") == 2.0
+    assert all(map(math.isnan, record.values()))
