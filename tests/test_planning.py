@@ -3,20 +3,22 @@
 import pytest
 import torch
 
-from earlysift import SiftConfig, planning, pools, progress, selectors, warmup
-from earlysift.controller import Choice, State
+from earlysift import SiftConfig, planning, pools, selectors, warmup
+from earlysift.controller import Choice, Control, State
 from earlysift.ledger import Ledger
+from earlysift.progress import Progress
 from earlysift.runner import Runner
 from models import VOCABULARY, build
 
 
-def plan_of(rows=8, kept=4, *, step=0, micro_step=0, steered=(None, {}), **options):
+def plan_of(rows=8, kept=4, *, step=0, choice=None, **options):
     config = SiftConfig(**options)
     runner = Runner(build("bert", "masked_lm"), config, None, None, Ledger())
     ids = torch.randint(3, VOCABULARY, (rows, 6), generator=torch.Generator().manual_seed(0))
-    before = progress.Progress(step=step, kept=kept, counts={}, fidelity={}, largest=8)
-    pool = pools.checked({"input_ids": ids, "labels": ids})
-    return planning.plan(config, before, runner, pool, kept, micro_step, steered)
+    state = State(choice, next_probe=100) if config.mode == "auto" else None
+    before = Progress(step=step, kept=kept, counts={}, fidelity={}, largest=8, steering=state)
+    control = Control() if config.mode == "auto" else None
+    return planning.plan(pools.checked({"input_ids": ids, "labels": ids}), kept, 0, before, control, runner)
 
 
 def test_draws_depend_on_seed_step_and_micro_step_alone():
@@ -60,10 +62,9 @@ def test_a_rest_is_trained_on_whole_and_not_scored():
 
 
 def test_auto_mode_replaces_rule_exit_and_keep():
-    state = State(Choice("unbiased", 3, 0.8))
-    plan = plan_of(mode="auto", steered=(state, {"mode": "unbiased"}))
+    plan = plan_of(mode="auto", choice=Choice("unbiased", 3, 0.8))
     assert (plan.select, plan.depth, plan.considered, plan.rows) == (selectors.proportional, 3, 5, 5)
     assert plan.approximation.depth == 3
-    assert (plan.steering, plan.row) == (state, {"mode": "unbiased"})
-    off = plan_of(mode="auto", steered=(State(), {"mode": "off"}))
-    assert (off.selects, off.approximation) == (False, None)
+    assert (plan.steering.choice, plan.row) == (Choice("unbiased", 3, 0.8), {"mode": "unbiased"})
+    off = plan_of(mode="auto")
+    assert (off.selects, off.approximation, off.row) == (False, None, {"mode": "off"})

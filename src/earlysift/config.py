@@ -17,6 +17,19 @@ from earlysift.scorers import SCORES, Scorer
 from earlysift.selectors import Selector
 from earlysift.validation import finite, one_of, option, problems, whole
 
+_PLAIN = [
+    "keep",
+    "depth",
+    "mode",
+    "reduction",
+    "max_positions",
+    "drop_outliers",
+    "probe_every",
+    "trim",
+    "scope",
+    "seed",
+]
+"""Options that are JSON as they are."""
 _SCHEDULE_SAMPLES = (0, 1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)
 
 
@@ -161,11 +174,9 @@ class SiftConfig:
 
         Functions have no value to save: a schedule is known by samples, a callable by its name.
         """
-        shown = ("keep", "depth", "mode", "reduction", "max_positions", "drop_outliers", "probe_every")
-        shown += ("trim", "scope", "seed")
         control = self.control and json.loads(json.dumps(asdict(self.control)))
         return {
-            **{name: getattr(self, name) for name in shown},
+            **{name: getattr(self, name) for name in _PLAIN},
             "score": scorers.name_of(self.score),
             "select": scorers.name_of(self.select),
             "schedule": [self.share(step) for step in _SCHEDULE_SAMPLES],

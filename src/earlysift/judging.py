@@ -1,15 +1,17 @@
 """Judging scores: whether a batch can be chosen by them, and what a user should hear about them."""
 
 import logging
+import reprlib
 import warnings
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from earlysift import controller, losses, pending
 from earlysift.pending import Pending
+from earlysift.validation import whole
 
 _LOG = logging.getLogger("earlysift")
 _LEVEL = 4  # from here to the line that called `Sifter.sift`
@@ -40,6 +42,52 @@ def count(scores: Tensor) -> dict[str, Any]:
     unlabelled = scores == losses.UNLABELLED
     broken = ~(torch.isfinite(scores) | unlabelled)
     return {"unlabelled": pending.number(unlabelled.sum()), "non_finite": pending.number(broken.sum())}
+
+
+def require_kept(size: int, keep: float, known: int | None, *, first: bool) -> int:
+    """How many candidates of a pool are kept; refuses a pool that has too few.
+
+    Args:
+        size: R.
+        keep: Share that is kept.
+        known: b, if earlier pools or the configuration have fixed it.
+        first: Whether it is the first pool.
+
+    Raises:
+        ValueError: If the pool is empty, or the first one has fewer than b candidates.
+    """
+    kept = size if keep == 1 else known or max(1, round(keep * size))
+    if size < kept and first:
+        raise ValueError(
+            f"Expected at least {kept} candidates (the number kept) in the first pool, got {size}. "
+            "Use a larger pool, or keep fewer."
+        )
+    if size < kept and size == 0:
+        raise ValueError("Expected at least one candidate, got 0. Leave empty batches out.")
+    return kept
+
+
+def require_micro_step(micro_step: object) -> int:
+    """The number of a pool within its step, as a plain number.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if not whole(micro_step, 0):
+        raise ValueError(
+            f"micro_step must be a whole number of at least 0, got {reprlib.repr(micro_step)}. It is the number of "
+            "the pool within its optimizer step."
+        )
+    return int(cast(int, micro_step))
+
+
+def require_training(model: nn.Module) -> None:
+    """Refuse a model in evaluation mode, which a loop has forgotten to end."""
+    if not model.training:
+        raise ValueError(
+            "The model is in evaluation mode, which a training step does not expect. "
+            "Call model.train() before the loop and after every evaluation."
+        )
 
 
 def require_scores(scores: object, size: int) -> Tensor:

@@ -66,7 +66,8 @@ def _squared_error(outputs: "Tensor", targets: "Tensor") -> "Tensor":
 def _entropy(logits: "Tensor", targets: "Tensor") -> "Tensor":
     from torch.special import entr
 
-    return entr(logits.softmax(dim=-1)).sum(dim=-1)  # 0 log 0 = 0: classes of logit -inf add nothing
+    terms: Tensor = entr(logits.softmax(dim=-1))  # 0 log 0 = 0: classes of logit -inf add nothing
+    return terms.sum(dim=-1)
 
 
 def _binary_entropy(logits: "Tensor", targets: "Tensor") -> "Tensor":

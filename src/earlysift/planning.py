@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Generator
 
-from earlysift import controller, pools, ranks, selectors
+from earlysift import controller, pools, ranks, selectors, steering
 from earlysift.config import SiftConfig
+from earlysift.controller import Control
 from earlysift.pools import Pool
 from earlysift.progress import Progress
 from earlysift.runner import Runner
@@ -80,29 +81,21 @@ def draw(config: SiftConfig, step: int, micro_step: int) -> Draws:
     return Draws(made(ranks.rank()) if ranks.rank() else shared, shared, selects)
 
 
-def plan(
-    config: SiftConfig,
-    progress: Progress,
-    runner: Runner,
-    pool: Pool,
-    kept: int,
-    micro_step: int,
-    steered: tuple[controller.State | None, dict[str, Any]],
-) -> Plan:
-    """Plan the step of a pool.
+def plan(pool: Pool, kept: int, micro_step: int, progress: Progress, control: Control | None, runner: Runner) -> Plan:
+    """Plan the step of a pool; in auto mode this may probe it.
 
     Args:
-        config: How samples are selected.
-        progress: What was before.
-        runner: Knows the model.
         pool: Pool of R candidates.
         kept: b.
         micro_step: Number of the pool within its step.
-        steered: What auto mode decided, and the row of it; None and nothing in fixed mode.
+        progress: What was before.
+        control: What auto mode may choose from; None in fixed mode.
+        runner: Runs the model.
     """
+    config = runner.config
     step, first = progress.place(micro_step)
     draws = draw(config, step, micro_step)
-    state, row = steered
+    state, row = (None, {}) if control is None else steer(pool, kept, step, first, progress, control, runner)
     selects, select, depth, approximation = draws.selects, config.select, config.depth, runner.approximation
     rows, considered = max(progress.largest, pool.size), pool.size
     if state is not None:
@@ -135,3 +128,36 @@ def plan(
         steering=state,
         row=row,
     )
+
+
+def steer(
+    pool: Pool, kept: int, step: int, first: bool, progress: Progress, control: Control, runner: Runner
+) -> tuple[controller.State, dict[str, Any]]:
+    """What auto mode decides about a step, alike on all ranks: see `earlysift.steering.steer`."""
+
+    def prices() -> dict[str, float]:
+        if control.reference_costs is not None:
+            return ranks.mean(control.reference_costs, runner.device)
+        # Times of the ledger first: the loop may time its training itself.
+        times_ms = runner.times_between_ms() | runner.ledger.medians_ms()
+        return ranks.mean(steering.prices(runner.flops(pool, control, kept), times_ms), runner.device)
+
+    def probe() -> steering.Measured:
+        record = runner.steering_record(runner.filled(pool, progress.largest), control, kept)
+        # A rest is too little to learn from: the controller forgets it, on all ranks.
+        numbers = steering.record_of({} if pool.size < kept else record, control)
+        numbers = ranks.mean({**numbers, "weighted": float(progress.weights_read)}, runner.device)
+        return steering.Measured(numbers, weighted=numbers.pop("weighted") == 1)
+
+    state, row = steering.steer(
+        progress.steering,
+        control,
+        step,
+        first=first,
+        pools_per_step=progress.pools_per_step,
+        depth=runner.config.depth,
+        keep=runner.config.keep,
+        prices_of=prices,
+        probe=probe if pools.has_labels(pool.data) else None,
+    )
+    return state, row | ({"probed": pool.size} if "control" in row else {})

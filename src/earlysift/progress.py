@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import math
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from earlysift import controller
 from earlysift.controller import Control
+from earlysift.pending import Pending
 from earlysift.settings import differences
 from earlysift.validation import finite, option, problems, whole
 
@@ -69,6 +71,33 @@ class Progress:
 def start(kept: int | None, steering: controller.State | None) -> Progress:
     """The progress before the first step."""
     return Progress(kept=kept, counts=dict.fromkeys(COUNTS, 0), fidelity={}, steering=steering)
+
+
+def after(progress: Progress, step: int, micro_step: int, row: Mapping[str, Any], **changes: Any) -> Progress:
+    """The progress after a pool.
+
+    Args:
+        progress: Before it.
+        step: Its optimizer step.
+        micro_step: Its number within the step.
+        row: What was noted of it; counts that an accelerator has yet to make are left out.
+        changes: Other fields that change.
+    """
+    counts = {
+        name: total + (0 if isinstance(count := row.get(name, 0), Pending) else int(count))
+        for name, total in progress.counts.items()
+    }
+    probed = math.isfinite(row.get("rank_correlation", math.nan))
+    return dataclasses.replace(
+        progress,
+        step=step + 1,
+        micro_step=micro_step,
+        pools_per_step=max(progress.pools_per_step, micro_step + 1),
+        largest=max(progress.largest, row["candidates"]),
+        counts=counts,
+        fidelity={name: row[name] for name in FIDELITY if name in row} if probed else progress.fidelity,
+        **changes,
+    )
 
 
 def to_json(progress: Progress) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """`Runner`: everything of a `Sifter` that runs the model. Scores, probes, exit training, and what they cost."""
 
 import logging
+from collections import deque
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
+from statistics import median
 from typing import Any
 
 import torch
@@ -58,6 +60,24 @@ class Runner:
             self.anatomy = exits.find_anatomy(model, config.family)
         self._laws: dict[int | None, costs.FlopsLaw] = {}
         self._flops_failed = False
+        self._left_ms: float | None = None
+        self._between_ms: deque[float] = deque(maxlen=100)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_left_ms": None}  # the clock of another process may be another
+
+    def entered(self) -> None:
+        """Note that a call of `Sifter.sift` begins: what was between two calls is the loop's training, and reading."""
+        if self._left_ms is not None:
+            self._between_ms.append(self.ledger.now_ms() - self._left_ms)
+
+    def left(self) -> None:
+        """Note that a call of `Sifter.sift` ends."""
+        self._left_ms = self.ledger.now_ms()
+
+    def times_between_ms(self) -> dict[str, float]:
+        """Median time between calls as ``train``, as far as is known."""
+        return {"train": median(self._between_ms)} if self._between_ms else {}
 
     @property
     def device(self) -> torch.device:
@@ -176,8 +196,8 @@ class Runner:
 
         def count(rows: Any, depth: int | None, passes: int = 1) -> float:
             assert self.anatomy is not None
-            how = {"passes": passes, "max_positions": self._max_positions(depth)}
-            return costs.batch_work(self.anatomy, rows, "all", self._law(depth), **how)["all_flops"]
+            law, most = self._law(depth), self._max_positions(depth)
+            return costs.batch_work(self.anatomy, rows, "all", law, passes=passes, max_positions=most)["all_flops"]
 
         return {
             "train": count(pool.take(slice(0, kept)).data, None, passes=3),
@@ -189,16 +209,28 @@ class Runner:
         """Note positions and FLOPs of passes to a depth (None: all layers), if they can be counted."""
         if self.anatomy is None or not pools.has_labels(rows):
             return
-        how = {"passes": passes, "max_positions": self._max_positions(depth)}
+        most = self._max_positions(depth)
         try:
-            self.ledger.note(**costs.pending_work(self.anatomy, rows, name, self._law(depth), **how))
+            law = self._law(depth)
+            self.ledger.note(**costs.pending_work(self.anatomy, rows, name, law, passes=passes, max_positions=most))
         except Exception as error:  # a number for the ledger is no reason to stop a training
             if not self._flops_failed:
                 kind = type(self.model).__name__
                 _LOG.warning("FLOPs of %s cannot be counted: %r. The ledger goes without.", kind, error)
             self._flops_failed = True
 
-    def _options(self, kept: int, approximation: Approximation) -> Mapping[str, Any]:
+    def note_scoring(self, pool: Pool, approximation: Approximation | None, row: Mapping[str, Any]) -> None:
+        """Note the work of a step's scoring and probing, by its row of the ledger.
+
+        What a scorer of the user's own costs is unknown.
+        """
+        if approximation is not None and approximation.measure is not None:
+            scored = pool if row["scored"] == pool.size else pool.take(slice(0, row["scored"]))
+            self.note_work(scored.data, "scored", approximation.depth)
+        if "rank_correlation" in row:
+            self.note_work(pool.data, "probed")
+
+    def _options(self, kept: int, approximation: Approximation) -> dict[str, Any]:
         """How this sifter scores: options of `earlysift.scorers.Scoring`."""
         # An exit has few layers and few positions with logits: twice b still needs less memory than a training step.
         rows = kept if approximation.depth is None else 2 * kept

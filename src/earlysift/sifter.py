@@ -3,59 +3,26 @@
 import copy
 import dataclasses
 import logging
-import math
 import reprlib
-from collections import deque
 from collections.abc import Mapping
-from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from earlysift import judging, pending, planning, pools, progress, ranks, scorers, selectors, steering
+from earlysift import judging, pending, planning, pools, progress, scorers, steering, stepping
 from earlysift.config import SiftConfig
 from earlysift.controller import Control
 from earlysift.exits import ExitHead
 from earlysift.judging import Counted
 from earlysift.ledger import Ledger
-from earlysift.pending import Pending
 from earlysift.planning import Plan
-from earlysift.pools import Pool
-from earlysift.progress import FIDELITY, STATE_VERSION, Progress
-from earlysift.ranks import Gathered
+from earlysift.progress import STATE_VERSION, Progress
 from earlysift.runner import Runner
 from earlysift.selectors import Selection
-from earlysift.validation import whole
+from earlysift.stepping import Scored
 
 _LOG = logging.getLogger("earlysift")
-
-
-_PARTS = (
-    ("model", lambda part: isinstance(part, nn.Module), "a torch.nn.Module"),
-    ("exit_head", lambda part: part is None or isinstance(part, nn.Module), "an ExitHead or None"),
-    ("exit_optimizer", lambda part: part is None or callable(getattr(part, "step", None)), "an optimizer or None"),
-    ("ledger", lambda part: part is None or isinstance(part, Ledger), "a Ledger or None"),
-)
-"""Arguments of `Sifter` that are parts of a run, not options: name, rule, and what they must be."""
-
-
-class Scored(NamedTuple):
-    """The scores of a step.
-
-    Attributes:
-        own: Of this rank's candidates.
-        gathered: Of all that are selected from together, and how many of them each rank has.
-        everywhere: Whether that is all ranks' candidates.
-        counted: What is judged about them; pending on an accelerator.
-        row: What the ledger is to note.
-    """
-
-    own: Tensor
-    gathered: Gathered
-    everywhere: bool
-    counted: Counted
-    row: dict[str, Any]
 
 
 class Sifter:
@@ -115,11 +82,9 @@ class Sifter:
         self._unjudged: Counted | None = None  # scores of the pool before that an accelerator has yet to count
         self._broken_probes = 0  # in a row
         self._mentioned_rest = False
-        self._left_ms: float | None = None
-        self._outside_ms: deque[float] = deque(maxlen=100)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__ | {"_left_ms": None}  # the clock of another process may be another
+        state = dict(self.__dict__)
         if self._unjudged is not None:
             state["_unjudged"] = self._unjudged._replace(counts=pending.arrived(self._unjudged.counts))
         return state
@@ -181,40 +146,32 @@ class Sifter:
                 of, by the next call (or `judge`), which names their step and hands out nothing; going on sifts its
                 pool. Steps that wait anyway (probes, an exit_optimizer, global scope) refuse at once.
         """
-        candidates = pools.checked(pool)
-        kept = self._kept_of(candidates, micro_step)
+        micro_step, candidates = judging.require_micro_step(micro_step), pools.checked(pool)
+        before, runner = self._progress, self._runner
+        kept = judging.require_kept(candidates.size, self.config.keep, before.kept, first=before.step == 0)
         self.begin(micro_step)
-        if self._left_ms is not None:
-            self._outside_ms.append(self.ledger.now_ms() - self._left_ms)
+        runner.entered()
         self.judge()
         if self.config.keep == 1:
-            step, _ = self._progress.place(int(micro_step))
-            self._commit(candidates, pool, self._everything(candidates.size), step, int(micro_step), {})
+            step, row = before.place(micro_step)[0], {"candidates": candidates.size}
+            self._commit(pool, stepping.everything(candidates.size, runner.device), step, micro_step, row)
             return pool
-        self._require_training()
-        self._runner.compare(candidates)
-        plan = self._plan(candidates, kept, int(micro_step))
+        judging.require_training(self.model)
+        runner.compare(candidates)
+        plan = planning.plan(candidates, kept, micro_step, self._progress, self._control, runner)
         if plan.everywhere:
-            candidates = self._padded(candidates)
-        scored = None if plan.approximation is None else self._score(candidates, plan)
-        if scored is not None:
-            self._judge(scored, plan)
-        selection, batch = self._select(candidates, scored, plan)
-        learned = {} if scored is None else self._learn(candidates, scored, plan)
-        with self.ledger.timed("gather"):
-            batch = candidates.take(selection.indices).data if batch is None else batch
-            if self.config.trim:
-                batch = pools.trim_padding(batch)
-        if plan.is_rest and not (scored and scored.everywhere):
-            self._mention_rest(plan, candidates.size)
-        row = plan.row | ({} if scored is None else scored.row) | learned
-        self._commit(candidates, batch, selection, plan.step, plan.micro_step, row, kept=kept, steering=plan.steering)
-        if scored is not None and plan.approximation is not None and plan.approximation.measure is not None:
-            rows = (
-                candidates.data if plan.considered == candidates.size else candidates.take(slice(plan.considered)).data
-            )
-            self._runner.note_work(rows, "scored", plan.approximation.depth)
-        self._unjudged = scored.counted if scored is not None and scored.counted.is_pending() else None
+            candidates = stepping.padded(candidates, runner)
+        scored = stepping.score(candidates, plan, runner)
+        unjudged = stepping.judge(scored, plan, self._progress.counts)
+        selection, batch = stepping.select(candidates, scored, plan, runner)
+        fidelity = stepping.learn(candidates, scored, plan, runner)
+        batch = stepping.gather(candidates, selection, batch, runner)
+        self._warn(plan, scored, candidates.size, fidelity)
+        row = plan.row | (scored.row if scored else {}) | fidelity
+        row = {"candidates": candidates.size, **row}
+        self._commit(batch, selection, plan.step, micro_step, row, kept=kept, steering=plan.steering)
+        runner.note_scoring(candidates, plan.approximation, row)
+        self._unjudged = unjudged
         return batch
 
     def judge(self) -> None:
@@ -308,201 +265,49 @@ class Sifter:
         one_depth = self.exit_head is not None
         return steering.candidates(control, depth=config.depth, keep=config.keep, layers=layers, one_depth=one_depth)
 
-    def _kept_of(self, pool: Pool, micro_step: object) -> int:
-        """b; refuses a call that no step can be made of."""
-        if not whole(micro_step, 0):
-            raise ValueError(
-                f"micro_step must be a whole number of at least 0, got {reprlib.repr(micro_step)}. It is the number of "
-                "the pool within its optimizer step."
-            )
-        kept = (
-            pool.size if self.config.keep == 1 else self._progress.kept or max(1, round(self.config.keep * pool.size))
-        )
-        if pool.size < kept and self._progress.step == 0:
-            raise ValueError(
-                f"Expected at least {kept} candidates (the number kept) in the first pool, got {pool.size}. "
-                "Use a larger pool, or keep fewer."
-            )
-        if pool.size == 0 and kept > 0:
-            raise ValueError("Expected at least one candidate, got 0. Leave empty batches out.")
-        return kept
-
-    def _require_training(self) -> None:
-        if not self.model.training:
-            raise ValueError(
-                "The model is in evaluation mode, which a training step does not expect. "
-                "Call model.train() before the loop and after every evaluation."
-            )
-
-    def _plan(self, pool: Pool, kept: int, micro_step: int) -> Plan:
-        steered: tuple[Any, dict[str, Any]] = (None, {})
-        if self._control is not None:
-            steered = self._steer(pool, kept, micro_step, self._control)
-        return planning.plan(self.config, self._progress, self._runner, pool, kept, micro_step, steered)
-
-    def _steer(self, pool: Pool, kept: int, micro_step: int, control: Control) -> tuple[steering.State, dict[str, Any]]:
-        """What auto mode decides about this step, alike on all ranks."""
-        device, outside_ms = self._runner.device, self._outside_ms
-
-        def prices() -> dict[str, float]:
-            if control.reference_costs is not None:
-                return ranks.mean(control.reference_costs, device)
-            # The loop may time its training itself.
-            between = {"train": median(outside_ms)} if outside_ms else {}
-            flops = self._runner.flops(pool, control, kept)
-            return ranks.mean(steering.prices(flops, between | self.ledger.medians_ms()), device)
-
-        def probe() -> steering.Measured:
-            whole_pool = self._runner.filled(pool, self._progress.largest)
-            record = self._runner.steering_record(whole_pool, control, kept)
-            # A rest is too little to learn from: the controller forgets it, on all ranks.
-            numbers = steering.record_of({} if pool.size < kept else record, control)
-            numbers = ranks.mean({**numbers, "weighted": float(self._progress.weights_read)}, device)
-            return steering.Measured(numbers, weighted=numbers.pop("weighted") == 1)
-
-        step, first = self._progress.place(micro_step)
-        state, row = steering.steer(
-            self._progress.steering,
-            control,
-            step,
-            first=first,
-            pools_per_step=self._progress.pools_per_step,
-            depth=self.config.depth,
-            keep=self.config.keep,
-            prices_of=prices,
-            probe=probe if pools.has_labels(pool.data) else None,
-        )
-        return state, row | ({"probed": pool.size} if "control" in row else {})
-
-    def _padded(self, pool: Pool) -> Pool:
-        """The pool as long as the longest of all ranks."""
-        with self.ledger.timed("gather"):
-            token = self._runner.padding_token()
-            return Pool(ranks.pad_together(pool.data, token, self._runner.device), pool.size)
-
-    def _score(self, pool: Pool, plan: Plan) -> Scored:
-        """Score the candidates, and gather the scores of all ranks if they are selected from together."""
-        assert plan.approximation is not None
-        considered = pool if plan.considered == pool.size else pool.take(slice(0, plan.considered))
-        key = (self.config.seed, "score", plan.step, ranks.rank(), *([plan.micro_step] if plan.micro_step else []))
-        filled = self._runner.filled(considered, plan.rows)
-        own = self._runner.score(filled, plan.approximation, plan.kept, key)[: considered.size]
-        gathered, everywhere = Gathered(own, [considered.size]), plan.everywhere
-        if everywhere:
-            with self.ledger.timed("gather"):
-                gathered = ranks.gather(own, considered)
-            if sum(gathered.sizes) < plan.kept * len(gathered.sizes):  # too few for all, as every rank knows
-                gathered, everywhere = Gathered(own, [considered.size]), False
-        counts = judging.count(gathered.scores)
-        if plan.probes or everywhere or plan.is_rest or self.exit_optimizer is not None:
-            counts = pending.arrived(counts)  # such a step waits anyway
-        kept = min(plan.kept * len(gathered.sizes), len(gathered.scores))
-        counted = Counted(plan.step, len(gathered.scores), kept, counts)
-        own_counts = pending.arrived(judging.count(own)) if everywhere else counts
-        row = {"scored": considered.size, "depth": plan.depth, **own_counts}
-        return Scored(own, gathered, everywhere, counted, row)
-
-    def _judge(self, scored: Scored, plan: Plan) -> None:
-        """Refuse scores that no batch can be chosen by; those of an accelerator wait for the next call."""
-        chosen_by_scores = scored.everywhere or not plan.is_rest
-        if chosen_by_scores and not scored.counted.is_pending():
-            judging.require_usable(scored.counted, self._progress.counts)
-
-    def _select(self, pool: Pool, scored: Scored | None, plan: Plan) -> tuple[Selection, Any]:
-        """Choose b candidates; with their rows if these are at hand, or come from other ranks, else None."""
-        everywhere = scored is not None and scored.everywhere
-        if plan.is_rest and not everywhere:
-            return self._everything(pool.size), pool.data
-        if not plan.selects or scored is None:
-            # In auto mode the first b, which is as uniform as the pool is shuffled: see `wanted`.
-            offered = plan.kept if self.config.mode == "auto" else pool.size
-            chosen = selectors.uniform_subset(offered, plan.kept, plan.draws.own)
-            return Selection(*(part.to(self._runner.device, non_blocking=True) for part in chosen)), None
-        scores, kept = scored.gathered.scores, scored.counted.kept
-        with self.ledger.timed("select"):
-            guarded = selectors.drop_outliers(scores, self.config.drop_outliers, kept)
-            selection = plan.select(guarded, kept, plan.draws.shared if everywhere else plan.draws.own)
-        # To look at the numbers themselves waits for an accelerator: only those of a selector of the user's own.
-        ours = plan.select in planning.RULES.values()
-        selectors.require_selection(selection, kept, len(guarded), look=not ours)
-        if not everywhere:
-            return selection, None
-        with self.ledger.timed("gather"):
-            considered = pool.take(slice(0, plan.considered)) if plan.considered < pool.size else pool
-            batch, selection = ranks.exchange(considered, selection, scored.gathered.sizes, plan.kept)
-        return selection, batch
-
-    def _learn(self, pool: Pool, scored: Scored, plan: Plan) -> dict[str, float]:
-        """Compare scores with exact losses if that is due, and train the exit head if there is one."""
-        row: dict[str, float] = {}
-        if plan.probes:
-            fidelity = self._runner.fidelity(self._runner.filled(pool, plan.rows), scored.own, plan.kept)
-            if not plan.is_rest:  # which is too little to learn from
-                row = fidelity
-                correlation = row.get("rank_correlation", 1.0)
-                self._broken_probes = judging.broken_probes(correlation, plan.step, plan.depth, self._broken_probes)
-        if self.exit_optimizer is not None:
-            self._runner.train_exit(pool, scored.own, plan.kept)
-        return row
-
-    def _mention_rest(self, plan: Plan, size: int) -> None:
-        if not self._mentioned_rest:
+    def _warn(self, plan: Plan, scored: Scored | None, size: int, fidelity: Mapping[str, float]) -> None:
+        """Warn of exits that rank at random, and once of a pool that is trained on whole."""
+        if plan.probes and not plan.is_rest:
+            correlation = fidelity.get("rank_correlation", 1.0)
+            self._broken_probes = judging.broken_probes(correlation, plan.step, plan.depth, self._broken_probes)
+        if plan.is_rest and not (scored and scored.everywhere) and not self._mentioned_rest:
             _LOG.warning(
                 "step %d: the %d candidates of a pool are fewer than the %d kept: all are trained on. Said once.",
                 plan.step,
                 size,
                 plan.kept,
             )
-        self._mentioned_rest = True
-
-    def _everything(self, size: int) -> Selection:
-        return Selection(torch.arange(size, device=self._runner.device), torch.ones(size, device=self._runner.device))
+            self._mentioned_rest = True
 
     def _commit(
-        self,
-        pool: Pool,
-        batch: Any,
-        selection: Selection,
-        step: int,
-        micro_step: int,
-        row: Mapping[str, Any],
-        **changes: Any,
+        self, batch: Any, selection: Selection, step: int, micro_step: int, row: Mapping[str, Any], **changes: Any
     ) -> None:
         """Note what the step did, and remember it; nothing of the state has changed before."""
-        row = {"candidates": pool.size, "trained": len(selection.indices), **row}
+        row = {**row, "trained": len(selection.indices)}
         self.ledger.note(**row)
         self._runner.note_work(batch, "trained", passes=3)
-        if "rank_correlation" in row:
-            self._runner.note_work(pool.data, "probed")
         if event := row.get("event"):
             _LOG.warning("step %d: %s -> %s: %s", step, event["from"], event["to"], event["reason"])
-        before, fidelity = self._progress, self._progress.fidelity
-        if math.isfinite(row.get("rank_correlation", math.nan)):
-            fidelity = {name: row[name] for name in FIDELITY if name in row}
-        counts = {
-            name: total + (0 if isinstance(count := row.get(name, 0), Pending) else int(count))  # else counted later
-            for name, total in before.counts.items()
-        }
         self.selection = selection
-        self._progress = dataclasses.replace(
-            before,
-            step=step + 1,
-            micro_step=micro_step,
-            pools_per_step=max(before.pools_per_step, micro_step + 1),
-            largest=max(before.largest, pool.size),
-            counts=counts,
-            fidelity=fidelity,
-            **changes,
-        )
-        self._left_ms = self.ledger.now_ms()
+        self._progress = progress.after(self._progress, step, micro_step, row, **changes)
+        self._runner.left()
 
 
 def _checked_config(config: SiftConfig | None, options: Mapping[str, Any], parts: Mapping[str, Any]) -> SiftConfig:
     """The configuration of a sifter; refuses at once all arguments that cannot work with any model."""
+    kinds = {
+        "model": (isinstance(parts["model"], nn.Module), "a torch.nn.Module"),
+        "exit_head": (isinstance(parts["exit_head"], nn.Module | None), "an ExitHead or None"),
+        "exit_optimizer": (
+            parts["exit_optimizer"] is None or callable(getattr(parts["exit_optimizer"], "step", None)),
+            "an optimizer or None",
+        ),
+        "ledger": (isinstance(parts["ledger"], Ledger | None), "a Ledger or None"),
+    }
     sentences = [
         f"{name} must be {expected}, got {reprlib.repr(parts[name])}."
-        for name, sound, expected in _PARTS
-        if not sound(parts[name])
+        for name, (sound, expected) in kinds.items()
+        if not sound
     ]
     if parts["exit_optimizer"] is not None and parts["exit_head"] is None:
         sentences.append("An exit_optimizer came without an exit_head. Pass both, or neither.")
