@@ -265,12 +265,12 @@ def test_names_of_a_record_are_known_whatever_the_pool(kept):
 
 def test_identical_gradients_leave_nothing_to_gain():
     gradients = torch.ones(16, 4, dtype=torch.float64)
-    told = run(lambda seed: probe_of(gradients, torch.rand(16, generator=seeded(seed))), 3, prices=FREE)[-1].told
+    numbers = run(lambda seed: probe_of(gradients, torch.rand(16, generator=seeded(seed))), 3, prices=FREE)[-1].numbers
     for choice in choices(ONE):
-        assert told[f"payoff.{choice.rule}.1.0.5"] == pytest.approx(1, abs=0.05)
-    assert told["payoff.greedy.1.0.5"] == pytest.approx(1)
-    assert told["payoff_error.greedy.1.0.5"] == pytest.approx(0, abs=1e-6)
-    assert told["noise_scale"] == pytest.approx(0)
+        assert numbers[f"payoff.{choice.rule}.1.0.5"] == pytest.approx(1, abs=0.05)
+    assert numbers["payoff.greedy.1.0.5"] == pytest.approx(1)
+    assert numbers["payoff_error.greedy.1.0.5"] == pytest.approx(0, abs=1e-6)
+    assert numbers["noise_scale"] == pytest.approx(0)
 
 
 def test_payoff_is_progress_over_cost():
@@ -293,38 +293,38 @@ def test_payoff_is_progress_over_cost():
 def test_progress_is_how_far_a_step_of_given_length_goes_along_the_mean_gradient():
     # Known by construction: half of the gradients are zero, the others a direction of length 1 and noise of length 6.
     rows, kept = 1024, 512
-    told = run(lambda seed: easy_heavy(seed, rows), ENOUGH, prices=FREE)[-1].told
+    numbers = run(lambda seed: easy_heavy(seed, rows), ENOUGH, prices=FREE)[-1].numbers
     greedy = 1 / math.sqrt(1 + 36 / kept)
     uniform = 0.5 / math.sqrt(0.25 + (0.5 * 37 - 0.25) / kept)
-    assert told["payoff.greedy.1.0.5"] == pytest.approx(greedy / uniform, rel=0.01)
+    assert numbers["payoff.greedy.1.0.5"] == pytest.approx(greedy / uniform, rel=0.01)
 
 
 def test_noise_scale_is_that_of_the_gradients():
     # Trace of the covariance over the squared mean gradient: 16 / 4.
-    told = run(lambda seed: probe_of(noisy(512, seeded(seed), along=2.0), torch.ones(512)), 4)[-1].told
-    assert told["noise_scale"] == pytest.approx(4, rel=0.1)
+    numbers = run(lambda seed: probe_of(noisy(512, seeded(seed), along=2.0), torch.ones(512)), 4)[-1].numbers
+    assert numbers["noise_scale"] == pytest.approx(4, rel=0.1)
 
 
 def test_what_a_uniform_step_cannot_see_no_choice_is_said_to_do_better():
     gradients = torch.tensor([[1.0], [-1.0], [1.0], [-1.0]], dtype=torch.float64)  # the mean of the others points back
-    told = run(lambda _: probe_of(gradients, torch.tensor([4.0, 1.0, 3.0, 2.0])), 3)[-1].told
-    assert [told[f"payoff.{rule}.1.0.5"] for rule in ("greedy", "unbiased")] == [0, 0]
-    assert told["noise_scale"] == INF
+    numbers = run(lambda _: probe_of(gradients, torch.tensor([4.0, 1.0, 3.0, 2.0])), 3)[-1].numbers
+    assert [numbers[f"payoff.{rule}.1.0.5"] for rule in ("greedy", "unbiased")] == [0, 0]
+    assert numbers["noise_scale"] == INF
 
 
 def test_errors_are_the_spread_of_estimates_over_runs():
-    told = [
+    numbers = [
         estimates([record(easy_heavy(100 * run + step, 128), 64, GREEDY) for step in range(WINDOW)], GREEDY, CHEAP, 0.5)
         for run in range(60)
     ]
     for name, error in (("payoff.greedy.1.0.5", "payoff_error.greedy.1.0.5"), ("signal", "signal_error")):
-        spread = torch.tensor([numbers[name] for numbers in told]).std().item()
-        assert sum(numbers[error] for numbers in told) / len(told) == pytest.approx(spread, rel=0.35)
+        spread = torch.tensor([numbers[name] for numbers in numbers]).std().item()
+        assert sum(numbers[error] for numbers in numbers) / len(numbers) == pytest.approx(spread, rel=0.35)
 
 
 def test_one_record_has_no_error_bar():
     (verdict,) = run(easy_heavy, 1)
-    assert verdict.told["payoff_error.greedy.1.0.5"] == INF
+    assert verdict.numbers["payoff_error.greedy.1.0.5"] == INF
 
 
 # Decisions
@@ -345,7 +345,7 @@ def test_training_starts_uniform_and_a_workload_of_learnt_samples_switches_greed
     assert [verdict.state.choice for verdict in verdicts[: ENOUGH - 1]] == [None] * (ENOUGH - 1)
     assert {verdict.reason for verdict in verdicts[: ENOUGH - 1]} == {"too few probes"}
     assert verdicts[-1].state.choice is not None
-    assert verdicts[-1].told["payoff.greedy.1.0.5"] > 1.1
+    assert verdicts[-1].numbers["payoff.greedy.1.0.5"] > 1.1
     switched = next(verdict for verdict in verdicts if verdict.state.choice)
     assert switched.reason.startswith("selection pays (payoff 1.")
 
@@ -371,9 +371,9 @@ def test_pure_noise_is_left_alone(prices):
 def test_a_plateau_is_left_alone_although_its_gain_in_loss_would_pay():
     for verdict in run(plateau, prices=FREE):
         assert verdict.state.choice is None
-        assert verdict.told["gain.1.0.5"] > 1.2
-        assert verdict.told["payoff_C2.1.0.5"] > 1.2
-        assert verdict.told["payoff.greedy.1.0.5"] < 0
+        assert verdict.numbers["gain.1.0.5"] > 1.2
+        assert verdict.numbers["payoff_C2.1.0.5"] > 1.2
+        assert verdict.numbers["payoff.greedy.1.0.5"] < 0
 
 
 def test_what_pays_when_it_is_free_is_left_alone_when_scoring_costs_too_much():
@@ -396,8 +396,8 @@ def test_the_choice_is_the_one_that_surely_pays_most():
     verdicts = run(make, WINDOW, control=control, prices={**CHEAP, "score_3": 60.0})
     switched = next(verdict for verdict in verdicts if verdict.state.choice)
     sure = {
-        choice: switched.told[f"payoff.{choice.rule}.{choice.depth}.{choice.keep:g}"]
-        - SURE * switched.told[f"payoff_error.{choice.rule}.{choice.depth}.{choice.keep:g}"]
+        choice: switched.numbers[f"payoff.{choice.rule}.{choice.depth}.{choice.keep:g}"]
+        - SURE * switched.numbers[f"payoff_error.{choice.rule}.{choice.depth}.{choice.keep:g}"]
         for choice in choices(control)
     }
     assert switched.state.choice == max(sure, key=sure.get)
@@ -413,7 +413,7 @@ def test_what_one_way_of_training_showed_is_forgotten_at_a_switch():
     assert len(verdicts[at + 1].state.records) == 2
 
 
-def told_of(payoff, *, error=0.0, rule="greedy", gain=2.0):
+def numbers_of(payoff, *, error=0.0, rule="greedy", gain=2.0):
     names = {"signal": 1.0, "signal_error": 0.1, "payoff_C2.1.0.5": gain}
     for choice in choices(ONE):
         name = f"{choice.rule}.1.0.5"
@@ -440,20 +440,20 @@ def state_of(choice, *latest):
     ],
 )
 def test_between_one_and_the_margin_nothing_is_switched_on_or_off(payoff, from_off, from_on):
-    assert decide(state_of(None), told_of(payoff), ONE, 0)[0] == from_off
-    assert decide(state_of(CHOICE), told_of(payoff), ONE, 0)[0] == from_on
+    assert decide(state_of(None), numbers_of(payoff), ONE, 0)[0] == from_off
+    assert decide(state_of(CHOICE), numbers_of(payoff), ONE, 0)[0] == from_on
 
 
 def test_switching_on_asks_for_some_standard_errors_more_and_staying_on_does_not():
     surplus = 0.3
-    told = told_of(1 + MARGIN + surplus, error=1.1 * surplus / SURE)
-    assert decide(state_of(None), told, ONE, 0)[0] is None
-    assert decide(state_of(CHOICE), told, ONE, 0)[0] == CHOICE
-    assert decide(state_of(None), told_of(1 + MARGIN + surplus, error=0.9 * surplus / SURE), ONE, 0)[0] == CHOICE
+    numbers = numbers_of(1 + MARGIN + surplus, error=1.1 * surplus / SURE)
+    assert decide(state_of(None), numbers, ONE, 0)[0] is None
+    assert decide(state_of(CHOICE), numbers, ONE, 0)[0] == CHOICE
+    assert decide(state_of(None), numbers_of(1 + MARGIN + surplus, error=0.9 * surplus / SURE), ONE, 0)[0] == CHOICE
 
 
 def test_switching_on_asks_for_a_mean_gradient_that_stands_out_of_the_noise_and_staying_on_does_not():
-    drowned = told_of(5.0) | {"signal": 1.0, "signal_error": 0.6}
+    drowned = numbers_of(5.0) | {"signal": 1.0, "signal_error": 0.6}
     choice, reason = decide(state_of(None), drowned, ONE, 0)
     assert choice is None
     assert reason == "the mean gradient drowns in noise"
@@ -461,38 +461,38 @@ def test_switching_on_asks_for_a_mean_gradient_that_stands_out_of_the_noise_and_
 
 
 def test_greedy_asks_for_a_gain_in_loss_as_well_and_the_unbiased_rule_does_not():
-    assert decide(state_of(None), told_of(1.5, gain=0.99), ONE, 0)[0] is None
-    unbiased = told_of(1.5, gain=0.99, rule="unbiased")
+    assert decide(state_of(None), numbers_of(1.5, gain=0.99), ONE, 0)[0] is None
+    unbiased = numbers_of(1.5, gain=0.99, rule="unbiased")
     assert decide(state_of(None), unbiased, ONE, 0)[0] == Choice("unbiased", 1, 0.5)
 
 
 def test_a_loop_without_weights_is_never_given_the_unbiased_rule():
-    unbiased = told_of(1.5, rule="unbiased")
+    unbiased = numbers_of(1.5, rule="unbiased")
     assert decide(state_of(None), unbiased, ONE, 0, weighted=False)[0] is None
-    assert decide(state_of(None), told_of(1.5), ONE, 0, weighted=False)[0] == CHOICE
+    assert decide(state_of(None), numbers_of(1.5), ONE, 0, weighted=False)[0] == CHOICE
 
 
 @pytest.mark.parametrize("correlation", [LEAST_CORRELATION - 0.01, 0.0, -0.9])
 def test_a_score_that_ranks_at_random_or_backwards_in_the_latest_probe_switches_off_at_once(correlation):
     latest = entry_of(correlation=correlation)
-    choice, reason = decide(state_of(CHOICE, latest), told_of(5.0), ONE, 0)
+    choice, reason = decide(state_of(CHOICE, latest), numbers_of(5.0), ONE, 0)
     assert choice is None
     assert reason == f"the exit ranks at random or backwards (rank correlation {correlation:.2f})"
-    assert decide(state_of(None, latest), told_of(5.0), ONE, 0)[0] is None  # and is not switched on
-    assert decide(state_of(CHOICE, latest, entry_of()), told_of(5.0), ONE, 0)[0] == CHOICE  # what is past is past
+    assert decide(state_of(None, latest), numbers_of(5.0), ONE, 0)[0] is None  # and is not switched on
+    assert decide(state_of(CHOICE, latest, entry_of()), numbers_of(5.0), ONE, 0)[0] == CHOICE  # what is past is past
 
 
 @pytest.mark.parametrize("times", [0.9, 1.1])
 def test_a_loss_of_whole_pools_that_has_surely_risen_switches_off_at_once(times):
     risen = times * SURE * math.hypot(0.1, 0.1)
-    choice, reason = decide(state_of(CHOICE, entry_of(loss=1 + risen)), told_of(5.0), ONE, 0)
+    choice, reason = decide(state_of(CHOICE, entry_of(loss=1 + risen)), numbers_of(5.0), ONE, 0)
     assert (choice is None) == (times > 1)
     assert ("what is not trained on is forgotten" in reason) == (times > 1)
-    assert decide(state_of(None, entry_of(loss=1 + risen)), told_of(5.0), ONE, 0)[0] == CHOICE
+    assert decide(state_of(None, entry_of(loss=1 + risen)), numbers_of(5.0), ONE, 0)[0] == CHOICE
 
 
 def test_a_payoff_below_one_switches_off_at_once():
-    choice, reason = decide(state_of(CHOICE), told_of(0.97), ONE, 0)
+    choice, reason = decide(state_of(CHOICE), numbers_of(0.97), ONE, 0)
     assert choice is None
     assert reason == "selection does not pay (payoff 0.97)"
 
@@ -501,7 +501,7 @@ def test_a_payoff_below_one_switches_off_at_once():
 def test_selection_ends_with_the_training(step, chosen):
     control = Control(depths=(1,), keeps=(0.5,), total_steps=1000)
     for now in (None, CHOICE):
-        choice, reason = decide(state_of(now), told_of(5.0), control, step)
+        choice, reason = decide(state_of(now), numbers_of(5.0), control, step)
         assert choice == chosen
         assert ("nears its end" in reason) == (chosen is None)
 
@@ -619,7 +619,7 @@ def test_selection_ends_at_its_share_of_the_training_and_keeps_the_latest_record
     assert controller.end(state, control, 49).state == state
     ended = controller.end(state, control, 50)
     assert ended.state == State(None, (state.records[1],), 90, (3.0, state.records[1]["loss_error"]))
-    assert ended.reason == decide(state, told_of(1.5), control, 50)[1]
+    assert ended.reason == decide(state, numbers_of(1.5), control, 50)[1]
     off = State(None, state.records, 90)
     assert controller.end(off, control, 60).state == off
     assert controller.end(state, ONE, 10**6).state == state  # of unknown length
@@ -688,12 +688,12 @@ def test_all_that_is_wrong_is_said_at_once():
 def test_a_loss_that_rises_slowly_is_held_against_the_loss_at_the_switch():
     rising = tuple(entry_of(loss=1.3 + 0.02 * number) for number in range(WINDOW))  # each step is within the noise
     state = State(CHOICE, rising, before=(1.0, 0.1))
-    choice, reason = decide(state, told_of(1.5), ONE, 0)
+    choice, reason = decide(state, numbers_of(1.5), ONE, 0)
     assert choice is None
     assert "forgotten" in reason
 
 
 def test_a_payoff_below_one_counts_only_over_enough_probes_since_the_switch():
     few = State(CHOICE, (entry_of(),) * (ENOUGH - 1), before=(1.0, 0.1))
-    assert decide(few, told_of(0.5), ONE, 0)[0] == CHOICE
-    assert decide(State(CHOICE, (entry_of(),) * ENOUGH, before=(1.0, 0.1)), told_of(0.5), ONE, 0)[0] is None
+    assert decide(few, numbers_of(0.5), ONE, 0)[0] == CHOICE
+    assert decide(State(CHOICE, (entry_of(),) * ENOUGH, before=(1.0, 0.1)), numbers_of(0.5), ONE, 0)[0] is None

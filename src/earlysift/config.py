@@ -17,19 +17,7 @@ from earlysift.scorers import SCORES, Scorer
 from earlysift.selectors import Selector
 from earlysift.validation import finite, one_of, option, problems, whole
 
-_PLAIN = [
-    "keep",
-    "depth",
-    "mode",
-    "reduction",
-    "max_positions",
-    "drop_outliers",
-    "probe_every",
-    "trim",
-    "scope",
-    "seed",
-]
-"""Options that are JSON as they are."""
+_PLAIN = ("keep", "depth", "mode", "reduction", "max_positions", "drop_outliers", "probe_every", "trim", "scope")
 _SCHEDULE_SAMPLES = (0, 1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)
 
 
@@ -176,7 +164,7 @@ class SiftConfig:
         """
         control = self.control and json.loads(json.dumps(asdict(self.control)))
         return {
-            **{name: getattr(self, name) for name in _PLAIN},
+            **{name: getattr(self, name) for name in (*_PLAIN, "seed")},
             "score": scorers.name_of(self.score),
             "select": scorers.name_of(self.select),
             "schedule": [self.share(step) for step in _SCHEDULE_SAMPLES],

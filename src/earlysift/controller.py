@@ -25,7 +25,7 @@ Record = dict[str, float]
 
 WINDOW = 6  # records that a choice looks back on
 ENOUGH = 3  # records before the first choice
-MARGIN = 0.1  # payoff above 1 that switching on asks for, two standard errors deducted
+MARGIN = 0.1  # required payoff above 1, less two standard errors
 SURE = 2.0  # standard errors
 LEAST_CORRELATION = 0.1  # a score that ranks worse than this ranks at random
 EARLY_SHARE, EARLY_PROBES = 0.1, 0.4  # this part of the training gets this part of the probes
@@ -120,7 +120,7 @@ class Verdict(NamedTuple):
     """What a probe led to: the state from here on, the numbers it rests on, and the reason in words."""
 
     state: State
-    told: dict[str, float]
+    numbers: dict[str, float]
     reason: str
 
 
@@ -151,9 +151,9 @@ def advance(
     state = replace(state, records=records, next_probe=next_probe(step, control, prices, pools_per_step))
     if not records:
         return Verdict(state, {}, "no probe has seen finite losses yet")
-    told = estimates(records, control, prices, pool_keep)
-    choice, reason = decide(state, told, control, step, weighted)
-    return Verdict(_switched(state, choice), told, reason)
+    numbers = estimates(records, control, prices, pool_keep)
+    choice, reason = decide(state, numbers, control, step, weighted)
+    return Verdict(_switched(state, choice), numbers, reason)
 
 
 def end(state: State, control: Control, step: int) -> Verdict:
@@ -283,25 +283,29 @@ def estimates(
         ``noise_scale`` (in samples, McCandlish et al. 2018, arXiv 1812.06162), ``floor``.
     """
     mean = _means(records)
-    told = {name: value for name, value in mean.items() if name.startswith(("correlation.", "gain.", "floor", "loss"))}
-    told["signal"] = signal = mean["uniform.signal"]
-    told["signal_error"] = _standard_error([entry["uniform.signal"] for entry in records])
-    told["noise_scale"] = (1 - signal) / signal if signal > 0 else math.inf
+    numbers = {
+        name: value for name, value in mean.items() if name.startswith(("correlation.", "gain.", "floor", "loss"))
+    }
+    numbers["signal"] = signal = mean["uniform.signal"]
+    numbers["signal_error"] = _standard_error([entry["uniform.signal"] for entry in records])
+    numbers["noise_scale"] = (1 - signal) / signal if signal > 0 else math.inf
     for depth in control.depths:
         for keep in control.keeps:
             cost = 1 + prices[f"score_{depth}"] / prices["train"] * pool_keep / keep
-            told[f"cost.{depth}.{keep:g}"] = cost
-            told[f"payoff_C2.{depth}.{keep:g}"] = costs.payoff(mean[f"gain.{depth}.{keep:g}"], cost)
-            told[f"payoff_T7.{depth}.{keep:g}"] = costs.unbiased_payoff(mean[f"second_moment.{depth}.{keep:g}"], cost)
+            numbers[f"cost.{depth}.{keep:g}"] = cost
+            numbers[f"payoff_C2.{depth}.{keep:g}"] = costs.payoff(mean[f"gain.{depth}.{keep:g}"], cost)
+            numbers[f"payoff_T7.{depth}.{keep:g}"] = costs.unbiased_payoff(
+                mean[f"second_moment.{depth}.{keep:g}"], cost
+            )
     for choice in choices(control):
-        cost = told[f"cost.{choice.depth}.{choice.keep:g}"]
-        told[f"payoff.{_name(choice)}"] = _progress(mean, choice) / cost
-        told[f"payoff_error.{_name(choice)}"] = _jackknife(records, choice) / cost
-    return told
+        cost = numbers[f"cost.{choice.depth}.{choice.keep:g}"]
+        numbers[f"payoff.{_name(choice)}"] = _progress(mean, choice) / cost
+        numbers[f"payoff_error.{_name(choice)}"] = _jackknife(records, choice) / cost
+    return numbers
 
 
 def decide(
-    state: State, told: Mapping[str, float], control: Control, step: int, weighted: bool = True
+    state: State, numbers: Mapping[str, float], control: Control, step: int, weighted: bool = True
 ) -> tuple[Choice | None, str]:
     """The choice from this step on, and why.
 
@@ -312,8 +316,8 @@ def decide(
     payoffs are noise, too). The gap between on and off is a hysteresis.
 
     Args:
-        state: With the records that ``told`` was made from.
-        told: What `estimates` returned.
+        state: With the records that ``numbers`` was made from.
+        numbers: What `estimates` returned.
         control: What may be chosen.
         step: The present step.
         weighted: Whether the loop weighs samples; the unbiased rule is never chosen in one that does not.
@@ -333,23 +337,23 @@ def decide(
         risen = latest["loss"] - loss
         if risen > SURE * math.hypot(latest["loss_error"], error):
             return None, f"the loss of whole pools has risen by {risen:.2g} since: what is not trained on is forgotten"
-        if len(state.records) >= ENOUGH and told[f"payoff.{_name(now)}"] < 1:
-            return None, f"selection does not pay (payoff {told[f'payoff.{_name(now)}']:.2f})"
+        if len(state.records) >= ENOUGH and numbers[f"payoff.{_name(now)}"] < 1:
+            return None, f"selection does not pay (payoff {numbers[f'payoff.{_name(now)}']:.2f})"
         return now, "selection pays"
     if len(state.records) < ENOUGH:
         return None, "too few probes"
-    if told["signal"] < SURE * told["signal_error"]:
+    if numbers["signal"] < SURE * numbers["signal_error"]:
         return None, "the mean gradient drowns in noise"
     sure = {
-        choice: told[f"payoff.{_name(choice)}"] - SURE * told[f"payoff_error.{_name(choice)}"]
+        choice: numbers[f"payoff.{_name(choice)}"] - SURE * numbers[f"payoff_error.{_name(choice)}"]
         for choice in choices(control)
         if latest[f"correlation.{choice.depth}"] >= LEAST_CORRELATION
-        and (weighted if choice.rule == "unbiased" else told[f"payoff_C2.{choice.depth}.{choice.keep:g}"] > 1)
+        and (weighted if choice.rule == "unbiased" else numbers[f"payoff_C2.{choice.depth}.{choice.keep:g}"] > 1)
     }
     best = max(sure, key=lambda choice: sure[choice], default=None)
     if best is None or sure[best] < 1 + MARGIN:
         return None, "selection would not pay"
-    return best, f"selection pays (payoff {told[f'payoff.{_name(best)}']:.2f}, surely {sure[best]:.2f})"
+    return best, f"selection pays (payoff {numbers[f'payoff.{_name(best)}']:.2f}, surely {sure[best]:.2f})"
 
 
 def next_probe(step: int, control: Control, prices: Mapping[str, float], pools_per_step: int = 1) -> int:
