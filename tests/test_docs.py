@@ -35,7 +35,7 @@ PRINTED = {
     "docs/scaling.md": "scoring 64 at depth 1 takes",
     "docs/speed.md": "16 positions: ",
 }
-EXAMPLE = re.compile(r"```python\n(.*?)```(?:\s*```text\n(.*?)```)?", flags=re.DOTALL)
+EXAMPLE = re.compile(r"```python\n(.*?)```(?:(?:(?!```).)*```text\n(.*?)```)?", flags=re.DOTALL)
 EXAMPLES = [
     pytest.param(page, code, output, id=f"{page}-{number}")
     for page in PAGES
