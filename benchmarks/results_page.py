@@ -104,8 +104,8 @@ def scorecard_section() -> str:
             continue
         word = "" if result["passed"] == line.cases else " **missed**"
         passed = f"{result['passed']:,}{word}"
-        told = [result["what"], f"{line.cases:,}", passed, "; ".join(result["detail"]), f"{result['seconds']} s"]
-        rows.append([name, *told, str(result["commit"])])
+        cells = [result["what"], f"{line.cases:,}", passed, "; ".join(result["detail"]), f"{result['seconds']} s"]
+        rows.append([name, *cells, str(result["commit"])])
     measured = list(lines.values())[-1]
     versions = ", ".join(f"{name} {version}" for name, version in measured["versions"].items())
     machine = f"{measured['machine']['cpu']}, {measured['machine']['cores']} cores; {versions}."
@@ -114,7 +114,7 @@ def scorecard_section() -> str:
 
 
 def fuzz_section() -> str:
-    """What came of all that was tried by the fuzzer, as Markdown."""
+    """What each kind of bad input led to, as Markdown."""
     fuzz = json.loads((RESULTS / "fuzz.json").read_text(encoding="utf-8"))
     outcomes = list(next(iter(fuzz["counts"].values())))
     rows = [[kind, *(f"{count:,}" for count in counts.values())] for kind, counts in fuzz["counts"].items()]
@@ -200,17 +200,17 @@ def decisions(results: dict[str, Any]) -> str:
         too_few = probes_that_count(run, steps.get(run["seed"], run["steps"])) < ENOUGH
         still = "uniform throughout" + f", as a decision needs {ENOUGH} probes" * too_few
         events = run["events"]
-        told = [
+        changes = [
             f"at {event['reference_s']:.1f} s (step {event['step']}) from {event['from']} to {event['to']}: "
             f"{event['reason']}"
             for event in events[:_MOST_EVENTS]
         ]
         if len(events) > _MOST_EVENTS:
-            told.append(f"and {len(events) - _MOST_EVENTS} more")
+            changes.append(f"and {len(events) - _MOST_EVENTS} more")
         count = len(run["control"])
         share = run["spent_s"]["probe"] / sum(run["spent_s"].values())
         probes = f"{count} probe{'s' * (count != 1)}, {100 * share:.1f} %"
-        lines.append(f"  - seed {run['seed']} ({probes} of the time): {'; '.join(told) or still}")
+        lines.append(f"  - seed {run['seed']} ({probes} of the time): {'; '.join(changes) or still}")
     return "\n".join(lines)
 
 

@@ -127,11 +127,19 @@ def test_theory_page_links_statements_to_functions_and_tests_that_exist():
     assert [name for name in tests if f"def {name}(" not in source] == []
 
 
+def anchors(text):
+    """The anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.*)", re.sub(r"```.*?```", "", text, flags=re.DOTALL), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_links_between_documents_lead_somewhere():
     for name in PAGES:
         text = (ROOT / name).read_text(encoding="utf-8")
-        for target in re.findall(r"\]\((?!https?://)([^)#]+)", text):
-            assert ((ROOT / name).parent / target).exists(), f"{name} links to {target}"
+        for file, anchor in re.findall(r"\]\((?!https?://)([^)#]*)#?([^)]*)\)", text):
+            target = (ROOT / name).parent / file if file else ROOT / name
+            assert target.exists(), f"{name} links to {file}"
+            assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), f"{name}: no {file}#{anchor}"
 
 
 def test_contributing_is_short_and_names_the_three_commands():
