@@ -3,7 +3,9 @@
 import ast
 import importlib
 import importlib.util
+import json
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -104,6 +106,13 @@ def test_readme_is_short_and_shows_a_committed_result(results_page):
     assert len(README.splitlines()) <= 90
     assert results_page.readme_section() in README
     assert re.findall(r'(?:srcset|src)="([^"]+)"', README) == ["docs/verdict-dark.svg", "docs/verdict-light.svg"]
+
+
+def test_caption_of_the_picture_says_what_the_result_shows(results_page):
+    arms = json.loads((results_page.RESULTS / results_page.README_RESULTS).read_text(encoding="utf-8"))["arms"]
+    final = {name: statistics.fmean(run["final_accuracy"] for run in arm["runs"]) for name, arm in arms.items()}
+    assert final["sift"] < final["uniform"] < final["sift-entropy"] < final["visible"]
+    assert all(run["events"] == [] for run in arms["auto"]["runs"])
 
 
 def test_theory_page_shows_the_committed_measurements(results_page):
