@@ -1,12 +1,75 @@
 """Results of benchmarks to pictures, in the style of the report's."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from earlysift.report.figures import FAINT, SETTINGS, save_png
+from earlysift.report.series import band, label, seeds, styles
 
 _OURS, _OTHER = "#2f7fd6", "#d9581f"
 _GROUP = 0.85  # of the height of a shape, which its depths share
+THEMES = {
+    "light": ("#1f2328", "#e4e6e9"),
+    "dark": ("#e6edf3", "#30363d"),
+}  # text and grid; the background is the page's
+_LABEL_GAP = 0.075  # least distance of two labels at the right, as a share of the height of the axes
+
+
+def verdict_picture(results: dict[str, Any], arms: Iterable[str], theme: str, path: Path) -> None:
+    """Validation accuracy over reference time as an SVG for one colour scheme, each line labelled with its verdict.
+
+    Args:
+        results: Content of a results.json, judged.
+        arms: The arms to draw, in this order.
+        theme: A key of `THEMES`.
+        path: Where the picture goes.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    text, grid = THEMES[theme]
+    colors = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), text) | {"grid.color": grid}
+    with matplotlib.rc_context(SETTINGS | colors | {"svg.hashsalt": path.name, "axes.grid.axis": "y"}):
+        figure = Figure(figsize=(8, 3.9), layout="constrained")
+        axes = figure.subplots()
+        look, ends = styles(results["arms"]), {}
+        for name in arms:
+            if (line := band(seeds(results["arms"][name]), "curve", "reference_s", "accuracy")) is None:
+                continue
+            style = look[name]
+            dashes = (0, tuple(map(float, style.dashes.split()))) if style.dashes else "-"
+            axes.plot(line.x, line.mean, color=style.color, linestyle=dashes, linewidth=4 if style.beneath else 2)
+            axes.fill_between(line.x, line.low, line.high, color=style.color, alpha=0.15, linewidth=0)
+            ends[name] = line.mean[-1]
+        target = results["target"]["accuracy"]
+        axes.axhline(target, color=FAINT, linewidth=1.2, linestyle="--", zorder=1)
+        axes.annotate("target", (0, target), (4, 4), textcoords="offset points", color=FAINT)
+        axes.set_xlim(0, results["config"]["budget"])
+        axes.set_ylim(bottom=0)
+        height, top = float("-inf"), axes.get_ylim()[1]
+        for name in sorted(ends, key=lambda name: ends[name]):
+            height = max(ends[name], height + _LABEL_GAP * top)
+            verdict = results["comparison"].get(name, {}).get("verdict", "").partition(":")[0].lower()
+            words = label(name, results["arms"][name]) + f": {verdict}" * bool(verdict)
+            place = (1.015, height / top)
+            axes.annotate(words, place, xycoords="axes fraction", va="center", color=look[name].color, weight="bold")
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.set_xlabel("reference time, every cost charged (s)")
+        axes.set_title(f"{results['data']['name']}: validation accuracy", loc="left", fontsize=10)
+        count = results["config"]["seeds"]
+        axes.annotate(
+            f"lines: mean of {count} seeds; bands: lowest to highest seed",
+            (1, 0),
+            (-4, 5),
+            xycoords="axes fraction",
+            textcoords="offset points",
+            ha="right",
+            fontsize=8,
+            color=FAINT,
+        )
+        figure.savefig(path, format="svg", transparent=True, metadata={"Date": None})
 
 
 def score_picture(entries: dict[str, Any], path: Path) -> None:

@@ -18,13 +18,16 @@ from earlysift.compare.verdict import judged, probes_that_count
 from earlysift.controller import ENOUGH
 from earlysift.report.page import RESULTS_VERSION
 from earlysift.theory.findings import show_cell
+from pictures import THEMES, verdict_picture
 from sections import benchmark_sections
 from targets import targets_section
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-_DEMO = "compare_demo.json"
-_DEMO_START, _DEMO_END = "<!-- demo -->", "<!-- /demo -->"
+README_RESULTS = "compare_cpu_mlm-stdlib.json"  # what `make demo` trains, with five seeds
+_README_ARMS = ("uniform", "sift", "sift-entropy", "visible", "auto")
+_NOT_IN_README = ("steps", "final loss", "time to target", "speed-up by wall time")
+_README_START, _README_END = "<!-- verdicts -->", "<!-- /verdicts -->"
 _THEORY_START, _THEORY_END = "<!-- theory -->", "<!-- /theory -->"
 _SCORES_START, _SCORES_END = "<!-- scorecard -->", "<!-- /scorecard -->"
 _FUZZ_START, _FUZZ_END = "<!-- fuzz -->", "<!-- /fuzz -->"
@@ -54,9 +57,10 @@ visible ones.
 
 
 def main() -> int:
-    """Write the page, and the demo's result into the README."""
+    """Write the page, the generated parts of other documents, and the picture of the README."""
+    readme_pictures(ROOT / "docs")
     for path, start, end, section in (
-        (ROOT / "README.md", _DEMO_START, _DEMO_END, demo_section),
+        (ROOT / "README.md", _README_START, _README_END, readme_section),
         (ROOT / "docs" / "theory.md", _THEORY_START, _THEORY_END, theory_section),
         (ROOT / "docs" / "reliability.md", _SCORES_START, _SCORES_END, scorecard_section),
         (ROOT / "docs" / "reliability.md", _FUZZ_START, _FUZZ_END, fuzz_section),
@@ -100,8 +104,8 @@ def scorecard_section() -> str:
             continue
         word = "" if result["passed"] == line.cases else " **missed**"
         passed = f"{result['passed']:,}{word}"
-        told = [result["what"], f"{line.cases:,}", passed, "; ".join(result["detail"]), f"{result['seconds']} s"]
-        rows.append([name, *told, str(result["commit"])])
+        cells = [result["what"], f"{line.cases:,}", passed, "; ".join(result["detail"]), f"{result['seconds']} s"]
+        rows.append([name, *cells, str(result["commit"])])
     measured = list(lines.values())[-1]
     versions = ", ".join(f"{name} {version}" for name, version in measured["versions"].items())
     machine = f"{measured['machine']['cpu']}, {measured['machine']['cores']} cores; {versions}."
@@ -110,39 +114,40 @@ def scorecard_section() -> str:
 
 
 def fuzz_section() -> str:
-    """What came of all that was tried by the fuzzer, as Markdown."""
+    """What each kind of bad input led to, as Markdown."""
     fuzz = json.loads((RESULTS / "fuzz.json").read_text(encoding="utf-8"))
     outcomes = list(next(iter(fuzz["counts"].values())))
     rows = [[kind, *(f"{count:,}" for count in counts.values())] for kind, counts in fuzz["counts"].items()]
     return f"{_table(['what', *outcomes], rows)}\n\nSeed {fuzz['seed']}; {fuzz['hardware']}; commit {fuzz['commit']}."
 
 
-def verdict_table(results: dict[str, Any]) -> str:
-    """Arms of one comparison as a Markdown table (the README uses it, too)."""
+def verdict_table(results: dict[str, Any], short: bool = False) -> str:
+    """Arms of one comparison as a Markdown table; ``short`` keeps the arms and columns that the README shows."""
     rows = []
     hides = any("final_hidden_accuracy" in run for arm in results["arms"].values() for run in arm["runs"])
-    for name, arm in results["arms"].items():
+    for name in _readme_arms(results) if short else results["arms"]:
+        arm = results["arms"][name]
         runs = [run for run in arm["runs"] if run["finished"]]
         entry = results["comparison"].get(name, {})
         mark = "" if arm["charged"] else " (not charged)"
         uniform = name == "uniform"
-        rows.append(
-            [
-                arm["label"] + mark,
-                _spread([run["steps"] for run in runs], "{:.0f}"),
-                f"{_spread([100 * run['final_accuracy'] for run in runs], '{:.2f}')} %",
-                "0" if uniform else _interval(entry, "final_accuracy_", "difference", "{:+.2f}", 100),
-                *([_interval(entry, "final_hidden_accuracy_", "difference", "{:+.2f}", 100)] if hides else []),
-                _spread([run["final_loss"] for run in runs if run["final_loss"] is not None], "{:.3f}"),
-                _to_target(runs),
-                "1" if uniform else _interval(entry, "", "speedup", "{:.2f}"),
-                "1" if uniform else _interval(entry, "wall_", "speedup", "{:.2f}"),
-                "" if uniform else _word(entry),
-            ]
-        )
-    headings = ["arm", "steps", "final accuracy", "points from uniform", *(["on hidden tokens"] if hides else [])]
-    headings += ["final loss", "time to target", "speed-up", "speed-up by wall time", "verdict"]
-    return _table(headings, rows)
+        row = {
+            "arm": arm["label"] + mark,
+            "steps": _spread([run["steps"] for run in runs], "{:.0f}"),
+            "final accuracy": f"{_spread([100 * run['final_accuracy'] for run in runs], '{:.2f}')} %",
+            "points from uniform": "0"
+            if uniform
+            else _interval(entry, "final_accuracy_", "difference", "{:+.2f}", 100),
+            "on hidden tokens": _interval(entry, "final_hidden_accuracy_", "difference", "{:+.2f}", 100),
+            "final loss": _spread([run["final_loss"] for run in runs if run["final_loss"] is not None], "{:.3f}"),
+            "time to target": _to_target(runs),
+            "speed-up": "1" if uniform else _interval(entry, "", "speedup", "{:.2f}"),
+            "speed-up by wall time": "1" if uniform else _interval(entry, "wall_", "speedup", "{:.2f}"),
+            "verdict": "" if uniform else _word(entry),
+        }
+        left_out = (() if hides else ("on hidden tokens",)) + (_NOT_IN_README if short else ())
+        rows.append({heading: cell for heading, cell in row.items() if heading not in left_out})
+    return _table(list(rows[0]), [list(row.values()) for row in rows])
 
 
 def spent_table(results: dict[str, Any]) -> str:
@@ -195,17 +200,17 @@ def decisions(results: dict[str, Any]) -> str:
         too_few = probes_that_count(run, steps.get(run["seed"], run["steps"])) < ENOUGH
         still = "uniform throughout" + f", as a decision needs {ENOUGH} probes" * too_few
         events = run["events"]
-        told = [
+        changes = [
             f"at {event['reference_s']:.1f} s (step {event['step']}) from {event['from']} to {event['to']}: "
             f"{event['reason']}"
             for event in events[:_MOST_EVENTS]
         ]
         if len(events) > _MOST_EVENTS:
-            told.append(f"and {len(events) - _MOST_EVENTS} more")
+            changes.append(f"and {len(events) - _MOST_EVENTS} more")
         count = len(run["control"])
         share = run["spent_s"]["probe"] / sum(run["spent_s"].values())
         probes = f"{count} probe{'s' * (count != 1)}, {100 * share:.1f} %"
-        lines.append(f"  - seed {run['seed']} ({probes} of the time): {'; '.join(told) or still}")
+        lines.append(f"  - seed {run['seed']} ({probes} of the time): {'; '.join(changes) or still}")
     return "\n".join(lines)
 
 
@@ -224,18 +229,28 @@ def fidelity_line(results: dict[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def demo_section() -> str:
-    """Table and verdict of the committed ``make demo`` result, for the README."""
-    results = _read(RESULTS / _DEMO)
+def readme_section() -> str:
+    """Verdicts of the workload that the README shows, and what they were measured on."""
+    results = _read(RESULTS / README_RESULTS)
     if results is None:
-        return "There is no committed result of this version yet: `make demo` makes one."
-    machine, versions = results["machine"], results["versions"]
-    return f"""> {results["verdict"]}
+        return "There is no committed result of this version yet."
+    machine, versions, reached = results["machine"], results["versions"], results["baseline"]["accuracy"]
+    return f"""{verdict_table(results, short=True)}
 
-{verdict_table(results)}
+{results["config"]["seeds"]} seeds. In brackets: lowest and highest seed of an accuracy, 95 % interval of a comparison.
+A model that ignores its input reaches {100 * reached:.2f} %. {machine["cpu"]}, {machine["cores"]} cores;
+torch {versions["torch"]}, transformers {versions["transformers"]}; commit {results["commit"]}."""
 
-{machine["cpu"]}, {machine["cores"]} cores; torch {versions["torch"]}, transformers {versions["transformers"]}; commit
-{results["commit"]}. A model that ignores its input reaches {100 * results["baseline"]["accuracy"]:.2f} %."""
+
+def readme_pictures(folder: Path) -> None:
+    """Draw the README's picture of that workload, one for each colour scheme."""
+    if results := _read(RESULTS / README_RESULTS):
+        for theme in THEMES:
+            verdict_picture(results, _readme_arms(results), theme, folder / f"verdict-{theme}.svg")
+
+
+def _readme_arms(results: dict[str, Any]) -> list[str]:
+    return [name for name in _README_ARMS if name in results["arms"]]
 
 
 def _read(path: Path) -> dict[str, Any] | None:

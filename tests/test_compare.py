@@ -977,17 +977,21 @@ def test_results_page_tells_verdict_costs_and_decisions_of_committed_results(tex
     assert cli.main(arguments) == 0
     results = tmp_path / "results"
     results.mkdir()
-    (results / "compare_demo.json").write_bytes((out / "results.json").read_bytes())
+    (results / page.README_RESULTS).write_bytes((out / "results.json").read_bytes())
     (results / "compare_old.json").write_text('{"version": 1}')
     (tmp_path / "docs").mkdir()
-    (tmp_path / "README.md").write_text("before\n<!-- demo -->\nold\n<!-- /demo -->\nafter\n")
+    (tmp_path / "README.md").write_text("before\n<!-- verdicts -->\nold\n<!-- /verdicts -->\nafter\n")
     monkeypatch.setattr(page, "ROOT", tmp_path)
     monkeypatch.setattr(page, "RESULTS", results)
     assert page.main() == 0
     told, readme = (tmp_path / "docs" / "results.md").read_text(), (tmp_path / "README.md").read_text()
     verdict = results_of(out)["verdict"]
     assert verdict in told
-    assert verdict in readme
+    assert [line.split("|")[1].strip() for line in readme.splitlines() if line.startswith("| ")][2:] == [
+        "uniform",
+        "SIFT",
+        "auto",
+    ]
     assert "old" not in readme
     assert readme.startswith("before\n")
     assert readme.endswith("after\n")

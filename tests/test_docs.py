@@ -1,55 +1,118 @@
-"""What the documents say is true: blocks run, the file map is complete, numbers come from committed results."""
+"""What the documents say is true: examples run, the map is complete, numbers come from committed results."""
 
+import ast
 import importlib
 import importlib.util
+import json
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from test_structure import FLOORS
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+
+# Code that an example of the page relies on: the README shows the loop alone.
+SETUP = {
+    "README.md": """
+import torch
+from transformers import BertConfig, BertForMaskedLM
+
+model = BertForMaskedLM(BertConfig(vocab_size=100, hidden_size=64, num_attention_heads=2, intermediate_size=128))
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+ids = torch.randint(5, 100, (256, 32))
+loader = torch.utils.data.DataLoader([{"input_ids": row, "labels": row} for row in ids], batch_size=16)
+"""
+}
+PRINTED = {
+    "README.md": "sift/rank_correlation",
+    "docs/when-it-helps.md": "sift/step",
+    "docs/trainer.md": "'samples_trained': 32",
+    "docs/scaling.md": "scoring 64 at depth 1 takes",
+    "docs/speed.md": "16 positions: ",
+}
+EXAMPLE = re.compile(r"```python\n(.*?)```(?:(?:(?!```).)*```text\n(.*?)```)?", flags=re.DOTALL)
+EXAMPLES = [
+    pytest.param(page, code, output, id=f"{page}-{number}")
+    for page in PAGES
+    for number, (code, output) in enumerate(EXAMPLE.findall((ROOT / page).read_text(encoding="utf-8")))
+]
 
 
-@pytest.mark.parametrize(
-    ("name", "printed"),
-    [
-        ("README.md", "sift/rank_correlation"),
-        ("docs/when-it-helps.md", "sift/step"),
-        ("docs/trainer.md", "'samples_trained': 32"),
-        ("docs/scaling.md", "scoring 64 at depth 1 takes"),
-        ("docs/speed.md", "16 positions: "),
-    ],
-)
-def test_a_document_has_one_python_block_and_it_runs(name, printed, tmp_path):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert len(blocks) == 1
-    command = [sys.executable, "-c", blocks[0]]
+@pytest.mark.parametrize(("page", "code", "output"), EXAMPLES)
+def test_an_example_runs_and_prints_what_the_page_shows(page, code, output, tmp_path):
+    command = [sys.executable, "-c", SETUP.get(page, "") + code]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert printed in done.stdout
-    shown = re.findall(r"```text\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert all(text == done.stdout for text in shown if printed in text)
+    assert PRINTED.get(page, "") in done.stdout
+    assert output in ("", done.stdout)
 
 
-def test_file_map_names_every_source_file_and_no_other():
-    named = set(re.findall(r"^((?:src|benchmarks)/\S+\.py)  ", README, flags=re.MULTILINE))
+def test_every_page_that_must_print_something_has_one_example():
+    pages = [example.values[0] for example in EXAMPLES]
+    assert {page: pages.count(page) for page in PRINTED} == dict.fromkeys(PRINTED, 1)
+
+
+def floor_of(name):
+    """The floor that a file of the library stands on; None for a benchmark, which stands on none."""
+    first, *_, room = Path(name).parts[:3]
+    return None if first == "benchmarks" else {**FLOORS, "__init__": 10}[room.removesuffix(".py")]
+
+
+def purpose_of(name):
+    """The first line of a file's docstring: a first draft of its line in the map."""
+    return ast.get_docstring(ast.parse((ROOT / name).read_text(encoding="utf-8"))).partition("\n")[0]
+
+
+def test_map_names_every_file_once_under_its_floor():
+    lines, floors = [], set()
+    for line in (ROOT / "docs" / "map.md").read_text(encoding="utf-8").splitlines():
+        if line.startswith("## "):
+            numbers = [int(number) for number in re.findall(r"-?\d+", line)]
+            floors = range(min(numbers), max(numbers) + 1) if numbers else {None}
+        elif named := re.match(r"- `((?:src|benchmarks)/\S+\.py)`: ", line):
+            lines.append((named[1], floors, line))
+    named = [name for name, _, _ in lines]
     files = {str(path.relative_to(ROOT)) for folder in ("src", "benchmarks") for path in (ROOT / folder).rglob("*.py")}
-    packages = {name for name in files if name.endswith("__init__.py")} - {"src/earlysift/__init__.py"}
-    assert named == files - packages
+    files -= {name for name in files if name.endswith("/__init__.py")} - {"src/earlysift/__init__.py"}
+    problems = [f"remove, there is no such file: {line}" for name, _, line in lines if name not in files]
+    problems += [f"remove, it is there twice: {line}" for name, _, line in lines if named.count(name) > 1]
+    problems += [
+        f"move to floor {floor_of(name)}: {line}"
+        for name, under, line in lines
+        if name in files and floor_of(name) not in under
+    ]
+    problems += [
+        f"add under floor {floor_of(name)}:\n- `{name}`: {purpose_of(name)}" for name in sorted(files.difference(named))
+    ]
+    assert not problems, "\n".join(["docs/map.md is not true:", *problems])
 
 
 def test_results_page_is_what_the_committed_results_give(results_page, tmp_path, monkeypatch):
     monkeypatch.setattr(results_page, "ROOT", tmp_path)  # write elsewhere; results are still read from the repository
     (tmp_path / "docs").mkdir()
     results_page.main()
-    assert (tmp_path / "docs" / "results.md").read_text() == (ROOT / "docs" / "results.md").read_text()
+    for name in ("results.md", "verdict-light.svg", "verdict-dark.svg"):
+        assert (tmp_path / "docs" / name).read_bytes() == (ROOT / "docs" / name).read_bytes(), name
 
 
-def test_readme_shows_the_committed_demo_result(results_page):
-    assert results_page.demo_section() in README
+def test_readme_is_short_and_shows_a_committed_result(results_page):
+    assert len(README.splitlines()) <= 90
+    assert results_page.readme_section() in README
+    assert re.findall(r'(?:srcset|src)="([^"]+)"', README) == ["docs/verdict-dark.svg", "docs/verdict-light.svg"]
+
+
+def test_caption_of_the_picture_says_what_the_result_shows(results_page):
+    arms = json.loads((results_page.RESULTS / results_page.README_RESULTS).read_text(encoding="utf-8"))["arms"]
+    final = {name: statistics.fmean(run["final_accuracy"] for run in arm["runs"]) for name, arm in arms.items()}
+    assert final["sift"] < final["uniform"] < final["sift-entropy"] < final["visible"]
+    assert all(run["events"] == [] for run in arms["auto"]["runs"])
 
 
 def test_theory_page_shows_the_committed_measurements(results_page):
@@ -73,24 +136,19 @@ def test_theory_page_links_statements_to_functions_and_tests_that_exist():
     assert [name for name in tests if f"def {name}(" not in source] == []
 
 
+def anchors(text):
+    """The anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.*)", re.sub(r"```.*?```", "", text, flags=re.DOTALL), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_links_between_documents_lead_somewhere():
-    for name in (
-        "README.md",
-        "CONTRIBUTING.md",
-        "docs/design.md",
-        "docs/log.md",
-        "docs/pretrain.md",
-        "docs/reliability.md",
-        "docs/results.md",
-        "docs/scaling.md",
-        "docs/speed.md",
-        "docs/theory.md",
-        "docs/trainer.md",
-        "docs/when-it-helps.md",
-    ):
+    for name in PAGES:
         text = (ROOT / name).read_text(encoding="utf-8")
-        for target in re.findall(r"\]\((?!https?://)([^)#]+)", text):
-            assert ((ROOT / name).parent / target).exists(), f"{name} links to {target}"
+        for file, anchor in re.findall(r"\]\((?!https?://)([^)#]*)#?([^)]*)\)", text):
+            target = (ROOT / name).parent / file if file else ROOT / name
+            assert target.exists(), f"{name} links to {file}"
+            assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), f"{name}: no {file}#{anchor}"
 
 
 def test_contributing_is_short_and_names_the_three_commands():
