@@ -97,7 +97,7 @@ def test_flops_and_parameters_are_those_of_the_model(name, tmp_path):
     anatomy = exits.find_anatomy(model)
 
     def flops(rows, depth=None):
-        law = flops_law(anatomy, depth, thins=depth is not None and bool(anatomy.positionwise))
+        law = flops_law(anatomy, depth, skips_unlabelled=depth is not None and bool(anatomy.positionwise))
         return law.flops(rows=rows, length=20, labelled=round(rows * per_sample))
 
     if TASKS[name] == "masked_lm":  # otherwise labels fall unevenly on samples

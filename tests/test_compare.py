@@ -24,8 +24,8 @@ from earlysift.compare.run import compare
 from earlysift.compare.settings import Settings
 from earlysift.compare.steps import Bench, learning_rate_factor
 from earlysift.compare.trial import evaluate
+from earlysift.config_files import read_settings
 from earlysift.pretrain.workloads import load_workload
-from earlysift.settings import read_settings
 from processes import IN_THE_BACKGROUND, started, wait_until
 
 SIZE = [

@@ -30,16 +30,16 @@ def test_a_folder_is_held_by_one_process_until_it_ends_even_by_a_kill(tmp_path):
         with pytest.raises(FileExistsError, match="Another process trains in"), folders.locked(out):
             pytest.fail("held twice")
         with pytest.raises(FileExistsError, match="Another process trains in"):
-            folders.require_not_held(out)
+            folders.require_unlocked(out)
         other.kill()
-    folders.require_not_held(out)
+    folders.require_unlocked(out)
     with folders.locked(out):
         assert sorted(path.name for path in out.iterdir()) == [".lock"]
 
 
 def test_looking_whether_a_folder_is_held_makes_nothing(tmp_path):
-    folders.require_not_held(tmp_path / "run")
-    folders.require_not_held(tmp_path)
+    folders.require_unlocked(tmp_path / "run")
+    folders.require_unlocked(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -103,7 +103,7 @@ from earlysift import folders
 if os.getuid() == 0:  # whom no permission stops
     os.setuid(65534)
 out = Path(sys.argv[1])
-for do in (folders.require_room, lambda out: folders.locked(out).__enter__()):
+for do in (folders.require_available, lambda out: folders.locked(out).__enter__()):
     try:
         do(out)
     except OSError as error:

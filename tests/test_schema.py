@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import Field
 
 from earlysift import schema
-from earlysift.schema import Above0, Count, Keep, Share, Unfit
+from earlysift.schema import Above0, Count, InvalidSettings, Keep, Share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class Asked:
     resume: bool = False
 
     def __post_init__(self):
-        schema.hold(self, (schema.POOL_FITS, (("batch", "layers"), self.odd_together)))
+        schema.validate(self, (schema.POOL_FITS, (("batch", "layers"), self.odd_together)))
 
     @staticmethod
     def odd_together(asked):
@@ -75,16 +75,16 @@ class Asked:
     ],
 )
 def test_what_does_not_fit_is_told_by_field_expected_and_came(values, said):
-    with pytest.raises(Unfit, match="^" + re.escape(said)) as refused:
+    with pytest.raises(InvalidSettings, match="^" + re.escape(said)) as refused:
         Asked(**values)
     assert str(refused.value).count("\n") == 0
 
 
 def test_all_problems_come_at_once_and_rules_need_sound_fields():
-    with pytest.raises(Unfit) as refused:
+    with pytest.raises(InvalidSettings) as refused:
         Asked(batch="many", keep=0.0, layers=7, resume=3)
     assert [line.split(" ")[0] for line in str(refused.value).split("\n")] == ["batch", "keep", "resume"]
-    with pytest.raises(Unfit, match=r"(?s)^keep must be in.*\nbatch and layers are both odd\.$"):
+    with pytest.raises(InvalidSettings, match=r"(?s)^keep must be in.*\nbatch and layers are both odd\.$"):
         Asked(batch=3, layers=7, keep=2.0)
 
 
@@ -106,6 +106,6 @@ anything = st.recursive(
 def test_any_value_is_taken_or_refused_with_its_field(values):
     try:
         Asked(**values)
-    except Unfit as refused:
+    except InvalidSettings as refused:
         lines = str(refused).split("\n")
         assert all(re.match(rf"({'|'.join(values)}|batch / keep)\b", line) for line in lines)

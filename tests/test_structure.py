@@ -22,7 +22,7 @@ FLOORS = {
     "schedules": 0,
     "files": 0,
     "seeds": 0,
-    "settings": 0,
+    "config_files": 0,
     "pending": 0,
     "scaling": 0,
     "checks": 1,

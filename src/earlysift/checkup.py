@@ -113,7 +113,9 @@ def checkup(
 
     def score(depth: int, name: str) -> dict[str, Any]:
         most = max_positions if depth < layers else None
-        law = costs.flops_law(anatomy, depth, thins=depth < layers and exits.thins(model, anatomy, most))
+        law = costs.flops_law(
+            anatomy, depth, skips_unlabelled=depth < layers and exits.skips_unlabelled(model, anatomy, most)
+        )
         flops = costs.batch_work(anatomy, pool, "pool", law, max_positions=most)["pool_flops"]
         ms = statistics.median(times_ms[name])
         cost = 1.0 + ms / step["ms"]  # C1: f p / keep is the share of scoring a pool in the time of a step

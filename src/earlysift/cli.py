@@ -27,13 +27,13 @@ from rich.table import Table
 from earlysift import schema
 from earlysift.compare.arms import ARMS
 from earlysift.compare.settings import Settings
+from earlysift.config_files import read_settings
 from earlysift.files import write_whole
 from earlysift.presets import BUILT_IN, Task, read_config, require_preset
 from earlysift.pretrain.corpus import require_data
 from earlysift.pretrain.settings import PretrainSettings
 from earlysift.report.page import read_results, write_report
 from earlysift.schema import Count
-from earlysift.settings import read_settings
 from earlysift.theory.experiments import EXPERIMENTS, require_known
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ class Check:
     """Where to write the numbers."""
 
     def __post_init__(self) -> None:
-        schema.hold(self, (schema.POOL_FITS,))
+        schema.validate(self, (schema.POOL_FITS,))
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class Report:
     """Where to write the page. Without it: report.html in the folder, or in the common parent of several."""
 
     def __post_init__(self) -> None:
-        schema.hold(self)
+        schema.validate(self)
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class Theory:
     """Folder with the results of comparisons, as `compare_*.json`, to draw into the payoff map."""
 
     def __post_init__(self) -> None:
-        schema.hold(self)
+        schema.validate(self)
 
 
 Command = Settings | Report | Check | PretrainSettings | Theory
@@ -245,7 +245,7 @@ def _parse(given: list[str]) -> Command:
         # Problems of the settings are told as those of a config file are, and not wrapped and boxed.
         cause: BaseException | None = stop
         while cause is not None:
-            if isinstance(cause, schema.Unfit):
+            if isinstance(cause, schema.InvalidSettings):
                 raise cause from None
             cause = cause.__context__
         print(said.getvalue(), end="", file=sys.stderr)

@@ -303,7 +303,7 @@ def _scores(
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows must be at least 1 or None, got {chunk_rows}.")
     rows = chunk_rows or size
-    thins = exits.thins(model, anatomy, max_positions)
+    skips_unlabelled = exits.skips_unlabelled(model, anatomy, max_positions)
     order = pools.by_length(pool) if trim else None
     if order is not None:
         pool = pools.take(pool, order)
@@ -324,8 +324,8 @@ def _scores(
             places = losses.positions_to_read(labels, causal=causal, max_positions=max_positions)
             with ExitStack() as at_exit:
                 at_exit.enter_context(exits.headless(anatomy))
-                if depth is not None and thins:
-                    at_exit.enter_context(exits.at_places(anatomy, depth, places, labels.shape))
+                if depth is not None and skips_unlabelled:
+                    at_exit.enter_context(exits.at_positions(anatomy, depth, places, labels.shape))
                 hidden = exits.call(model, inputs)
             head = exits.head_of(anatomy)
             scores.append(per_token(hidden, labels, head, causal=causal, reduction=reduction, places=places))

@@ -31,6 +31,7 @@ from earlysift import (
     scorers,
     selectors,
 )
+from earlysift.config_files import differences
 from earlysift.controller import Control, finite, whole
 from earlysift.exits import Anatomy, ExitHead, Family
 from earlysift.fidelity import fidelity
@@ -41,7 +42,6 @@ from earlysift.schedules import Schedule
 from earlysift.scorers import Scorer
 from earlysift.seeds import seeded
 from earlysift.selectors import Selection, Selector
-from earlysift.settings import differences
 
 STATE_VERSION = 3
 _LOG = logging.getLogger("earlysift")
@@ -783,8 +783,8 @@ class Sifter:
         """FLOPs to a depth; found once, as walking a model takes longer than many a kernel."""
         assert self._anatomy is not None
         if depth not in self._laws:
-            thins = depth is not None and exits.thins(self.model, self._anatomy, self.max_positions)
-            self._laws[depth] = costs.flops_law(self._anatomy, depth, thins=thins)
+            skips = depth is not None and exits.skips_unlabelled(self.model, self._anatomy, self.max_positions)
+            self._laws[depth] = costs.flops_law(self._anatomy, depth, skips_unlabelled=skips)
         return self._laws[depth]
 
     def _note_work(self, rows: Any, name: str, depth: int | None, **how: Any) -> None:

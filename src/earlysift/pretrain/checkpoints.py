@@ -17,8 +17,8 @@ import torch
 from safetensors import safe_open
 from transformers.trainer_pt_utils import safe_globals
 
+from earlysift.config_files import differences
 from earlysift.files import json_text, remove_parts, write_json
-from earlysift.settings import differences
 
 MANIFEST = "manifest.json"
 _VERSION = 2  # of the manifest; count up when older ones cannot be read
