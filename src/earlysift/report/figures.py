@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from earlysift.report.series import (
     Results,
@@ -32,7 +32,7 @@ COLUMNS = (
     ("step", "steps"),
 )
 FAINT = "#8a8a8a"
-SETTINGS = {
+SETTINGS: dict[Any, Any] = {
     "axes.axisbelow": True,
     "axes.edgecolor": FAINT,
     "axes.grid": True,
