@@ -1,7 +1,6 @@
 """Run folders: whose they are, that one process writes, and that nothing is written through links."""
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -114,7 +113,7 @@ for do in (folders.require_available, lambda out: folders.locked(out).__enter__(
 @pytest.mark.parametrize("name", ["", "run", "deep/run"])
 def test_a_folder_that_cannot_be_written_into_is_refused_and_says_so(name):
     with tempfile.TemporaryDirectory(dir="/tmp") as home:
-        os.chmod(home, 0o555)
+        Path(home).chmod(0o555)
         out = Path(home) / name
         done = subprocess.run(
             [sys.executable, "-c", UNPRIVILEGED, str(out)], capture_output=True, text=True, check=True, timeout=60

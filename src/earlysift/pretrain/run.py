@@ -46,8 +46,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 METHOD = {
     "Time": "Wall time, without evaluations and checkpoints. It is noisy: compare only runs on the same "
     "machine with nothing else running. The first process measured what it was spent on.",
-    "Learning rate": "It decays to zero at the end of the given steps or minutes. A run that ended earlier, by a target "
-    "or a signal, ended with a higher rate.",
+    "Learning rate": "It decays to zero at the end of the given steps or minutes. A run that ended earlier, by a "
+    "target or a signal, ended with a higher rate.",
     "Evaluation": "Accuracy and loss are measured on all labelled tokens of held-out rows in their original "
     "distribution; masks are the same at every evaluation.",
     "Costs": "The time includes reading candidates, scoring, selecting and, where there are any, probes.",
