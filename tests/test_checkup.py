@@ -69,7 +69,7 @@ def test_check_measures_every_depth_and_the_full_model(name, tmp_path, capsys):
     rows = re.findall(r"^│ (\w[\w ]+?) *│", shown, re.MULTILINE)
     assert rows == ["train", "depth 1", "depth 2", "depth 3", "full model"]
     assert all(f"{score['break_even_gain']:.3f}" in shown for score in scores)
-    assert "Selection pays only while the live gain" in shown
+    assert "Selection pays only while the measured gain" in shown
 
 
 def test_few_positions_make_exits_cheaper_and_nothing_else():

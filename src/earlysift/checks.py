@@ -54,9 +54,16 @@ def check(model: nn.Module, *, depth: int = 1, family: Family | None = None, inp
     anatomy = exits.anatomy_or_problems(model, family)
     if not isinstance(anatomy, Anatomy):
         return anatomy
-    problems = _depth_problems(anatomy, depth)
-    if problems or inputs is None:
-        return problems
+    count = len(anatomy.layers)
+    if not 1 <= depth < count:
+        return [
+            Problem(
+                f"Expected depth in 1..{count - 1} (an exit before the last of {count} layers), got {depth}.",
+                "Choose a smaller depth, or score='exact' for the loss of the full model.",
+            )
+        ]
+    if inputs is None:
+        return []
     labels = None
     if isinstance(inputs, Mapping) and pools.has_labels(inputs):
         inputs, labels = pools.inputs_and_labels(inputs)
@@ -331,15 +338,3 @@ def _difference(computed: Tensor, own: Tensor, tolerance: float) -> str | None:
     if largest <= tolerance * own[finite].abs().max().item() + 1e-6:
         return None
     return f"they differ by up to {largest:.3g}"
-
-
-def _depth_problems(anatomy: Anatomy, depth: int) -> list[Problem]:
-    count = len(anatomy.layers)
-    if 1 <= depth < count:
-        return []
-    return [
-        Problem(
-            f"Expected depth in 1..{count - 1} (an exit before the last of {count} layers), got {depth}.",
-            "Choose a smaller depth, or score='exact' for the loss of the full model.",
-        )
-    ]

@@ -29,6 +29,7 @@ from earlysift.compare.arms import ARMS
 from earlysift.compare.settings import Settings
 from earlysift.config_files import read_settings
 from earlysift.files import write_whole
+from earlysift.folders import require_writable
 from earlysift.presets import BUILT_IN, Task, read_config, require_preset
 from earlysift.pretrain.corpus import require_data
 from earlysift.pretrain.settings import PretrainSettings
@@ -267,7 +268,7 @@ def _require_inputs(command: Command) -> None:
             _require_writable_file(command.json, "--json")
         read_config(command.model)
         return
-    _require_writable_folder(command.out, "--out")
+    require_writable(command.out, "--out")
     if isinstance(command, Theory):
         require_known(command.experiments, command.results)
         return
@@ -291,15 +292,7 @@ def _require_inputs(command: Command) -> None:
 def _require_writable_file(file: Path, flag: str) -> None:
     if file.is_dir():
         raise IsADirectoryError(f"Expected a file at {file}, found a folder. Choose another {flag}.")
-    _require_writable_folder(file.parent, flag)
-
-
-def _require_writable_folder(folder: Path, flag: str) -> None:
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not nearest.is_dir():
-        raise FileExistsError(f"Expected a folder at {nearest}, found a file. Choose another {flag}.")
-    if not os.access(nearest, os.W_OK):
-        raise PermissionError(f"Nothing can be written in {nearest}. Choose another {flag}.")
+    require_writable(file.parent, flag)
 
 
 def _require_memory(settings: Settings) -> None:
@@ -389,9 +382,7 @@ def _evaluation(name: str, run: dict[str, Any], settings: Settings) -> str:
 
 
 def _print_results(console: Console, results: dict[str, Any], out: Path) -> None:
-    table = Table()
-    for heading in ("arm", "steps", "accuracy", "loss", "to target (s)", "speed-up", "interval"):
-        table.add_column(heading, justify="left" if heading == "arm" else "right")
+    table = _table(("arm", "steps", "accuracy", "loss", "to target (s)", "speed-up", "interval"))
     for name, arm in results["arms"].items():
         runs = [run for run in arm["runs"] if run["finished"]]
         entry = results["comparison"].get(name, {})
@@ -431,9 +422,7 @@ def _suite(settings: Settings, given: list[str]) -> int:
 
 
 def _print_suite(console: Console, outcomes: "dict[str, Outcome]") -> None:
-    table = Table()
-    for heading in ("workload", "arm", "speed-up", "by wall time", "accuracy", "verdict"):
-        table.add_column(heading, justify="left" if heading in ("workload", "arm", "verdict") else "right")
+    table = _table(("workload", "arm", "speed-up", "by wall time", "accuracy", "verdict"))
     for name, outcome in outcomes.items():
         table.add_section()
         results = outcome.results or {"comparison": {}}
@@ -451,6 +440,14 @@ def _print_suite(console: Console, outcomes: "dict[str, Outcome]") -> None:
     for name, outcome in outcomes.items():
         if outcome.reason:
             console.print(f"{name}: {outcome.reason}", soft_wrap=True)
+
+
+def _table(headings: Sequence[str], **options: Any) -> Table:
+    """A table whose columns are right-aligned, except for the first one and those of text."""
+    table = Table(**options)
+    for i, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if i == 0 or heading in ("arm", "verdict") else "right")
+    return table
 
 
 def _interval(middle: float | None, low: float | None, high: float | None, form: str) -> str:
@@ -565,9 +562,7 @@ def _print_finding(console: Console, finding: "Finding") -> None:
 
     console.print(f"\n{finding.title}. {finding.summary}", highlight=False)
     for content in finding.tables:
-        table = Table(title=content.title, title_justify="left")
-        for i, heading in enumerate(content.headers):
-            table.add_column(heading, justify="right" if i else "left")
+        table = _table(content.headers, title=content.title, title_justify="left")
         for cells in content.rows:
             table.add_row(*map(show_cell, cells))
         console.print(table)

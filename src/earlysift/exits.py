@@ -47,24 +47,15 @@ class Family:
     positionwise: tuple[tuple[str, ...], ...] = ()
 
     def __post_init__(self) -> None:
-        rules = [
-            (
-                not (isinstance(self.layers, str) and self.layers),
-                f"layers must be a path, such as 'model.layers', got {self.layers!r}.",
-            ),
-            *(
-                (
-                    not _are_chains(chains),
-                    f"{name} must be tuples (lists, in a config) of names within one, got {chains!r}.",
-                )
-                for name, chains in (("heads", self.heads), ("positionwise", self.positionwise))
-            ),
-            (
-                self.task is not None and self.task not in get_args(Task),
-                f"task must be one of {', '.join(get_args(Task))} or None, got {self.task!r}.",
-            ),
+        problems = [
+            f"{name} must be tuples (lists, in a config) of names within one, got {getattr(self, name)!r}."
+            for name in ("heads", "positionwise")
+            if not _are_chains(getattr(self, name))
         ]
-        problems = [message for bad, message in rules if bad]
+        if not (isinstance(self.layers, str) and self.layers):
+            problems.insert(0, f"layers must be a path, such as 'model.layers', got {self.layers!r}.")
+        if self.task is not None and self.task not in get_args(Task):
+            problems.append(f"task must be one of {', '.join(get_args(Task))} or None, got {self.task!r}.")
         if problems:
             raise ValueError(" ".join(["Bad family row:", *problems]))
 

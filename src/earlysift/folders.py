@@ -70,12 +70,29 @@ def marker(folder: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) and isinstance(content.get("program"), str) else {}
 
 
-def require_available(folder: Path) -> None:
-    """Raise unless a run can use this folder or create it; changes nothing.
+def require_writable(folder: Path, flag: str = "--out") -> None:
+    """Raise unless files can be written into this folder, which need not exist yet; changes nothing.
+
+    Args:
+        folder: The folder.
+        flag: The command-line flag that names it, for the message.
 
     Raises:
-        FileExistsError: If it is a file or a link.
-        NotADirectoryError: If it would lie within a file.
+        FileExistsError: If it is a file, or would lie within one.
+        PermissionError: If it is not writable.
+    """
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise FileExistsError(f"Expected a folder at {nearest}, found a file. Choose another {flag}.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise PermissionError(f"Nothing can be written into {nearest}. Make it writable, or choose another {flag}.")
+
+
+def require_available(folder: Path) -> None:
+    """`require_writable` for a run folder, which must not be a link.
+
+    Raises:
+        FileExistsError: If it is a file or a link, or would lie within a file.
         PermissionError: If it is not writable.
     """
     if folder.is_symlink():
@@ -83,15 +100,7 @@ def require_available(folder: Path) -> None:
             f"Expected a folder for the run at {folder}, found a link to {folder.readlink()}. Give --out where it "
             "leads to, or another folder."
         )
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"Expected a folder for the run at {folder}, found a file. Choose another --out.")
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not nearest.is_dir():
-        raise NotADirectoryError(f"{folder} cannot be made, as {nearest} is a file. Choose another --out.")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise PermissionError(
-            f"Nothing can be written into {nearest}. Make it writable, or choose another --out than {folder}."
-        )
+    require_writable(folder)
 
 
 def require_plain(folder: Path, *, files: Iterable[str] = (), folders: Iterable[str] = ()) -> None:

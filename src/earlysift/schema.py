@@ -29,6 +29,7 @@ LARGEST_POOL = 2**20
 """Upper limit of candidates per step: a larger pool points to a mistake in ``keep`` and would fill the memory."""
 
 _KINDS: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}
+_LIMITS = ("ge", "gt", "le", "lt", "multiple_of")
 _OF_KIND = ("greater_than", "less_than", "multiple_of", "string_pattern", "literal")
 
 
@@ -120,7 +121,7 @@ def _bounds(hint: Any) -> str:
         for field in (each for each in others if isinstance(each, FieldInfo)):
             if field.description:
                 return field.description
-            found |= {slot: value for part in field.metadata for slot, value in _limits(part).items()}
+            found |= {slot: getattr(part, slot) for part in field.metadata for slot in _LIMITS if hasattr(part, slot)}
         hint = first
     low, high = found.get("ge", found.get("gt")), found.get("le", found.get("lt"))
     words = [f"a multiple of {found['multiple_of']}"] if "multiple_of" in found else []
@@ -131,11 +132,6 @@ def _bounds(hint: Any) -> str:
     elif high is not None:
         words.append(f"{'at most' if 'le' in found else 'less than'} {high}")
     return " ".join(words)
-
-
-def _limits(part: Any) -> dict[str, Any]:
-    """The bounds in one piece of metadata, by name."""
-    return {slot: getattr(part, slot) for slot in ("ge", "gt", "le", "lt", "multiple_of") if hasattr(part, slot)}
 
 
 def _sentences(name: str, hint: Any, error: ValidationError) -> list[str]:
