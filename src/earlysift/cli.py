@@ -118,23 +118,23 @@ class Check:
     model: tyro.conf.Positional[str]
     """A transformers config.json, a folder that holds one, or a built-in name."""
     task: Task | None = None
-    """Task of the model. Default: of the class named in the config, else the model's usual language modelling."""
+    """Task of the model. None: of the class named in the config, else the model's usual language modelling."""
     seq_length: Annotated[int, Field(ge=2)] | None = None
-    """Tokens per sample. Default: 128, or the model's maximum if that is less."""
+    """Tokens per sample. None: 128, or the model's maximum if that is less."""
     batch: Count = 32
     """Samples per training step; the pool is batch / keep."""
     labelled_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Share of the tokens with a label. Default: 0.15 in masked language modelling, else 1."""
+    """Share of the tokens with a label. None: 0.15 in masked language modelling, else 1."""
     max_positions: Count | None = None
-    """Upper limit of labelled tokens that an exit reads of a sample. Default: all."""
+    """Upper limit of labelled tokens that an exit reads of a sample. None: all."""
     keep: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Share of the pool that is trained on."""
     depths: tuple[Count, ...] = ()
-    """Layers that run for an early-exit score. Default: 1, 2, 3 and 6. The full model (exact loss) follows."""
+    """Layers that run for an early-exit score. None given: 1, 2, 3 and 6. The full model (exact loss) follows."""
     seconds: Annotated[float, Field(ge=0)] = 10.0
     """Approximate duration of the timing; every operation is measured at least three times."""
     json: Path | None = None
-    """Where to write the numbers."""
+    """Where to write the numbers. None: nowhere."""
 
     def __post_init__(self) -> None:
         schema.validate(self, (schema.POOL_FITS,))
@@ -147,7 +147,7 @@ class Report:
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Folders that `earlysift compare` or `earlysift pretrain` wrote; several make one page."""
     out: Path | None = None
-    """Where to write the page. Default: report.html in the folder, or in the common parent of several."""
+    """Where to write the page. None: report.html in the folder, or in the common parent of several."""
 
     def __post_init__(self) -> None:
         schema.validate(self)
@@ -158,7 +158,7 @@ class Theory:
     """The experiments to run."""
 
     experiments: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Names of experiments. Default: all."""
+    """Names of experiments. None given: all."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of all randomness: the same seed gives the same digits on the same machine."""
     out: Path = Path("runs/theory")

@@ -469,7 +469,7 @@ class ExitHead(nn.Module):
         return cast(Tensor, self.norm(states))
 
 
-def _own_or_the_replaced(module: nn.Module, name: str) -> Any:
+def _attribute_of_replaced(module: nn.Module, name: str) -> Any:
     # Models read attributes of their layers and heads (attention type, dtype of weights), so stand-ins forward them.
     try:
         return nn.Module.__getattr__(module, name)
@@ -484,7 +484,7 @@ class _Identity(nn.Module):
         super().__init__()
         self.replaced = replaced
 
-    __getattr__ = _own_or_the_replaced
+    __getattr__ = _attribute_of_replaced
 
     def forward(self, states: Tensor, *_: Any, **__: Any) -> Tensor:
         return states
@@ -531,7 +531,7 @@ class _Recorded(nn.Module):
         self.replaced = layer
         self.output = output
 
-    __getattr__ = _own_or_the_replaced
+    __getattr__ = _attribute_of_replaced
 
     def forward(self, *_: Any, **__: Any) -> Any:
         return self.output
@@ -546,7 +546,7 @@ class _ExitLayer(nn.Module):
         self.exit_head = exit_head
         self.detach = detach
 
-    __getattr__ = _own_or_the_replaced
+    __getattr__ = _attribute_of_replaced
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = self.replaced(*args, **kwargs)

@@ -157,5 +157,5 @@ def _name(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return f"one of {', '.join(map(str, get_args(kind)))}"
     if get_origin(kind) is tuple:
-        return f"a list, each of it {_name(_kind(get_args(kind)[0]))}"
+        return f"a list, each item {_name(_kind(get_args(kind)[0]))}"
     return _KINDS.get(kind, str(kind))

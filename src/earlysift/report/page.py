@@ -83,7 +83,7 @@ METHOD = {
     "Reference time": "Every operation is timed in this run, and an arm is charged its number of operations "
     "times their median time. Noise on the machine therefore cannot favour an arm.",
     "Equal budgets": "Every arm starts from the same weights and may spend the same reference time, once per "
-    "seed. An arm whose steps cost more takes fewer of them.",
+    "seed. An arm with more expensive steps takes fewer of them.",
     "Learning rate": "It decays fully within each arm's own budget, so no arm is judged in the middle of its schedule.",
     "Evaluation": "Accuracy and loss are measured on held-out data in its original distribution, never on "
     "selected samples.",
