@@ -89,8 +89,8 @@ def _seen(bench: Bench, rounds: int) -> dict[int | None, dict[str, float]]:
     times_ms = measuring.interleaved(operations, rounds, "")
     anatomy = exits.find_anatomy(bench.model)
     for number in numbers:
-        thins = exits.thins(bench.model, anatomy, number)
-        flops = measuring.flops(anatomy, pool, depth=settings.depth, max_positions=number, thins=thins)
+        skips = exits.skips_unlabelled(bench.model, anatomy, number)
+        flops = measuring.flops(anatomy, pool, depth=settings.depth, max_positions=number, skips_unlabelled=skips)
         seen[number]["predicted"] = flops / (3 * measuring.flops(anatomy, rows))
         seen[number]["to_step"] = measuring.ratio(times_ms[f"{number}"], times_ms["step"])
     return seen

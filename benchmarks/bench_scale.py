@@ -211,7 +211,8 @@ def times(
         )
         operations[scope] = partial(sifter.sift, pool)
     times_ms = measuring.interleaved(operations, point.rounds, "", together)
-    sift_flops = measuring.flops(anatomy, pool, depth=point.depth, thins=exits.thins(model, anatomy, None))
+    skips = exits.skips_unlabelled(model, anatomy, None)
+    sift_flops = measuring.flops(anatomy, pool, depth=point.depth, skips_unlabelled=skips)
     return {
         scope: {
             "step_ms": median(times_ms["step"]),

@@ -89,14 +89,15 @@ def measure(shape: Shape, dtype: str, rounds: int) -> dict[str, Any]:
     roof_of = {}
     for name, how in exits_scored.items():
         seen_as, most = exits.find_anatomy(model, how.get("family")), how.get("max_positions")
-        count = flops(depth=how["depth"], max_positions=most, thins=exits.thins(model, seen_as, most))
+        skips = exits.skips_unlabelled(model, seen_as, most)
+        count = flops(depth=how["depth"], max_positions=most, skips_unlabelled=skips)
         lowest = f"roof, {name}"
         timed[f"score, {name}"] = (partial(scorers.early_exit_loss, model, pool, **how, **options), count)
         if how["depth"] == 1 and "family" not in how:
-            thins = exits.thins(compiled, anatomy, most)
+            skips = exits.skips_unlabelled(compiled, anatomy, most)
             operation = partial(scorers.early_exit_loss, compiled, pool, **how, **options)
-            timed[f"score, {name}, compiled"] = (operation, flops(**how, thins=thins))
-            roof_of[f"score, {name}, compiled"] = lowest if thins or not anatomy.positionwise else f"roof, {_WHOLE}"
+            timed[f"score, {name}, compiled"] = (operation, flops(**how, skips_unlabelled=skips))
+            roof_of[f"score, {name}, compiled"] = lowest if skips or not anatomy.positionwise else f"roof, {_WHOLE}"
         timed[lowest] = (roof(model, pool, precision.score, **how), count)
         roof_of[f"score, {name}"] = lowest
     timed |= {

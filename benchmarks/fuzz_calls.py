@@ -319,7 +319,7 @@ def _folders() -> Iterator[Case]:
         """A good run without some of its files."""
         shutil.copytree("good", "new")
         for name in gone:
-            shutil.rmtree(f"new/{name}") if Path(f"new/{name}").is_dir() else os.remove(f"new/{name}")
+            shutil.rmtree(f"new/{name}") if Path(f"new/{name}").is_dir() else Path(f"new/{name}").unlink()
 
     def without(name: str, make: Callable[[], object]) -> Callable[[], None]:
         def prepare() -> None:
@@ -556,12 +556,12 @@ def _checkpoints() -> Iterator[Case]:
         Path(other).write_bytes(ours)
 
     def folder(path: str) -> None:
-        os.remove(path)
-        os.mkdir(path)
+        Path(path).unlink()
+        Path(path).mkdir()
 
     def linked(path: str) -> None:
-        os.replace(path, "moved")
-        os.symlink(os.path.abspath("moved"), path)
+        Path(path).replace("moved")
+        Path(path).symlink_to(Path("moved").absolute())
 
     damages = {
         "cut": cut,

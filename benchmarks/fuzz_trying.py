@@ -309,7 +309,7 @@ def digests(folder: Path) -> dict[str, str]:
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
         if path.is_symlink():
-            found[name] = f"link to {os.readlink(path)}"
+            found[name] = f"link to {path.readlink()}"
         elif path.name == "results.json" and path.is_file():
             found[name] = path.read_text(errors="replace")
         elif path.is_file():

@@ -3,7 +3,6 @@
 import contextlib
 import importlib
 import json
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -63,7 +62,7 @@ def build(world: Path) -> None:
         (world / "mixed" / path).write_text("years of work", encoding="utf-8")
     shutil.copytree(world / "good", world / "linked")
     shutil.rmtree(world / "linked" / "ledgers")
-    os.symlink("../outside", world / "linked" / "ledgers")
+    (world / "linked" / "ledgers").symlink_to("../outside")
 
 
 def _run_well(name: str, arguments: tuple[str, ...], world: Path) -> None:

@@ -130,15 +130,15 @@ def flops(
     *,
     depth: int | None = None,
     max_positions: int | None = None,
-    thins: bool = False,
+    skips_unlabelled: bool = False,
     dense: bool = False,
 ) -> float:
-    """FLOPs of a forward pass; dense: with the head on every position, labelled or not; thins: as scoring thins out."""
+    """FLOPs of a forward pass; dense: with the head on every position; skips_unlabelled: as `exits` has it."""
     if dense and anatomy.task != "sequence_classification":
         labels = batch["labels"]
         rows, length = labels.shape
         return costs.forward_flops(anatomy, rows=rows, length=length, labelled=labels.numel(), depth=depth)
-    law = costs.flops_law(anatomy, depth, thins=thins)
+    law = costs.flops_law(anatomy, depth, skips_unlabelled=skips_unlabelled)
     return costs.batch_work(anatomy, batch, "pass", law, max_positions=max_positions)["pass_flops"]
 
 

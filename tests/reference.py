@@ -23,24 +23,24 @@ def token_scores(
     causal: bool = False,
     reduction: Reduction = "mean",
     chunk_tokens: int = 1024,
-    places: Tensor | None = None,
+    positions: Tensor | None = None,
 ) -> Tensor:
     """Mean (or sum) over the labelled t of a measure of the logits at t."""
-    return _over_positions(hidden, labels, head, OF_CLASSES[measure.name], causal, reduction, places)
+    return _over_positions(hidden, labels, head, OF_CLASSES[measure.name], causal, reduction, positions)
 
 
 def positions_to_read(labels: Tensor, *, causal: bool = False, max_positions: int | None = None) -> Tensor:
     """T i + t for the labelled t of every i; with K the K largest of 648055 t mod 2^20, unlabelled t behind them."""
     rows, length = labels.shape
-    places = []
+    positions = []
     for i in range(rows):
         targets = [*labels[i, 1:].tolist(), -100] if causal else labels[i].tolist()
         labelled = [t for t in range(length) if targets[t] != -100]
         if max_positions is not None:
             far_apart = sorted(range(length), key=lambda t: 648_055 * t % 2**20, reverse=True)
             labelled = sorted(far_apart, key=lambda t: targets[t] == -100)[:max_positions]
-        places += [length * i + t for t in labelled]
-    return torch.tensor(places, dtype=torch.long)
+        positions += [length * i + t for t in labelled]
+    return torch.tensor(positions, dtype=torch.long)
 
 
 def class_scores(measure: Measure, logits: Tensor, labels: Tensor, *, problem: Problem | None = None) -> Tensor:
@@ -97,7 +97,7 @@ def fidelity(scores: Tensor, exact: Tensor, kept: int) -> dict[str, float]:
     }
 
 
-def _over_positions(hidden, labels, head, measure, causal, reduction, places) -> Tensor:
+def _over_positions(hidden, labels, head, measure, causal, reduction, positions) -> Tensor:
     f = []
     for i in range(hidden.size(0)):
         values = {}
@@ -110,7 +110,7 @@ def _over_positions(hidden, labels, head, measure, causal, reduction, places) ->
         if not values:
             f.append(-math.inf)
             continue
-        read = [t for t in values if places is None or i * hidden.size(1) + t in places.tolist()]
+        read = [t for t in values if positions is None or i * hidden.size(1) + t in positions.tolist()]
         mean = sum(values[t] for t in read) / len(read)
         f.append(mean if reduction == "mean" else mean * len(values))
     return torch.tensor(f)

@@ -157,7 +157,7 @@ def test_the_roof_makes_the_products_of_scoring_and_no_other(modules, name):
     with FlopCounterMode(display=False, custom_mapping=counts) as counted:
         again()
     anatomy = exits.find_anatomy(model)
-    law = costs.flops_law(anatomy, 2, thins=exits.thins(model, anatomy, None))
+    law = costs.flops_law(anatomy, 2, skips_unlabelled=exits.skips_unlabelled(model, anatomy, None))
     predicted = costs.batch_work(anatomy, pool, "score", law)["score_flops"]
     class_tokens = 2 * 8 * 3 * 16**2 * 32 if name == "vit-small-224" else 0  # costs takes them for patches
     assert counted.get_total_flops() == predicted - class_tokens

@@ -69,7 +69,7 @@ def test_check_measures_every_depth_and_the_full_model(name, tmp_path, capsys):
     rows = re.findall(r"^│ (\w[\w ]+?) *│", shown, re.MULTILINE)
     assert rows == ["train", "depth 1", "depth 2", "depth 3", "full model"]
     assert all(f"{score['break_even_gain']:.3f}" in shown for score in scores)
-    assert "Selection pays only while the live gain" in shown
+    assert "Selection pays only while the measured gain" in shown
 
 
 def test_few_positions_make_exits_cheaper_and_nothing_else():
@@ -97,7 +97,7 @@ def test_flops_and_parameters_are_those_of_the_model(name, tmp_path):
     anatomy = exits.find_anatomy(model)
 
     def flops(rows, depth=None):
-        law = flops_law(anatomy, depth, thins=depth is not None and bool(anatomy.positionwise))
+        law = flops_law(anatomy, depth, skips_unlabelled=depth is not None and bool(anatomy.positionwise))
         return law.flops(rows=rows, length=20, labelled=round(rows * per_sample))
 
     if TASKS[name] == "masked_lm":  # otherwise labels fall unevenly on samples

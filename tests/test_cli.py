@@ -73,7 +73,7 @@ BAD_FLAGS = [
     (["check", "demo", "--json", "."], "Expected a file at ., found a folder. Choose another --json."),
     (["check", "demo", "--json", "note.txt/check.json"], "Expected a folder at note.txt, found a file."),
     (["report"], "Expected at least one run folder"),
-    (["report", "nowhere"], "expected the results of a comparison in nowhere/results.json"),
+    (["report", "nowhere"], "Expected the results of a comparison in nowhere/results.json"),
     (["report", ".", "--out", "."], "Expected a file at ., found a folder. Choose another --out."),
     (["theory", "nothing"], "Expected experiments among statements, greedy"),
     (["theory", "--seed", "-1"], "seed must be at least 0, got -1."),
@@ -97,9 +97,9 @@ BAD_CONFIGS = [
     ('{"batch": 0, "keep": {}, "resume": "yes"}', "batch must be at least 1, got 0.\n"),
     ('{"learning_rate": NaN}', "{path}: learning_rate is not a number (nan)"),
     ('{"learning_rate": 1e999}', "{path}: learning_rate is infinite (inf)"),
-    ('{"data": 5}', "{path}: data must be a list, each of it a path, got 5."),
+    ('{"data": 5}', "{path}: data must be a list, each item a path, got 5."),
     ('{"data": ["a", 5]}', "{path}: data[1] must be a path, got 5."),
-    ('{"data": {"a": 1}}', "{path}: data must be a list, each of it a path, got {{'a': 1}}."),
+    ('{"data": {"a": 1}}', "{path}: data must be a list, each item a path, got {{'a': 1}}."),
     ('{"out": []}', "{path}: out must be a path, got []."),
     ('{"device": {}}', "{path}: device must be "),
     ('{"length": "128"}', "{path}: length must be a whole number, in [1, 65536], got '128'."),
@@ -227,7 +227,7 @@ def test_a_real_process_is_refused_in_one_line(arguments, tmp_path):
 
 
 def test_an_unexpected_error_shows_its_traceback_asks_for_an_issue_and_exits_with_1(tmp_path):
-    program = "import earlysift.cli as cli, earlysift.__main__ as m; cli._look = lambda command: 1 / 0; exit(m.main())"
+    program = "import earlysift.cli as cli, earlysift.__main__ as m; cli._require_inputs = lambda command: 1 / 0; exit(m.main())"
     done = child(["-c", program], "report", folder=tmp_path)
     assert done.returncode == 1
     *traceback, last = done.stderr.strip().splitlines()
@@ -260,20 +260,20 @@ def run_folder(tmp_path):
 @pytest.mark.parametrize(
     ("path", "value", "said"),
     [
-        (("arms",), 5, "arms should be a mapping, and is 5"),
-        (("arms",), [], "arms should be a mapping, and is []"),
-        (("arms", "sift"), [5], "arms.sift should be a mapping, and is [5]"),
-        (("arms", "sift", "runs"), 5, "arms.sift.runs should be a list, and is 5"),
-        (("arms", "sift", "runs", 0), 5, "arms.sift.runs.0 should be a mapping, and is 5"),
-        (("arms", "sift", "runs", 0, "seed"), "one", "arms.sift.runs.0.seed should be a whole number, and is 'one'"),
-        (("arms", "sift", "runs", 0, "curve"), {}, "arms.sift.runs.0.curve should be a list, and is {}"),
-        (("arms", "sift", "runs", 0, "curve", 0, "loss"), "low", "curve.0.loss should be a number, and is 'low'"),
-        (("operations_ms",), [[]], "operations_ms should be a mapping, and is [[]]"),
-        (("operations_ms", "train", "median"), [], "operations_ms.train.median should be a number, and is []"),
-        (("comparison", "sift"), 5, "comparison.sift should be a mapping, and is 5"),
-        (("config",), "small", "config should be a mapping, and is 'small'"),
-        (("verdict",), 5, "verdict should be text, and is 5"),
-        (("complete",), "yes", "complete should be true or false, and is 'yes'"),
+        (("arms",), 5, "arms should be a mapping, not 5."),
+        (("arms",), [], "arms should be a mapping, not []."),
+        (("arms", "sift"), [5], "arms.sift should be a mapping, not [5]."),
+        (("arms", "sift", "runs"), 5, "arms.sift.runs should be a list, not 5."),
+        (("arms", "sift", "runs", 0), 5, "arms.sift.runs.0 should be a mapping, not 5."),
+        (("arms", "sift", "runs", 0, "seed"), "one", "arms.sift.runs.0.seed should be a whole number, not 'one'."),
+        (("arms", "sift", "runs", 0, "curve"), {}, "arms.sift.runs.0.curve should be a list, not {}."),
+        (("arms", "sift", "runs", 0, "curve", 0, "loss"), "low", "curve.0.loss should be a number, not 'low'."),
+        (("operations_ms",), [[]], "operations_ms should be a mapping, not [[]]."),
+        (("operations_ms", "train", "median"), [], "operations_ms.train.median should be a number, not []."),
+        (("comparison", "sift"), 5, "comparison.sift should be a mapping, not 5."),
+        (("config",), "small", "config should be a mapping, not 'small'."),
+        (("verdict",), 5, "verdict should be text, not 5."),
+        (("complete",), "yes", "complete should be true or false, not 'yes'."),
     ],
 )
 def test_results_of_another_shape_are_refused_by_file_and_place(path, value, said, run_folder, capsys):

@@ -24,8 +24,8 @@ from earlysift.compare.run import compare
 from earlysift.compare.settings import Settings
 from earlysift.compare.steps import Bench, learning_rate_factor
 from earlysift.compare.trial import evaluate
+from earlysift.config_files import read_settings
 from earlysift.pretrain.workloads import load_workload
-from earlysift.settings import read_settings
 from processes import IN_THE_BACKGROUND, started, wait_until
 
 SIZE = [
@@ -345,7 +345,7 @@ def contents(folder):
     """All that is in a folder, links as links, to see that nothing of it was touched."""
     return {
         path: (
-            os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else None,
+            path.readlink() if path.is_symlink() else path.read_bytes() if path.is_file() else None,
             path.lstat().st_mode,
         )
         for path in folder.rglob("*")

@@ -23,7 +23,7 @@ from earlysift.costs import (
     time_law,
     unbiased_payoff,
 )
-from earlysift.exits import find_anatomy, thins
+from earlysift.exits import find_anatomy, skips_unlabelled
 
 laws = settings(deadline=None, derandomize=True, database=None, max_examples=100)
 shares = st.floats(0.01, 1)
@@ -55,7 +55,7 @@ def counted_flops(model, batch, depth, family=None):
 def agree(model, batch, depth, family=None):
     """Whether our FLOPs are those that torch counts: promised within 2 %, held here far closer."""
     anatomy = find_anatomy(model, family)
-    law = flops_law(anatomy, depth, thins=depth is not None and thins(model, anatomy, None))
+    law = flops_law(anatomy, depth, skips_unlabelled=depth is not None and skips_unlabelled(model, anatomy, None))
     ours = batch_work(anatomy, batch, "scored", law)["scored_flops"]
     return ours == pytest.approx(counted_flops(model, batch, depth, family), rel=1e-3)
 

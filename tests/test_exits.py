@@ -310,7 +310,7 @@ def test_states_at_the_positions_that_are_read_are_those_of_the_whole_layer(fami
     places = losses.positions_to_read(labels, causal=task == "causal_lm")
     with torch.no_grad(), exits.shortened(anatomy, 2), exits.headless(anatomy):
         whole = exits.call(model, inputs)
-        with exits.at_places(anatomy, 2, places, labels.shape):
+        with exits.at_positions(anatomy, 2, places, labels.shape):
             few = exits.call(model, inputs)
     assert whole.shape == few.shape
     torch.testing.assert_close(few.flatten(0, 1)[places], whole.flatten(0, 1)[places], rtol=1e-5, atol=1e-5)
@@ -322,7 +322,7 @@ def test_a_failure_within_leaves_position_wise_modules_in_their_places():
     before = dict(model.named_modules())
     with (
         pytest.raises(RuntimeError, match="within"),
-        exits.at_places(anatomy, 1, torch.tensor([0]), torch.Size([1, 1])),
+        exits.at_positions(anatomy, 1, torch.tensor([0]), torch.Size([1, 1])),
     ):
         raise RuntimeError("within")
     assert dict(model.named_modules()) == before
@@ -352,8 +352,8 @@ def test_compiled_scoring_makes_no_new_graphs_for_other_labels(max_positions, th
     model = build("bert", "masked_lm")
     compiled = torch.compile(model, backend=backend, dynamic=False)
     anatomy = find_anatomy(model)
-    assert exits.thins(compiled, anatomy, max_positions) == thinned
-    assert exits.thins(model, anatomy, max_positions)
+    assert exits.skips_unlabelled(compiled, anatomy, max_positions) == thinned
+    assert exits.skips_unlabelled(model, anatomy, max_positions)
     made = []
     for seed in range(4):
         pool = batch_of(model, seed=seed)

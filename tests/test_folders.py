@@ -1,7 +1,6 @@
 """Run folders: whose they are, that one process writes, and that nothing is written through links."""
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -30,16 +29,16 @@ def test_a_folder_is_held_by_one_process_until_it_ends_even_by_a_kill(tmp_path):
         with pytest.raises(FileExistsError, match="Another process trains in"), folders.locked(out):
             pytest.fail("held twice")
         with pytest.raises(FileExistsError, match="Another process trains in"):
-            folders.require_not_held(out)
+            folders.require_unlocked(out)
         other.kill()
-    folders.require_not_held(out)
+    folders.require_unlocked(out)
     with folders.locked(out):
         assert sorted(path.name for path in out.iterdir()) == [".lock"]
 
 
 def test_looking_whether_a_folder_is_held_makes_nothing(tmp_path):
-    folders.require_not_held(tmp_path / "run")
-    folders.require_not_held(tmp_path)
+    folders.require_unlocked(tmp_path / "run")
+    folders.require_unlocked(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -103,7 +102,7 @@ from earlysift import folders
 if os.getuid() == 0:  # whom no permission stops
     os.setuid(65534)
 out = Path(sys.argv[1])
-for do in (folders.require_room, lambda out: folders.locked(out).__enter__()):
+for do in (folders.require_available, lambda out: folders.locked(out).__enter__()):
     try:
         do(out)
     except OSError as error:
@@ -114,7 +113,7 @@ for do in (folders.require_room, lambda out: folders.locked(out).__enter__()):
 @pytest.mark.parametrize("name", ["", "run", "deep/run"])
 def test_a_folder_that_cannot_be_written_into_is_refused_and_says_so(name):
     with tempfile.TemporaryDirectory(dir="/tmp") as home:
-        os.chmod(home, 0o555)
+        Path(home).chmod(0o555)
         out = Path(home) / name
         done = subprocess.run(
             [sys.executable, "-c", UNPRIVILEGED, str(out)], capture_output=True, text=True, check=True, timeout=60

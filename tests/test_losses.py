@@ -70,8 +70,8 @@ def test_every_public_twin_is_compared():
 @every_measure
 def test_token_functions_equal_their_twins(measure, causal, reduction, chunk_tokens, max_positions):
     hidden, labels = states_and_labels()
-    places = max_positions and losses.positions_to_read(labels, causal=causal, max_positions=max_positions)
-    arguments = {"causal": causal, "reduction": reduction, "chunk_tokens": chunk_tokens, "places": places}
+    positions = max_positions and losses.positions_to_read(labels, causal=causal, max_positions=max_positions)
+    arguments = {"causal": causal, "reduction": reduction, "chunk_tokens": chunk_tokens, "positions": positions}
     fast = losses.token_scores(measure, hidden, labels, linear(), **arguments)
     assert fast.dtype == torch.float32
     assert fast.shape == (R,)
@@ -99,16 +99,16 @@ def test_few_positions_lie_spread_over_a_sample_and_are_the_same_in_all(most):
     labels = torch.zeros(2, length, dtype=torch.long)
     first, second = losses.positions_to_read(labels, max_positions=most).view(2, most).sort(dim=1).values
     assert torch.equal(first, second - length)
-    places = [-1, *first.tolist(), length]
-    assert max(after - before for before, after in itertools.pairwise(places)) <= 3 * length / (most + 1)
+    positions = [-1, *first.tolist(), length]
+    assert max(after - before for before, after in itertools.pairwise(positions)) <= 3 * length / (most + 1)
 
 
 def test_as_many_positions_as_there_are_labels_are_all_of_them():
     hidden, labels = states_and_labels(seed=2)
     every = int((labels != -100).sum(dim=1).max())
-    places = losses.positions_to_read(labels, max_positions=every)
+    positions = losses.positions_to_read(labels, max_positions=every)
     close(
-        losses.token_scores(LOSS, hidden, labels, linear(), places=places),
+        losses.token_scores(LOSS, hidden, labels, linear(), positions=positions),
         losses.token_scores(LOSS, hidden, labels, linear()),
     )
 
@@ -344,8 +344,8 @@ def test_few_positions_have_shapes_that_no_label_changes_and_ask_the_device_for_
     for seed in (0, 1):
         hidden, labels = states_and_labels(seed, share=0.3 + 0.4 * seed)
         with Operations() as operations:
-            places = losses.positions_to_read(labels, max_positions=4)
-            losses.token_scores(measure, hidden, labels, linear(), places=places)
+            positions = losses.positions_to_read(labels, max_positions=4)
+            losses.token_scores(measure, hidden, labels, linear(), positions=positions)
         seen.append(operations.seen)
     assert seen[0] == seen[1]
     assert not {operation for operation, _ in seen[0]} & {"aten::nonzero", "aten::_local_scalar_dense"}

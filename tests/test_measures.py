@@ -57,7 +57,7 @@ def test_a_measure_needs_its_entry_alone_to_select_count_probe_resume_and_steer(
         assert torch.equal(batch["input_ids"], pool["input_ids"][expected])
         whole.append(sifter.ledger.end())
     anatomy = exits.find_anatomy(model)
-    law = costs.flops_law(anatomy, 2, thins=True)
+    law = costs.flops_law(anatomy, 2, skips_unlabelled=True)
     labelled = int((pools[3]["labels"] != -100).sum())
     assert whole[3]["scored_flops"] == law.flops(rows=16, length=12, labelled=labelled)
     assert {"rank_correlation", "gain"} <= whole[2].keys()

@@ -58,7 +58,7 @@ def test_a_run_killed_again_and_again_is_bit_equal_to_one_that_was_not(start, un
         code, _, err = start(out, *resume, "--workers", workers, at=at)
         assert code == -signal.SIGKILL, (where, err)
         assert (told in err) if told else ("is not used" not in err), (where, err)
-        assert ("no sound checkpoint: the run begins anew" in err) == (i == 1), (where, err)
+        assert ("no valid checkpoint: the run starts over" in err) == (i == 1), (where, err)
     assert [path.name for path in sorted(out.glob("checkpoint-*"))] == ["checkpoint-3", "checkpoint-6", "checkpoint-9"]
     code, _, err = start(out, "--resume")
     assert code == 0, err
@@ -126,7 +126,7 @@ def test_a_signal_saves_at_the_end_of_the_step_and_the_run_goes_on_bit_equal(num
     out = tmp_path / "run"
     code, _, err = start(out, at=["compute_loss", 7, number])
     assert code == 130
-    assert "Stopped by a signal and saved at step 4. Go on with --resume." in err
+    assert "Stopped by a signal and saved at step 4. Continue with --resume." in err
     assert checkpoints.latest(out)[0].name == "checkpoint-4"
     assert not json.loads((out / "results.json").read_text())["complete"]
     assert start(out, "--resume")[0] == 0
@@ -212,7 +212,7 @@ def test_nothing_in_a_checkpoint_is_executed(name, start, copy, tmp_path):
         assert code == 0
     else:
         assert code == 2
-        assert f"earlysift: {name} of {copy / 'checkpoint-9'} cannot be loaded, though the manifest knows" in err
+        assert f"earlysift: {name} of {copy / 'checkpoint-9'} cannot be loaded, although they match the manifest" in err
         assert "Traceback" not in err
     assert not canary.exists()
     torch.load(copy / "checkpoint-9" / name, weights_only=False)
@@ -288,7 +288,7 @@ def test_a_full_disk_ends_the_run_at_the_checkpoint_before_from_which_it_goes_on
     code, _, err = start(out, at=["_save_checkpoint", 3, DISK_FULL])
     assert code == 4, err
     assert re.search(r"Stopped, as the checkpoint of step 9 could not be written \(.+\); the last good", err)
-    assert f"checkpoint is {out / 'checkpoint-6'}. Make room, and go on with --resume." in err
+    assert f"checkpoint is {out / 'checkpoint-6'}. Free some space, and continue with --resume." in err
     assert "Traceback" not in err
     assert checkpoints.latest(out)[0].name == "checkpoint-6"
     assert start(out, "--resume")[0] == 0
@@ -462,7 +462,7 @@ BAD = {  # options, and what the message says
     "arm": (["--arm", "best"], r"Unknown arm 'best'; known are uniform, sift, sift-entropy, exact, auto"),
     "depth": (["--depth", "2"], r"Expected depth in 1\.\.1.*got 2"),
     "length": (["--length", "64"], r"length must be at most 32 for .*model\.json, got 64"),
-    "tokenizer": (["--tokenizer", "{tmp}/vocab.txt"], r"has 1005 tokens, and .* knows 300\. Give --vocab-size 1005"),
+    "tokenizer": (["--tokenizer", "{tmp}/vocab.txt"], r"has 1005 tokens, but .* has 300\. Give --vocab-size 1005"),
     "no text": (["--data", "{tmp}/none.jsonl"], r"found the columns first \(string\), second \(string\)"),
     "empty": (["--data", "{tmp}/empty.txt"], r"expected text, found none"),
     "empty documents": (["--data", "{tmp}/blank.jsonl"], r"expected text, found none"),
@@ -516,7 +516,7 @@ def test_bad_input_is_refused_in_one_message_and_leaves_nothing(name, start, tmp
 def test_a_folder_in_use_and_a_checkpoint_of_another_training_are_refused(start, copy, data, tmp_path):
     before = sorted(path.name for path in copy.iterdir())
     code, _, err = start(copy)
-    assert (code, "Go on with its run by --resume, or choose another --out" in err) == (2, True)
+    assert (code, "Continue its run with --resume, or choose another --out" in err) == (2, True)
     code, _, err = start(copy, "--resume", "--learning-rate", 0.02, "--arm", "exact", "--whole-word")
     assert code == 2
     changed = "arm: was 'sift', is 'exact'; learning_rate: was 0.01, is 0.02; whole_word: was False, is True"

@@ -588,7 +588,7 @@ def test_decisions_are_listed_with_when_and_why():
 
 def test_estimates_of_the_controller_are_drawn_with_its_switches():
     html = render(make_results())
-    section = html[html.index("What auto saw and decided") :]
+    section = html[html.index("Estimates and decisions of auto") :]
     for line in ("payoff", "greedy, exit 1, keep 0.5", "unbiased, exit 3, keep 0.67", "rank correlation", "exit 2"):
         assert f"<span>{line}</span>" in section
     assert "error" not in section.partition("How it was measured")[0]
@@ -597,7 +597,7 @@ def test_estimates_of_the_controller_are_drawn_with_its_switches():
 
 
 def test_arms_that_decide_nothing_have_no_such_section():
-    assert "saw and decided" not in render(make_results(4, arms=("uniform", "sift")))
+    assert "Estimates and decisions" not in render(make_results(4, arms=("uniform", "sift")))
 
 
 def test_equal_results_give_equal_bytes(tmp_path):
@@ -627,7 +627,7 @@ def test_page_goes_where_it_is_told(tmp_path, count):
 
 
 def test_no_run_gives_one_clear_error():
-    with pytest.raises(ValueError, match="expected at least one run folder, got none"):
+    with pytest.raises(ValueError, match="Expected at least one run folder, got none"):
         write_report()
 
 
@@ -699,7 +699,7 @@ def test_order_of_the_page_is_answer_first():
         "Learning curves",
         "Where the time went",
         "Fidelity",
-        "auto saw and decided",
+        "Estimates and decisions of auto",
     ]
     parts += ["Configuration", "Machine", "Versions", "abc1234", "How it was measured"]
     positions = [html.index(part) for part in parts]
@@ -796,12 +796,12 @@ def test_drawing_changes_no_global_setting():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "expected JSON in .*results.json, found damaged or cut text .*repeat the comparison"),
-        (json.dumps(make_results(1)).encode()[:500], "found damaged or cut text"),
-        (b"\xff\xfe\x00\x01", "found damaged or cut text"),
-        (b"[1, 2]", "expected results of version 2 in .*, found version None; "),
-        (b'{"version": 1}', "expected results of version 2 in .*, found version 1; read them with the version"),
-        (b'{"version": 3}', "expected results of version 2 in .*, found version 3; "),
+        (b"", "Expected JSON in .*results.json, found damaged text .*repeat the comparison"),
+        (json.dumps(make_results(1)).encode()[:500], "found damaged text"),
+        (b"\xff\xfe\x00\x01", "found damaged text"),
+        (b"[1, 2]", "Expected results of version 2 in .*, found version None\\. "),
+        (b'{"version": 1}', "Expected results of version 2 in .*, found version 1\\. Read them with the version"),
+        (b'{"version": 3}', "Expected results of version 2 in .*, found version 3\\. "),
     ],
     ids=["empty", "truncated", "binary", "no object", "older", "newer"],
 )
@@ -815,7 +815,7 @@ def test_unreadable_results_give_one_clear_error(tmp_path, content, message):
 
 @pytest.mark.parametrize("folder", ["", "no such folder"])
 def test_folder_without_results_gives_one_clear_error(tmp_path, folder):
-    message = "expected the results of a comparison in .*results.json, found no such file; give the folder"
+    message = "Expected the results of a comparison in .*results.json, found no such file\\. Give the folder"
     with pytest.raises(FileNotFoundError, match=message):
         write_report(tmp_path / folder)
 

@@ -49,8 +49,8 @@ def test_flops_of_operations_are_those_of_the_law():
     found = runner.flops(pool, Control(depths=(1, 2)), kept=4)
     labelled = (pool.data["labels"] != -100).sum(dim=1)
 
-    def flops(rows, depth, thins):
-        law = costs.flops_law(exits.find_anatomy(model), depth, thins=thins)
+    def flops(rows, depth, skips):
+        law = costs.flops_law(exits.find_anatomy(model), depth, skips_unlabelled=skips)
         return law.flops(rows=rows, length=10, labelled=int(labelled[:rows].sum()))
 
     assert found == {

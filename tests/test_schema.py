@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import Field
 
 from earlysift import schema
-from earlysift.schema import Above0, Count, Keep, Share, Unfit
+from earlysift.schema import Above0, Count, InvalidSettings, Keep, Share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class Asked:
     resume: bool = False
 
     def __post_init__(self):
-        schema.hold(self, (schema.POOL_FITS, (("batch", "layers"), self.odd_together)))
+        schema.validate(self, (schema.POOL_FITS, (("batch", "layers"), self.odd_together)))
 
     @staticmethod
     def odd_together(asked):
@@ -66,25 +66,25 @@ class Asked:
         ({"device": "foo"}, "device must be cpu or cuda, got 'foo'."),
         ({"name": 5}, "name must be text, got 5."),
         ({"out": 5}, "out must be a path, got 5."),
-        ({"data": 5}, "data must be a list, each of it a path, got 5."),
+        ({"data": 5}, "data must be a list, each item a path, got 5."),
         ({"data": ["a", 5]}, "data[1] must be a path, got 5."),
-        ({"data": {"a": 1}}, "data must be a list, each of it a path, got {'a': 1}."),
+        ({"data": {"a": 1}}, "data must be a list, each item a path, got {'a': 1}."),
         ({"depths": (1, 0)}, "depths[1] must be at least 1, got 0."),
         ({"resume": "yes"}, "resume must be true or false, got 'yes'."),
         ({"keep": 1e-9}, "batch / keep is a pool of 3.2e+10 samples; expected at most 1048576: give a larger keep."),
     ],
 )
 def test_what_does_not_fit_is_told_by_field_expected_and_came(values, said):
-    with pytest.raises(Unfit, match="^" + re.escape(said)) as refused:
+    with pytest.raises(InvalidSettings, match="^" + re.escape(said)) as refused:
         Asked(**values)
     assert str(refused.value).count("\n") == 0
 
 
 def test_all_problems_come_at_once_and_rules_need_sound_fields():
-    with pytest.raises(Unfit) as refused:
+    with pytest.raises(InvalidSettings) as refused:
         Asked(batch="many", keep=0.0, layers=7, resume=3)
     assert [line.split(" ")[0] for line in str(refused.value).split("\n")] == ["batch", "keep", "resume"]
-    with pytest.raises(Unfit, match=r"(?s)^keep must be in.*\nbatch and layers are both odd\.$"):
+    with pytest.raises(InvalidSettings, match=r"(?s)^keep must be in.*\nbatch and layers are both odd\.$"):
         Asked(batch=3, layers=7, keep=2.0)
 
 
@@ -106,6 +106,6 @@ anything = st.recursive(
 def test_any_value_is_taken_or_refused_with_its_field(values):
     try:
         Asked(**values)
-    except Unfit as refused:
+    except InvalidSettings as refused:
         lines = str(refused).split("\n")
         assert all(re.match(rf"({'|'.join(values)}|batch / keep)\b", line) for line in lines)

@@ -250,7 +250,7 @@ def test_few_positions_pick_by_a_cheaper_score_and_the_ledger_says_so(family, ta
         assert sorted(sifter.selection.indices.tolist()) == sorted(scores.topk(4).indices.tolist())
         flops[most] = sifter.ledger.end()["scored_flops"]
     positions = labelled_positions(pool["labels"], causal=task == "causal_lm").size(1)
-    head = costs.flops_law(find_anatomy(model), 1, thins=True).head
+    head = costs.flops_law(find_anatomy(model), 1, skips_unlabelled=True).head
     assert flops[None] - flops[2] == pytest.approx(2 * head * 8 * (positions - 2))
 
 

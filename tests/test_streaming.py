@@ -16,7 +16,7 @@ from earlysift.pretrain.masking import mask_tokens
 from earlysift.pretrain.stream import Samples, Stream
 from earlysift.pretrain.streaming import PassingStream, _documents, first_part, training_documents
 from earlysift.pretrain.tokens import load_blocks, packed_rows
-from earlysift.pretrain.trainer import Candidates, as_it_is
+from earlysift.pretrain.trainer import Candidates, unchanged
 
 datasets = pytest.importorskip("datasets")
 pyarrow = pytest.importorskip("pyarrow")
@@ -266,7 +266,7 @@ def test_candidates_do_not_depend_on_workers(workers, tmp_path, blocks):
     )
     context = {"multiprocessing_context": "fork"} if workers else {}
     loader = DataLoader(
-        Candidates(stream.take, 960), batch_size=24, num_workers=workers, collate_fn=as_it_is, **context
+        Candidates(stream.take, 960), batch_size=24, num_workers=workers, collate_fn=unchanged, **context
     )
     read = list(loader)
     whole = PassingStream(stream._rows, prepare, seed=0, buffer=50).take(torch.arange(960))

@@ -24,7 +24,7 @@ FLOORS = {
     "files": 0,
     "seeds": 0,
     "validation": 0,
-    "settings": 0,
+    "config_files": 0,
     "pending": 0,
     "scaling": 0,
     "checks": 1,

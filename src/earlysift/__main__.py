@@ -1,4 +1,4 @@
-"""``earlysift`` and ``python -m earlysift``: the command line, or a word on how to install it."""
+"""``earlysift`` and ``python -m earlysift``: the command line, or how to install what it needs."""
 
 import signal
 import sys
@@ -14,7 +14,7 @@ def main() -> int:
             f"earlysift: the command line needs more packages ({error}): pip install 'earlysift[all]'.", file=sys.stderr
         )
         return 2
-    # A scheduler's polite end (SIGTERM), also of a job that ignores Ctrl-C, leaves a readable partial result, too.
+    # SIGTERM from a scheduler leaves a readable partial result too, even in a job that ignores Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return cli.main(prepare=_keep_memory)

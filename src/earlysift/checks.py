@@ -1,8 +1,8 @@
-"""Whether a model can be scored at an exit, and whether what is computed there is the model's own loss.
+"""Checks that a model can be scored at an exit, and that the loss computed there is the model's own.
 
-`check` lists all problems of a model. `verified` compares, once for a model, the logits and the loss that the library
-computes with those that the model itself returns: a family row names modules, and a row can be wrong about what the
-model does around them.
+`check` lists all problems of a model. `verified` compares, once per model, the logits and the loss that the library
+computes with those that the model itself returns: a family row only names modules, and the model may do something else
+around them.
 """
 
 import inspect
@@ -19,30 +19,30 @@ from earlysift.exits import Anatomy, Family, Problem
 from earlysift.measures import LOSS
 
 _LOG = logging.getLogger("earlysift")
-_ROWS = 2  # samples that a comparison runs
-_PRECISE, _COARSE = 1e-4, 2e-2  # relative differences that rounding explains, in float32 and in fewer bits
+_ROWS = 2  # samples per comparison
+_PRECISE, _COARSE = 1e-4, 2e-2  # relative rounding errors in float32, and in shorter dtypes
 _PROBLEM_OF_CONFIG: dict[str, losses.Problem] = {
     "regression": "regression",
     "single_label_classification": "single_label",
     "multi_label_classification": "multi_label",
 }
-# Models that were compared already, and whether the head of an anatomy makes the model's own logits.
+# Models compared so far, and whether the head of an anatomy yields the model's own logits.
 _COMPARED: WeakKeyDictionary[nn.Module, dict[Any, bool]] = WeakKeyDictionary()
 
 
 def check(model: nn.Module, *, depth: int = 1, family: Family | None = None, inputs: Any = None) -> list[Problem]:
-    """All problems that stand between a model and early-exit scoring, at once, before the first step.
+    """All problems that prevent early-exit scoring of a model, at once, before the first step.
 
-    Looks at the structure. Given inputs, it also runs two rows: through the truncated model, to count how often each
-    layer is called and to see whether rows stay apart and the global random state is left alone; and through the full
-    model, to compare its own logits, and with labels its own loss, with what the library computes from the family row.
+    Checks the structure. Given inputs, it also runs the model on them: truncated, to check that each layer is called
+    once, that rows stay separate and that the global random state is unchanged; and in full, to compare its own logits,
+    and with labels its own loss, with what the library computes from the family row.
 
     Args:
         model: The model, wrapped or not.
         depth: Number of layers that should run.
         family: A row for a model that `earlysift.exits.FAMILIES` does not know.
-        inputs: What the model is called with (a mapping of keyword arguments, or one argument), at least one row; a
-            mapping with ``labels`` has the loss compared, too.
+        inputs: Inputs of the model (a mapping of keyword arguments, or one argument), at least one row; two are enough.
+            With ``labels`` in the mapping, the loss is compared too.
 
     Returns:
         The problems, each with reason and remedy; empty if there are none.
@@ -52,35 +52,43 @@ def check(model: nn.Module, *, depth: int = 1, family: Family | None = None, inp
         ...     print(problem.reason)
         The model family of Linear is unknown.
     """
-    found = exits.anatomy_or_problems(model, family)
-    if not isinstance(found, Anatomy):
-        return found
-    problems = _depth_problems(found, depth)
-    if problems or inputs is None:
-        return problems
+    anatomy = exits.anatomy_or_problems(model, family)
+    if not isinstance(anatomy, Anatomy):
+        return anatomy
+    count = len(anatomy.layers)
+    if not 1 <= depth < count:
+        return [
+            Problem(
+                f"Expected depth in 1..{count - 1} (an exit before the last of {count} layers), got {depth}.",
+                "Choose a smaller depth, or score='exact' for the loss of the full model.",
+            )
+        ]
+    if inputs is None:
+        return []
     labels = None
     if isinstance(inputs, Mapping) and pools.has_labels(inputs):
         inputs, labels = pools.inputs_and_labels(inputs)
-    problems = dry_run(model, found, depth, inputs)
+    problems = dry_run(model, anatomy, depth, inputs)
     if problems:
         return problems
-    return [problem for part in _comparison(model, found, inputs, labels) for problem in part]
+    head_problems, other_problems = _comparison(model, anatomy, inputs, labels)
+    return head_problems + other_problems
 
 
 def verified(model: nn.Module, batch: Any, family: Family | None = None) -> Anatomy:
-    """The anatomy of a model, compared with the model itself the first time that it is asked for.
+    """The anatomy of a model, compared with the model itself on the first call.
 
-    Two rows of the batch run through the full model. If the head that the family row names does not make the model's
-    own logits, the model's own logits are used from then on, and a warning says so. If the loss still differs from the
-    one that the model returns, the row is wrong about the labels.
+    The full model runs on two rows of the batch. If the head named by the family row does not yield the model's own
+    logits, a warning says so and the model's own logits are used from then on. If the loss still differs from the one
+    that the model returns, the row is wrong about the labels.
 
     Args:
-        model: The model, wrapped or not; left as it was.
+        model: The model, wrapped or not; unchanged afterwards.
         batch: Batch or pool with labels.
         family: A row for a model that `earlysift.exits.FAMILIES` does not know.
 
     Raises:
-        ValueError: If the model does not fit its row, or its own loss is another one.
+        ValueError: If the model does not fit its row, or returns another loss.
     """
     anatomy = exits.find_anatomy(model, family)
     if (anatomy.head, anatomy.task) not in _COMPARED.get(anatomy.core, {}):
@@ -89,28 +97,28 @@ def verified(model: nn.Module, batch: Any, family: Family | None = None) -> Anat
 
 
 def as_compared(anatomy: Anatomy) -> Anatomy:
-    """The anatomy without its head, if `verified` has found that the head does not make the model's own logits."""
-    sound = _COMPARED.get(anatomy.core, {}).get((anatomy.head, anatomy.task), True)
-    return anatomy if sound else _headless(anatomy)
+    """The anatomy, without its head if `verified` found that the head does not yield the model's own logits."""
+    head_is_right = _COMPARED.get(anatomy.core, {}).get((anatomy.head, anatomy.task), True)
+    return anatomy if head_is_right else _headless(anatomy)
 
 
 def problem_of(anatomy: Anatomy) -> losses.Problem | None:
     """The kind of classification that the model's config names, if it names one."""
-    # What the model's config says goes before what labels look like: regression of several outputs looks multi label.
+    # The config takes precedence over the look of the labels: those of several regression outputs look multi-label.
     return _PROBLEM_OF_CONFIG.get(str(getattr(getattr(anatomy.core, "config", None), "problem_type", None)))
 
 
 def dry_run(
     model: nn.Module, anatomy: Anatomy, depth: int, inputs: Any, *, exit_head: nn.Module | None = None
 ) -> list[Problem]:
-    """Problems that show when the truncated model runs; part of `check`.
+    """Problems found by running the truncated model; part of `check`.
 
     Args:
         model: The model, wrapped or not.
         anatomy: Where its layers are.
         depth: Number of layers that should run.
-        inputs: What the model is called with, without labels; two rows are enough.
-        exit_head: Module behind the exit, if any.
+        inputs: Inputs of the model, without labels; two rows are enough.
+        exit_head: Module after the exit, if any.
     """
     calls = [0] * len(anatomy.layers)
 
@@ -126,18 +134,18 @@ def dry_run(
     rows = next((len(value) for value in values if isinstance(value, Tensor) and value.ndim > 0), None)
     try:
         with (
-            exits.uncompiled(),  # compiled code would not call hooks added after compilation
+            exits.uncompiled(),  # compiled code does not call hooks that are added later
             torch.no_grad(),
             exits.scoring_mode(model),
             exits.shortened(anatomy, depth, exit_head=exit_head),
         ):
             logits = exits.call(model, inputs)
-    except Exception as error:  # whatever a model does when it misses its layers
+    except Exception as error:  # models without some of their layers may fail in any way
         return _comparison(model, anatomy, inputs, None)[1] or [
             Problem(
-                f"The model fails when only the first {depth} of its layers are there"
-                f"{', with an exit_head behind them' * (exit_head is not None)}: {error!r}.",
-                "Give the path of the list that it loops over, or score with a callable of your own.",
+                f"The model fails with only the first {depth} of its layers"
+                f"{' and an exit_head after them' * (exit_head is not None)}: {error!r}.",
+                "Give the path of the list that it loops over, or score with your own callable.",
             )
         ]
     finally:
@@ -149,8 +157,8 @@ def dry_run(
         problems.append(
             Problem(
                 f"Expected each of the first {depth} layers to run once and no other, got calls {calls}.",
-                "The model does not loop over this list (ALBERT-like weight sharing, say): "
-                "give the path of the list that it loops over, or score with a callable of your own.",
+                "The model does not loop over this list (perhaps it shares weights between layers, as ALBERT does): "
+                "give the path of the list that it loops over, or score with your own callable.",
             )
         )
     if rows is not None and logits.size(0) != rows:
@@ -173,13 +181,13 @@ def dry_run(
 
 def _compare_and_remember(model: nn.Module, anatomy: Anatomy, batch: Any) -> None:
     inputs, labels = pools.inputs_and_labels(batch)
-    # Rows with labels, if there are any. All ranks of a sharded model run the same passes, whatever theirs hold.
+    # Preferably rows with labels; but all ranks of a sharded model must run the same passes, so any rows will do.
     labelled = (labels.reshape(len(labels), -1) != losses.IGNORED_LABEL).any(dim=1)
     rows = labelled.int().argsort(descending=True, stable=True)[:_ROWS]
     inputs, labels = pools.inputs_and_labels(pools.take(batch, rows))
-    head_problems, others = _comparison(model, anatomy, inputs, labels)
-    if others:
-        raise ValueError(exits.problem_report(model, [*head_problems, *others]))
+    head_problems, other_problems = _comparison(model, anatomy, inputs, labels)
+    if other_problems:
+        raise ValueError(exits.problem_report(model, head_problems + other_problems))
     for problem in head_problems:
         _LOG.warning("%s: %s The model's own logits are used.", type(anatomy.core).__name__, problem.reason)
     _COMPARED.setdefault(anatomy.core, {})[anatomy.head, anatomy.task] = not head_problems
@@ -192,23 +200,23 @@ def _headless(anatomy: Anatomy) -> Anatomy:
 def _comparison(
     model: nn.Module, anatomy: Anatomy, inputs: Any, labels: Tensor | None
 ) -> tuple[list[Problem], list[Problem]]:
-    """Problems of the head, which the model's own logits solve, and others."""
-    computed_in = []
+    """Problems of the head, which using the model's own logits solves, and other problems."""
+    tolerances = []
 
-    def look(layer: nn.Module, arguments: Any, output: Any) -> None:
+    def note_tolerance(_layer: nn.Module, _arguments: Any, output: Any) -> None:
         states = output[0] if isinstance(output, tuple | list) else output
-        autocast = torch.is_autocast_enabled(states.device.type)  # also if the model's own forward enters it
-        computed_in.append(_COARSE if autocast or states.dtype.itemsize < 4 else _PRECISE)
+        autocast = torch.is_autocast_enabled(states.device.type)  # also if entered by the model's own forward
+        tolerances.append(_COARSE if autocast or states.dtype.itemsize < 4 else _PRECISE)
 
-    handle = anatomy.layers[0].register_forward_hook(look)
+    handle = anatomy.layers[0].register_forward_hook(note_tolerance)
     try:
         with torch.no_grad(), exits.uncompiled(), exits.scoring_mode(model):
             own = exits.call(model, inputs)
-    except Exception as error:  # whatever a model does with inputs that do not fit
+    except Exception as error:  # models may fail in any way on inputs that do not fit
         return [], [
             Problem(
                 f"The model fails on two rows of the pool ({_described(inputs)}): {error!r}.",
-                _remedy(anatomy, inputs, "See whether the model can be called with a batch of the same loader."),
+                _remedy(anatomy, inputs, "Check that the model can be called with a batch of the same loader."),
             )
         ]
     finally:
@@ -218,7 +226,7 @@ def _comparison(
         reason = f"Expected logits {shape} of two rows for {anatomy.task}, got {tuple(own.shape)}."
         return [], [Problem(reason, "Set the task in the family row.")]
     exact = torch.get_float32_matmul_precision() == "highest"
-    tolerance = max(computed_in, default=_PRECISE) if exact else _COARSE
+    tolerance = max(tolerances, default=_PRECISE) if exact else _COARSE
     head_problems = _head_problems(model, anatomy, inputs, own, tolerance)
     used = _headless(anatomy) if head_problems else anatomy
     return head_problems, _loss_problems(model, used, inputs, labels, tolerance)
@@ -230,24 +238,24 @@ def _described(inputs: Any) -> str:
 
 
 def _head_problems(model: nn.Module, anatomy: Anatomy, inputs: Any, own: Tensor, tolerance: float) -> list[Problem]:
-    """Whether the head that the row names, on the states that enter it, makes the model's own logits."""
+    """Whether the head named by the row yields the model's own logits from the states that enter it."""
     if not anatomy.head:
         return []
     with torch.no_grad(), exits.uncompiled(), exits.scoring_mode(model):
         try:
             with exits.headless(anatomy):
                 states = exits.call(model, inputs)
-            made = exits.head_of(anatomy)(states)
-            difference = "another shape" if made.shape != own.shape else _difference(made, own, tolerance)
-        except Exception as error:  # whatever a model does when it misses its head
+            logits = exits.head_of(anatomy)(states)
+            difference = "another shape" if logits.shape != own.shape else _difference(logits, own, tolerance)
+        except Exception as error:  # models without their head may fail in any way
             difference = f"{type(error).__name__}: {error}"
     if difference is None:
         return []
     return [
         Problem(
-            f"The modules {'.'.join(anatomy.head)!r}, on the states that enter them, do not make the model's own "
-            f"logits ({difference}): the model does something else around them (a soft cap, a scale, a bias).",
-            "Leave heads empty in the family row, heads=(): then the model's own logits are used.",
+            f"The modules {'.'.join(anatomy.head)!r} do not yield the model's own logits from the states that enter "
+            f"them ({difference}): the model does something else around them (a soft cap, a scale, a bias).",
+            "Leave heads empty in the family row, heads=(), to use the model's own logits.",
         )
     ]
 
@@ -262,31 +270,31 @@ def _loss_problems(
     if own is None or not torch.isfinite(own):
         return []
     with torch.no_grad(), exits.uncompiled(), exits.scoring_mode(model):
-        ours = _mean_loss(model, anatomy, inputs, labels)
-    difference = _difference(ours, own, tolerance)
+        computed = _mean_loss(model, anatomy, inputs, labels)
+    difference = _difference(computed, own, tolerance)
     if difference is None:
         return []
     remedy = (
-        f"Set the task in the family row; it is {anatomy.task!r} now. causal_lm shifts the labels by one position, "
+        f"Set the task in the family row; it is now {anatomy.task!r}. causal_lm shifts the labels by one position, "
         "masked_lm and token_classification do not."
     )
     return [
         Problem(
             f"The loss that the model returns for these labels is {own.item():.4f}, but by the family row it is "
-            f"{ours.item():.4f} ({difference}).",
+            f"{computed.item():.4f} ({difference}).",
             _remedy(anatomy, inputs, remedy),
         )
     ]
 
 
 def _remedy(anatomy: Anatomy, inputs: Any, otherwise: str) -> str:
-    """What helps an encoder-decoder whose decoder gets no inputs, or what helps other models."""
-    decodes = getattr(getattr(anatomy.core, "config", None), "is_encoder_decoder", False)
-    if not decodes or not isinstance(inputs, Mapping) or "decoder_input_ids" in inputs:
+    """The remedy for an encoder-decoder whose decoder gets no inputs, otherwise the given one."""
+    encoder_decoder = getattr(getattr(anatomy.core, "config", None), "is_encoder_decoder", False)
+    if not encoder_decoder or not isinstance(inputs, Mapping) or "decoder_input_ids" in inputs:
         return otherwise
     return (
-        "Put decoder_input_ids into the pool: pools are scored without their labels, of which the model makes them. "
-        "model.prepare_decoder_input_ids_from_labels(labels) does it."
+        "Put decoder_input_ids into the pool: pools are scored without labels, from which the model would make them. "
+        "model.prepare_decoder_input_ids_from_labels(labels) returns them."
     )
 
 
@@ -302,7 +310,7 @@ def _mean_loss(model: nn.Module, anatomy: Anatomy, inputs: Any, labels: Tensor) 
 
 
 def _own_loss(model: nn.Module, anatomy: Anatomy, batch: Mapping[str, Any]) -> Tensor | None:
-    """What the model itself returns as its loss; None if it returns none."""
+    """The loss that the model itself returns; None if it returns none."""
     if pools.LABELS_KEY not in inspect.signature(anatomy.core.forward).parameters:
         return None
     config: Any = getattr(anatomy.core, "config", None)
@@ -310,36 +318,24 @@ def _own_loss(model: nn.Module, anatomy: Anatomy, batch: Mapping[str, Any]) -> T
     try:
         with torch.no_grad(), exits.uncompiled(), exits.scoring_mode(model):
             output = exits.run(model, batch)
-    except Exception:  # a model that cannot compute a loss here has none to compare with
+    except Exception:  # then there is no loss to compare with
         return None
     finally:
         if hasattr(config, "problem_type"):
-            config.problem_type = before  # transformers models note in their config what labels look like
+            config.problem_type = before  # transformers models write the kind of labels into their config
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     return loss if isinstance(loss, Tensor) and loss.numel() == 1 else None
 
 
-def _difference(ours: Tensor, own: Tensor, tolerance: float) -> str | None:
-    """What differs by more than rounding, in words; None if nothing does."""
-    ours, own = ours.double(), own.double()
+def _difference(computed: Tensor, own: Tensor, tolerance: float) -> str | None:
+    """A difference beyond rounding, in words; None if there is none."""
+    computed, own = computed.double(), own.double()
     finite = torch.isfinite(own)
-    if not torch.equal(finite, torch.isfinite(ours)):
+    if not torch.equal(finite, torch.isfinite(computed)):
         return "one of them is not finite"
     if not bool(finite.any()):
         return None
-    most = (ours - own)[finite].abs().max().item()
-    if most <= tolerance * own[finite].abs().max().item() + 1e-6:
+    largest = (computed - own)[finite].abs().max().item()
+    if largest <= tolerance * own[finite].abs().max().item() + 1e-6:
         return None
-    return f"they differ by up to {most:.3g}"
-
-
-def _depth_problems(anatomy: Anatomy, depth: int) -> list[Problem]:
-    count = len(anatomy.layers)
-    if 1 <= depth < count:
-        return []
-    return [
-        Problem(
-            f"Expected depth in 1..{count - 1} (an exit before the last of {count} layers), got {depth}.",
-            "Choose a smaller depth, or score='exact' for the loss of the full model.",
-        )
-    ]
+    return f"they differ by up to {largest:.3g}"

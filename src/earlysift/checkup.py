@@ -1,4 +1,4 @@
-"""`earlysift check`: what scoring and training cost on this machine, for a model that nobody has trained yet."""
+"""`earlysift check`: the cost of scoring and training on this machine, for a model with random weights."""
 
 import importlib.metadata
 import itertools
@@ -6,7 +6,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, cast
 
@@ -23,7 +23,7 @@ from earlysift.sifter import Sifter
 DEPTHS = (1, 2, 3, 6)
 LENGTH = 128
 LABELLED_FRACTION: dict[Task, float] = {"masked_lm": 0.15, "causal_lm": 1.0, "token_classification": 1.0}
-FEWEST_ROUNDS, MOST_ROUNDS = 3, 20
+MIN_ROUNDS, MAX_ROUNDS = 3, 20
 
 _CLASSES_OF_TASK: dict[Task, str] = {
     "masked_lm": "MODEL_FOR_MASKED_LM_MAPPING",
@@ -34,7 +34,7 @@ _CLASSES_OF_TASK: dict[Task, str] = {
 _MEMORY_MEASURE = {"cuda": "torch.cuda.max_memory_allocated", "cpu": "torch.profiler on torch's CPU allocator"}
 
 OnProgress = Callable[[str, float], None]
-"""Called with the name of a piece of work and the share of it that is done."""
+"""Called with the name of a task and the share of it that is done."""
 
 
 def checkup(
@@ -48,35 +48,35 @@ def checkup(
     depths: tuple[int, ...] = (),
     max_positions: int | None = None,
     seconds: float = 10.0,
-    on_progress: OnProgress = lambda name, share: None,
+    on_progress: OnProgress = lambda *_: None,
 ) -> dict[str, Any]:
     """FLOPs, time and memory of scoring a pool at every depth and of a training step, on random weights and inputs.
 
-    The operations are timed in turns, so that a noisy machine disturbs them alike. Scoring is all that `Sifter.sift`
-    does: score, select, gather. A training step is forward, backward, clipping and AdamW, with the head on labelled
-    positions only; in bfloat16 (autocast) on a GPU and in float32 on a CPU.
+    The operations are timed in turns, so that noise on the machine affects all of them alike. Scoring is all of
+    `Sifter.sift`: score, select, gather. A training step is forward, backward, clipping and AdamW, with the head on
+    labelled positions only; in bfloat16 (autocast) on a GPU and in float32 on a CPU.
 
     Args:
         source: A transformers config.json, a folder that holds one, or a name in `BUILT_IN`. The config of an unknown
-            family brings its row along (`earlysift.exits.FAMILY_IN_CONFIG`).
-        task: What the model is to do; None takes the class that the config names, else its usual language modelling.
-        seq_length: Positions per sample; None is 128, or what the model can take if that is less.
+            family contains its row (`earlysift.exits.FAMILY_IN_CONFIG`).
+        task: The task of the model; None: of the class named in the config, else the model's usual language modelling.
+        seq_length: Positions per sample; None is 128, or the model's maximum if that is less.
         batch: b, samples per training step.
-        labelled_fraction: Share of the positions with a label; None is what `LABELLED_FRACTION` says for the task.
+        labelled_fraction: Share of the positions with a label; None is `LABELLED_FRACTION` of the task.
         keep: b / R, in (0, 1).
-        depths: Exits to look at; none given: those of `DEPTHS` that the model has. The full model comes last.
-        max_positions: Labelled positions of a sample that an exit reads at most, as in `earlysift.Sifter`; None is all.
-        seconds: About how long to measure times; three rounds are the least.
+        depths: Exits to measure; by default those of `DEPTHS` that the model has. The full model comes last.
+        max_positions: Upper limit of labelled positions that an exit reads of a sample, as in `earlysift.Sifter`.
+        seconds: Approximate duration of the timing; at least three rounds are run.
         on_progress: Called as work proceeds.
 
     Returns:
         Plain data: ``model``, ``shape``, ``machine``, ``rounds``, ``train`` with ``flops``, ``ms`` (median) and
         ``memory_bytes`` (peak growth), and ``scores``: the same for every depth, with ``depth``, ``exact`` (the full
-        model), ``ratio`` (time of scoring over that of a step), ``cost`` (c of C1 by time), ``cost_by_flops`` and
-        ``break_even_gain``.
+        model), ``ratio`` (time of scoring over that of a step), ``cost`` (of a step with selection over one without,
+        by time), ``cost_by_flops`` and ``break_even_gain``.
 
     Raises:
-        ValueError: If an argument does not fit, or with all problems of a model that cannot be sifted with.
+        ValueError: If an argument is invalid, or with all problems of a model that cannot be used.
         FileNotFoundError: If there is no such config.
         ImportError: If transformers is not installed.
 
@@ -88,7 +88,7 @@ def checkup(
     _require(0 < keep < 1, f"keep must be more than 0 and less than 1, got {keep}. 0.5 is usual.")
     _require(batch >= 1, f"batch must be at least 1, got {batch}.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    # Weights and dropout draw from the global generators.
+    # Initial weights and dropout draw from the global generators.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         on_progress("build the model", 0.0)
@@ -112,11 +112,12 @@ def checkup(
     }
 
     def score(depth: int, name: str) -> dict[str, Any]:
-        most = max_positions if depth < layers else None
-        law = costs.flops_law(anatomy, depth, thins=depth < layers and exits.thins(model, anatomy, most))
-        flops = costs.batch_work(anatomy, pool, "pool", law, max_positions=most)["pool_flops"]
+        positions = max_positions if depth < layers else None
+        skips = depth < layers and exits.skips_unlabelled(model, anatomy, positions)
+        law = costs.flops_law(anatomy, depth, skips_unlabelled=skips)
+        flops = costs.batch_work(anatomy, pool, "pool", law, max_positions=positions)["pool_flops"]
         ms = statistics.median(times_ms[name])
-        cost = 1.0 + ms / step["ms"]  # C1: f p / keep is the share of scoring a pool in the time of a step
+        cost = 1.0 + ms / step["ms"]  # C1, the cost of selection: a step with it over a step without
         return {
             "depth": depth,
             "exact": depth == layers,
@@ -151,15 +152,15 @@ def checkup(
 
 
 def build_model(source: str, task: Task | None = None, changes: Mapping[str, Any] | None = None) -> nn.Module:
-    """A model with random weights, from the global generator, in training mode; nothing is downloaded.
+    """A model in training mode with random weights from the global generator; downloads nothing.
 
     Args:
         source: A transformers config.json, a folder that holds one, or a name in `BUILT_IN`.
-        task: What the model is to do; None takes the class that the config names, else its usual language modelling.
-        changes: What differs from that config.
+        task: The task of the model; None: of the class named in the config, else the model's usual language modelling.
+        changes: Values that replace those of the config.
 
     Raises:
-        ValueError: If the config is none, or transformers has no such model.
+        ValueError: If the file is no config, or transformers has no such model.
         FileNotFoundError: If there is no such config.
         ImportError: If transformers is not installed.
     """
@@ -168,7 +169,7 @@ def build_model(source: str, task: Task | None = None, changes: Mapping[str, Any
         import transformers
     except ImportError as error:
         raise ImportError("Building models needs transformers: pip install 'earlysift[hf]'.") from error
-    model_type = values.get("model_type")
+    model_type: Any = values.get("model_type")
     _require(
         isinstance(model_type, str) and model_type in transformers.CONFIG_MAPPING,
         f"Expected a model_type that transformers {transformers.__version__} knows in the config of {source}, "
@@ -177,10 +178,10 @@ def build_model(source: str, task: Task | None = None, changes: Mapping[str, Any
     try:
         config = transformers.CONFIG_MAPPING[model_type].from_dict(values)
         model = _model_class(transformers, config, task)(config)
-    except Exception as error:  # whatever transformers makes of what stands in a file
+    except Exception as error:  # transformers may fail in any way on values from a file
         raise ValueError(
             f"transformers {transformers.__version__} cannot build a model from the config of {source}: {error} "
-            "Mend the config, or choose another --task."
+            "Correct the config, or choose another --task."
         ) from error
     return cast(nn.Module, model).train()
 
@@ -188,17 +189,17 @@ def build_model(source: str, task: Task | None = None, changes: Mapping[str, Any
 def random_pool(
     model: nn.Module, rows: int, *, length: int | None, labelled_fraction: float | None, device: torch.device
 ) -> dict[str, Tensor]:
-    """Random inputs and labels of the kind that a transformers model takes; every sample has as many labels.
+    """Random inputs and labels for a transformers model; every sample has the same number of labels.
 
     Args:
         model: The model.
         rows: R.
-        length: Positions per sample; None is 128, or what the model can take if that is less. Images have their own.
-        labelled_fraction: Share of the positions with a label; None is what `LABELLED_FRACTION` says for the task.
-        device: Where the tensors are.
+        length: Positions per sample; None is 128, or the model's maximum if that is less. Not used for images.
+        labelled_fraction: Share of the positions with a label; None is `LABELLED_FRACTION` of the task.
+        device: Device of the tensors.
 
     Raises:
-        ValueError: If the length is more than the model can take, or the share is none.
+        ValueError: If the length exceeds the model's maximum, or the share is not in (0, 1].
     """
     anatomy = exits.find_anatomy(model)
     config: Any = anatomy.core.config
@@ -213,7 +214,7 @@ def random_pool(
         inputs = {"input_ids": torch.randint(config.vocab_size, (rows, length), generator=generator)}
     if anatomy.task == "sequence_classification":
         if getattr(config, "pad_token_id", None) is None:
-            config.pad_token_id = 0  # decoders look for the last position that is no padding
+            config.pad_token_id = 0  # decoders look for the last position before the padding
         if config.num_labels == 1 or config.problem_type in ("regression", "multi_label_classification"):
             labels = torch.rand(rows, config.num_labels, generator=generator).round()
         else:
@@ -258,14 +259,16 @@ def _operations(
     depths: tuple[int, ...],
     max_positions: int | None,
 ) -> dict[str, Callable[[], object]]:
-    """A training step, and scoring, selecting and gathering for every depth and for the full model, in this order."""
+    """A training step, then scoring, selecting and gathering at every depth and with the full model."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     options: dict[str, Any] = {"keep": keep, "max_positions": max_positions, "probe_every": 0}
     sifters = {f"depth {depth}": Sifter(model, depth=depth, **options) for depth in depths}
     sifters["exact"] = Sifter(model, keep=keep, score="exact", probe_every=0)
+    dtype = _training_dtype(pool["labels"].device)
+    precision = torch.autocast(pool["labels"].device.type, dtype=dtype) if dtype else nullcontext()
 
     def train() -> None:
-        with _training_precision(pool["labels"].device):
+        with precision:
             loss = scorers.training_loss(model, trained)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -275,16 +278,15 @@ def _operations(
     return {"train": train, **{name: partial(sifter.sift, pool) for name, sifter in sifters.items()}}
 
 
-def _training_precision(device: torch.device) -> AbstractContextManager[Any]:
-    # As people train: autocast on a GPU that computes in bfloat16, plain float32 on a CPU.
-    dtype = scorers.scoring_dtype(device) if device.type == "cuda" else None
-    return torch.autocast(device.type, dtype=dtype) if dtype else nullcontext()
+def _training_dtype(device: torch.device) -> torch.dtype | None:
+    """The usual precision of training: autocast on a GPU that computes in bfloat16, plain float32 (None) on a CPU."""
+    return scorers.scoring_dtype(device) if device.type == "cuda" else None
 
 
 def _memory_bytes(
     operations: dict[str, Callable[[], object]], device: torch.device, on_progress: OnProgress
 ) -> dict[str, int]:
-    operations["train"]()  # from here on the optimizer has its states, which are no growth of a step
+    operations["train"]()  # creates the optimizer states, which are no growth of a later step
     growth = {}
     for number, (name, operation) in enumerate(operations.items(), 1):
         growth[name] = peak_growth_bytes(operation, device)
@@ -304,7 +306,7 @@ def _times_ms(
 
     times_ms = {name: [timed_ms(operation)] for name, operation in operations.items()}
     round_s = sum(first for (first,) in times_ms.values()) / 1e3
-    rounds = max(FEWEST_ROUNDS, min(MOST_ROUNDS, int(seconds / round_s)))
+    rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds / round_s)))
     for number in range(1, rounds):
         on_progress("measure time", number / rounds)
         for name, operation in operations.items():
@@ -319,18 +321,18 @@ def _wait_for(device: torch.device) -> None:
 
 
 def peak_growth_bytes(operation: Callable[[], object], device: torch.device) -> int:
-    """How much more memory an operation holds at its peak than before it."""
+    """Memory at the peak of an operation, less the memory before it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         operation()
         return torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler prints a line at every start and stop otherwise
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # otherwise the profiler prints a line at every start and stop
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         operation()
     events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
-    sizes: list[int] = [event.nbytes() for event in events]  # negative where memory is given back
+    sizes: list[int] = [event.nbytes() for event in events]  # negative for freed memory
     return max(itertools.accumulate(sizes, initial=0))
 
 
@@ -341,12 +343,11 @@ def _labels_per_sample(labels: Tensor, task: Task) -> float:
 
 
 def _machine(device: torch.device) -> dict[str, Any]:
-    on_gpu = device.type == "cuda"
-    training = scorers.scoring_dtype(device) if on_gpu else None
+    cpu_name = torch.cpu.get_capabilities().get("cpu_name", "CPU")
     return {
-        "device": torch.cuda.get_device_name(device) if on_gpu else torch.cpu.get_capabilities().get("cpu_name", "CPU"),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name,
         "threads": torch.get_num_threads(),
-        "training_dtype": str(training or torch.float32).removeprefix("torch."),
+        "training_dtype": str(_training_dtype(device) or torch.float32).removeprefix("torch."),
         "scoring_dtype": str(scorers.scoring_dtype(device) or torch.float32).removeprefix("torch."),
         "memory_measure": _MEMORY_MEASURE[device.type],
         "torch": torch.__version__,

@@ -1,11 +1,11 @@
 """The command line: ``earlysift check``, ``compare``, ``pretrain``, ``report`` and ``theory``.
 
-Exit codes: 0 done; 1 unexpected error, or the target of ``pretrain`` not reached; 2 bad input (one line for each
-problem says what was expected, what came, and the way out); 3 loss not finite; 4 disk full; 130 stopped by a signal,
-with a readable partial result.
+Exit codes: 0 done; 1 unexpected error, or the target of ``pretrain`` not reached; 2 bad input (one line per problem
+with the expected value, the given value and a remedy); 3 loss not finite; 4 disk full; 130 stopped by a signal, with a
+readable partial result.
 
-Torch takes seconds to import, so nothing here does it before a command is known to be sound: what needs torch is
-imported by the function that runs the command.
+Torch takes seconds to import, so a command is validated without it: modules that need torch are imported by the
+function that runs the command.
 """
 
 import io
@@ -27,13 +27,14 @@ from rich.table import Table
 from earlysift import schema
 from earlysift.compare.arms import ARMS
 from earlysift.compare.settings import Settings
+from earlysift.config_files import read_settings
 from earlysift.files import write_whole
+from earlysift.folders import require_writable
 from earlysift.presets import BUILT_IN, Task, read_config, require_preset
 from earlysift.pretrain.corpus import require_data
 from earlysift.pretrain.settings import PretrainSettings
 from earlysift.report.page import read_results, write_report
 from earlysift.schema import Count
-from earlysift.settings import read_settings
 from earlysift.theory.experiments import EXPERIMENTS, require_known
 
 if TYPE_CHECKING:
@@ -42,11 +43,11 @@ if TYPE_CHECKING:
 
 EXIT_OK, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 2, 130
 
-_COMPARE_HELP = """Train the same model under several arms on equal budgets, and say which reached the target first.
+_COMPARE_HELP = """Train the same model under several arms on equal budgets, and report which reached the target first.
 
 Examples:
 
-  earlysift compare                                # a 12-layer BERT on the standard library's own text
+  earlysift compare                                # a 12-layer BERT on the text of Python's standard library
 
   earlysift compare --seeds 3 --out runs/three     # evidence needs three seeds or more
 
@@ -57,10 +58,10 @@ Examples:
   earlysift compare --suite cpu --data corpora/ --jobs 2 --out runs/cpu --resume    # all workloads, all arms
 
   earlysift compare --config my.toml --resume"""
-_CHECK_HELP = """Before training: what scoring costs on this machine, and the gain that selection must have to pay.
+_CHECK_HELP = """Before training: the cost of scoring on this machine, and the gain from which selection pays.
 
-Builds the model with random weights and prints a table: a training step, and scoring a pool at every depth. A family
-that is not known is described in the config: "earlysift_family": {{"layers": "model.layers", "heads": [["lm_head"]]}}.
+Builds the model with random weights and prints a table: a training step, and scoring a pool at every depth. An unknown
+model family is described in the config: "earlysift_family": {{"layers": "model.layers", "heads": [["lm_head"]]}}.
 
 Examples:
 
@@ -71,8 +72,8 @@ Examples:
   earlysift check my_model/ --task sequence_classification --json check.json"""
 _PRETRAIN_HELP = """Train a model from random weights on the samples that matter, resumable bit for bit.
 
-Exit codes: 0 done (target reached, or none given); 1 target not reached; 2 bad input; 3 loss not finite (stopped at the
-last good checkpoint); 4 disk full (likewise); 130 stopped by SIGTERM, SIGHUP, SIGUSR1 or Ctrl-C (saved; go on with
+Exit codes: 0 done (target reached, or none given); 1 target not reached; 2 bad input; 3 loss not finite (the last good
+checkpoint remains); 4 disk full (likewise); 130 stopped by SIGTERM, SIGHUP, SIGUSR1 or Ctrl-C (saved; continue with
 --resume).
 
 Examples:
@@ -96,10 +97,10 @@ Examples:
 
   earlysift report runs/cpu/mlm-stdlib runs/cpu/sst2 --out both.html     # one page of both"""
 
-_THEORY_HELP = """Hold what theory promises of selection against what convex problems and linear networks do.
+_THEORY_HELP = """Test the theory of selection on convex problems and linear networks.
 
-Some two minutes on two cores, nothing to download. Prints bound, measured and ratio; writes theory.html, theory.json
-and a picture of each experiment. Experiments: {experiments}; all if none is named.
+Takes about two minutes on two cores and downloads nothing. Prints bound, measured value and ratio; writes theory.html,
+theory.json and a picture of each experiment. Experiments: {experiments}; all if none is named.
 
 Examples:
 
@@ -112,61 +113,61 @@ Examples:
 
 @dataclass(frozen=True)
 class Check:
-    """Which model to look at, at which shape."""
+    """The model to measure, and the shape of its inputs."""
 
     model: tyro.conf.Positional[str]
     """A transformers config.json, a folder that holds one, or a built-in name."""
     task: Task | None = None
-    """What the model is to do. Without it: the class that the config names, else its usual language modelling."""
+    """Task of the model. None: of the class named in the config, else the model's usual language modelling."""
     seq_length: Annotated[int, Field(ge=2)] | None = None
-    """Tokens per sample. Without it: 128, or what the model can take if that is less."""
+    """Tokens per sample. None: 128, or the model's maximum if that is less."""
     batch: Count = 32
     """Samples per training step; the pool is batch / keep."""
     labelled_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Share of the tokens with a label. Without it: 0.15 in masked language modelling, else 1."""
+    """Share of the tokens with a label. None: 0.15 in masked language modelling, else 1."""
     max_positions: Count | None = None
-    """Labelled tokens of a sample that an exit reads at most; without it all."""
+    """Upper limit of labelled tokens that an exit reads of a sample. None: all."""
     keep: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Share of the pool that is trained on."""
     depths: tuple[Count, ...] = ()
-    """Layers that run for an early-exit score. Without it: 1, 2, 3 and 6. The full model (exact loss) follows."""
+    """Layers that run for an early-exit score. None given: 1, 2, 3 and 6. The full model (exact loss) follows."""
     seconds: Annotated[float, Field(ge=0)] = 10.0
-    """About how long to measure times; every operation is measured three times or more."""
+    """Approximate duration of the timing; every operation is measured at least three times."""
     json: Path | None = None
-    """Where to write the numbers."""
+    """Where to write the numbers. None: nowhere."""
 
     def __post_init__(self) -> None:
-        schema.hold(self, (schema.POOL_FITS,))
+        schema.validate(self, (schema.POOL_FITS,))
 
 
 @dataclass(frozen=True)
 class Report:
-    """Which run folders to report on."""
+    """The run folders to report on."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Folders that `earlysift compare` or `earlysift pretrain` wrote; several make one page."""
     out: Path | None = None
-    """Where to write the page. Without it: report.html in the folder, or in the common parent of several."""
+    """Where to write the page. None: report.html in the folder, or in the common parent of several."""
 
     def __post_init__(self) -> None:
-        schema.hold(self)
+        schema.validate(self)
 
 
 @dataclass(frozen=True)
 class Theory:
-    """Which experiments to run."""
+    """The experiments to run."""
 
     experiments: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Names of experiments; all if there are none."""
+    """Names of experiments. None given: all."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Of all randomness: the same seed gives the same digits on the same machine."""
+    """Seed of all randomness: the same seed gives the same digits on the same machine."""
     out: Path = Path("runs/theory")
-    """Folder for the page, the pictures and the numbers; what it holds of an earlier run is replaced."""
+    """Folder for the page, the pictures and the numbers; replaces those of an earlier run."""
     results: Path | None = None
-    """Folder with the results of comparisons, as `compare_*.json`, to draw into the payoff map."""
+    """Folder with results of comparisons (`compare_*.json`) to draw into the payoff map."""
 
     def __post_init__(self) -> None:
-        schema.hold(self)
+        schema.validate(self)
 
 
 Command = Settings | Report | Check | PretrainSettings | Theory
@@ -176,8 +177,8 @@ def main(arguments: Sequence[str] | None = None, prepare: Callable[[], None] = l
     """Run the command line.
 
     Args:
-        arguments: What follows ``earlysift``; None reads the process's own.
-        prepare: Called once the command is known to be sound, before its work begins.
+        arguments: The arguments after ``earlysift``; None takes those of the process.
+        prepare: Called after the command is validated and before it runs.
 
     Returns:
         The exit code.
@@ -185,25 +186,19 @@ def main(arguments: Sequence[str] | None = None, prepare: Callable[[], None] = l
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         command = _parse(given)
-        _look(command)
+        _require_inputs(command)
         prepare()
-        if isinstance(command, Check):
-            return _check(command)
-        if isinstance(command, Report):
-            return _report(command)
-        if isinstance(command, PretrainSettings):
-            return _pretrain(command)
-        if isinstance(command, Theory):
-            return _theory(command)
-        return _suite(command, given) if command.suite else _compare(command)
+        if isinstance(command, Settings) and command.suite:
+            return _suite(command, given)
+        return _RUN[type(command)](command)
     except (ValueError, OSError, ImportError) as error:
         print(f"earlysift: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except (MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
             raise
-        said = str(error).split("\n")[0] or "no more memory"
-        print(f"earlysift: {said} Give a smaller model, batch or keep closer to 1.", file=sys.stderr)
+        reason = str(error).split("\n")[0] or "no more memory"
+        print(f"earlysift: {reason} Give a smaller model, batch or keep closer to 1.", file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print("earlysift: stopped before anything was measured.", file=sys.stderr)
@@ -211,9 +206,9 @@ def main(arguments: Sequence[str] | None = None, prepare: Callable[[], None] = l
 
 
 def _out_of_memory(error: Exception) -> bool:
-    """Whether memory has run out; torch says so in words."""
-    words = ("can't allocate memory", "out of memory")
-    return isinstance(error, MemoryError) or any(each in str(error) for each in words)
+    """Whether memory has run out; torch reports that only in the message."""
+    messages = ("can't allocate memory", "out of memory")
+    return isinstance(error, MemoryError) or any(message in str(error) for message in messages)
 
 
 def _parse(given: list[str]) -> Command:
@@ -232,9 +227,9 @@ def _parse(given: list[str]) -> Command:
     check_command = Annotated[Check, tyro.conf.subcommand("check", description=check_help)]
     theory_help = _THEORY_HELP.format(experiments=", ".join(EXPERIMENTS))
     theory_command = Annotated[Theory, tyro.conf.subcommand("theory", description=theory_help)]
-    said = io.StringIO()
+    errors = io.StringIO()
     try:
-        with redirect_stderr(said):
+        with redirect_stderr(errors):
             command: Command = tyro.cli(
                 compare_command | pretrain_command | report_command | check_command | theory_command,
                 prog="earlysift",
@@ -242,38 +237,38 @@ def _parse(given: list[str]) -> Command:
                 args=given,
             )
     except SystemExit as stop:
-        # Problems of the settings are told as those of a config file are, and not wrapped and boxed.
+        # Invalid settings are reported in the same way as those of a config file, not in a box.
         cause: BaseException | None = stop
         while cause is not None:
-            if isinstance(cause, schema.Unfit):
+            if isinstance(cause, schema.InvalidSettings):
                 raise cause from None
             cause = cause.__context__
-        print(said.getvalue(), end="", file=sys.stderr)
+        print(errors.getvalue(), end="", file=sys.stderr)
         raise
     return command
 
 
-def _look(command: Command) -> None:
-    """See whether what a command names is there, as far as that can be told without torch.
+def _require_inputs(command: Command) -> None:
+    """Check the files and names in a command, as far as that is possible without torch.
 
     Raises:
-        ValueError: If something does not fit.
-        OSError: If something is missing, or in the way.
+        ValueError: If a value is invalid.
+        OSError: If a file is missing, or cannot be written.
     """
     if isinstance(command, Report):
         if command.out:
-            _require_place(command.out, "--out")
+            _require_writable_file(command.out, "--out")
         if not command.runs:
-            raise ValueError("Expected at least one run folder, got none; give the folders that a command wrote.")
+            raise ValueError("Expected at least one run folder, got none; give folders that a command wrote.")
         for folder in command.runs:
             read_results(folder)
         return
     if isinstance(command, Check):
         if command.json:
-            _require_place(command.json, "--json")
+            _require_writable_file(command.json, "--json")
         read_config(command.model)
         return
-    _require_folder(command.out, "--out")
+    require_writable(command.out, "--out")
     if isinstance(command, Theory):
         require_known(command.experiments, command.results)
         return
@@ -294,39 +289,29 @@ def _look(command: Command) -> None:
         require_data(path)
 
 
-def _require_place(file: Path, flag: str) -> None:
-    """See whether a file may be written, as far as the folders above it tell."""
+def _require_writable_file(file: Path, flag: str) -> None:
     if file.is_dir():
         raise IsADirectoryError(f"Expected a file at {file}, found a folder. Choose another {flag}.")
-    _require_folder(file.parent, flag)
-
-
-def _require_folder(folder: Path, flag: str) -> None:
-    """See whether there is a folder, or may be one."""
-    nearest = next(each for each in (folder, *folder.absolute().parents) if each.exists())
-    if not nearest.is_dir():
-        raise FileExistsError(f"Expected a folder at {nearest}, found a file. Choose another {flag}.")
-    if not os.access(nearest, os.W_OK):
-        raise PermissionError(f"Nothing can be written in {nearest}. Choose another {flag}.")
+    require_writable(file.parent, flag)
 
 
 def _require_memory(settings: Settings) -> None:
-    """See whether models of so many layers of this width can be in memory at all, where the processor trains them."""
+    """Raise if the models of all arms cannot fit into the memory of a machine that trains on the CPU."""
     if settings.device != "cpu" or not hasattr(os, "sysconf"):
         return
     parameters = 12 * settings.layers * settings.width**2
     needed = 16 * parameters * len(settings.arms)  # weight, gradient and two moments of AdamW, in float32
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > there:
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > available:
         raise ValueError(
-            f"{settings.layers} layers of width {settings.width} have {parameters / 1e9:,.1f} billion weights; such a "
-            f"model for each of {len(settings.arms)} arms needs {needed / 2**30:,.0f} GiB to train, and this machine "
-            f"has {there / 2**30:,.0f}. Give fewer --layers or --arms, or less --width."
+            f"{settings.layers} layers of width {settings.width} have {parameters / 1e9:,.1f} billion weights; one "
+            f"such model for each of {len(settings.arms)} arms needs {needed / 2**30:,.0f} GiB to train, and this "
+            f"machine has {available / 2**30:,.0f}. Give fewer --layers or --arms, or a smaller --width."
         )
 
 
 def _value_of(flag: str, given: list[str]) -> str | None:
-    # The file's values become the defaults of the other flags, so it is read before they are parsed.
+    # The values of the file become the defaults of the other flags, so it is read before they are parsed.
     for position, argument in enumerate(given):
         if argument == flag and position + 1 < len(given):
             return given[position + 1]
@@ -340,7 +325,7 @@ def _progress(console: Console) -> Iterator[Callable[[str, float], None]]:
     if not console.is_terminal:
         yield _print_shares(console)
         return
-    # No column of elapsed time: arms take turns, and each would show the time of all.
+    # No column of elapsed time: arms take turns, so each would show the time of all.
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         tasks: dict[str, TaskID] = {}
@@ -354,19 +339,19 @@ def _progress(console: Console) -> Iterator[Callable[[str, float], None]]:
 
 
 def _print_shares(console: Console) -> Callable[[str, float], None]:
-    """Without a terminal: a line for each quarter of a piece of work."""
+    """Without a terminal: a line for each quarter of a task."""
     quarters: dict[str, int] = {}
 
     def show(name: str, share: float) -> None:
         quarter = int(4 * share)
         if quarter > quarters.get(name, -1):
             quarters[name] = quarter
-            _say(console, f"{name}: {share:.0%}")
+            _print_line(console, f"{name}: {share:.0%}")
 
     return show
 
 
-def _say(console: Console, line: str) -> None:
+def _print_line(console: Console, line: str) -> None:
     console.print(line, markup=False, highlight=False, soft_wrap=True)
     console.file.flush()  # a log is read while the program runs
 
@@ -383,23 +368,21 @@ def _compare(settings: Settings) -> int:
             results = compare(
                 settings,
                 lambda name, share: None if name in labels else show(name, share),
-                lambda name, run: _say(console, _evaluation(name, run, settings)),
+                lambda name, run: _print_line(console, _evaluation(name, run, settings)),
             )
     _print_results(console, results, settings.out)
     return EXIT_OK if results["complete"] else EXIT_INTERRUPTED
 
 
 def _evaluation(name: str, run: dict[str, Any], settings: Settings) -> str:
-    at = run["curve"][-1]
-    share = min(1.0, at["reference_s"] / settings.budget)
-    accuracy = "–" if at["accuracy"] is None else f"{at['accuracy']:.2%}"
+    point = run["curve"][-1]
+    share = min(1.0, point["reference_s"] / settings.budget)
+    accuracy = "–" if point["accuracy"] is None else f"{point['accuracy']:.2%}"
     return f"{ARMS[name].label}, seed {run['seed']}: {share:.0%} of the budget, validation accuracy {accuracy}"
 
 
 def _print_results(console: Console, results: dict[str, Any], out: Path) -> None:
-    table = Table()
-    for heading in ("arm", "steps", "accuracy", "loss", "to target (s)", "speed-up", "interval"):
-        table.add_column(heading, justify="left" if heading == "arm" else "right")
+    table = _table(("arm", "steps", "accuracy", "loss", "to target (s)", "speed-up", "interval"))
     for name, arm in results["arms"].items():
         runs = [run for run in arm["runs"] if run["finished"]]
         entry = results["comparison"].get(name, {})
@@ -414,7 +397,7 @@ def _print_results(console: Console, results: dict[str, Any], out: Path) -> None
         )
     console.print(table)
     if not results["complete"]:
-        console.print("Stopped early: what follows is partial. Go on with --resume.")
+        console.print("Stopped early: the following is partial. Continue with --resume.")
     console.print(results["verdict"])
     console.print(f"Report: {out / 'report.html'}", soft_wrap=True)
 
@@ -433,15 +416,13 @@ def _suite(settings: Settings, given: list[str]) -> int:
         console.print(f"Report of all: {page}; of each: in the folders beside it.", soft_wrap=True)
     reasons = [outcome.reason for outcome in outcomes.values() if outcome.reason]
     if "stopped" in reasons:
-        console.print("Stopped early: go on with --resume.")
+        console.print("Stopped early: continue with --resume.")
         return EXIT_INTERRUPTED
     return EXIT_OK if all(reason.startswith("skipped") for reason in reasons) else EXIT_BAD_INPUT
 
 
 def _print_suite(console: Console, outcomes: "dict[str, Outcome]") -> None:
-    table = Table()
-    for heading in ("workload", "arm", "speed-up", "by wall time", "accuracy", "verdict"):
-        table.add_column(heading, justify="left" if heading in ("workload", "arm", "verdict") else "right")
+    table = _table(("workload", "arm", "speed-up", "by wall time", "accuracy", "verdict"))
     for name, outcome in outcomes.items():
         table.add_section()
         results = outcome.results or {"comparison": {}}
@@ -459,6 +440,14 @@ def _print_suite(console: Console, outcomes: "dict[str, Outcome]") -> None:
     for name, outcome in outcomes.items():
         if outcome.reason:
             console.print(f"{name}: {outcome.reason}", soft_wrap=True)
+
+
+def _table(headings: Sequence[str], **options: Any) -> Table:
+    """A table whose columns are right-aligned, except for the first one and those of text."""
+    table = Table(**options)
+    for i, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if i == 0 or heading in ("arm", "verdict") else "right")
+    return table
 
 
 def _interval(middle: float | None, low: float | None, high: float | None, form: str) -> str:
@@ -499,7 +488,7 @@ def _print_check(console: Console, numbers: dict[str, Any]) -> None:
     table = Table(
         title=f"A training step on {shape['batch']} samples, and scoring a pool of {shape['pool']}",
         title_justify="left",
-        caption=f"Cost c of selecting, by FLOPs and by time; by time it is the break-even gain. Memory: growth at the "
+        caption=f"Cost c of selection, by FLOPs and by time; by time it is the break-even gain. Memory: growth at the "
         f"peak, by {machine['memory_measure']}.",
         caption_justify="left",
     )
@@ -524,8 +513,8 @@ def _print_check(console: Console, numbers: dict[str, Any]) -> None:
         )
     console.print(table)
     console.print(
-        "Selection pays only while the live gain (mean exact loss of the kept samples over that of the pool; "
-        "sift/gain in Sifter.stats()) is more than the break-even gain of its depth."
+        "Selection pays only while the measured gain (mean exact loss of the kept samples over that of the pool; "
+        "sift/gain in Sifter.stats()) exceeds the break-even gain of its depth."
     )
 
 
@@ -536,9 +525,9 @@ def _pretrain(settings: PretrainSettings) -> int:
         raise ImportError(
             f"Pre-training needs transformers and accelerate: pip install 'earlysift[hf]' ({error})."
         ) from error
-    code, said = pretrain(settings)
-    if os.environ.get("RANK", "0") == "0":  # the first process that torchrun started, or the only one
-        print(f"earlysift: {said}", file=sys.stderr if code else sys.stdout)
+    code, message = pretrain(settings)
+    if os.environ.get("RANK", "0") == "0":  # the first process of torchrun, or the only one
+        print(f"earlysift: {message}", file=sys.stderr if code else sys.stdout)
         if (settings.out / "report.html").is_file():
             print(f"Report: {settings.out / 'report.html'}")
     return code
@@ -572,10 +561,17 @@ def _print_finding(console: Console, finding: "Finding") -> None:
     from earlysift.theory.findings import show_cell
 
     console.print(f"\n{finding.title}. {finding.summary}", highlight=False)
-    for shown in finding.tables:
-        table = Table(title=shown.title, title_justify="left")
-        for i, heading in enumerate(shown.headers):
-            table.add_column(heading, justify="right" if i else "left")
-        for cells in shown.rows:
+    for content in finding.tables:
+        table = _table(content.headers, title=content.title, title_justify="left")
+        for cells in content.rows:
             table.add_row(*map(show_cell, cells))
         console.print(table)
+
+
+_RUN: dict[type, Callable[[Any], int]] = {
+    Settings: _compare,
+    Report: _report,
+    Check: _check,
+    PretrainSettings: _pretrain,
+    Theory: _theory,
+}

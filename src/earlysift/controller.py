@@ -226,9 +226,8 @@ def record(probe: Probe, kept: int, control: Control) -> Record:
             numbers[f"second_moment.{depth}.{keep:g}"] = costs.second_moment_ratio(scores[:rows].clamp(min=0))
             for rule in control.rules:
                 name = _name(Choice(rule, depth, keep))
-                measure = _greedy if rule == "greedy" else _unbiased
-                numbers[f"{name}.signal"], numbers[f"{name}.length2"] = measure(
-                    scores[:rows], min(kept, rows), gram[:rows, :rows], others[:rows], signal
+                numbers[f"{name}.signal"], numbers[f"{name}.length2"] = _signal_and_length2(
+                    rule, scores[:rows], min(kept, rows), gram[:rows, :rows], others[:rows], signal
                 )
         numbers[f"correlation.{depth}"] = fidelity(scores, exact, kept)["rank_correlation"]
     return numbers
@@ -249,12 +248,12 @@ def record_names(control: Control) -> list[str]:
     ]
 
 
-def _greedy(scores: Tensor, kept: int, gram: Tensor, others: Tensor, signal: float) -> tuple[float, float]:
-    best = selectors.greedy(scores, kept).indices
-    return others[best].mean().item(), gram[best][:, best].mean().item()
-
-
-def _unbiased(scores: Tensor, kept: int, gram: Tensor, others: Tensor, signal: float) -> tuple[float, float]:
+def _signal_and_length2(
+    rule: Rule, scores: Tensor, kept: int, gram: Tensor, others: Tensor, signal: float
+) -> tuple[float, float]:
+    if rule == "greedy":
+        best = selectors.greedy(scores, kept).indices
+        return others[best].mean().item(), gram[best][:, best].mean().item()
     included = selectors.inclusion_probabilities(scores.clamp(min=0), kept)
     noise = (gram.diagonal() / included).sum().item() / len(scores) ** 2
     return signal, signal * (1 - 1 / kept) + noise

@@ -36,7 +36,7 @@ class FlopsLaw(NamedTuple):
         return by_position + 4.0 * self.attention * rows * length**2 + self.fixed
 
 
-def flops_law(anatomy: Anatomy, depth: int | None = None, *, thins: bool = False) -> FlopsLaw:
+def flops_law(anatomy: Anatomy, depth: int | None = None, *, skips_unlabelled: bool = False) -> FlopsLaw:
     """Walk a model once for the FLOPs of its forward passes with the head on labelled positions only.
 
     Every matrix (and kernel) of the model counts, the attention of a layer, and DeBERTa's attention to distances. Left
@@ -46,8 +46,8 @@ def flops_law(anatomy: Anatomy, depth: int | None = None, *, thins: bool = False
     Args:
         anatomy: Where layers and head are (`earlysift.exits.find_anatomy`).
         depth: Layers that run; None runs all.
-        thins: Whether the last of them runs behind its attention at labelled positions only, as in scoring
-            (`earlysift.exits.thins`).
+        skips_unlabelled: Whether the last of them runs behind its attention at labelled positions only
+            (`earlysift.exits.skips_unlabelled`).
     """
     everywhere, head = _outer_weights(anatomy)
     distances = _distances(anatomy)
@@ -59,7 +59,7 @@ def flops_law(anatomy: Anatomy, depth: int | None = None, *, thins: bool = False
         # Embeddings of distances are projected once, then multiplied with all states.
         everywhere += distances * width
         fixed += 2.0 * distances * width**2
-    if thins:
+    if skips_unlabelled:
         exit_layer = list(anatomy.layers)[:depth][-1]
         few = [exit_layer.get_submodule(name) for chain in anatomy.positionwise for name in chain]
         thinned = sum(_own_weights(name, module) for part in few for name, module in part.named_modules())

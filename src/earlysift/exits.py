@@ -1,15 +1,15 @@
-"""The same model, shorter: where its layers and its head are, and context managers that leave parts of it out.
+"""Early exits of the model itself: where its layers and head are, and context managers that leave parts of it out.
 
-`truncated` cuts the layer list in place and restores it whatever happens. The model's own forward then does everything
-else, in every precision, wrapped or compiled. A copy of the model would look cleaner and is wrong: with a forward bound
-to the instance (accelerate's mixed precision, ``model.compile()``) it silently runs all layers.
+`truncated` shortens the layer list in place and always restores it. The model's own forward does the rest, in every
+precision, wrapped or compiled. A copy of the model would look cleaner but is wrong: with a forward bound to the
+instance (accelerate's mixed precision, ``model.compile()``) it silently runs all layers.
 
 Model families are rows of data in `FAMILIES`; a model of your own needs one row:
 
     >>> Family(layers="blocks", heads=(("head",),), task="causal_lm").layers
     'blocks'
 
-A transformers config may bring its row along, under ``earlysift_family``:
+A transformers config may contain its row, under ``earlysift_family``:
 ``{"layers": "model.layers", "heads": [["lm_head"]], "task": "causal_lm", "positionwise": [["mlp"]]}``.
 """
 
@@ -28,17 +28,17 @@ from earlysift.presets import Task as Task
 
 @dataclass(frozen=True)
 class Family:
-    """One row of data: where a model keeps the parts that early exit needs.
+    """One row of data: where a model has the parts that an early exit needs.
 
     Attributes:
         layers: Path from the (unwrapped) model to its ``ModuleList`` or ``Sequential`` of layers.
         heads: Alternatives for the modules between the last states ``(R, T, D)`` and the logits, in calling order; the
-            first alternative that the model has is used. Without any, the model's own logits are used, which holds all
-            positions' logits of a chunk at once.
-        task: What the labels mean; None reads it off the name of a transformers class.
-        positionwise: Chains of modules of a layer, by path, that treat every position by itself, in calling order; what
-            comes out of one of a chain goes into the next ones of it and nowhere else. At the exit they run at labelled
-            positions only (`at_places`).
+            first alternative that the model has is used. Without any, the model's own logits are used, which needs
+            memory for the logits of all positions of a chunk.
+        task: What the labels mean; None infers it from the name of a transformers class.
+        positionwise: Chains of modules of a layer, by path and in calling order, that process every position
+            independently; the output of a module is used only by the later ones of its chain. At the exit they run at
+            labelled positions only (`at_positions`).
     """
 
     layers: str
@@ -47,24 +47,15 @@ class Family:
     positionwise: tuple[tuple[str, ...], ...] = ()
 
     def __post_init__(self) -> None:
-        rules = [
-            (
-                not (isinstance(self.layers, str) and self.layers),
-                f"layers must be a path, such as 'model.layers', got {self.layers!r}.",
-            ),
-            *(
-                (
-                    not _are_chains(chains),
-                    f"{name} must be tuples (lists, in a config) of names within one, got {chains!r}.",
-                )
-                for name, chains in (("heads", self.heads), ("positionwise", self.positionwise))
-            ),
-            (
-                self.task is not None and self.task not in get_args(Task),
-                f"task must be one of {', '.join(get_args(Task))} or None, got {self.task!r}.",
-            ),
+        problems = [
+            f"{name} must be tuples (lists, in a config) of names within one, got {getattr(self, name)!r}."
+            for name in ("heads", "positionwise")
+            if not _are_chains(getattr(self, name))
         ]
-        problems = [message for bad, message in rules if bad]
+        if not (isinstance(self.layers, str) and self.layers):
+            problems.insert(0, f"layers must be a path, such as 'model.layers', got {self.layers!r}.")
+        if self.task is not None and self.task not in get_args(Task):
+            problems.append(f"task must be one of {', '.join(get_args(Task))} or None, got {self.task!r}.")
         if problems:
             raise ValueError(" ".join(["Bad family row:", *problems]))
 
@@ -107,7 +98,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 FAMILY_IN_CONFIG = "earlysift_family"
-"""Under this name a transformers config may hold a row of its own, which goes before `FAMILIES`."""
+"""A row under this name in a transformers config takes precedence over `FAMILIES`."""
 
 _TASK_OF_CLASS_SUFFIX: dict[str, Task] = {
     "ForMaskedLM": "masked_lm",
@@ -122,17 +113,17 @@ _TASK_OF_CLASS_SUFFIX: dict[str, Task] = {
 _REFUSED_WRAPPERS = {
     "DataParallel": (
         "DataParallel copies the model at every call, and the copies are not shortened.",
-        "Use DistributedDataParallel, or pass the model inside (model.module) and train on one device.",
+        "Use DistributedDataParallel, or pass the wrapped model (model.module) and train on one device.",
     ),
     "AveragedModel": (
         "AveragedModel holds averages of weights, not the model that is trained.",
-        "Pass the model that is trained; average its weights beside it.",
+        "Pass the model that is trained, and average its weights separately.",
     ),
 }
 
 
 class Problem(NamedTuple):
-    """One reason why a model cannot be sifted with, and what to do about it."""
+    """One reason why a model cannot be used for sifting, and its remedy."""
 
     reason: str
     remedy: str
@@ -142,10 +133,10 @@ class Problem(NamedTuple):
 
 
 class Anatomy(NamedTuple):
-    """Where the parts of one model are: its core without wrappers, layer list, head module names and task.
+    """The parts of one model: its core without wrappers, layer list, names of the head modules, and task.
 
     In sequence classification the model pools between states and logits, so ``head`` is empty and ``classifier`` names
-    the modules behind (or with) the pooling. ``positionwise``: see `Family`.
+    the modules after (or including) the pooling. ``positionwise``: see `Family`.
     """
 
     core: nn.Module
@@ -169,10 +160,10 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def _layers_of_wrapping(model: nn.Module) -> Iterator[nn.Module]:
-    """The model as it came, and what is inside of each wrapper, down to the core."""
+    """The given model, and the content of each wrapper, down to the core."""
     while True:
         yield model
-        if "_forward_module" in model._modules:  # Fabric's, which hands on attributes of the model inside
+        if "_forward_module" in model._modules:  # Fabric's wrapper, which forwards attribute access
             model = cast(nn.Module, model._forward_module)
         elif hasattr(model, "_orig_mod"):
             model = cast(nn.Module, model._orig_mod)
@@ -215,16 +206,16 @@ def truncated(
     exit_head: nn.Module | None = None,
     detach_exit: bool = False,
 ) -> Iterator[None]:
-    """Inside this context the very same model has only its first ``depth`` layers.
+    """Shorten the model itself to its first ``depth`` layers within this context.
 
-    Its own final norm and head follow the last of them. Not thread-safe, as the model itself is changed; restored on
-    exceptions, too.
+    Its own final norm and head follow the last of them. Not thread-safe, because the model itself is changed; it is
+    restored on exceptions too.
 
     Args:
         model: The model, wrapped or not.
         depth: Number of layers to keep, 1 to the number of layers (all of them: the full model).
         family: A row for a model that `FAMILIES` does not know.
-        exit_head: Module put behind the last kept layer (see `ExitHead`).
+        exit_head: Module that follows the last remaining layer (see `ExitHead`).
         detach_exit: Whether gradients of the exit stop at the exit head.
 
     Raises:
@@ -249,12 +240,12 @@ def truncated(
 def shortened(
     anatomy: Anatomy, depth: int, *, exit_head: nn.Module | None = None, detach_exit: bool = False
 ) -> Iterator[None]:
-    """`truncated` for a model whose anatomy is known already."""
+    """`truncated` for a model whose anatomy is known."""
     count = len(anatomy.layers)
     if not 1 <= depth <= count:
         raise ValueError(f"Expected depth in 1..{count} (the model's layers), got {depth}.")
     if hasattr(anatomy.core, "_get_fsdp_state"):
-        # FSDP2 finds out at the first pass which modules are the model's: it must not be a cut one.
+        # FSDP2 collects the modules of the model in its first pass, which must see the full model.
         cast(Any, anatomy.core)._get_fsdp_state()._lazy_init()
     all_layers = anatomy.layers._modules
     kept = dict(list(all_layers.items())[:depth])
@@ -262,7 +253,7 @@ def shortened(
         last = list(kept)[-1]
         kept[last] = _ExitLayer(kept[last], exit_head, detach_exit)
     anatomy.layers._modules = kept
-    hooked = _modules_with_capture_hooks(anatomy.core)  # of the short model, as the others are not run
+    hooked = _modules_with_capture_hooks(anatomy.core)  # in the shortened model, as the other layers do not run
     try:
         yield
     finally:
@@ -272,15 +263,14 @@ def shortened(
 
 @contextmanager
 def captured(anatomy: Anatomy, depth: int) -> Iterator[list[Any]]:
-    """Inside this context the outputs of the first ``depth`` layers are kept: what `replayed` needs.
+    """Record the outputs of the first ``depth`` layers within this context, for `replayed`.
 
     Yields:
-        The layers' own outputs, in order, filled by the next forward pass.
+        The outputs in the order of layers; the next forward pass fills it.
     """
     outputs: list[Any] = []
     handles = [
-        layer.register_forward_hook(lambda module, inputs, output: outputs.append(output))
-        for layer in list(anatomy.layers)[:depth]
+        layer.register_forward_hook(lambda *call: outputs.append(call[-1])) for layer in list(anatomy.layers)[:depth]
     ]
     try:
         yield outputs
@@ -291,10 +281,10 @@ def captured(anatomy: Anatomy, depth: int) -> Iterator[list[Any]]:
 
 @contextmanager
 def replayed(anatomy: Anatomy, outputs: Sequence[Any], *, exit_head: nn.Module | None = None) -> Iterator[None]:
-    """Inside this context the first layers hand out what was `captured` before, and the others are left out.
+    """Let the first layers return their `captured` outputs within this context, and leave the other layers out.
 
-    A forward pass then costs no layer. With it one full forward pass gives the exits at every depth: the model's own
-    final norm and head follow each. Every layer has its own stand-in, as models do things between their layers.
+    A forward pass then runs no layer, so one full pass is enough for the exits at every depth: the model's own final
+    norm and head follow each. Every layer gets a stand-in, because models compute between their layers.
     """
     all_layers = anatomy.layers._modules
     recorded: dict[str, nn.Module] = {
@@ -311,16 +301,16 @@ def replayed(anatomy: Anatomy, outputs: Sequence[Any], *, exit_head: nn.Module |
 
 
 @contextmanager
-def at_places(anatomy: Anatomy, depth: int, places: Tensor, shape: torch.Size) -> Iterator[None]:
-    """Inside this context the layer at an exit computes, behind its attention, only what will be looked at.
+def at_positions(anatomy: Anatomy, depth: int, positions: Tensor, shape: torch.Size) -> Iterator[None]:
+    """Restrict the position-wise modules of the layer at an exit to some positions within this context.
 
-    Its position-wise modules run at some positions and give zeros elsewhere. Of a layer of BERT that is three quarters
-    of the FLOPs. What the model returns at these positions is what it returned before.
+    Elsewhere they return zeros; the model's output at these positions is unchanged. In a layer of BERT these modules
+    are three quarters of the FLOPs.
 
     Args:
-        anatomy: Where layers are, and which of their modules are position-wise.
-        depth: The exit: the layer in this place, counted from 1.
-        places: Positions, ``(N,)``, each as ``T * row + position``.
+        anatomy: Where the layers are, and which of their modules are position-wise.
+        depth: The exit: the number of its layer, counted from 1.
+        positions: Positions, ``(N,)``, each as ``T * row + position``.
         shape: ``(R, T)``.
     """
     layer = list(anatomy.layers)[depth - 1]
@@ -333,7 +323,7 @@ def at_places(anatomy: Anatomy, depth: int, places: Tensor, shape: torch.Size) -
                 siblings = layer.get_submodule(path)._modules
                 module = cast(nn.Module, siblings[own_name])
                 first, last = name == chain[0], name == chain[-1]
-                siblings[own_name] = _AtPlaces(module, places, shape, gathers=first, scatters=last)
+                siblings[own_name] = _AtPositions(module, positions, shape, gathers=first, scatters=last)
                 swapped.append((siblings, own_name, module))
         yield
     finally:
@@ -341,10 +331,10 @@ def at_places(anatomy: Anatomy, depth: int, places: Tensor, shape: torch.Size) -
             siblings[own_name] = module
 
 
-def thins(model: nn.Module, anatomy: Anatomy, max_positions: int | None) -> bool:
-    """Whether scoring at an exit of this model goes through `at_places`.
+def skips_unlabelled(model: nn.Module, anatomy: Anatomy, max_positions: int | None) -> bool:
+    """Whether scoring at an exit of this model uses `at_positions`.
 
-    Not in compiled code unless the number of positions is the same for all pools: it would be compiled anew for each.
+    Compiled models do so only if all pools have the same number of positions; each new number would be a recompilation.
     """
     compiled = any(
         hasattr(wrapped, "_orig_mod") or wrapped._compiled_call_impl is not None
@@ -355,13 +345,13 @@ def thins(model: nn.Module, anatomy: Anatomy, max_positions: int | None) -> bool
 
 @contextmanager
 def headless(anatomy: Anatomy) -> Iterator[None]:
-    """Inside this context the model returns the states ``(R, T, D)`` that enter its head where its logits were.
+    """Make the model return the states ``(R, T, D)`` that enter its head, instead of logits, within this context.
 
-    The head modules are swapped in place for one that hands its input on, and restored whatever happens.
+    The head modules are replaced in place by the identity, and always restored.
     """
     modules = anatomy.core._modules
     heads = {name: cast(nn.Module, modules[name]) for name in anatomy.head}
-    modules.update({name: _HandOn(module) for name, module in heads.items()})
+    modules.update({name: _Identity(module) for name, module in heads.items()})
     try:
         yield
     finally:
@@ -370,7 +360,7 @@ def headless(anatomy: Anatomy) -> Iterator[None]:
 
 @contextmanager
 def scoring_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every module has its own training flag back (a frozen one stays frozen)."""
+    """Evaluation mode within this context; afterwards every module has its own training flag back."""
     flags = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -381,7 +371,7 @@ def scoring_mode(model: nn.Module) -> Iterator[None]:
 
 
 def uncompiled() -> AbstractContextManager[Any]:
-    """Inside this context compiled models run, and add to what is compiled, nothing."""
+    """Run compiled models eagerly within this context; compile nothing new."""
     # Nothing is compiled before dynamo is loaded, and loading it takes seconds.
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
@@ -399,9 +389,9 @@ def head_of(anatomy: Anatomy) -> Callable[[Tensor], Tensor]:
 
 
 def call(model: nn.Module, inputs: Any, *, synchronized: bool = False) -> Tensor:
-    """The model's logits (or, inside `headless`, the states that enter its head) for inputs without labels.
+    """The model's logits (within `headless`, the states that enter its head) for inputs without labels.
 
-    No KV cache is allocated and no captured outputs are asked for, whatever the model's config says.
+    Allocates no KV cache and requests no captured outputs, whatever the model's config says.
 
     Args:
         model: The model, wrapped or not.
@@ -409,50 +399,46 @@ def call(model: nn.Module, inputs: Any, *, synchronized: bool = False) -> Tensor
         synchronized: Whether a backward pass follows that DistributedDataParallel must synchronize.
 
     Returns:
-        The first tensor of the output, by name ``logits`` where the output has names.
+        The ``logits`` of an output with names, else its first tensor.
 
     Raises:
         ValueError: If there is no such tensor.
     """
     output = run(model, inputs, synchronized=synchronized)
-    if isinstance(output, Mapping):
-        logits = output.get("logits")
-    elif isinstance(output, tuple | list) and not hasattr(output, "logits"):
-        logits = output[0] if output else None
-    else:
-        logits = getattr(output, "logits", output)
+    unnamed = output[0] if isinstance(output, tuple | list) and output else output
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", unnamed)
     if not isinstance(logits, Tensor):
         raise ValueError(
             "Expected the model to return logits (a tensor, a tuple that begins with one, or an output with 'logits'), "
-            f"got {type(output).__name__}. Score with a callable of your own, or wrap the model."
+            f"got {type(output).__name__}. Score with your own callable, or wrap the model."
         )
     return logits
 
 
 def run(model: nn.Module, inputs: Any, *, synchronized: bool = False) -> Any:
-    """What the model returns, as it returns it; arguments as in `call`, and labels may be among the inputs."""
+    """The model's own output; arguments as in `call`, and the inputs may contain labels."""
     runnable = model
-    inside = cast(nn.Module, model._modules.get("_forward_module", model))  # Fabric's wrapper around others
-    if not synchronized and isinstance(inside, nn.parallel.DistributedDataParallel):
-        # Its forward would broadcast buffers and wait for a backward pass that never comes.
-        runnable = inside.module
+    wrapped = cast(nn.Module, model._modules.get("_forward_module", model))  # inside Fabric's wrapper
+    if not synchronized and isinstance(wrapped, nn.parallel.DistributedDataParallel):
+        # Its forward would broadcast buffers and wait for a backward pass that never happens.
+        runnable = wrapped.module
     if not isinstance(inputs, Mapping):
         return runnable(inputs)
     return runnable(**{**inputs, **_quiet_arguments(unwrap(model))})
 
 
 class ExitHead(nn.Module):
-    """A norm and a small residual layer behind the exit, for models whose shared head ranks badly at the exit.
+    """A norm and a small residual layer after the exit, for models whose shared head ranks poorly there.
 
-    ``exit_head(h) = norm(h + down(gelu(up(h))))``; ``down`` starts at zero, so at first it is only a norm.
+    ``exit_head(h) = norm(h + down(gelu(up(h))))``; ``down`` starts at zero, so initially it is only a norm.
 
-    Train it on detached features with an optimizer of its own (give both to `Sifter`), or jointly with the model
-    (add `Sifter.exit_loss` to the loss). It belongs to the sifter, never to the model.
+    Train it on detached features with its own optimizer (pass both to `Sifter`), or jointly with the model (add
+    `Sifter.exit_loss` to the loss). It belongs to the sifter, never to the model.
 
     Args:
         width: D, the width of the model's states.
-        hidden: Width of the residual layer; 0 leaves only the norm.
-        seed: Seed of the initial weights; the global random state is not drawn from.
+        hidden: Width of the residual layer; 0 means only the norm.
+        seed: Seed of the initial weights; the global random state is not used.
 
     Example:
         >>> ExitHead(8, hidden=4)(torch.zeros(2, 3, 8)).shape
@@ -483,74 +469,76 @@ class ExitHead(nn.Module):
         return cast(Tensor, self.norm(states))
 
 
-def _own_or_the_replaced(module: nn.Module, name: str) -> Any:
-    # Some models read attributes of their layers and heads (attention type, dtype of weights), also of stand-ins.
+def _attribute_of_replaced(module: nn.Module, name: str) -> Any:
+    # Models read attributes of their layers and heads (attention type, dtype of weights), so stand-ins forward them.
     try:
         return nn.Module.__getattr__(module, name)
     except AttributeError:
         return getattr(module._modules["replaced"], name)
 
 
-class _HandOn(nn.Module):
-    """Stands in a head module's place and hands its input on."""
+class _Identity(nn.Module):
+    """Replaces a head module and returns its input."""
 
     def __init__(self, replaced: nn.Module) -> None:
         super().__init__()
         self.replaced = replaced
 
-    __getattr__ = _own_or_the_replaced
+    __getattr__ = _attribute_of_replaced
 
-    def forward(self, states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, states: Tensor, *_: Any, **__: Any) -> Tensor:
         return states
 
 
-class _AtPlaces(nn.Module):
-    """Stands in a position-wise module's place and calls it with the states of some positions, ``(1, N, D)``.
+class _AtPositions(nn.Module):
+    """Replaces a position-wise module and calls it with the states of some positions, ``(1, N, D)``.
 
-    The first of a chain gathers them, the last scatters what comes out; what lies between is handed on.
+    The first module of a chain gathers these states, and the last one scatters the output.
     """
 
-    def __init__(self, module: nn.Module, places: Tensor, shape: torch.Size, *, gathers: bool, scatters: bool) -> None:
+    def __init__(
+        self, module: nn.Module, positions: Tensor, shape: torch.Size, *, gathers: bool, scatters: bool
+    ) -> None:
         super().__init__()
         self.module = module
-        self.places = places
+        self.positions = positions
         self.shape = shape
         self.gathers = gathers
         self.scatters = scatters
 
     def forward(self, *states: Tensor) -> Tensor:
-        few = cast(Tensor, self.module(*map(self._gathered, states) if self.gathers else states))
+        output = cast(Tensor, self.module(*map(self._gathered, states) if self.gathers else states))
         if not self.scatters:
-            return few
+            return output
         rows, length = self.shape
-        everywhere = few.new_zeros(rows * length, few.size(-1))
-        return everywhere.index_copy(0, self.places, few[0]).view(rows, length, -1)
+        zeros = output.new_zeros(rows * length, output.size(-1))
+        return zeros.index_copy(0, self.positions, output[0]).view(rows, length, -1)
 
     def _gathered(self, states: Tensor) -> Tensor:
         if states.shape[:2] != self.shape:
             raise ValueError(
                 f"Expected labels {tuple(states.shape[:2])}, one per position of the model's states, got "
-                f"{tuple(self.shape)}. Give one label per position, -100 where there is none."
+                f"{tuple(self.shape)}. Give one label per position, -100 for positions without a label."
             )
-        return states.flatten(0, 1).index_select(0, self.places).unsqueeze(0)
+        return states.flatten(0, 1).index_select(0, self.positions).unsqueeze(0)
 
 
 class _Recorded(nn.Module):
-    """Stands in a layer's place in the layer list and hands out what the layer gave before."""
+    """Replaces a layer in the layer list and returns an earlier output of that layer."""
 
     def __init__(self, layer: nn.Module, output: Any) -> None:
         super().__init__()
         self.replaced = layer
         self.output = output
 
-    __getattr__ = _own_or_the_replaced
+    __getattr__ = _attribute_of_replaced
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *_: Any, **__: Any) -> Any:
         return self.output
 
 
 class _ExitLayer(nn.Module):
-    """The last kept layer with the exit head behind it; stands in the layer list in that layer's place."""
+    """Replaces the last remaining layer in the layer list: that layer followed by the exit head."""
 
     def __init__(self, layer: nn.Module, exit_head: nn.Module, detach: bool) -> None:
         super().__init__()
@@ -558,7 +546,7 @@ class _ExitLayer(nn.Module):
         self.exit_head = exit_head
         self.detach = detach
 
-    __getattr__ = _own_or_the_replaced
+    __getattr__ = _attribute_of_replaced
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = self.replaced(*args, **kwargs)
@@ -568,7 +556,7 @@ class _ExitLayer(nn.Module):
 
 
 def anatomy_or_problems(model: nn.Module, family: Family | None) -> Anatomy | list[Problem]:
-    """What `find_anatomy` finds, or all problems of the model's structure."""
+    """The result of `find_anatomy`, or all problems of the model's structure."""
     core = unwrap(model)
     name = type(core).__name__
     if name in _REFUSED_WRAPPERS:
@@ -593,16 +581,16 @@ def anatomy_or_problems(model: nn.Module, family: Family | None) -> Anatomy | li
     problems = []
     layers = _submodule(core, row.layers)
     if not isinstance(layers, nn.ModuleList | nn.Sequential):
-        came = "nothing" if layers is None else type(layers).__name__
+        found = "nothing" if layers is None else type(layers).__name__
         problems.append(
             Problem(
-                f"Expected a ModuleList or Sequential of layers at '{row.layers}' of {name}, got {came}.",
+                f"Expected a ModuleList or Sequential of layers at '{row.layers}' of {name}, got {found}.",
                 "Give the path of the layer list in the family row; `model.named_modules()` lists the paths.",
             )
         )
     elif not len(layers):
         problems.append(
-            Problem(f"The list of layers at '{row.layers}' of {name} is empty.", "Give the path of another.")
+            Problem(f"The list of layers at '{row.layers}' of {name} is empty.", "Give the path of another list.")
         )
     suffix = next((s for s in _TASK_OF_CLASS_SUFFIX if name.endswith(s)), None)
     task = row.task or (_TASK_OF_CLASS_SUFFIX[suffix] if suffix else None)
@@ -614,7 +602,7 @@ def anatomy_or_problems(model: nn.Module, family: Family | None) -> Anatomy | li
             )
         )
     named = next((h for h in row.heads if all(part in core._modules for part in h)), ())
-    # The head of sequence classification pools over positions, so the model's own logits are the way to score.
+    # In sequence classification the head pools over positions, so the model's own logits are scored.
     head, classifier = ((), named) if task == "sequence_classification" else (named, ())
     if task != "sequence_classification" and given is not None and row.heads and not head:
         problems.append(
@@ -626,23 +614,23 @@ def anatomy_or_problems(model: nn.Module, family: Family | None) -> Anatomy | li
     if task == "causal_lm" and getattr(config, "is_encoder_decoder", False):
         problems.append(
             Problem(
-                f"{name} is an encoder-decoder, whose labels stand where they are predicted, but causal_lm shifts "
+                f"{name} is an encoder-decoder, which predicts labels at their own positions, but causal_lm shifts "
                 "labels by one position.",
                 "Set task='token_classification' in the family row.",
             )
         )
     if getattr(config, "final_logit_softcapping", None):
-        head = ()  # the cap is applied behind the head, in the model's forward
+        head = ()  # the model's forward applies the cap after the head
     if problems:
         return problems
     assert isinstance(layers, nn.ModuleList | nn.Sequential)
     assert task is not None
-    positionwise = row.positionwise if head and _can_thin(core, layers, row) else ()
+    positionwise = row.positionwise if head and _can_skip_unlabelled(core, layers, row) else ()
     return Anatomy(core, layers, head, task, classifier, positionwise)
 
 
 def _configured(core: nn.Module) -> Family | Problem | None:
-    """The row that a model's config brings along, what is wrong with it, or None."""
+    """The row in a model's config, the problem of that row, or None if there is no row."""
     values = getattr(getattr(core, "config", None), FAMILY_IN_CONFIG, None)
     if values is None:
         return None
@@ -651,7 +639,7 @@ def _configured(core: nn.Module) -> Family | Problem | None:
     except (TypeError, ValueError) as error:
         return Problem(
             f"Expected a family row under '{FAMILY_IN_CONFIG}' in the config, got {values!r}: {error}",
-            """Write it like {"layers": "model.layers", "heads": [["lm_head"]], "task": "causal_lm"}.""",
+            """Write it as {"layers": "model.layers", "heads": [["lm_head"]], "task": "causal_lm"}.""",
         )
 
 
@@ -659,10 +647,10 @@ def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
-def _can_thin(core: nn.Module, layers: nn.ModuleList | nn.Sequential, row: Family) -> bool:
-    """Whether layers have the modules of their row (wrappers may hide them) and nobody needs all positions.
+def _can_skip_unlabelled(core: nn.Module, layers: nn.ModuleList | nn.Sequential, row: Family) -> bool:
+    """Whether layers have the position-wise modules of their row, and no other part needs all positions.
 
-    A convolution behind a layer mixes them, and a feed-forward part in chunks counts them.
+    Wrappers may hide modules; a convolution mixes positions, and a chunked feed-forward part depends on their number.
     """
     names = [name for chain in row.positionwise for name in chain]
     found = all(_submodule(layer, name) is not None for layer in layers for name in names)
@@ -679,14 +667,14 @@ def _submodule(model: nn.Module, path: str) -> nn.Module | None:
 
 def _quiet_arguments(core: nn.Module) -> dict[str, bool]:
     config = getattr(core, "config", None)
-    wanted = (
+    requested = (
         [name for name, value in vars(config).items() if name.startswith("output_") and value is True] if config else []
     )
     if getattr(config, "use_cache", False):
-        wanted.append("use_cache")
+        requested.append("use_cache")
     parameters = inspect.signature(core.forward).parameters
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    return {name: False for name in wanted if open_ended or name in parameters}
+    return {name: False for name in requested if open_ended or name in parameters}
 
 
 _CAPTURE_FLAG = "_output_capturing_hooks_installed"
@@ -697,8 +685,8 @@ def _modules_with_capture_hooks(core: nn.Module) -> list[nn.Module]:
 
 
 def _drop_new_capture_hooks(core: nn.Module, hooked: list[nn.Module]) -> None:
-    # transformers 5 hooks its layers when hidden states are first asked for. If that happens while the model is
-    # short, the other layers never get hooks and later captures are incomplete: forget them, the next call adds all.
+    # transformers 5 hooks all layers when hidden states are first requested. If the model is shortened at that time,
+    # the other layers never get hooks and later captures are incomplete. Without any, the next request adds all.
     if len(_modules_with_capture_hooks(core)) == len(hooked):
         return
     for module in core.modules():

@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Atomic writing of files: a file is either complete or absent."""
 
 import json
 import os
@@ -8,16 +8,16 @@ from typing import Any
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Put a file in place so that it is either the new one, whole, or the previous one, untouched.
+    """Replace a file atomically: afterwards it holds either all of the new content or all of the old.
 
-    Holds when the disk is full, when ``write`` raises, and when the process is killed in between.
+    This holds on a full disk, when ``write`` raises, and when the process is killed while writing.
 
     Args:
         path: The file.
-        write: Writes the new content to the path that it is given.
+        write: Called with the path of a temporary file, which it fills.
 
     Raises:
-        OSError: If writing fails; the previous file is then as it was.
+        OSError: If writing fails; the previous file is unchanged.
 
     Example:
         >>> import tempfile
@@ -37,16 +37,16 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Put a JSON file in place, whole or not at all."""
+    """Replace a JSON file atomically."""
     write_whole(path, lambda part: part.write_text(json_text(content), encoding="utf-8"))
 
 
 def json_text(content: Mapping[str, Any]) -> str:
-    """What `write_json` writes."""
+    """The text that `write_json` writes."""
     return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
 
 def remove_parts(folder: Path) -> None:
-    """Delete the parts of files that killed calls of `write_whole` left in a folder."""
+    """Delete the temporary files that killed calls of `write_whole` left in a folder."""
     for part in folder.glob(".*.part"):
         part.unlink()

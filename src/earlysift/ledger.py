@@ -1,7 +1,7 @@
-"""The ledger: what every step spent and what it got, as JSON lines; and reference time.
+"""The ledger: the costs and results of every step, as JSON lines; and reference time.
 
-Reference time charges every operation at the median it was measured at in the same run: ``sum of count * median``. Two
-arms measured on a noisy machine then differ by what they did, not by when they ran.
+Reference time charges every operation at its median time in the same run: ``sum of count * median``. Two arms measured
+on a noisy machine then differ by their operations, not by when they ran.
 """
 
 import json
@@ -25,12 +25,12 @@ _KEPT_TIMES = 10_000
 class Ledger:
     """Times and counts of a run, a row per step; with gradient accumulation, a row per micro-step.
 
-    A copy, or one from a pickle, has the times but not the open row, and appends to the same file.
+    A copied or unpickled ledger has the times but not the open row, and appends to the same file.
 
     Args:
         path: JSON-lines file to append to; None keeps only the statistics.
-        device: Device to wait for before a clock is read. None reads the host's clock only, which on an accelerator
-            measures launches, not work.
+        device: Device to synchronise before reading the clock. With None, times on an accelerator measure kernel
+            launches instead of work.
         clock: Clock to read, in seconds.
 
     Example:
@@ -58,14 +58,14 @@ class Ledger:
         self._times_ms: dict[str, deque[float]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_row": {}}  # else two ledgers would write it, by clocks that may not be the same
+        return self.__dict__ | {"_row": {}}  # else two ledgers would write it, timed by clocks that may differ
 
     def begin(self, step: int, micro_step: int = 0) -> None:
-        """Open the row of a step, if it is not open yet; the row of another step is ended first.
+        """Open the row of a step unless it is open already; ends the row of another step first.
 
         Args:
             step: The optimizer step.
-            micro_step: Number of the pool within it; rows of all but the first one carry it.
+            micro_step: Number of the pool within the step; written to the row unless 0.
         """
         if (self._row.get("step"), self._row.get("micro_step", 0)) != (step, micro_step):
             self.end()
@@ -73,12 +73,12 @@ class Ledger:
             self._began_ms = self.now_ms()
 
     def note(self, **values: Any) -> None:
-        """Put values into the open row; those that are `earlysift.pending.Pending` are read when it ends."""
+        """Add values to the open row; `earlysift.pending.Pending` ones are read when the row ends."""
         self._row.update(values)
 
     @contextmanager
     def timed(self, operation: str) -> Iterator[None]:
-        """Add the time spent inside to ``{operation}_ms`` of the open row (not if an exception ends it)."""
+        """Add the time spent within this context to ``{operation}_ms`` of the open row, unless an exception ends it."""
         started = self.now_ms()
         yield
         spent_ms = self.now_ms() - started
@@ -87,7 +87,7 @@ class Ledger:
         self._times_ms.setdefault(operation, deque(maxlen=_KEPT_TIMES)).append(spent_ms)
 
     def end(self) -> dict[str, Any]:
-        """Write the open row, if any, and return it; ``step_ms`` is the time since it was opened."""
+        """Write the open row, if any, and return it; ``step_ms`` is the time since `begin`."""
         row, self._row = pending.arrived(self._row), {}
         if row:
             row["step_ms"] = self.now_ms() - self._began_ms
@@ -97,7 +97,7 @@ class Ledger:
                 with self._path.open("a", encoding="utf-8") as file:
                     file.write(line + "\n")
             except OSError as error:
-                # A full disk must not end a training run: the run goes on without the rows.
+                # A full disk must not end a training run, so it continues without the rows.
                 warnings.warn(f"The ledger {self._path} cannot be written ({error}); it ends here.", stacklevel=2)
                 self._path = None
         return row
@@ -111,17 +111,17 @@ class Ledger:
         return list(self._times_ms.get(operation, ()))
 
     def now_ms(self) -> float:
-        """The clock, in ms, after the device (if one was given) has done what it was told."""
+        """The clock in ms, after the device (if given) has finished its queued work."""
         if self._device is not None and self._device.type != "cpu":
             torch.accelerator.synchronize(self._device)
         return self._clock() * 1e3
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    r"""The rows of a ledger's file; a last line that a full disk or a kill cut off is left out.
+    r"""The rows of a ledger file, without a last line that is cut off.
 
     Raises:
-        ValueError: If another line holds no step.
+        ValueError: If another line is damaged or has no step.
 
     Example:
         >>> import tempfile
@@ -130,17 +130,17 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         >>> read_rows(path)
         [{'step': 0}]
     """
-    *whole, _ = path.read_bytes().split(b"\n")
-    return [_row(line, f"line {number} of {path}") for number, line in enumerate(whole, 1)]
+    *lines, _ = path.read_bytes().split(b"\n")
+    return [_row(line, f"line {number} of {path}") for number, line in enumerate(lines, 1)]
 
 
-def _row(line: bytes, where: str) -> dict[str, Any]:
+def _row(line: bytes, name: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"Expected a step as JSON in {where}, found damaged text: {error}.") from error
+        raise ValueError(f"Expected a step as JSON in {name}, found damaged text: {error}.") from error
     if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-        raise ValueError(f'Expected {{"step": number, ...}} in {where}, found {reprlib.repr(row)}.')
+        raise ValueError(f'Expected {{"step": number, ...}} in {name}, found {reprlib.repr(row)}.')
     return row
 
 
@@ -173,7 +173,7 @@ def reference_ms(counts: Mapping[str, int], medians_ms: Mapping[str, float]) -> 
 
 
 def plain(value: Any) -> Any:
-    """A number, or a dictionary of them, as it goes into JSON: six digits, and None for nan and inf.
+    """A number, or a dictionary of numbers, for JSON: rounded to six digits, None for nan and inf.
 
     Example:
         >>> plain({"loss": 1.23456789, "gain": float("nan"), "step": 3})
@@ -183,4 +183,4 @@ def plain(value: Any) -> Any:
         return {key: plain(entry) for key, entry in value.items()}
     if not isinstance(value, float):
         return value
-    return float(f"{value:.6g}") if value - value == 0 else None  # JSON knows neither nan nor inf
+    return float(f"{value:.6g}") if value - value == 0 else None

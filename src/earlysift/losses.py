@@ -39,7 +39,7 @@ def token_scores(
     causal: bool = False,
     reduction: Reduction = "mean",
     chunk_tokens: int = 1024,
-    places: Tensor | None = None,
+    positions: Tensor | None = None,
 ) -> Tensor:
     r"""A measure of every sample over its labelled positions; for `earlysift.measures.LOSS` its cross entropy.
 
@@ -56,8 +56,8 @@ def token_scores(
         causal: Whether position t predicts label t + 1.
         reduction: Mean or sum over the labelled positions of a sample.
         chunk_tokens: Positions that pass through the head at once; bounds memory at ``chunk_tokens * V`` floats.
-        places: Positions that are read, from `positions_to_read` of the same labels; a sum is scaled up to all labelled
-            ones. None reads all labelled positions.
+        positions: Positions that are read, from `positions_to_read` of the same labels; a sum is scaled up to all
+            labelled ones. None reads all labelled positions.
 
     Returns:
         float32 ``(R,)``; ``-inf`` for samples without a labelled position.
@@ -82,21 +82,21 @@ def token_scores(
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be mean or sum, got {reduction!r}.")
     _require_class_ids(labels)
-    if places is None:
+    if positions is None:
         if causal:  # without the last position, which predicts nothing, dense labels leave nothing to gather
             hidden, labels, causal = hidden[:, :-1], labels[:, 1:], False
-        places = positions_to_read(labels, causal=causal)
+        positions = positions_to_read(labels, causal=causal)
     targets = _targets(labels, causal)
-    states, at_places = hidden.flatten(0, 1), targets.flatten()
-    if len(places) < len(states):  # else there is nothing to leave out
-        states, at_places = states.index_select(0, places), at_places.index_select(0, places)
-    values = torch.cat([measure.of_classes(head(h).float(), y) for h, y in _chunks(states, at_places, chunk_tokens)])
-    # Copies to distinct places and sums along rows: the result depends neither on the chunk size nor, as atomic
+    states, targets_read = hidden.flatten(0, 1), targets.flatten()
+    if len(positions) < len(states):  # else there is nothing to leave out
+        states, targets_read = states.index_select(0, positions), targets_read.index_select(0, positions)
+    values = torch.cat([measure.of_classes(head(h).float(), y) for h, y in _chunks(states, targets_read, chunk_tokens)])
+    # Copies to distinct positions and sums along rows: the result depends neither on the chunk size nor, as atomic
     # adds would on a GPU, on the order in which threads arrive.
-    labelled = at_places != IGNORED_LABEL
+    labelled = targets_read != IGNORED_LABEL
     everywhere = torch.zeros(targets.numel(), dtype=torch.float32, device=hidden.device)
-    total = everywhere.index_copy(0, places, torch.where(labelled, values, 0.0)).view(targets.shape).sum(dim=1)
-    read = everywhere.index_copy(0, places, labelled.float()).view(targets.shape).sum(dim=1)
+    total = everywhere.index_copy(0, positions, torch.where(labelled, values, 0.0)).view(targets.shape).sum(dim=1)
+    read = everywhere.index_copy(0, positions, labelled.float()).view(targets.shape).sum(dim=1)
     counts = (targets != IGNORED_LABEL).sum(dim=1)
     reduced = total / read.clamp(min=1) if reduction == "mean" else total * (counts / read.clamp(min=1))
     return torch.where(counts == 0, UNLABELLED, reduced)

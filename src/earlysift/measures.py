@@ -63,25 +63,25 @@ def _squared_error(outputs: "Tensor", targets: "Tensor") -> "Tensor":
     return (outputs - targets).square()
 
 
-def _entropy(logits: "Tensor", targets: "Tensor") -> "Tensor":
+def _entropy(logits: "Tensor", _: "Tensor") -> "Tensor":
     from torch.special import entr
 
     terms: Tensor = entr(logits.softmax(dim=-1))  # 0 log 0 = 0: classes of logit -inf add nothing
     return terms.sum(dim=-1)
 
 
-def _binary_entropy(logits: "Tensor", targets: "Tensor") -> "Tensor":
+def _binary_entropy(logits: "Tensor", _: "Tensor") -> "Tensor":
     from torch.nn.functional import softplus
 
     return softplus(logits) - logits * logits.sigmoid()
 
 
-def _small_margin(logits: "Tensor", targets: "Tensor") -> "Tensor":
+def _small_margin(logits: "Tensor", _: "Tensor") -> "Tensor":
     first, second = logits.softmax(dim=-1).topk(2, dim=-1).values.unbind(dim=-1)
     return 1 - (first - second)
 
 
-def _binary_small_margin(logits: "Tensor", targets: "Tensor") -> "Tensor":
+def _binary_small_margin(logits: "Tensor", _: "Tensor") -> "Tensor":
     return 1 - (2 * logits.sigmoid() - 1).abs()
 
 

@@ -1,4 +1,4 @@
-"""Numbers on their way from an accelerator to the host: reading one waits for it, and for nothing behind it."""
+"""Numbers being copied from an accelerator to the host: reading one waits for it, not for work queued after it."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -6,48 +6,48 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_AT_ONCE = {"cpu"}  # devices whose numbers are there without waiting; a test of what waits leaves none
+_AT_ONCE = {"cpu"}  # devices whose numbers can be read without waiting; tests empty this set
 
 
 class Pending:
-    """A number that the device has yet to make, while the host goes on.
+    """A number that the device has yet to compute, while the host continues.
 
     Args:
         value: Tensor of one number.
-        then: What is to become of the number.
+        then: Applied to the number when it is read.
     """
 
     def __init__(self, value: Tensor, then: Callable[[Any], float]) -> None:
-        self._copy = value.to("cpu", non_blocking=True)  # into pinned memory, behind the work that makes it
+        self._copy = value.to("cpu", non_blocking=True)  # into pinned memory, queued after the work that computes it
         self._then = then
-        self._made: torch.Event | None = None
+        self._ready: torch.Event | None = None
         if value.device.type != "cpu":
-            self._made = torch.Event(value.device)
-            self._made.record(torch.accelerator.current_stream(value.device))
+            self._ready = torch.Event(value.device)
+            self._ready.record(torch.accelerator.current_stream(value.device))
 
     def read(self) -> float:
-        """The number; waits until it has come."""
-        if self._made is not None:
-            self._made.synchronize()  # not with what the device was told to do later
+        """The number; waits until it is available."""
+        if self._ready is not None:
+            self._ready.synchronize()  # does not wait for work queued later
         return self._then(self._copy.item())
 
 
-def number(value: Tensor, then: Callable[[Any], float] = lambda came: came) -> float | Pending:
-    """The number in a tensor: at once if it is there, as on a CPU, else pending.
+def number(value: Tensor, then: Callable[[Any], float] = lambda value: value) -> float | Pending:
+    """The number in a tensor: read at once on a CPU, pending on an accelerator.
 
     Args:
         value: Tensor of one number.
-        then: What is to become of the number.
+        then: Applied to the number.
 
     Example:
-        >>> number(torch.tensor([1, 2]).sum(), lambda came: 2 * came)
+        >>> number(torch.tensor([1, 2]).sum(), lambda value: 2 * value)
         6
     """
     return then(value.item()) if value.device.type in _AT_ONCE else Pending(value, then)
 
 
 def arrived(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The same entries, with the pending ones read.
+    """The same entries, the pending ones replaced by their numbers.
 
     Example:
         >>> arrived({"step": 3, "trained": Pending(torch.tensor(8), float)})

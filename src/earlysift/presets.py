@@ -1,4 +1,4 @@
-"""What the command line knows of models before torch is there: tasks, and configs of built-in models."""
+"""Tasks and the configs of built-in models, for the command line before it imports torch."""
 
 import json
 import reprlib
@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 Task = Literal["masked_lm", "causal_lm", "token_classification", "sequence_classification"]
 
-# Configs for names that are no file. What is not given is transformers' default, which is that model's own.
+# Values that are not given have the defaults of transformers, which are those of the original model.
 _BERT: dict[str, Any] = {"model_type": "bert", "architectures": ["BertForMaskedLM"]}
 BUILT_IN: dict[str, dict[str, Any]] = {
     "bert-base": _BERT,
@@ -38,8 +38,8 @@ def read_config(source: str) -> dict[str, Any]:
         source: A config.json, a folder that holds one, or a name in `BUILT_IN`.
 
     Raises:
-        ValueError: If the file holds no config.
-        FileNotFoundError: If there is none.
+        ValueError: If the file is no config.
+        FileNotFoundError: If there is no such file.
 
     Example:
         >>> read_config("bert-base")["model_type"]
@@ -63,15 +63,15 @@ def read_config(source: str) -> dict[str, Any]:
 
 
 def require_preset(source: str) -> None:
-    """See whether there is such a model to train.
+    """Raise unless there is a model of this name.
 
     Raises:
-        ValueError: If not.
+        ValueError: If there is none.
     """
     if not _file(source).is_file() and source not in BUILT_IN:
         raise ValueError(
-            f"Unknown preset {source!r}; known are {', '.join(BUILT_IN)}, and any path of a transformers config.json "
-            "or of the folder that holds it."
+            f"Unknown preset {source!r}; known are {', '.join(BUILT_IN)}, and the path of a transformers config.json "
+            "or of a folder that holds one."
         )
     read_config(source)
 

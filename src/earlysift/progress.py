@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from earlysift import controller
+from earlysift.config_files import differences
 from earlysift.controller import Control
 from earlysift.pending import Pending
-from earlysift.settings import differences
 from earlysift.validation import finite, option, problems, whole
 
 STATE_VERSION = 3

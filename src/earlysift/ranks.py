@@ -1,6 +1,6 @@
-"""Selection over all ranks: scores are gathered, chosen rows exchanged, so that every rank trains on b rows.
+"""Selection over all ranks: scores are gathered and selected rows exchanged, so that every rank trains on b rows.
 
-Letters in shapes: W ranks, R candidates of a rank, b kept per rank.
+Letters in shapes: W ranks, R candidates per rank, b kept rows per rank.
 """
 
 import zlib
@@ -17,7 +17,7 @@ from earlysift.selectors import Selection
 
 
 class Gathered(NamedTuple):
-    """The scores of all ranks, one rank after the other, and how many candidates each rank has."""
+    """The scores of all ranks in order of rank, and the number of candidates of each rank."""
 
     scores: Tensor
     sizes: list[int]
@@ -34,11 +34,11 @@ def rank() -> int:
 
 
 def mean(numbers: Mapping[str, float], device: torch.device) -> dict[str, float]:
-    """Mean over the ranks of numbers that all of them have, by name: the same on every rank.
+    """Means over the ranks, by name; every rank gets the same.
 
     Args:
-        numbers: The same names in the same order on every rank.
-        device: Where the backend of the process group works.
+        numbers: Numbers with the same names in the same order on every rank.
+        device: Device of the process group's backend.
     """
     if world() == 1:
         return dict(numbers)
@@ -48,27 +48,27 @@ def mean(numbers: Mapping[str, float], device: torch.device) -> dict[str, float]
 
 
 def sharded(model: nn.Module) -> bool:
-    """Whether ranks hold parts of the weights (FSDP2), so that a pass is something that all of them do together."""
+    """Whether the weights are sharded over ranks (FSDP2), so that all ranks must run every pass together."""
     return world() > 1 and any(hasattr(module, "_get_fsdp_state") for module in model.modules())
 
 
 def pad_together(pool: Any, token: int, device: torch.device) -> Any:
-    """Pad to the longest pool of all ranks, on the side on which pools are padded already (right if none is).
+    """Pad to the longest pool of all ranks, on the side on which pools are already padded (right if none is).
 
     Args:
         pool: This rank's pool.
         token: The padding token.
-        device: Where the backend of the process group works.
+        device: Device of the process group's backend.
 
     Returns:
-        The padded pool; as it came, if a rank's pool is no mapping with a two-dimensional ``attention_mask``.
+        The padded pool; unchanged if the pool of any rank is no mapping with a two-dimensional ``attention_mask``.
     """
     mask = pool.get("attention_mask") if isinstance(pool, Mapping) else None
-    seen = torch.zeros(3, dtype=torch.int64, device=device)
+    layout = torch.zeros(3, dtype=torch.int64, device=device)
     if isinstance(mask, Tensor) and mask.ndim == 2 and mask.size(1) > 0:
         left, right = ((mask[:, end] == 0).any().long().to(device) for end in (0, -1))
-        seen = torch.stack([torch.tensor(mask.size(1), device=device), left, right])
-    lengths, lefts, rights = _all(seen).reshape(-1, 3).T.tolist()
+        layout = torch.stack([torch.tensor(mask.size(1), device=device), left, right])
+    lengths, lefts, rights = _all_gather(layout).reshape(-1, 3).T.tolist()
     if min(lengths) == 0:
         return pool
     fills = {pools.LABELS_KEY: IGNORED_LABEL, "input_ids": token}
@@ -80,116 +80,121 @@ def gather(scores: Tensor, pool: Any) -> Gathered:
 
     Args:
         scores: ``(R,)``.
-        pool: What was scored; its tensors must have the same shapes behind the first dimension on all ranks
+        pool: The scored pool; after the first dimension its tensors must have the same shapes on all ranks
             (`pad_together`).
 
     Returns:
         The same on every rank.
 
     Raises:
-        ValueError: On every rank, if shapes or types differ between ranks, so that rows cannot change places.
+        ValueError: On every rank, if shapes or dtypes differ between ranks, so that rows cannot be exchanged.
     """
-    head = torch.tensor([len(scores), _layout(pool)], device=scores.device)
-    heads = _all(head).reshape(-1, 2).tolist()
-    sizes = [size for size, _ in heads]
-    if len({layout for _, layout in heads}) > 1:
+    own = torch.tensor([len(scores), _layout(pool)], device=scores.device)
+    sizes, layouts = _all_gather(own).reshape(-1, 2).T.tolist()
+    if len(set(layouts)) > 1:
         raise ValueError(
-            "Expected pools of the same keys, dtypes and lengths on all ranks, got different ones, so that rows cannot "
-            "change places. Pad to a fixed length (and leave out lists of plain objects), or use scope='local'."
+            "Expected pools of the same keys, dtypes and lengths on all ranks, got different ones, so rows cannot be "
+            "exchanged. Pad to a fixed length (and leave out lists of plain objects), or use scope='local'."
         )
-    most = max(sizes)
-    parts = _all(F.pad(scores, (0, most - len(scores)))).reshape(-1, most)
+    longest = max(sizes)
+    parts = _all_gather(F.pad(scores, (0, longest - len(scores)))).reshape(-1, longest)
     return Gathered(torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]), sizes)
 
 
-def takers(holders: Tensor, kept: int, ranks: int) -> Tensor:
-    """Who trains on which row: a rank keeps its own as long as it can, what is over goes to those that lack some.
+def assign_rows(holders: Tensor, kept: int, ranks: int) -> Tensor:
+    """Assign every selected row to a rank: ranks keep their own rows, and surplus rows go to ranks with too few.
 
     Args:
-        holders: The rank that holds the candidate at every place of the selection, int64 ``(W b,)``.
+        holders: The rank that holds each selected row, int64 ``(W b,)``.
         kept: b, the rows that every rank trains on.
         ranks: W.
 
     Returns:
-        A rank for every place, ``(W b,)``, each b times; no more rows move than must.
+        The rank that trains on each row, ``(W b,)``, every rank b times; as few rows as possible move.
 
     Example:
-        >>> takers(torch.tensor([0, 0, 0, 1]), kept=2, ranks=2)
+        >>> assign_rows(torch.tensor([0, 0, 0, 1]), kept=2, ranks=2)
         tensor([0, 0, 1, 1])
     """
     by_holder = holders.argsort(stable=True)
     held = torch.bincount(holders, minlength=ranks)
-    before = (held.cumsum(0) - held).repeat_interleave(held)
-    over = by_holder[torch.arange(len(holders)) - before >= kept]
-    taken = holders.clone()
-    taken[over] = torch.arange(ranks).repeat_interleave((kept - held).clamp(min=0))
-    return taken
+    starts = (held.cumsum(0) - held).repeat_interleave(held)
+    surplus = by_holder[torch.arange(len(holders)) - starts >= kept]
+    assigned = holders.clone()
+    assigned[surplus] = torch.arange(ranks).repeat_interleave((kept - held).clamp(min=0))
+    return assigned
 
 
 def exchange(pool: Any, selection: Selection, sizes: Sequence[int], kept: int) -> tuple[Any, Selection]:
-    """Take this rank's b rows of a selection over all ranks, from other ranks where they hold them.
+    """Collect this rank's b rows of a selection over all ranks, receiving those that other ranks hold.
 
     Args:
         pool: This rank's pool of R candidates.
-        selection: Over the candidates of all ranks, one rank after the other; W b of them, the same on every rank.
-        sizes: R of every rank.
+        selection: Over the candidates of all ranks in order of rank; W b of them, the same on every rank.
+        sizes: R of each rank.
         kept: b.
 
     Returns:
-        The batch, in the structure of the pool, and its selection; indices still count through all ranks.
+        The batch, in the structure of the pool, and its selection; indices still refer to the candidates of all ranks.
     """
     me, chosen = rank(), selection.indices.cpu()
     ends = torch.tensor(sizes).cumsum(0)
     holders = torch.searchsorted(ends, chosen, right=True)
-    taken = takers(holders, kept, len(sizes))
+    assigned = assign_rows(holders, kept, len(sizes))
     rows_of_holder = chosen - (ends - torch.tensor(sizes))[holders]
-    held, mine = holders == me, taken == me
+    held, mine = holders == me, assigned == me
     own = rows_of_holder[held & mine]
-    sent = {taker: rows_of_holder[held & (taken == taker)] for taker in torch.unique(taken[held & ~mine]).tolist()}
-    from_whom, counts = torch.unique(holders[mine & ~held], return_counts=True)
-    due = dict(zip(from_whom.tolist(), counts.tolist(), strict=True))
+    receivers = torch.unique(assigned[held & ~mine]).tolist()
+    sent = {receiver: rows_of_holder[held & (assigned == receiver)] for receiver in receivers}
+    senders, counts = torch.unique(holders[mine & ~held], return_counts=True)
 
     def swap(rows: Tensor) -> Tensor:
         def picked(indices: Tensor) -> Tensor:
             return rows.index_select(0, indices.to(rows.device))
 
-        come = {holder: rows.new_empty((count, *rows.shape[1:])) for holder, count in due.items()}
+        received = {
+            sender: rows.new_empty((count, *rows.shape[1:]))
+            for sender, count in zip(senders.tolist(), counts.tolist(), strict=True)
+        }
         messages = [
-            *(distributed.P2POp(distributed.isend, _bytes(picked(indices)), taker) for taker, indices in sent.items()),
-            *(distributed.P2POp(distributed.irecv, _bytes(buffer), holder) for holder, buffer in come.items()),
+            *(
+                distributed.P2POp(distributed.isend, _bytes(picked(indices)), receiver)
+                for receiver, indices in sent.items()
+            ),
+            *(distributed.P2POp(distributed.irecv, _bytes(buffer), sender) for sender, buffer in received.items()),
         ]
         for work in distributed.batch_isend_irecv(messages) if messages else []:
             work.wait()
-        return torch.cat([picked(own), *come.values()])
+        return torch.cat([picked(own), *received.values()])
 
     batch = pools.map_rows(pool, swap, sizes[me])
-    places = mine.nonzero().squeeze(1)
-    places = places[torch.where(held, -1, holders)[places].argsort(stable=True)]  # as `swap` puts them together
-    places = places.to(selection.indices.device)
-    return batch, Selection(selection.indices[places], selection.weights[places])
+    order = mine.nonzero().squeeze(1)
+    order = order[torch.where(held, -1, holders)[order].argsort(stable=True)]  # the order in which `swap` concatenates
+    order = order.to(selection.indices.device)
+    return batch, Selection(selection.indices[order], selection.weights[order])
 
 
 def _layout(pool: Any) -> int:
-    """A number that is the same on ranks whose pools differ in their number of candidates only."""
-    seen = []
+    """A hash that is equal on ranks whose pools differ only in their number of candidates."""
+    layouts = []
 
-    def see(rows: Any) -> Any:
+    def describe(rows: Any) -> Any:
         movable = isinstance(rows, Tensor) and not rows.is_nested
-        seen.append(f"{rows.dtype} {tuple(rows.shape[1:])}" if movable else f"of rank {rank()} alone")
+        layouts.append(f"{rows.dtype} {tuple(rows.shape[1:])}" if movable else f"of rank {rank()} alone")
         return rows
 
-    pools.map_rows(pool, see, pools.pool_size(pool))
-    return zlib.crc32(repr(seen).encode())
+    pools.map_rows(pool, describe, pools.pool_size(pool))
+    return zlib.crc32(repr(layouts).encode())
 
 
-def _all(values: Tensor) -> Tensor:
-    everyone = values.new_empty((world() * len(values), *values.shape[1:]))
-    distributed.all_gather_into_tensor(everyone, values.contiguous())
-    return everyone
+def _all_gather(values: Tensor) -> Tensor:
+    gathered = values.new_empty((world() * len(values), *values.shape[1:]))
+    distributed.all_gather_into_tensor(gathered, values.contiguous())
+    return gathered
 
 
 def _bytes(rows: Tensor) -> Tensor:
-    # Not every backend sends every dtype.
+    # Some backends cannot send every dtype.
     return rows.reshape(-1).view(torch.uint8)
 
 

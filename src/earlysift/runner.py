@@ -251,6 +251,6 @@ class Runner:
         """FLOPs to a depth; found once, as walking a model takes longer than many a kernel."""
         assert self.anatomy is not None
         if depth not in self._laws:
-            thins = depth is not None and exits.thins(self.model, self.anatomy, self.config.max_positions)
-            self._laws[depth] = costs.flops_law(self.anatomy, depth, thins=thins)
+            skips = depth is not None and exits.skips_unlabelled(self.model, self.anatomy, self.config.max_positions)
+            self._laws[depth] = costs.flops_law(self.anatomy, depth, skips_unlabelled=skips)
         return self._laws[depth]

@@ -1,9 +1,9 @@
-"""Step to intensity: the share of steps that select, between 0 (uniform training) and 1 (every step selects).
+"""Schedules: from the step to the intensity of selection, between 0 (uniform training) and 1 (every step selects).
 
-A schedule is any callable ``int -> float``; it has no state, so a resumed run needs none. At intensity x a step selects
-with probability x, drawn from the step's own seed; a step that does not select keeps a uniform part of the pool and is
-not scored, so it costs nothing extra. Steps are optimizer steps: pools that are accumulated into one select or do not
-select together.
+A schedule is any callable ``int -> float``. It has no state, so nothing has to be saved to resume a run. At intensity x
+a step selects with probability x, drawn from the seed of the step; a step that does not select keeps a uniform subset
+of the pool without scoring it, at no extra cost. Steps are optimizer steps: all pools accumulated into one step select,
+or none does.
 """
 
 from collections.abc import Callable
@@ -12,12 +12,12 @@ from dataclasses import dataclass
 Schedule = Callable[[int], float]
 
 
-# Objects and not closures, so that a sifter that holds one can be pickled.
+# Objects instead of closures, so that a sifter with a schedule can be pickled.
 @dataclass(frozen=True)
 class _Constant:
     value: float
 
-    def __call__(self, step: int) -> float:
+    def __call__(self, _step: int) -> float:
         return self.value
 
 
@@ -55,9 +55,9 @@ def constant(value: float = 1.0) -> Schedule:
 
 
 def warmup(steps: int, then: Schedule | None = None) -> Schedule:
-    """Uniform training for the first ``steps`` steps, then another schedule (always select if None), by absolute step.
+    """Uniform training for the first ``steps`` steps, then another schedule of the absolute step (None: always select).
 
-    Greedy selection from the first step can leave a model at chance: early scores carry no signal (THEORY, section 6).
+    Greedy selection from the first step can leave a model at chance, because early scores carry no signal.
 
     Args:
         steps: Number of uniform steps.
@@ -72,12 +72,12 @@ def warmup(steps: int, then: Schedule | None = None) -> Schedule:
 
 
 def anneal(start: int, end: int, before: Schedule | None = None) -> Schedule:
-    """Another schedule up to ``start`` (always select if None), falling linearly to uniform training at ``end``.
+    """Another schedule (None: always select) until ``start``, then a linear fall to uniform training at ``end``.
 
-    Greedy selection has a floor above the minimum (T1): it must end before the floor binds.
+    Greedy selection stalls at a loss above the minimum (theorem T1), so selection must end before it gets there.
 
     Args:
-        start: First step of the fall.
+        start: Step at which the fall begins.
         end: First step of uniform training.
         before: Schedule whose intensity is scaled down.
 

@@ -274,7 +274,7 @@ def sample_scores(
     *,
     reduction: Reduction,
     max_positions: int | None = None,
-    places: Tensor | None = None,
+    positions: Tensor | None = None,
 ) -> Tensor:
     """A measure of every sample from the states in front of the head (its logits, if the head is the identity).
 
@@ -286,7 +286,7 @@ def sample_scores(
         labels: ``(R, T)`` or ``(R, ...)``.
         reduction: Mean or sum over the labelled positions of a sample.
         max_positions: Labelled positions of a sample that are read at most.
-        places: Those positions, where they are known already.
+        positions: Those positions, where they are known already.
 
     Returns:
         float32 ``(R,)``.
@@ -294,9 +294,9 @@ def sample_scores(
     if anatomy.task == "sequence_classification":
         return losses.class_scores(measure, head(states), labels, problem=checks.problem_of(anatomy))
     causal = anatomy.task == "causal_lm"
-    if places is None:
-        places = losses.positions_to_read(labels, causal=causal, max_positions=max_positions)
-    return losses.token_scores(measure, states, labels, head, causal=causal, reduction=reduction, places=places)
+    if positions is None:
+        positions = losses.positions_to_read(labels, causal=causal, max_positions=max_positions)
+    return losses.token_scores(measure, states, labels, head, causal=causal, reduction=reduction, positions=positions)
 
 
 def _measured(approximation: Approximation, model: nn.Module, pool: Pool, scoring: Scoring) -> Tensor:
@@ -306,7 +306,7 @@ def _measured(approximation: Approximation, model: nn.Module, pool: Pool, scorin
     max_positions = None if depth is None else scoring.max_positions
     classifies = anatomy.task == "sequence_classification"
     head: Head = (lambda logits: logits) if classifies else exits.head_of(anatomy)
-    skips = not classifies and depth is not None and exits.thins(model, anatomy, max_positions)
+    skips = not classifies and depth is not None and exits.skips_unlabelled(model, anatomy, max_positions)
     rows = scoring.chunk_rows or pool.size
     order = pools.by_length(pool.data) if scoring.trim else None
     if order is not None:
@@ -321,17 +321,17 @@ def _measured(approximation: Approximation, model: nn.Module, pool: Pool, scorin
         for start in range(0, pool.size, rows):
             chunk = pool.take(slice(start, start + rows)).data
             inputs, labels = pools.inputs_and_labels(chunk if order is None else pools.trim_padding(chunk))
-            places = None
+            positions = None
             with ExitStack() as at_head:
                 if not classifies:
                     causal = anatomy.task == "causal_lm"
-                    places = losses.positions_to_read(labels, causal=causal, max_positions=max_positions)
+                    positions = losses.positions_to_read(labels, causal=causal, max_positions=max_positions)
                     at_head.enter_context(exits.headless(anatomy))
-                if depth is not None and places is not None and skips:
-                    at_head.enter_context(exits.at_places(anatomy, depth, places, labels.shape))
+                if depth is not None and positions is not None and skips:
+                    at_head.enter_context(exits.at_positions(anatomy, depth, positions, labels.shape))
                 states = exits.call(model, inputs)
             scores.append(
-                sample_scores(measure, anatomy, head, states, labels, reduction=scoring.reduction, places=places)
+                sample_scores(measure, anatomy, head, states, labels, reduction=scoring.reduction, positions=positions)
             )
         found = torch.cat(scores)
         return found if order is None else torch.empty_like(found).index_copy(0, order, found)

@@ -1,4 +1,4 @@
-"""A generator of its own for every use of randomness: the global one is never touched, and nothing needs saving."""
+"""Random generators seeded by a key, one per use: global random state is never touched, and none has to be saved."""
 
 import hashlib
 import random
@@ -11,7 +11,7 @@ from torch import Generator
 
 
 def seeded(*key: int | str) -> Generator:
-    """A generator whose state depends on a key alone, such as ``(seed, "mask", 7)``.
+    """A generator whose state depends only on a key, such as ``(seed, "mask", 7)``.
 
     Example:
         >>> seeded(0, "mask", 7).initial_seed() == seeded(0, "mask", 7).initial_seed()
@@ -22,13 +22,13 @@ def seeded(*key: int | str) -> Generator:
 
 @contextmanager
 def reseeded(*key: int | str, device: torch.device) -> Iterator[None]:
-    """Inside this context the global generators of torch, Python and NumPy depend on a key alone; restored afterwards.
+    """Seed the global generators of torch, Python and NumPy by a key within this context; restore them afterwards.
 
-    For code of others that may draw from them. NumPy counts if it has been imported.
+    For callables of the user, which may draw from them. NumPy is included if it has been imported.
 
     Args:
         key: As in `seeded`.
-        device: An accelerator whose generator is isolated, too; or the CPU.
+        device: An accelerator whose generator is seeded and restored too; or the CPU.
 
     Example:
         >>> before = torch.get_rng_state()

@@ -26,13 +26,13 @@ UNIFORM_SHARE = 0.2  # of the unbiased rule's probabilities: no weight exceeds f
 Selector = Callable[[Tensor, int, Generator], Selection]
 
 
-def greedy(scores: Tensor, kept: int, generator: Generator | None = None) -> Selection:
+def greedy(scores: Tensor, kept: int, generator: Generator | None = None) -> Selection:  # noqa: ARG001
     """Keep the candidates with the largest scores (greedy SGD; weights 1).
 
     Args:
         scores: One number per candidate, ``(R,)``.
         kept: Number of candidates to keep, b.
-        generator: Not drawn from; there so that all selectors are called alike.
+        generator: Not drawn from; all selectors are called alike.
 
     Returns:
         The selection; indices rise, so that keeping everything is the identity.

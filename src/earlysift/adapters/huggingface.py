@@ -200,7 +200,7 @@ class SiftTrainerMixin(_Base):  # type: ignore[misc, valid-type]
             raise ValueError("SIFT cannot work in this Trainer:\n" + "\n".join(f"- {message}" for message in found))
 
 
-class SiftTrainer(SiftTrainerMixin, Trainer):  # type: ignore[misc]
+class SiftTrainer(SiftTrainerMixin, Trainer):
     """`transformers.Trainer` that trains on the samples that `sift` selects.
 
     Example:

@@ -11,9 +11,9 @@ from typing import Any
 from earlysift import folders
 from earlysift.compare.arms import ARMS
 from earlysift.compare.settings import Settings
+from earlysift.config_files import differences
 from earlysift.pretrain import models
 from earlysift.report.page import RESULTS, RESULTS_VERSION, read_results
-from earlysift.settings import differences
 
 CONFIG = "config.json"
 LEDGERS = "ledgers"
@@ -45,7 +45,7 @@ def inspect(
         ValueError: If the run to resume had other settings, or its results cannot be read.
         OSError: If nothing can be written there.
     """
-    folders.require_room(folder)
+    folders.require_available(folder)
     if not folder.is_dir() or {path.name for path in folder.iterdir()} <= {folders.LOCK}:
         return None
     program = folders.marker(folder).get("program")
@@ -111,7 +111,7 @@ def suite_folder(folder: Path, workloads: Iterable[str]) -> Iterator[None]:
 
 
 def _require_suite(folder: Path, workloads: set[str]) -> None:
-    folders.require_room(folder)
+    folders.require_available(folder)
     if not folder.is_dir():
         return
     found = {path.name for path in folder.iterdir()} - _OWN

@@ -55,7 +55,7 @@ def compare(
     """
     device = environment.usable_device(settings.device)
     inspect = partial(folder.inspect, settings.out, settings.identity(), resume=settings.resume, force=settings.force)
-    folders.require_not_held(settings.out)
+    folders.require_unlocked(settings.out)
     previous = inspect()
     earlier = _earlier_times(previous, settings)
     if previous is not None and device.type == "cpu":

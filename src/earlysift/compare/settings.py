@@ -101,7 +101,7 @@ class Settings:
     last word."""
 
     def __post_init__(self) -> None:
-        schema.hold(self, _RULES)
+        schema.validate(self, _RULES)
 
     @property
     def pool(self) -> int:

@@ -1,7 +1,7 @@
-"""Checkpoints that are whole or not used: a manifest with the digest of every file, written last.
+"""Checkpoints with a manifest: the digest of every file, written last.
 
-The Trainer writes a folder file by file. Here the folder is sealed when all of it is there; without a seal that fits,
-it is cut or damaged, and the one before is used.
+The Trainer writes a checkpoint file by file. The manifest seals it once it is complete. A checkpoint without a matching
+manifest is incomplete or damaged, and the previous one is used.
 """
 
 import hashlib
@@ -17,11 +17,11 @@ import torch
 from safetensors import safe_open
 from transformers.trainer_pt_utils import safe_globals
 
+from earlysift.config_files import differences
 from earlysift.files import json_text, remove_parts, write_json
-from earlysift.settings import differences
 
 MANIFEST = "manifest.json"
-_VERSION = 2  # of the manifest; count up when older ones cannot be read
+_VERSION = 2  # of the manifest; increment when older ones can no longer be read
 _PREFIX = "checkpoint-"  # the Trainer's
 _KEPT = 2
 _READERS: dict[str, Callable[[Path], object]] = {
@@ -34,16 +34,16 @@ _LOG = logging.getLogger("earlysift")
 
 
 def folder_of(run: Path, step: int) -> Path:
-    """Where the Trainer puts the checkpoint of a step."""
+    """The folder in which the Trainer saves the checkpoint of a step."""
     return run / f"{_PREFIX}{step}"
 
 
 def seal(folder: Path, about: Mapping[str, Any]) -> None:
-    """Write the manifest of a checkpoint that is complete; it holds the step, so that a renamed folder is noticed.
+    """Write the manifest of a complete checkpoint; it contains the step, so that a renamed folder is detected.
 
     Args:
         folder: The checkpoint.
-        about: What a run must have in common with this one to go on from it.
+        about: Facts that must be the same in a run that resumes from it.
     """
     files = {path.name: _digest(path) for path in sorted(folder.iterdir()) if path.name != MANIFEST}
     content = {"version": _VERSION, "step": _step(folder), "about": dict(about), "files": files}
@@ -51,12 +51,12 @@ def seal(folder: Path, about: Mapping[str, Any]) -> None:
 
 
 def latest(run: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The latest sound checkpoint of a run and what its manifest says it is about; None if there is none.
+    """The latest valid checkpoint of a run and the facts in its manifest; None if there is none.
 
-    Later ones that are cut or damaged are named in a warning.
+    A warning names each later one that is incomplete or damaged.
 
     Raises:
-        ValueError: If the manifest is of another version.
+        ValueError: If the manifest has another version.
     """
     for folder in reversed(_folders(run)):
         problem, about = _verified(folder)
@@ -67,7 +67,7 @@ def latest(run: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def prune(run: Path) -> None:
-    """Delete all checkpoints but the latest two that are sealed."""
+    """Delete all checkpoints except the latest two sealed ones."""
     sealed = [folder for folder in _folders(run) if (folder / MANIFEST).is_file()]
     for folder in _folders(run):
         if folder not in sealed[-_KEPT:]:
@@ -75,7 +75,7 @@ def prune(run: Path) -> None:
 
 
 def tidy(run: Path) -> None:
-    """Delete what a killed run left half written: checkpoints without a manifest, and parts of files."""
+    """Delete incomplete output of a killed run: checkpoints without a manifest, and temporary files."""
     for folder in _folders(run):
         if not (folder / MANIFEST).is_file():
             shutil.rmtree(folder)
@@ -84,35 +84,35 @@ def tidy(run: Path) -> None:
 
 
 def unloadable(folder: Path) -> list[str]:
-    """Files of a checkpoint that cannot be read, or not without executing what is in them."""
-    found = []
+    """Files of a checkpoint that cannot be read, or not without executing code in them."""
+    names = []
     for path in sorted(folder.iterdir()):
         try:
-            with safe_globals():  # the Trainer's: random states of NumPy
+            with safe_globals():  # type: ignore[no-untyped-call]  # the Trainer's, for random states of NumPy
                 _READERS.get(path.suffix, Path.stat)(path)
-        except Exception:  # whatever a reader makes of a file that is no such file
-            found.append(path.name)
-    return found
+        except Exception:  # readers may fail in any way on damaged files
+            names.append(path.name)
+    return names
 
 
-def require_same(folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse to go on from the checkpoint of another training.
+def require_same(folder: Path, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Raise if a checkpoint belongs to another training.
 
     Raises:
-        ValueError: If anything differs; lists what.
+        ValueError: With all differences.
     """
-    differing = [f"{key}: was {was!r}, is {value!r}" for key, was, value in differences(saved, now)]
+    differing = [f"{key}: was {was!r}, is {value!r}" for key, was, value in differences(saved, current)]
     if differing:
         raise ValueError(
-            f"{folder} is a checkpoint of another training ({'; '.join(differing)}). Resume with the same, or start "
-            "anew in another --out."
+            f"{folder} is a checkpoint of another training ({'; '.join(differing)}). Resume with the same settings, or "
+            "start over in another --out."
         )
 
 
 def _folders(run: Path) -> list[Path]:
     """Folders of checkpoints, by step."""
-    found = [path for path in run.glob(f"{_PREFIX}*") if path.is_dir() and path.name[len(_PREFIX) :].isdecimal()]
-    return sorted(found, key=_step)
+    paths = [path for path in run.glob(f"{_PREFIX}*") if path.is_dir() and path.name[len(_PREFIX) :].isdecimal()]
+    return sorted(paths, key=_step)
 
 
 def _step(folder: Path) -> int:
@@ -120,18 +120,18 @@ def _step(folder: Path) -> int:
 
 
 def _verified(folder: Path) -> tuple[str, dict[str, Any]]:
-    """What is wrong with a checkpoint (nothing if empty), and what it is about."""
+    """The problem of a checkpoint ("" if it is valid), and the facts in its manifest."""
     manifest = folder / MANIFEST
     if not manifest.is_file():
         return f"incomplete, it has no {MANIFEST}", {}
     try:
         content = json.loads(manifest.read_bytes())
-        # By its bytes, too: 1e-05 and 1E-05 are the same number.
-        sound = json_text(content).encode() == manifest.read_bytes()
-        sound = content.pop("sha256") == _digest_of(content) and sound
+        # The bytes are compared too, because 1e-05 and 1E-05 are the same number.
+        intact = json_text(content).encode() == manifest.read_bytes()
+        intact = content.pop("sha256") == _digest_of(content) and intact
     except (ValueError, AttributeError, KeyError, TypeError):
-        sound = False
-    if not sound:
+        intact = False
+    if not intact:
         return f"{MANIFEST} is damaged", {}
     if content["version"] != _VERSION:
         raise ValueError(

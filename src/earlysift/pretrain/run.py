@@ -32,28 +32,28 @@ from earlysift.pretrain.settings import ARMS, PretrainSettings
 from earlysift.pretrain.stream import Rows, Stream
 from earlysift.pretrain.streaming import PassingStream, training_documents
 from earlysift.pretrain.tokens import packed_rows
-from earlysift.pretrain.trainer import Candidates, NotFinite, NotSaved, Pretrainer, as_it_is
+from earlysift.pretrain.trainer import Candidates, NotFinite, NotSaved, Pretrainer, unchanged
 from earlysift.pretrain.workloads import Workload, load_workload
 from earlysift.report.page import RESULTS, RESULTS_VERSION, write_report
 
 PROGRAM = "pretrain"
-"""What the marker of a run folder says."""
+"""The program in the marker of a run folder."""
 DONE, MISSED, DIVERGED, UNSAVED, INTERRUPTED = 0, 1, 3, 4, 130
 """Exit codes: target reached (or none given), target not reached, loss not finite, disk full, saved after a signal."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-"""What ends a run at the end of its step, saved; SLURM can be told to send SIGUSR1 before the time is up."""
+"""Signals that end a run after the current step and save it; SLURM can send SIGUSR1 before the time is up."""
 
 METHOD = {
-    "Time": "Time by the clock, without evaluations and checkpoints. It is noisy: compare only runs on the same "
-    "machine with nothing else running. What it was spent on is what the first process measured.",
-    "Learning rate": "It decays to zero at the end of the steps, or of the minutes, that the run was given. A run that "
-    "ended earlier, by a target or a signal, ended with a higher rate.",
+    "Time": "Wall time, without evaluations and checkpoints. It is noisy: compare only runs on the same "
+    "machine with nothing else running. The first process measured what it was spent on.",
+    "Learning rate": "It decays to zero at the end of the given steps or minutes. A run that ended earlier, by a "
+    "target or a signal, ended with a higher rate.",
     "Evaluation": "Accuracy and loss are measured on all labelled tokens of held-out rows in their original "
     "distribution; masks are the same at every evaluation.",
     "Costs": "The time includes reading candidates, scoring, selecting and, where there are any, probes.",
     "One run": "One seed and one arm, so there is no interval and no verdict against uniform training.",
 }
-"""How a run is measured, for its page."""
+"""How a run is measured, for its report."""
 
 _PARTS_MS = {
     "score": ("score_ms", "select_ms", "gather_ms"),
@@ -61,35 +61,35 @@ _PARTS_MS = {
     "read": ("wait_ms",),
 }
 _LOG = logging.getLogger("earlysift")
-_RESTARTS = "TORCHELASTIC_RESTART_COUNT"  # how often torchrun has begun its processes again
-_SHOWN_ROWS = 1000  # of the training part, that its digest looks at
+_RESTARTS = "TORCHELASTIC_RESTART_COUNT"  # how often torchrun has restarted its processes
+_DIGEST_ROWS = 1000  # rows of the training set in its digest
 
 
 @environment.same_threads_after()
 def pretrain(settings: PretrainSettings) -> tuple[int, str]:
     """Train a model from random weights on selected samples, and write the run folder.
 
-    Under torchrun every process calls this; the first one writes.
+    Under torchrun every process calls this; only the first one writes.
 
     Args:
         settings: The training.
 
     Returns:
-        The exit code, and a sentence on how it ended.
+        The exit code, and one sentence on how the training ended.
 
     Raises:
-        ValueError: If settings, data, or the checkpoint to resume from do not fit.
-        FileNotFoundError: If a path leads nowhere.
+        ValueError: If settings, data, or the checkpoint to resume from are invalid.
+        FileNotFoundError: If a file is missing.
         FileExistsError: If the run folder holds another run.
         ImportError: If an optional package is missing.
     """
-    optional_package("matplotlib", extra="report")  # asked for at the end, which is no time to find it missing
+    optional_package("matplotlib", extra="report")  # needed at the end, but a missing package is reported now
     if int(os.environ.get(_RESTARTS, "0")) and (settings.out / CONFIG).is_file():
         settings = dataclasses.replace(settings, resume=True)
     shape = _shape(settings)
     _require_free(settings)
     args = _arguments(settings)
-    with args.main_process_first():  # the others find what it prepared in the cache
+    with args.main_process_first():  # the others find the prepared data in the cache
         workload = _workload(settings, shape)
     model = _model(settings, workload)
     _require_sound(settings, model, workload)
@@ -103,18 +103,18 @@ def pretrain(settings: PretrainSettings) -> tuple[int, str]:
     first = args.process_index == 0
     with _signals() as signals:
         trainer = _trainer(settings, args, workload, model, about, signals)
-        with _alone(settings) if first else nullcontext():  # only now: what is refused leaves nothing
+        with _locked(settings) if first else nullcontext():  # only now, so that a refused run leaves no folder
             checkpoint = _checkpoint(settings, about)
             args.distributed_state.wait_for_everyone()
             if first:
                 checkpoints.tidy(settings.out)
                 _write_setup(settings, workload)
             args.distributed_state.wait_for_everyone()
-            code, said = _train(trainer, checkpoint)
+            code, message = _train(trainer, checkpoint)
             if first and code != UNSAVED:
-                write_json(settings.out / RESULTS, _results(trainer, workload, code, said))
+                write_json(settings.out / RESULTS, _results(trainer, workload, code, message))
                 write_report(settings.out)
-    return code, said
+    return code, message
 
 
 def _shape(settings: PretrainSettings) -> Any:
@@ -139,7 +139,7 @@ def _shape(settings: PretrainSettings) -> Any:
 
 
 def _require_sound(settings: PretrainSettings, model: nn.Module, workload: Workload) -> None:
-    """Run the model on two rows before a folder is made: whatever is wrong with it shows here."""
+    """Run the model on two rows before a folder is created, to find its problems early."""
     rows = {name: values[:2] for name, values in workload.samples.validation.items()}
     if settings.arm not in ("uniform", "exact"):
         inputs, _ = pools.inputs_and_labels(rows)
@@ -154,23 +154,23 @@ def _sized(vocab_size: int | None) -> dict[str, int]:
 
 
 def _require_free(settings: PretrainSettings) -> None:
-    """Never mix two runs in a folder; nothing is ever deleted."""
+    """Raise if the folder holds another run; nothing is ever deleted."""
     out = settings.out
-    # Hidden: the lock, and what was cut off before anything was written.
+    # Hidden files are the lock, and temporary files of a run that was killed early.
     occupied = out.exists() and (not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir()))
     program = folders.marker(out).get("program", PROGRAM)
     if program != PROGRAM:
         raise FileExistsError(f"{out} belongs to earlysift {program}. Choose another --out.")
     if occupied and not settings.resume:
-        raise FileExistsError(f"{out} is not an empty folder. Go on with its run by --resume, or choose another --out.")
+        raise FileExistsError(f"{out} is not an empty folder. Continue its run with --resume, or choose another --out.")
     if settings.resume and not occupied:
-        raise FileNotFoundError(f"There is no run to resume in {out}. Check --out, or leave --resume out.")
+        raise FileNotFoundError(f"There is no run to resume in {out}. Check --out, or omit --resume.")
     if settings.resume and not _is_run(out):
         raise FileExistsError(f"{out} holds files that earlysift pretrain did not write. Choose another --out.")
 
 
 def _is_run(out: Path) -> bool:
-    """Whether a folder is one of `pretrain`: by its marker, or, if it is older than that, by its config."""
+    """Whether `pretrain` wrote a folder: by its marker or, in folders older than markers, by its config."""
     path = out / CONFIG
     if not path.is_file():
         return False
@@ -184,11 +184,11 @@ def _is_run(out: Path) -> bool:
 
 
 @contextmanager
-def _alone(settings: PretrainSettings) -> Iterator[None]:
-    """Hold the run folder; the lock ends with the process, whatever ends it.
+def _locked(settings: PretrainSettings) -> Iterator[None]:
+    """Lock the run folder; the lock ends with the process, however that ends.
 
     Raises:
-        FileExistsError: If another process holds it, or a run has begun in it by now.
+        FileExistsError: If another process holds the lock, or has begun a run in the folder.
     """
     with folders.locked(settings.out):
         _require_free(settings)
@@ -196,7 +196,7 @@ def _alone(settings: PretrainSettings) -> Iterator[None]:
 
 
 def _set_threads(settings: PretrainSettings, args: TrainingArguments, model: nn.Module, workload: Workload) -> None:
-    """On a processor, those of the run to resume, whose last digits depend on them, or those that are faster."""
+    """Set the threads on a CPU: as in the run to resume, whose last digits depend on them, or the faster number."""
     if args.device.type != "cpu":
         return
     threads = folders.marker(settings.out).get("threads") if settings.resume else None
@@ -214,14 +214,14 @@ def _step_without_update(model: nn.Module, batch: Rows) -> None:
 
 
 def _checkpoint(settings: PretrainSettings, about: dict[str, Any]) -> Path | None:
-    """Where to go on from; None to begin."""
+    """The checkpoint to resume from; None to begin."""
     if not settings.resume:
         return None
-    found = checkpoints.latest(settings.out)
-    if found is None:
-        _LOG.warning("%s has no sound checkpoint: the run begins anew.", settings.out)
+    latest = checkpoints.latest(settings.out)
+    if latest is None:
+        _LOG.warning("%s has no valid checkpoint: the run starts over.", settings.out)
         return None
-    folder, saved = found
+    folder, saved = latest
     checkpoints.require_same(folder, saved, about)
     return folder
 
@@ -251,14 +251,14 @@ def _arguments(settings: PretrainSettings) -> TrainingArguments:
         bf16=not on_cpu and scorers.scoring_dtype(torch.device("cuda")) is not None,
         use_cpu=on_cpu,
         ddp_backend="gloo" if on_cpu and launched else None,
-        ddp_find_unused_parameters=False,  # else the head, which runs behind the wrapped forward, would count as unused
+        ddp_find_unused_parameters=False,  # the head runs outside the wrapped forward, and so would count as unused
         torch_compile=settings.compile,
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
         dataloader_num_workers=settings.workers,
         dataloader_multiprocessing_context="fork" if settings.workers else None,
         dataloader_pin_memory=not on_cpu,
-        eval_strategy="no",  # when to evaluate and save is told by the trainer's own callback
+        eval_strategy="no",  # the trainer's own callback decides when to evaluate and save
         save_strategy="no",
         logging_steps=settings.log_every,
         logging_nan_inf_filter=False,
@@ -280,7 +280,7 @@ def _workload(settings: PretrainSettings, shape: Any) -> Workload:
     workload = load_workload(
         task=exits.find_anatomy(shape).task,
         data=settings.data or None,
-        layers=1,  # of the workload's own model, which is not built
+        layers=1,  # size of the workload's own model, which is not built
         width=32,
         length=settings.length,
         vocab_size=shape.config.vocab_size,
@@ -290,17 +290,17 @@ def _workload(settings: PretrainSettings, shape: Any) -> Workload:
         stream=settings.stream,
         text_column=settings.text_column,
     )
-    known, needed = shape.config.vocab_size, workload.facts["vocab_size"]
-    if needed > known:
+    available, needed = shape.config.vocab_size, workload.facts["vocab_size"]
+    if needed > available:
         raise ValueError(
-            f"The tokenizer {settings.tokenizer} has {needed} tokens, and {settings.preset} knows {known}. Give "
+            f"The tokenizer {settings.tokenizer} has {needed} tokens, but {settings.preset} has {available}. Give "
             f"--vocab-size {needed}, or another tokenizer."
         )
     return workload
 
 
 def _model(settings: PretrainSettings, workload: Workload) -> Any:
-    """The model with its weights, told the special tokens of the tokenizer."""
+    """The model with its weights, configured with the special tokens of the tokenizer."""
     tokenizer = optional_package("tokenizers", extra="hf").Tokenizer.from_str(workload.tokenizer_json)
     names = {"pad": "[PAD]", "cls": "[CLS]", "bos": "[CLS]", "sep": "[SEP]", "eos": "[SEP]"}
     special = {f"{name}_token_id": tokenizer.token_to_id(token) for name, token in names.items()}
@@ -308,10 +308,10 @@ def _model(settings: PretrainSettings, workload: Workload) -> Any:
 
 
 def _digest(workload: Workload) -> str:
-    """Tells other data apart, by its size and a part of its rows."""
+    """A digest of the training data: its size and a sample of its rows."""
     ids = workload.samples.train["input_ids"]
-    shown = ids[torch.linspace(0, len(ids) - 1, min(_SHOWN_ROWS, len(ids))).long()]
-    return hashlib.sha256(repr(tuple(ids.shape)).encode() + shown.numpy().tobytes()).hexdigest()[:16]
+    sample = ids[torch.linspace(0, len(ids) - 1, min(_DIGEST_ROWS, len(ids))).long()]
+    return hashlib.sha256(repr(tuple(ids.shape)).encode() + sample.numpy().tobytes()).hexdigest()[:16]
 
 
 def _write_setup(settings: PretrainSettings, workload: Workload) -> None:
@@ -351,13 +351,13 @@ def _trainer(
         model=model,
         args=args,
         train_dataset=Candidates(stream.take, settings.steps * settings.accumulate * pool * args.world_size),
-        data_collator=as_it_is,
+        data_collator=unchanged,
         sift=SiftConfig(**options),
     )
 
 
 def _train(trainer: Pretrainer, checkpoint: Path | None) -> tuple[int, str]:
-    """Train to the end, whatever ends it; returns the exit code and a sentence on it."""
+    """Train until it ends for any reason; returns the exit code and one sentence."""
     settings = trainer.settings
     try:
         if checkpoint is not None:
@@ -367,14 +367,14 @@ def _train(trainer: Pretrainer, checkpoint: Path | None) -> tuple[int, str]:
     except NotFinite as error:
         return DIVERGED, f"Stopped, as {error}; {_last_good(settings)}. Try a lower learning rate, or a longer warm-up."
     except NotSaved as error:
-        return UNSAVED, f"Stopped, as {error}; {_last_good(settings)}. Make room, and go on with --resume."
+        return UNSAVED, f"Stopped, as {error}; {_last_good(settings)}. Free some space, and continue with --resume."
     except Exception as error:
-        broken = [] if checkpoint is None or not checkpoint.is_dir() else checkpoints.unloadable(checkpoint)
-        if not broken:
+        unloadable = [] if checkpoint is None or not checkpoint.is_dir() else checkpoints.unloadable(checkpoint)
+        if not unloadable:
             raise
         raise ValueError(
-            f"{', '.join(broken)} of {checkpoint} cannot be loaded, though the manifest knows them so: earlysift did "
-            "not write them, or cannot read them any more. Delete that checkpoint to go on from the one before."
+            f"{', '.join(unloadable)} of {checkpoint} cannot be loaded, although they match the manifest: earlysift "
+            "did not write them, or can no longer read them. Delete this checkpoint to resume from the previous one."
         ) from error
     points = _points(trainer)
     if (reached := _reached(settings, points)) is not None:
@@ -384,7 +384,7 @@ def _train(trainer: Pretrainer, checkpoint: Path | None) -> tuple[int, str]:
         )
     step = trainer.state.global_step
     if trainer.signals:
-        return INTERRUPTED, f"Stopped by a signal and saved at step {step}. Go on with --resume."
+        return INTERRUPTED, f"Stopped by a signal and saved at step {step}. Continue with --resume."
     best = max(point["accuracy"] for point in points)
     if settings.target_accuracy is not None:
         return MISSED, (
@@ -401,7 +401,7 @@ def _last_good(settings: PretrainSettings) -> str:
 
 
 def _points(trainer: Pretrainer) -> list[dict[str, Any]]:
-    """The learning curve, over all runs that were resumed."""
+    """The learning curve, including the runs that this one resumed."""
     return [
         {
             "step": entry["step"],
@@ -417,15 +417,15 @@ def _points(trainer: Pretrainer) -> list[dict[str, Any]]:
 
 
 def _spent_s(trainer: Pretrainer) -> dict[str, float]:
-    """Seconds of training by what they were spent on, as the ledger of this process has them.
+    """Seconds of training by kind, from the ledger of this process.
 
-    What is neither scoring nor probing nor waiting for candidates is training: the update of the weights, too.
+    All time that is not scoring, probing or waiting for candidates counts as training, including the optimizer step.
     """
     spent = dict.fromkeys(("train", *_PARTS_MS), 0.0)
     lines = trainer.ledger_path.open(encoding="utf-8") if trainer.ledger_path.is_file() else nullcontext(())
-    with lines as rows:  # one at a time, as a long run has millions
+    with lines as rows:  # one at a time, because a long run has millions
         for line in rows:
-            row = json.loads(line) if line.endswith("\n") else {}  # a full disk cuts the last one off
+            row = json.loads(line) if line.endswith("\n") else {}  # a full disk may cut off the last line
             spent["train"] += row.get("step_ms", 0.0) / 1e3
             for kind, parts in _PARTS_MS.items():
                 seconds = sum(row.get(part, 0.0) for part in parts) / 1e3
@@ -440,8 +440,8 @@ def _reached(settings: PretrainSettings, points: list[dict[str, Any]]) -> dict[s
     return next((point for point in points if target is not None and point["accuracy"] >= target), None)
 
 
-def _results(trainer: Pretrainer, workload: Workload, code: int, said: str) -> dict[str, Any]:
-    """What `earlysift report` reads: a comparison with one arm and one seed, charged by the clock."""
+def _results(trainer: Pretrainer, workload: Workload, code: int, message: str) -> dict[str, Any]:
+    """The content of results.json: a comparison with one arm and one seed, charged by wall time."""
     settings = trainer.settings
     points = _points(trainer)
     reached = _reached(settings, points)
@@ -482,28 +482,28 @@ def _results(trainer: Pretrainer, workload: Workload, code: int, said: str) -> d
         "arms": {settings.arm: {**arm, "charged": True, "runs": [run]}},
         "comparison": {},
         "target": {"accuracy": settings.target_accuracy, "source": "given"},
-        "verdict": said,
+        "verdict": message,
         "method": METHOD,
     }
 
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Signals are noted inside; a second one interrupts at once. What the caller ignores (nohup) stays ignored."""
-    owner = os.getpid()
-    came: list[int] = []
+    """Record signals within this context; a second one interrupts at once. Ignored signals (nohup) stay ignored."""
+    process = os.getpid()
+    received: list[int] = []
 
-    def note(number: int, frame: Any) -> None:
-        if os.getpid() != owner:
-            return  # a worker of the loader, which the run that saves still needs
-        if came:
+    def record(number: int, _frame: Any) -> None:
+        if os.getpid() != process:
+            return  # a worker of the loader, which is still needed for saving
+        if received:
             raise KeyboardInterrupt
-        came.append(number)
+        received.append(number)
 
-    heeded = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, note) for number in heeded}
+    handled = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, record) for number in handled}
     try:
-        yield came
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -97,7 +97,7 @@ class PretrainSettings:
     last word."""
 
     def __post_init__(self) -> None:
-        schema.hold(self, _RULES)
+        schema.validate(self, _RULES)
 
     def identity(self) -> dict[str, Any]:
         """The settings that make two runs the same training: all but where and how it is run, and watched."""

@@ -1,4 +1,4 @@
-"""`Pretrainer`: transformers' Trainer on a seeded stream of samples, resumable bit for bit."""
+"""`Pretrainer`: the Trainer of transformers on a seeded stream of samples, resumable bit for bit."""
 
 import hashlib
 import math
@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,24 +27,24 @@ from earlysift.pretrain.settings import PretrainSettings
 from earlysift.pretrain.stream import Rows
 
 CURVE = ("sift/step", "sift/scored", "sift/rank_correlation", "sift/overlap", "sift/gain")
-"""What evaluations note of `earlysift.Sifter.stats`, for the curves."""
-_EVALUATED_LABELS = 4096  # whose logits are held at once
+"""Entries of `earlysift.Sifter.stats` that evaluations log, for the curves."""
+_EVALUATED_LABELS = 4096  # labels per batch of an evaluation, whose logits are in memory at once
 
 
 class NotFinite(Exception):
-    """The loss, or the length of its gradient, is nan or infinite; weights were not updated by it."""
+    """The loss or its gradient norm is nan or infinite; the weights were not updated with it."""
 
 
 class NotSaved(Exception):
-    """A checkpoint could not be written, on this process or another one; the ones before are as they were."""
+    """A checkpoint could not be written by this process or another one; earlier ones are unchanged."""
 
 
 class Candidates(Dataset[Rows]):
-    """Numbers of candidates to candidates: workers, processes and resumed runs see the same, whatever they read.
+    """A dataset of candidates by number: the same in every worker, every process and a resumed run.
 
     Args:
-        take: From numbers of candidates, int64 ``(n,)``, to a batch of n rows.
-        count: How many candidates the whole training reads.
+        take: Maps numbers of candidates, int64 ``(n,)``, to a batch of n rows.
+        count: Number of candidates that the whole training reads.
     """
 
     def __init__(self, take: Callable[[Tensor], Rows], count: int) -> None:
@@ -58,30 +58,33 @@ class Candidates(Dataset[Rows]):
         return {name: rows[0] for name, rows in self.__getitems__([position]).items()}
 
     def __getitems__(self, positions: list[int]) -> Rows:
-        """A batch of candidates, as it is: there is nothing left to collate."""
+        """A collated batch of candidates."""
         return self._take(torch.tensor(positions))
 
 
-def as_it_is(batch: Rows) -> Rows:
-    """The collator of `Candidates`."""
+def unchanged(batch: Rows) -> Rows:
+    """The collator for `Candidates`, whose batches are collated already."""
     return batch
 
 
-class Pretrainer(SiftTrainerMixin, Trainer):  # type: ignore[misc]
-    """A Trainer whose loss needs no logits but those of labelled tokens, and that leaves nothing half done.
+class Pretrainer(SiftTrainerMixin, Trainer):
+    """A Trainer that computes logits only for labelled tokens, and can be stopped and resumed at any time.
 
     The ledger has a row per micro-step, checkpoints are sealed, and a loss that is not finite changes no weights.
 
     Args:
         settings: The training.
         validation: Rows to evaluate on, ``(M, ...)``, with labels.
-        about: What a run must have in common with this one to go on from its checkpoints.
-        signals: Signals that came so far; after the first the run saves and stops.
+        about: Facts that must be the same in a run that resumes from its checkpoints.
+        signals: Signals received so far; after the first one the run saves and stops.
         options: Arguments of `transformers.Trainer`, and ``sift``.
     """
 
     ledger_path: Path
     control: Any
+    lr_scheduler: Any
+    model: Any
+    optimizer: Any
 
     def __init__(
         self,
@@ -98,8 +101,8 @@ class Pretrainer(SiftTrainerMixin, Trainer):  # type: ignore[misc]
         self.signals = signals
         self.ledger_path = settings.out / "ledgers" / f"process{options['args'].process_index}.jsonl"
         super().__init__(**options)
-        self.model_accepts_loss_kwargs = True  # labelled tokens are counted over a whole step and all processes
-        self.loss_is_scaled_for_ga = True  # and the loss is divided by them
+        self.model_accepts_loss_kwargs = True  # the Trainer counts the labelled tokens of a step on all processes
+        self.loss_is_scaled_for_ga = True  # the loss is divided by their number
         self._losses: list[Tensor] = []
         self._began_s = 0.0
         self._time_share = 0.0
@@ -107,25 +110,29 @@ class Pretrainer(SiftTrainerMixin, Trainer):  # type: ignore[misc]
 
     @property
     def train_s(self) -> float:
-        """Seconds of training so far, over all runs that were resumed; without evaluations and checkpoints."""
+        """Seconds of training so far, including resumed runs, without evaluations and checkpoints."""
         return time.perf_counter() - self._began_s
 
     def compute_loss(
-        self, model: nn.Module, inputs: Rows, return_outputs: bool = False, num_items_in_batch: Tensor | None = None
+        self,
+        model: nn.Module,
+        inputs: Rows,
+        return_outputs: bool = False,  # noqa: ARG002 (the Trainer's signature)
+        num_items_in_batch: Any = None,
     ) -> Tensor:
-        """The batch's part of the step's mean loss over labelled tokens."""
+        """The contribution of a batch to the step's mean loss over labelled tokens."""
         with self.accelerator.autocast():
             loss = scorers.training_loss(model, inputs, items=num_items_in_batch)
         processes: int = self.args.world_size
         return loss * processes  # gradients are averaged over processes
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """One micro-batch, whose loss is noted."""
+        """Train on one micro-batch, and record its loss."""
         loss: Tensor = super().training_step(*args, **kwargs)
         self._losses.append(loss)
         return loss
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Accuracy and mean loss on all labelled tokens of the validation samples.
 
         Raises:
@@ -134,20 +141,20 @@ class Pretrainer(SiftTrainerMixin, Trainer):  # type: ignore[misc]
         began_s = time.perf_counter()
         train_s = self.train_s
         own = {name: rows[self.args.process_index :: self.args.world_size] for name, rows in self.validation.items()}
-        right, loss, count = self.accelerator.reduce(self._sums(own), "sum").tolist()
+        correct, loss, count = self.accelerator.reduce(self._sums(own), "sum").tolist()
         if not math.isfinite(loss):
             raise NotFinite(f"the validation loss after step {self.state.global_step} is {loss}")
-        seen = {name: value for name, value in self.sifter.stats().items() if name in CURVE}
-        metrics = {"eval_accuracy": right / count, "eval_loss": loss / count, "train_s": train_s}
-        metrics |= self._totals | seen
+        stats = {name: value for name, value in self.sifter.stats().items() if name in CURVE}
+        metrics = {"eval_accuracy": correct / count, "eval_loss": loss / count, "train_s": train_s}
+        metrics |= self._totals | stats
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self._began_s += time.perf_counter() - began_s
         return metrics
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """The Trainer's schedule; by the share of the time budget where that is ahead of the share of steps."""
-        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        """The Trainer's schedule; its position is the larger of the share of steps and the share of the time budget."""
+        scheduler: Any = super().create_scheduler(num_training_steps, optimizer)
         if self.settings.minutes is not None:
             by_step = scheduler.lr_lambdas[0]
             self.lr_scheduler = LambdaLR(
@@ -156,18 +163,18 @@ class Pretrainer(SiftTrainerMixin, Trainer):  # type: ignore[misc]
         return self.lr_scheduler
 
     def end_step(self) -> bool:
-        """Close the step's row of the ledger; whether this was the last step, as all processes see it."""
+        """End the step's row of the ledger; returns whether training ends here, the same on all processes."""
         self.sifter.ledger.end()
-        seen = torch.tensor([float(bool(self.signals)), self._spent_share()], device=self.args.device)
+        state = torch.tensor([float(bool(self.signals)), self._spent_share()], device=self.args.device)
         if self.args.world_size > 1:
-            torch.distributed.all_reduce(seen, torch.distributed.ReduceOp.MAX)
-        interrupted, self._time_share = seen.tolist()
+            torch.distributed.all_reduce(state, torch.distributed.ReduceOp.MAX)
+        interrupted, self._time_share = state.tolist()
         if interrupted and not self.signals:
-            self.signals.append(0)  # another process was told
+            self.signals.append(0)  # another process received one
         return bool(interrupted) or self._time_share >= 1
 
-    def go_on_from(self, train_s: float) -> None:
-        """Start the clock of training where an earlier run stopped it."""
+    def continue_clock(self, train_s: float) -> None:
+        """Start the training clock at the time where an earlier run stopped."""
         self._began_s = time.perf_counter() - train_s
         self._time_share = self._spent_share()
 
@@ -175,28 +182,28 @@ class Pretrainer(SiftTrainerMixin, Trainer):  # type: ignore[misc]
         return self.train_s / (60 * self.settings.minutes) if self.settings.minutes else 0.0
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        # The last thing before the weights change. The gradient is the same on all processes, and the loss is made so:
-        # one that stopped alone would leave the others waiting.
-        norm = super()._clip_grad_norm(model)
+        # The last call before the update. The gradient is the same on all processes and the loss is averaged over
+        # them: a process that stopped alone would leave the others waiting.
+        norm = super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
         try:
-            self.sifter.judge()  # the last micro-batch on an accelerator: here it is waited for anyway
+            self.sifter.judge()  # for the last micro-batch; the accelerator is synchronised here anyway
         except Unusable:
             self._losses.append(torch.tensor(math.nan, device=self.args.device))
-        loss, length = torch.stack([torch.stack(self._losses).sum(), torch.as_tensor(norm)]).tolist()
+        loss, gradient_norm = torch.stack([torch.stack(self._losses).sum(), torch.as_tensor(norm)]).tolist()
         self._losses.clear()
         mean = ranks.mean({"loss": loss}, self.args.device)["loss"]
-        if not math.isfinite(mean + length):
+        if not math.isfinite(mean + gradient_norm):
             step = self.state.global_step + 1
-            raise NotFinite(f"at step {step} the loss is {mean} and the length of its gradient {length}")
+            raise NotFinite(f"at step {step} the loss is {mean} and the gradient norm {gradient_norm}")
         rate = self.lr_scheduler.get_last_lr()[0]
-        self.sifter.ledger.note(loss=loss, gradient_norm=length, learning_rate=rate)
+        self.sifter.ledger.note(loss=loss, gradient_norm=gradient_norm, learning_rate=rate)
         return norm
 
     def _selected(self, pool: Any, micro_step: int) -> Any:
         try:
             batch = super()._selected(pool, micro_step)
         except Unusable:
-            # The other processes may have selected: the step goes on, to end on all of them before the update.
+            # Other processes may have selected, so the step continues, and ends on all of them before the update.
             self._losses.append(torch.tensor(math.nan, device=self.args.device))
             return pools.take(self._prepare_inputs(pool), slice(0, self._train_batch_size))
         ids = batch["input_ids"].cpu().contiguous().numpy()
@@ -210,10 +217,10 @@ class Pretrainer(SiftTrainerMixin, Trainer):  # type: ignore[misc]
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         began_s = time.perf_counter()
-        self.log({"train_s": self.train_s})  # for the clock of the run that goes on from here
-        folder = checkpoints.folder_of(Path(self.args.output_dir), self.state.global_step)
+        self.log({"train_s": self.train_s})  # for the clock of a run that resumes from here
+        folder = checkpoints.folder_of(Path(cast(str, self.args.output_dir)), self.state.global_step)
         if self.args.should_save:
-            shutil.rmtree(folder, ignore_errors=True)  # what a run that was cut while saving left
+            shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed while saving
         self.accelerator.wait_for_everyone()
         self._write_together(partial(super()._save_checkpoint, model, trial))
         self._write_together(partial(self._seal, folder))
@@ -225,61 +232,59 @@ class Pretrainer(SiftTrainerMixin, Trainer):  # type: ignore[misc]
             checkpoints.prune(folder.parent)
 
     def _write_together(self, write: Callable[[], object]) -> None:
-        """Write on all processes, and wait for all; if one fails, all do."""
+        """Write on all processes and wait for all of them; if one fails, all raise."""
         problem = None
         try:
             write()
-        except Exception as error:  # every library has an error of its own for a full disk
+        except Exception as error:  # every library raises its own error for a full disk
             problem = error
         if ranks.mean({"failed": float(problem is not None)}, self.args.device)["failed"]:
             raise NotSaved(
                 f"the checkpoint of step {self.state.global_step} could not be written "
-                f"({problem or 'another process says why'})"
+                f"({problem or 'another process reports the reason'})"
             ) from problem
 
     def _sums(self, rows: Rows) -> Tensor:
-        """Right predictions, sum of losses and number of labelled tokens of these rows, float64 ``(3,)``."""
+        """Correct predictions, sum of losses and labelled tokens of these rows, float64 ``(3,)``."""
         sums = torch.zeros(3, dtype=torch.float64, device=self.args.device)
         labels = rows["labels"]
         size = max(1, _EVALUATED_LABELS * len(labels) // max(1, int((labels != IGNORED_LABEL).sum())))
-        # Not the wrapped model: processes may have different numbers of rows.
+        # Not the wrapped model, because processes may have different numbers of rows.
         with torch.no_grad(), exits.scoring_mode(self.model), self.accelerator.autocast():
             for start in range(0, len(rows["labels"]), size):
                 batch = {name: values[start : start + size].to(self.args.device) for name, values in rows.items()}
                 logits, targets, _ = scorers.predictions(self.model, batch)
                 losses = F.cross_entropy(logits, targets, reduction="sum")
-                right = (logits.argmax(dim=-1) == targets).sum()
-                sums += torch.stack(
-                    [right.double(), losses.double(), torch.tensor(float(len(targets))).to(right.device)]
-                )
+                correct = (logits.argmax(dim=-1) == targets).sum()
+                sums += torch.stack([correct.double(), losses.double(), correct.new_tensor(len(targets)).double()])
         return sums
 
 
-class _Steps(TrainerCallback):  # type: ignore[misc]
-    """When to evaluate, save and stop."""
+class _Steps(TrainerCallback):
+    """Decides when to evaluate, save and stop; the signatures are those of transformers."""
 
     def __init__(self, trainer: Pretrainer) -> None:
         self._trainer = trainer
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer.go_on_from(next((e["train_s"] for e in reversed(state.log_history) if "train_s" in e), 0.0))
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        self._trainer.continue_clock(next((e["train_s"] for e in reversed(state.log_history) if "train_s" in e), 0.0))
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         over = self._trainer.end_step() or state.global_step >= state.max_steps
         due = state.global_step % self._trainer.settings.every == 0
         control.should_training_stop = over
         control.should_save = over or due
-        # Only what evaluations found sound is saved; but a signal wants to be obeyed at once.
+        # Only evaluated weights are saved, except after a signal, which must be obeyed at once.
         control.should_evaluate = due or (over and not self._trainer.signals)
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any, **kwargs: Any) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         target = self._trainer.settings.target_accuracy
-        if target is not None and metrics["eval_accuracy"] >= target:
+        if target is not None and kwargs["metrics"]["eval_accuracy"] >= target:
             control.should_training_stop = True
 
 
 def _cut_ledger(path: Path, step: int) -> None:
-    """Leave out the rows of steps that were taken after the checkpoint from which a run goes on."""
+    """Remove the rows of steps after the checkpoint from which a run resumes."""
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         return

@@ -1,1 +1,1 @@
-"""Run folders of a comparison -> figures and one self-contained HTML page."""
+"""From run folders to figures and one self-contained HTML page."""

@@ -1,8 +1,8 @@
-"""Lines with seed bands -> charts in HTML and SVG that a reader switches without any script.
+"""From lines with seed bands to charts in HTML and SVG that a reader switches without a script.
 
-A chart is a stretchable drawing without letters, and its letters are HTML around it: so it fits every screen while
-text keeps its size, and follows the light or dark colours of the page. Radio buttons choose which chart is shown,
-check boxes which lines; `switch_css` holds the rules. A browser too old for them shows all charts and lines.
+A chart is a scalable drawing without text; its text is HTML around it. So the chart fits every screen, its text keeps
+its size, and both follow the light or dark colours of the page. Radio buttons select the chart and check boxes its
+lines, by the rules of `switch_css`. A browser that does not support these rules shows all charts and lines.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from itertools import pairwise
 
 from earlysift.report.series import Band, Results, Style, band, frame, number, numbers
 
-WIDTH, HEIGHT = 2000, 1000  # of the drawing, before it is stretched: fine enough for a large screen
+WIDTH, HEIGHT = 2000, 1000  # of the drawing before it is scaled; fine enough for a large screen
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A vertical quantity: what it is called, whether it is a share, and lines across at certain heights."""
+    """A vertical quantity: its label, whether it is a share, and horizontal lines at certain heights."""
 
     label: str
     is_share: bool = False
     levels: dict[str, float | None] = field(default_factory=dict)
-    """Name and height; the frame of the chart reaches to the first."""
+    """Name and height; the frame of the chart includes the first."""
     whole: bool = False
-    """Whether the frame holds the curves from their first point on; else their steep beginning may lie outside."""
+    """Whether the frame includes the curves from their first point; otherwise their steep start may lie outside."""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A horizontal quantity: its key in a point, what it is called, and whether the axis begins at zero."""
+    """A horizontal quantity: its key in a point, its label, and whether the axis begins at zero."""
 
     key: str
     label: str
@@ -41,7 +41,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Trace:
-    """One line: the seeds behind it, and under which key each measure finds it (None: not drawn there)."""
+    """One line: its seeds, and its key in the points for each measure (None: not drawn there)."""
 
     label: str
     style: Style
@@ -58,18 +58,18 @@ def explorer(
     traces: Sequence[Trace],
     events: Sequence[Results] = (),
 ) -> str:
-    """One chart at a time out of measures x axes, with what it takes to choose it and its lines.
+    """Charts of measures x axes, one shown at a time, with controls to choose it and its lines.
 
     Args:
-        name: Sets the radio buttons of this explorer apart from others on the page.
-        kind: Which list of a run holds the points.
+        name: Distinguishes the radio buttons of this explorer from others on the page.
+        kind: The list of a run that contains the points.
         measures: Vertical quantities to choose from.
         axes: Horizontal quantities to choose from.
         traces: Lines.
         events: Points that are marked by vertical lines.
 
     Returns:
-        HTML; empty if there is nothing to draw. Measures and axes without a line are no choices.
+        HTML; empty if there is nothing to draw. Measures and axes without a line are not offered.
     """
     bands = {
         (m, a, t): line
@@ -107,7 +107,7 @@ def explorer(
 
 
 def switch_css(measures: int, axes: int, lines: int) -> str:
-    """The rules that hide what is not chosen, for explorers of up to so many measures, axes and lines.
+    """Rules that hide what is not chosen, for explorers of up to this many measures, axes and lines.
 
     Example:
         >>> print(switch_css(1, 0, 1))
@@ -124,7 +124,7 @@ def switch_css(measures: int, axes: int, lines: int) -> str:
 
 
 def ticks(low: float, high: float, count: int) -> list[float]:
-    """About so many round numbers from low to high: multiples of 1, 2 or 5 times a power of ten.
+    """About ``count`` round numbers from low to high: multiples of 1, 2 or 5 times a power of ten.
 
     Example:
         >>> ticks(0.13, 0.38, 5)
@@ -139,9 +139,9 @@ def ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def swatch(style: Style) -> str:
-    """A short piece of the line, for legends and tables."""
+    """A short sample of the line, for legends and tables."""
     return (
-        f'<svg class="swatch" style="{_look(style)}" viewBox="0 0 24 8" aria-hidden="true">'
+        f'<svg class="swatch" style="{_css(style)}" viewBox="0 0 24 8" aria-hidden="true">'
         '<path class="line" d="M0 4 24 4"/></svg>'
     )
 
@@ -153,7 +153,7 @@ def _chart(
     height: tuple[float, float],
     marks: Iterable[float],
 ) -> str:
-    """One drawing with its letters. Without lines on this axis: a note."""
+    """One drawing with its text, or a note if there are no lines on this axis."""
     if not lines:
         return '<p class="note">nothing measured yet</p>'
     bottom, top = height
@@ -174,30 +174,30 @@ def _chart(
 
     grid = ticks(bottom, top, 5)
     drawing = ['<path class="grid" d="{}"/>'.format("".join(path((left, right), (y, y)) for y in grid))]
-    letters = [f'<span class="y" style="bottom:{y_of(y):.2%}">{_amount(y, measure.is_share)}</span>' for y in grid]
-    letters += [f'<span class="x" style="left:{x_of(x):.2%}">{_amount(x)}</span>' for x in ticks(left, right, 4)]
+    texts = [f'<span class="y" style="bottom:{y_of(y):.2%}">{_amount(y, measure.is_share)}</span>' for y in grid]
+    texts += [f'<span class="x" style="left:{x_of(x):.2%}">{_amount(x)}</span>' for x in ticks(left, right, 4)]
     across = "".join(path((x, x), height) for x in marks)
     drawing += [f'<path class="mark" d="{across}"/>'] * bool(across)
-    for name, at in measure.levels.items():
-        level = number(at)
+    for name, value in measure.levels.items():
+        level = number(value)
         if level is not None and bottom <= level <= top:
             drawing.append(f'<path class="level" d="{path((left, right), (level, level))}"/>')
-            letters.append(f'<span class="level" style="bottom:{y_of(level):.2%}">{escape(name)}</span>')
-    # What is beneath comes first, and strong lines lie on top of the others.
+            texts.append(f'<span class="level" style="bottom:{y_of(level):.2%}">{escape(name)}</span>')
+    # Lines "beneath" are drawn first and strong ones last.
     for t, (style, line) in sorted(lines.items(), key=lambda drawn: (not drawn[1][0].beneath, drawn[1][0].strong)):
         edge = path(line.x + line.x[::-1], line.high + line.low[::-1])
         filled = f'<path class="band" d="{edge}"/>' if line.low != line.high else ""
-        # A line of one point is a dot: a stroke without length, with round ends.
+        # A line of one point is a dot: a stroke of length zero with round ends.
         kind, d = ("dot", path(line.x, line.mean) + "h0") if len(line.x) == 1 else ("line", path(line.x, line.mean))
         drawing.append(
-            f'<g class="t{t}{" beneath" * style.beneath}{" thin" * (not style.strong)}" style="{_look(style)}">{filled}'
+            f'<g class="t{t}{" beneath" * style.beneath}{" thin" * (not style.strong)}" style="{_css(style)}">{filled}'
             f'<path class="{kind}" d="{d}"/></g>'
         )
-    about = f"{measure.label} against {axis.label}"
+    description = f"{measure.label} against {axis.label}"
     return (
         f'<p class="y-title">{escape(measure.label)}</p><div class="chart">'
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" role="img" aria-label="{escape(about)}">'
-        f'{"".join(drawing)}</svg>{"".join(letters)}</div><p class="x-title">{escape(axis.label)}</p>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" role="img" aria-label="{escape(description)}">'
+        f'{"".join(drawing)}</svg>{"".join(texts)}</div><p class="x-title">{escape(axis.label)}</p>'
     )
 
 
@@ -214,7 +214,7 @@ def _radios(name: str, kind: str, legend: str, labels: dict[int, str]) -> str:
 
 
 def _chip(t: int, trace: Trace, measures: set[int]) -> str:
-    # What one measure alone draws comes and goes with it.
+    # The chip of a line that only one measure draws is shown only with that measure.
     only = f" m{min(measures)}" if len(measures) == 1 else ""
     return (
         f'<label class="chip{only}"><input type="checkbox" class="t{t}"{" checked" * trace.shown}>'
@@ -222,7 +222,7 @@ def _chip(t: int, trace: Trace, measures: set[int]) -> str:
     )
 
 
-def _look(style: Style) -> str:
+def _css(style: Style) -> str:
     return f"--line:{style.color}" + (f";--dashes:{style.dashes}" if style.dashes else "")
 
 

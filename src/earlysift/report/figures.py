@@ -1,9 +1,9 @@
-"""Results of a comparison -> `curves.png`, for places that show no HTML: off screen, the same bytes every time."""
+"""From the results of a comparison to `curves.png`, where HTML cannot be shown; equal results give equal bytes."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from earlysift.report.series import (
     Results,
@@ -32,7 +32,7 @@ COLUMNS = (
     ("step", "steps"),
 )
 FAINT = "#8a8a8a"
-SETTINGS = {
+SETTINGS: dict[Any, Any] = {
     "axes.axisbelow": True,
     "axes.edgecolor": FAINT,
     "axes.grid": True,
@@ -53,11 +53,11 @@ def curves_figure(results: Results) -> Figure:
     """Validation accuracy and loss against reference time, wall time, trained samples and steps.
 
     Args:
-        results: what `results.json` holds.
+        results: The content of `results.json`.
 
     Returns:
-        Two rows of panels, one for each horizontal quantity that was measured: lines are means over seeds; the band of
-        an arm that is shown in full reaches from its lowest to its highest seed.
+        Two rows of panels, with one panel for each measured horizontal quantity. Lines are means over seeds; prominent
+        arms have a band from their lowest to their highest seed.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -100,7 +100,7 @@ def curves_figure(results: Results) -> Figure:
 
 
 def save_png(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, whatever the suffix of the path."""
+    """Write a figure as PNG, for any suffix of the path."""
     import matplotlib
 
     with matplotlib.rc_context(SETTINGS):

@@ -1,7 +1,7 @@
-"""Results of comparisons -> one self-contained HTML page: no script, no request.
+"""From the results of comparisons to one self-contained HTML page without scripts or requests.
 
-The page answers in the order a reader asks: who won, by how much, how the runs went, where the time went, what was
-decided, on what. Every string of the results is escaped where it enters the page.
+The page answers in the order of a reader's questions: which arm won and by how much, how the runs went, where the time
+went, what was decided, and on which machine. Every string of the results is escaped where it is inserted.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ CSS = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 CURVE_AXES = tuple(Axis(key, title, from_zero=True) for key, title in COLUMNS)
 TIMES = tuple(axis for axis in CURVE_AXES if axis.key != "trained_samples")
 
-# What the controller estimates (`earlysift.controller.estimates`): "payoff.greedy.1.0.5" and its like are the lines of
-# "payoff", for the greedy rule at exit 1 and keep 0.5.
+# Estimates of the controller (`earlysift.controller.estimates`). Keys such as "payoff.greedy.1.0.5", for the greedy
+# rule at exit 1 and keep 0.5, are the lines of "payoff".
 ESTIMATES = {
     "payoff": Measure("payoff", levels={"break-even": 1.0}),
     "payoff_C2": Measure("payoff by gain (C2)", levels={"break-even": 1.0}),
@@ -61,38 +61,38 @@ ESTIMATES = {
     "noise_scale": Measure("gradient noise scale (samples)"),
 }
 CHOICE = re.compile(r"(?:(?P<rule>[a-z]+)\.)?(?P<exit>\d+)(?:\.(?P<keep>[\d.]+))?")
-# The arms of which the headline of several runs speaks.
+# The arms in the headline of several runs.
 HEADLINE_ARMS = ("sift", "auto")
 
 SEEDS_CAPTION = "Lines are means over seeds; bands span the lowest to the highest seed."
 ARMS_CAPTION = """At first the main arms and the best of the others are shown. The first quarter of the curves may lie
-outside the frame, so that their ends can be told apart."""
-SPENT_CAPTION = """What the time of each arm was spent on, mean over seeds. Reading candidates, scoring them, probing
-and training a reference model count as much as training itself."""
-FIDELITY_CAPTION = """How closely the score ranks candidates as the exact loss does. A rank correlation of 1 means the
+outside the frame, so that their ends can be distinguished."""
+SPENT_CAPTION = """How each arm spent its time, mean over seeds. Reading candidates, scoring them, probing and training
+a reference model are charged in the same way as training."""
+FIDELITY_CAPTION = """How similarly the score and the exact loss rank candidates. A rank correlation of 1 means the
 same order, an overlap of 1 the same kept samples. The gain is the mean exact loss of the kept samples over that of the
 pool: at 1 they are no harder than the rest."""
-CONTROL_CAPTION = """What the arm estimated while it trained. A payoff above 1 means that selection was predicted to be
+CONTROL_CAPTION = """Estimates of the arm while it trained. A payoff above 1 means that selection was predicted to be
 worth its cost. Vertical lines mark the switches of all seeds."""
 OVERVIEW_CAPTION = """Speed-up over uniform training in reference time with its 95 % interval, and the difference in
-final accuracy; where there is no comparison, the final accuracy itself."""
+final accuracy; without a comparison, the final accuracy itself."""
 NOTHING = "nothing measured yet"
 
-# How results were measured that do not say so themselves (as "method", by the same terms).
+# The method of results that have no "method" of their own; by the same terms.
 METHOD = {
     "Reference time": "Every operation is timed in this run, and an arm is charged its number of operations "
-    "times their median time. Noise of the machine therefore cannot favour an arm.",
+    "times their median time. Noise on the machine therefore cannot favour an arm.",
     "Equal budgets": "Every arm starts from the same weights and may spend the same reference time, once per "
-    "seed. An arm whose steps cost more takes fewer of them.",
+    "seed. An arm with more expensive steps takes fewer of them.",
     "Learning rate": "It decays fully within each arm's own budget, so no arm is judged in the middle of its schedule.",
     "Evaluation": "Accuracy and loss are measured on held-out data in its original distribution, never on "
     "selected samples.",
-    "Costs": "Every cost of training is charged: reading candidates, scoring them and selecting count as much as "
-    "the training step itself. Evaluations, and the fidelity measured at them, are the same for all arms and free. "
+    "Costs": "Every cost of training is charged: reading, scoring and selecting candidates as well as the training "
+    "step itself. Evaluations, with their measurement of fidelity, are the same for all arms and free. "
     "An arm marked as not charged is an upper bound, not a competitor.",
     "Speed-up": "Uniform's time to the target over this arm's, in reference time or wall time. Above 1× the arm was "
-    "faster. Gain (▲): the whole 95 % interval over seeds lies above 1. Harm (▼): that of the final accuracy lies "
-    "below uniform's. Not proved (?): too few seeds for an interval.",
+    "faster. Gain (▲): the whole 95 % interval over seeds is above 1. Harm (▼): the whole interval of the final "
+    "accuracy is below uniform's. Not proved (?): too few seeds for an interval.",
 }
 
 
@@ -100,10 +100,10 @@ def render(*runs: Results) -> str:
     """The whole page.
 
     Args:
-        runs: what `results.json` holds, of one run or several; parts may be missing, their numbers are shown as a dash.
+        runs: The content of `results.json` of one or more runs; missing numbers are shown as a dash.
 
     Returns:
-        HTML that loads nothing from anywhere; equal results give equal text.
+        HTML that loads nothing; equal results give equal text.
     """
     several = len(runs) > 1
     title = _count(runs) if several else workload(runs[0])
@@ -122,12 +122,12 @@ def render(*runs: Results) -> str:
 
 
 def document(title: str, body: str, switches: str) -> str:
-    """The frame of every page: one file that loads nothing from anywhere and runs nothing.
+    """The document of every page: one file that loads nothing and runs no script.
 
     Args:
-        title: In HTML, for the window.
-        body: What stands on the page, in HTML.
-        switches: The rules of its explorers, from `earlysift.report.chart.switch_css`.
+        title: Title of the window, in HTML.
+        body: Content of the page, in HTML.
+        switches: Rules of its explorers, from `earlysift.report.chart.switch_css`.
     """
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -150,21 +150,21 @@ def document(title: str, body: str, switches: str) -> str:
 
 
 def write_report(*run_folders: Path, out: Path | None = None) -> Path:
-    """Read `results.json` of run folders and write one page; for a single run, its `curves.png` too.
+    """Read `results.json` of run folders and write one page; for a single run, also its `curves.png`.
 
     Args:
-        run_folders: folders that `earlysift compare` or `earlysift pretrain` wrote, at least one.
-        out: where to write the page; `report.html` in the run folder, or in the common parent of several, if None.
+        run_folders: Folders that `earlysift compare` or `earlysift pretrain` wrote, at least one.
+        out: Where to write the page; None: `report.html` in the run folder, or in the common parent of several.
 
     Returns:
         The path of the page.
 
     Raises:
-        FileNotFoundError: A folder holds no results.
-        ValueError: The results are damaged, or of a version that this code does not know; or there is no folder.
+        FileNotFoundError: If a folder has no results.
+        ValueError: If results are damaged or of an unknown version, or no folder is given.
     """
     if not run_folders:
-        raise ValueError("expected at least one run folder, got none; give the folders that `earlysift compare` wrote")
+        raise ValueError("Expected at least one run folder, got none. Give the folders that `earlysift compare` wrote.")
     runs = [read_results(folder) for folder in run_folders]
     page = render(*runs).encode("utf-8")
     if len(runs) == 1:
@@ -179,26 +179,26 @@ def write_report(*run_folders: Path, out: Path | None = None) -> Path:
 
 
 def read_results(run_folder: Path) -> Results:
-    """The content of `results.json`, checked for damage and version; raises what `write_report` does."""
+    """The validated content of `results.json`; raises as `write_report` does."""
     path = run_folder / RESULTS
     if not path.is_file():
         raise FileNotFoundError(
-            f"expected the results of a comparison in {path}, found no such file; "
-            "give the folder that `earlysift compare` wrote"
+            f"Expected the results of a comparison in {path}, found no such file. "
+            "Give the folder that `earlysift compare` wrote."
         )
     results = read_json(path)
     version = results.get("version") if isinstance(results, dict) else None
     if version != RESULTS_VERSION:
         raise ValueError(
-            f"expected results of version {RESULTS_VERSION} in {path}, found version {version!r}; "
-            "read them with the version of earlysift that wrote them, or repeat the comparison"
+            f"Expected results of version {RESULTS_VERSION} in {path}, found version {version!r}. "
+            "Read them with the version of earlysift that wrote them, or repeat the comparison."
         )
     require_shape(results, path)
     return dict(results)
 
 
 def _run(results: Results, anchor: str, level: int) -> str:
-    """Everything about one run, its headings from this level down."""
+    """The article about one run; its headings start at this level."""
     badge = '<p class="badge">Partial run: stopped early, numbers may change</p>'
     parts = [
         ("Arms", verdict_table(results), _levels(results)),
@@ -210,16 +210,16 @@ def _run(results: Results, anchor: str, level: int) -> str:
     ]
     if not results.get("complete"):
         parts = [(heading, content or _note(NOTHING), caption * bool(content)) for heading, content, caption in parts]
-    h, below = f"h{level}", f"h{level + 1}"
+    heading_tag, subheading_tag = f"h{level}", f"h{level + 1}"
     body = "\n".join(
-        f"<section><{below}>{heading}</{below}>{content}{_note(caption) if caption else ''}</section>"
+        f"<section><{subheading_tag}>{heading}</{subheading_tag}>{content}{_note(caption) if caption else ''}</section>"
         for heading, content, caption in parts
         if content
     )
     return f"""<article id="{anchor}">
 <header>
 <p class="eyebrow">earlysift · {workload(results)}</p>
-<{h}>{text(results.get("verdict") or "No verdict yet")}</{h}>
+<{heading_tag}>{text(results.get("verdict") or "No verdict yet")}</{heading_tag}>
 {"" if results.get("complete") else badge}
 <p class="facts">{_facts(results)}</p>
 </header>
@@ -228,16 +228,16 @@ def _run(results: Results, anchor: str, level: int) -> str:
 
 
 def _headline(runs: Iterable[Results]) -> str:
-    """What several runs say about each of the main arms, in numbers of runs."""
-    runs, said = list(runs), []
+    """The number of runs by outcome, for each of the main arms."""
+    runs, parts = list(runs), []
     for name in HEADLINE_ARMS:
         compared = [results for results in runs if section(section(results, "comparison"), name)]
         words = [outcome(section(section(results, "comparison"), name)).word for results in compared]
         counts = ", ".join(f"{word} on {words.count(word)}" for word in dict.fromkeys(words))
         if compared:
             title = label(name, section(section(compared[0], "arms"), name))
-            said.append(f"{text(title)}: {counts} of {len(words)} comparison{'s' * (len(words) > 1)}")
-    return "; ".join(said) or _count(runs)
+            parts.append(f"{text(title)}: {counts} of {len(words)} comparison{'s' * (len(words) > 1)}")
+    return "; ".join(parts) or _count(runs)
 
 
 def _count(runs: Sequence[Results]) -> str:
@@ -257,7 +257,7 @@ def _compared(runs: Iterable[Results]) -> bool:
 
 
 def _facts(results: Results) -> str:
-    """One line under the headline: how much was run, where and when. What is not known is left out."""
+    """The line under the headline: how much was run, where and when; unknown facts are omitted."""
     arms = sections(results, "arms").values()
     facts = (
         ("seeds per arm: {}", max((len(seeds(arm)) for arm in arms), default=0)),
@@ -269,26 +269,26 @@ def _facts(results: Results) -> str:
 
 
 def _levels(results: Results) -> str:
-    """What the numbers of the table are to be held against; what is not known is left out."""
+    """Reference values for the numbers of the table; unknown ones are omitted."""
     target, baseline = section(results, "target"), section(results, "baseline")
     compared = _compared([results])
-    words = []
+    sentences = []
     if (accuracy := number(target.get("accuracy"))) is not None:
-        words += [f"Target: {accuracy:.2%} validation accuracy ({text(target.get('source'))})."]
-        words += ["Times to it are reference time, averaged over the seeds that reached it."] * compared
+        sentences += [f"Target: {accuracy:.2%} validation accuracy ({text(target.get('source'))})."]
+        sentences += ["Times to it are reference time, averaged over the seeds that reached it."] * compared
     ends = [("{:.2%} accuracy", number(baseline.get("accuracy"))), ("{:.4f} loss", number(baseline.get("loss")))]
     known = [form.format(end) for form, end in ends if end is not None]
-    words += [f"A model that ignores its input reaches {' and '.join(known)}."] * bool(known)
+    sentences += [f"A model that ignores its input reaches {' and '.join(known)}."] * bool(known)
     if any(len(seeds(arm)) > 1 for arm in sections(results, "arms").values()):
         intervals = ", and 95 % intervals of the comparisons with uniform" * compared
-        words += [f"Small print: lowest and highest seed of accuracy and loss{intervals}."]
-    return " ".join(words)
+        sentences += [f"Small print: lowest and highest seed of accuracy and loss{intervals}."]
+    return " ".join(sentences)
 
 
 def _arm_traces(results: Results, keys: tuple[str, ...]) -> list[Trace]:
     arms, shown = sections(results, "arms"), prominent(results)
-    look = styles(arms)
-    return [Trace(label(name, arm), look[name], seeds(arm), keys, name in shown) for name, arm in arms.items()]
+    arm_styles = styles(arms)
+    return [Trace(label(name, arm), arm_styles[name], seeds(arm), keys, name in shown) for name, arm in arms.items()]
 
 
 def _curves(results: Results, anchor: str) -> str:
@@ -312,7 +312,7 @@ def _curves_caption(results: Results) -> str:
 
 
 def _fidelity(results: Results, anchor: str) -> str:
-    # Random picks: uncorrelated with the loss, share `keep` of the exact picks, and lose what the pool loses.
+    # Random picks are uncorrelated with the loss, overlap the exact picks by `keep`, and have the pool's mean loss.
     measures = (
         Measure("rank correlation", levels={"random picks": 0.0}),
         Measure("overlap", levels={"random picks": section(results, "config").get("keep")}),
@@ -323,9 +323,9 @@ def _fidelity(results: Results, anchor: str) -> str:
 
 
 def _decisions(results: Results, anchor: str) -> list[tuple[str, str, str]]:
-    """Heading and content for each arm that wrote down what it estimated or decided."""
+    """Heading, content and caption for each arm with estimates or decisions."""
     return [
-        (f"What {text(label(name, arm))} saw and decided", _control(arm, f"{anchor}-control{i}"), "")
+        (f"Estimates and decisions of {text(label(name, arm))}", _control(arm, f"{anchor}-control{i}"), "")
         for i, (name, arm) in enumerate(sections(results, "arms").items())
         if any(run.get("control") or run.get("events") for run in seeds(arm))
     ]
@@ -339,7 +339,7 @@ def _control(arm: Results, name: str) -> str:
         keys = dict.fromkeys(key for point in points for key in point if key.partition(".")[0] == estimate)
         highest = sorted(keys, key=lambda key: -(mean(point.get(key) for point in points) or 0))
         for key, style in zip(keys, cycle(LINES), strict=False):
-            keys_of_measures = tuple(key if each == estimate else None for each in ESTIMATES)
+            keys_of_measures = tuple(key if measure == estimate else None for measure in ESTIMATES)
             shown = key in highest[:SHOWN_AT_FIRST]
             traces.append(Trace(_choice(key.partition(".")[2]), style, runs, keys_of_measures, shown))
     events = [event for run in runs for event in items(run, "events")]
@@ -348,16 +348,16 @@ def _control(arm: Results, name: str) -> str:
 
 
 def _choice(name: str) -> str:
-    """The controller's name of a choice in words: "greedy.1.0.5" is "greedy, exit 1, keep 0.5"."""
-    found = CHOICE.fullmatch(name)
-    if not found:
+    """A choice of the controller in words: "greedy.1.0.5" is "greedy, exit 1, keep 0.5"."""
+    match = CHOICE.fullmatch(name)
+    if not match:
         return plain(name)[:40] or "estimate"
-    words = (found["rule"], f"exit {found['exit']}", found["keep"] and f"keep {found['keep']}")
+    words = (match["rule"], f"exit {match['exit']}", match["keep"] and f"keep {match['keep']}")
     return ", ".join(word for word in words if word)
 
 
 def _run_tables(results: Results, level: int) -> str:
-    """What went in, what it ran on, and the times it was charged by."""
+    """Configuration, data, machine and versions of a run, and the times of its operations."""
     origin = {"commit": results.get("commit"), "created": results.get("created")}
     tables = {
         "Configuration": section(results, "config"),
@@ -365,7 +365,7 @@ def _run_tables(results: Results, level: int) -> str:
         "Machine": section(results, "machine"),
         "Versions": {**section(results, "versions"), **origin},
     }
-    filled = (
+    facts = (
         f"<div><h{level}>{title}</h{level}>{pairs_table(title, rows)}</div>" for title, rows in tables.items() if rows
     )
     times = (
@@ -377,7 +377,7 @@ def _run_tables(results: Results, level: int) -> str:
         for title, part in times
         if section(results, part)
     )
-    return f'<div class="pairs">{"".join(filled)}</div>{"".join(details)}'
+    return f'<div class="pairs">{"".join(facts)}</div>{"".join(details)}'
 
 
 def _note(words: str) -> str:

@@ -1,4 +1,4 @@
-"""The shape of results.json, as far as anything here reads it: parts may be missing or null, but of no other kind."""
+"""The schema of the parts of results.json that the report reads: they may be missing or null, but of no other type."""
 
 import json
 import reprlib
@@ -62,7 +62,7 @@ _KINDS = {"float": "a number", "int": "a whole number", "bool": "true or false",
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds.
+    """The content of a JSON file.
 
     Raises:
         ValueError: If it is damaged.
@@ -71,30 +71,30 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"expected JSON in {path}, found damaged or cut text ({error}); restore the file or repeat the comparison"
+            f"Expected JSON in {path}, found damaged text ({error}). Restore the file or repeat the comparison."
         ) from error
 
 
 def require_shape(results: Any, path: Path) -> None:
-    """See whether what was read from a file has the shape of results.
+    """Raise unless the content of a file has the schema of results.
 
     Args:
-        results: What the file holds.
+        results: The content of the file.
         path: The file, for the message.
 
     Raises:
-        ValueError: If not; names the file and the first part that does not fit.
+        ValueError: Names the file and the first part of another type.
 
     Example:
         >>> require_shape({"arms": {"sift": {"runs": 5}}}, Path("results.json"))
         Traceback (most recent call last):
             ...
-        ValueError: expected the results of a comparison in results.json, but arms.sift.runs should be a list, and is 5
+        ValueError: Expected the results of a comparison in results.json, but arms.sift.runs should be a list, not 5.
     """
     if not isinstance(results, dict):
         raise ValueError(
-            f"expected the results of a comparison in {path}, found {reprlib.repr(results)}; give the folder that "
-            "`earlysift compare` wrote"
+            f"Expected the results of a comparison in {path}, found {reprlib.repr(results)}. Give the folder that "
+            "`earlysift compare` wrote."
         )
     try:
         _SHAPE.validate_python(results)
@@ -102,6 +102,6 @@ def require_shape(results: Any, path: Path) -> None:
         problem = error.errors(include_url=False, include_context=False)[0]
         kind = _KINDS.get(problem["type"].partition("_")[0], "a mapping")
         raise ValueError(
-            f"expected the results of a comparison in {path}, but {'.'.join(map(str, problem['loc']))} should be "
-            f"{kind}, and is {reprlib.repr(problem['input'])}"
+            f"Expected the results of a comparison in {path}, but {'.'.join(map(str, problem['loc']))} should be "
+            f"{kind}, not {reprlib.repr(problem['input'])}."
         ) from error

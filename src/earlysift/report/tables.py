@@ -1,4 +1,4 @@
-"""Results of a comparison -> tables in HTML, every string of the results escaped where it enters."""
+"""From the results of a comparison to tables in HTML; every string of the results is escaped where it is inserted."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MISSING = "–"
 
 
 class Outcome(NamedTuple):
-    """What a comparison with uniform says, as a word, a symbol for those who see no colours, and a class."""
+    """The outcome of a comparison with uniform: a word, a symbol that does not rely on colour, and a CSS class."""
 
     word: str
     symbol: str
@@ -22,7 +22,7 @@ class Outcome(NamedTuple):
 
 GAIN, HARM = Outcome("gain", "▲", "gain"), Outcome("harm", "▼", "harm")
 NO_GAIN, NOT_PROVED = Outcome("no gain", "■", "none"), Outcome("not proved", "?", "none")
-# What an entry of a comparison may withhold its verdict for.
+# Reasons for which an entry of a comparison may withhold its verdict.
 NEVER_ACTED, UNDECIDED = Outcome("never acted", "=", "none"), Outcome("could not decide", "…", "none")
 NO_VERDICT = Outcome("no verdict", "×", "none")
 WITHHELD = (NEVER_ACTED, UNDECIDED, NO_VERDICT)
@@ -41,7 +41,7 @@ VERDICT_HEADERS = (
 OPERATION_HEADERS = ("Operation", "Median", "20th percentile", "80th percentile", "Timed")
 DECISION_HEADERS = ("Run", "Step", "Reference time", "From", "To", "Reason")
 
-# Reference time by kind: the colours of the bars. Kinds that are not named here come last, in the last colour.
+# Colours of the bars of reference time by kind. Other kinds come last, in one colour.
 KINDS = {
     "train": "#2f7fd6",
     "score": "#d9581f",
@@ -56,7 +56,7 @@ def outcome(entry: Results) -> Outcome:
     """Harm if the whole interval of the final accuracy is below uniform's; gain if that of the speed-up is above 1.
 
     Args:
-        entry: One arm of the ``comparison`` in results.json. What it names as ``withheld`` comes before its numbers.
+        entry: One arm of the ``comparison`` in results.json. Its ``withheld`` takes precedence over its numbers.
 
     Example:
         >>> outcome({"speedup": 1.2, "low": 1.1, "final_accuracy_high": 0.02}).word
@@ -66,9 +66,9 @@ def outcome(entry: Results) -> Outcome:
         >>> outcome({"withheld": "never acted", "speedup": 1.0, "low": 1.0}).word
         'never acted'
     """
-    for each in WITHHELD:
-        if entry.get("withheld") == each.word:
-            return each
+    for reason in WITHHELD:
+        if entry.get("withheld") == reason.word:
+            return reason
     speedup, low, accuracy_high = (number(entry.get(key)) for key in ("speedup", "low", "final_accuracy_high"))
     if accuracy_high is not None and accuracy_high < 0:
         return HARM
@@ -78,26 +78,26 @@ def outcome(entry: Results) -> Outcome:
 
 
 def verdict_table(results: Results) -> str:
-    """Every arm against uniform, its numbers above what they mean in words; columns that hold nothing are left out."""
+    """Every arm against uniform: its numbers, and below them its verdict in words; empty columns are omitted."""
     arms, comparison = sections(results, "arms"), sections(results, "comparison")
     has_target = number(section(results, "target").get("accuracy")) is not None
-    look = styles(arms)
+    arm_styles = styles(arms)
     lines = []
     for name, arm in arms.items():
         entry = comparison.get(name, {})
         runs = seeds(arm)
-        versus = [_outcome_cell(entry) if entry else MISSING, *_speedups(entry)]
-        versus += [_reached(runs) if has_target else MISSING]
+        comparison_cells = [_outcome_cell(entry) if entry else MISSING, *_speedups(entry)]
+        comparison_cells += [_reached(runs) if has_target else MISSING]
         final = [_final(runs, "final_accuracy", "{:.2%}"), _over(entry, "final_accuracy", "{:+.2f}", 100, " points")]
         final += [_final(runs, "final_loss", "{:.3f}"), _over(entry, "final_loss", "{:+.3f}")]
-        title = swatch(look[name]) + text(arm.get("label") or name)
+        title = swatch(arm_styles[name]) + text(arm.get("label") or name)
         if arm.get("charged") is False:
             title += " <small>upper bound, not charged</small>"
         words = [f"<b>{text(entry['verdict'])}</b>"] if entry.get("verdict") else []
         if (hidden := number(entry.get("final_hidden_accuracy_difference"))) is not None:
             words += [f"on hidden tokens alone {100 * hidden:+.2f} points"]
         words += [text(arm[part]) for part in ("description", "source") if arm.get(part)]
-        lines.append(([title, *versus, *final], " · ".join(words)))
+        lines.append(([title, *comparison_cells, *final], " · ".join(words)))
     columns = [c for c in range(len(VERDICT_HEADERS)) if any(cells[c] != MISSING for cells, _ in lines)]
     headers = [VERDICT_HEADERS[c] for c in columns]
     bodies = [
@@ -109,9 +109,9 @@ def verdict_table(results: Results) -> str:
 
 
 def spent_table(results: Results) -> str:
-    """Where the time of each arm went, mean over seeds, as a stacked bar and as shares; empty if nobody says.
+    """How each arm spent its time, mean over seeds, as a stacked bar and as shares; empty if unknown.
 
-    Shares are of the budget, where there is one.
+    Shares are of the budget, if there is one.
     """
     arms = sections(results, "arms")
     spent = {name: _spent_s(arm) for name, arm in arms.items()}
@@ -125,19 +125,19 @@ def spent_table(results: Results) -> str:
     legend = "".join(f"<span>{_block(kind, '')}{text(kind)}</span>" for kind in kinds)
     headers = ("Arm", "Share of the budget" if budget else "Share of the time", *map(text, kinds))
     scale = max(whole, *totals)
-    look = styles(arms)
+    arm_styles = styles(arms)
     rows = []
     for name, parts in spent.items():
         if parts:
             bar = "".join(_block(kind, f"width:{parts.get(kind, 0) / scale:.2%};") for kind in kinds)
             shares = [f"{parts[kind] / whole:.1%}" if parts.get(kind) else MISSING for kind in kinds]
-            title = swatch(look[name]) + text(arms[name].get("label") or name)
+            title = swatch(arm_styles[name]) + text(arms[name].get("label") or name)
             rows.append(row([title, f'<div class="bar">{bar}</div>', *shares], headers))
     return f'<p class="legend">{legend}</p>' + table("Time by kind", "numbers cards spent", headers, rows)
 
 
 def decisions_table(arm: Results) -> str:
-    """What an arm that decides for itself decided, seed by seed; a note if it never changed its mind."""
+    """The decisions of an arm that switches by itself, by seed; a note if it never switched."""
     rows = [
         row(
             [
@@ -159,9 +159,9 @@ def decisions_table(arm: Results) -> str:
 
 
 def overview_table(runs: Sequence[Results]) -> str:
-    """Every run's workload and budget against every arm: speed-up in reference time, final accuracy over uniform's.
+    """A table of arms by runs (workload and budget): speed-up in reference time, final accuracy over uniform's.
 
-    An arm that was compared with nothing has its final accuracy there.
+    Without a comparison the cell contains the final accuracy of the arm.
     """
     labels: dict[str, str] = {}
     for results in runs:
@@ -194,18 +194,18 @@ def operations_table(results: Results, part: str) -> str:
 
 
 def pairs_table(title: str, pairs: Results) -> str:
-    """Names and values; what has no value is left out."""
+    """Names and values; those without a value are omitted."""
     cells = [(text(key), text(value)) for key, value in pairs.items()]
     return table(title, "", (), [row(cell) for cell in cells if cell[1] != MISSING])
 
 
 def workload(results: Results) -> str:
-    """What a run trained on, in HTML."""
+    """The name of the data of a run, in HTML."""
     return text(section(results, "data").get("name") or "unnamed data")
 
 
 def text(value: object) -> str:
-    """A value of the results as HTML: one line, escaped; a dash for nothing."""
+    """A value of the results as one line of escaped HTML; a dash if there is none."""
     if isinstance(value, list):
         value = ", ".join(map(str, value)) or None
     elif isinstance(value, dict):
@@ -214,7 +214,7 @@ def text(value: object) -> str:
 
 
 def show(value: object, form: str) -> str:
-    """A number in its form; a dash if it is none."""
+    """A formatted number; a dash if the value is not a number."""
     return MISSING if number(value) is None else form.format(value)
 
 
@@ -271,7 +271,7 @@ def _block(kind: str, size: str) -> str:
 
 
 def table(title: str, kind: str, headers: Iterable[str], rows: Iterable[str]) -> str:
-    """A table in a box of its own to scroll in."""
+    """A table in a scrollable box."""
     head = "".join(f'<th scope="col">{header}</th>' for header in headers)
     return (
         f'<div class="card" role="region" tabindex="0" aria-label="{title}"><table class="{kind}">'
@@ -280,11 +280,11 @@ def table(title: str, kind: str, headers: Iterable[str], rows: Iterable[str]) ->
 
 
 def row(cells: Iterable[str], headers: Sequence[str] = ()) -> str:
-    """One row of cells in HTML, the first its header. Given the columns' headers, narrow screens show them by cell."""
+    """One row of cells in HTML, the first its header. Narrow screens show the headers of the columns in each cell."""
     first, *rest = cells
     names = [f' data-label="{header}"' for header in headers[1:]] or [""] * len(rest)
-    known = [' class="missing"' if cell == MISSING else "" for cell in rest]
-    body = "".join(f"<td{name}{what}>{cell}</td>" for name, what, cell in zip(names, known, rest, strict=True))
+    classes = [' class="missing"' if cell == MISSING else "" for cell in rest]
+    body = "".join(f"<td{name}{css}>{cell}</td>" for name, css, cell in zip(names, classes, rest, strict=True))
     return f'<tr><th scope="row">{first}</th>{body}</tr>'
 
 
@@ -293,5 +293,5 @@ def _cell(main: str, small_print: str) -> str:
 
 
 def _span(low: object, high: object, form: str) -> str:
-    """An interval, or nothing when an end is missing: small print is no place for dashes."""
+    """An interval; empty if an end is missing."""
     return "" if number(low) is None or number(high) is None else f"{form.format(low)} … {form.format(high)}"

@@ -51,7 +51,7 @@ def require_own(out: Path) -> None:
         FileExistsError: If it holds anything else.
         OSError: If nothing can be written there.
     """
-    folders.require_room(out)
+    folders.require_available(out)
     occupied = out.is_dir() and any(out.iterdir())
     if occupied and folders.marker(out).get("program") != PROGRAM:
         raise FileExistsError(

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from earlysift import schema
-from earlysift.settings import differences, read_settings
+from earlysift.config_files import differences, read_settings
 
 some_settings = st.dictionaries(st.sampled_from("abcde"), st.none() | st.integers(0, 2) | st.text(max_size=2))
 
@@ -30,7 +30,7 @@ class Kind:
     data: tuple[Path, ...] = ()
     checkpoint: Path | None = None
     seed: int = 0
-    __post_init__ = schema.hold
+    __post_init__ = schema.validate
 
 
 @pytest.mark.parametrize(

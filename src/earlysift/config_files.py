@@ -1,4 +1,4 @@
-"""Settings from a TOML or JSON file, the fields of a dataclass by name; and where two sets of settings differ."""
+"""Settings from a TOML or JSON file, as a dataclass; and the differences between two sets of settings."""
 
 import dataclasses
 import json
@@ -12,14 +12,14 @@ Settings = TypeVar("Settings")
 
 
 def read_settings(path: Path, kind: type[Settings]) -> Settings:
-    """Settings from a TOML or JSON file.
+    """Read settings from a TOML or JSON file.
 
     Args:
         path: The file.
-        kind: The dataclass that the file fills, and that holds its fields against their types (`earlysift.schema`).
+        kind: The dataclass to build, which validates its own fields (`earlysift.schema`).
 
     Raises:
-        ValueError: If the file is neither, has a key that is not a setting, or a value that does not fit.
+        ValueError: If the file cannot be parsed, or has an unknown key or an invalid value.
         FileNotFoundError: If there is no such file.
     """
     if not path.is_file():
@@ -43,12 +43,12 @@ def read_settings(path: Path, kind: type[Settings]) -> Settings:
         raise ValueError(f"{path}: {error}") from error
 
 
-def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Where two sets of settings differ: name, what was saved, what is now, by name; None stands for what is missing.
+def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """The settings that differ, as (name, saved, current), sorted by name; None stands for a missing one.
 
     Example:
         >>> differences({"keep": 0.5, "seed": 0}, {"keep": 0.25, "seed": 0, "trim": True})
         [('keep', 0.5, 0.25), ('trim', None, True)]
     """
-    names = sorted(saved.keys() | now.keys())
-    return [(name, saved.get(name), now.get(name)) for name in names if saved.get(name) != now.get(name)]
+    names = sorted(saved.keys() | current.keys())
+    return [(name, saved.get(name), current.get(name)) for name in names if saved.get(name) != current.get(name)]
