@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field
 
 from earlysift import schema
 from earlysift.compare.arms import ARMS
+from earlysift.pretrain.workload_settings import WorkloadSettings
 from earlysift.schema import Above0, Accuracy, Count, Keep, Share
 
 
@@ -21,30 +22,9 @@ def _separated(arms: Any) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """A comparison of arms."""
+class Settings(WorkloadSettings):
+    """A comparison of arms on a workload."""
 
-    task: Literal["masked_lm", "causal_lm", "classification", "image"] = "masked_lm"
-    """What is trained: a BERT for masked, a Llama for causal language modelling, a BERT to classify texts, or a ViT."""
-    data: tuple[Path, ...] = ()
-    """Files or folders of text, JSON lines, CSV/TSV, parquet or Arrow, plain, .gz or .zst, or folders that
-    datasets.save_to_disk wrote; for classification tables with a column of labels and one of texts. Without it: the
-    standard library of the running Python (language models), scikit-learn's handwritten digits (images). For a suite:
-    the folder that holds the corpora."""
-    text_column: str | None = None
-    """Column of tables that holds the text. Without it: text, else the only column of strings."""
-    label_column: str | None = None
-    """Column of tables that holds the label (classification). Without it: label."""
-    flipped: Share = 0.0
-    """Share of the training labels that are replaced by another class (classification, image)."""
-    repeated: Share = 0.0
-    """Share of the samples that are copies of a few: boilerplate."""
-    train_samples: Count | None = None
-    """Training samples to use; without it all."""
-    max_characters: Count | None = None
-    """Cut the text to documents of about so many characters before anything else."""
-    checkpoint: Path | None = None
-    """Folder of a saved encoder that classification starts from (`encoder` in the run folder that saved it)."""
     save_encoder: bool = False
     """Save the encoder that uniform training ends with on the first seed (masked LM), to fine-tune from."""
     out: Path = Path("runs/compare")
@@ -68,20 +48,10 @@ class Settings:
     train uniformly, without scoring."""
     batch: Count = 32
     """Samples per training step, in every arm; the pool is batch / keep."""
-    layers: Annotated[int, Field(ge=1, le=1024)] = 12
-    """Layers of the model."""
-    width: Annotated[int, Field(ge=32, le=16_384, multiple_of=32)] = 64
-    """Width of the model, a multiple of 32."""
-    length: Annotated[int, Field(ge=1, le=65_536)] = 64
-    """Tokens per sample."""
-    vocab_size: Annotated[int, Field(ge=1, le=2**24)] = 4096
-    """Size of the WordPiece vocabulary trained on the training part."""
     learning_rate: Above0 = 1.5e-3
     """Peak learning rate, in every arm."""
     warmup: Share = 0.1
     """Share of an arm's budget with rising learning rate."""
-    validation_samples: Count = 512
-    """Held-out samples that every evaluation uses."""
     evaluations: Annotated[int, Field(ge=2)] = 16
     """Evaluations per arm and seed, evenly over its budget (not charged, the same for all arms)."""
     device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d)?)$", description="cpu, cuda or cuda:0 to cuda:9")] = "cpu"

@@ -108,6 +108,15 @@ class LabelledCorpus:
     validation_labels: list[str]
 
 
+def joined(corpora: Sequence[Corpus]) -> Corpus:
+    """Several corpora as one, named after all of them."""
+    return Corpus(
+        " + ".join(corpus.name for corpus in corpora),
+        [document for corpus in corpora for document in corpus.train],
+        [document for corpus in corpora for document in corpus.validation],
+    )
+
+
 def optional_package(name: str, *, extra: str) -> Any:
     """Import a package that only some uses need.
 

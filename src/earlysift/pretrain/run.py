@@ -33,6 +33,7 @@ from earlysift.pretrain.stream import Rows, Stream
 from earlysift.pretrain.streaming import PassingStream, training_documents
 from earlysift.pretrain.tokens import packed_rows
 from earlysift.pretrain.trainer import Candidates, NotFinite, NotSaved, Pretrainer, as_it_is
+from earlysift.pretrain.workload_settings import WorkloadSettings
 from earlysift.pretrain.workloads import Workload, load_workload
 from earlysift.report.page import RESULTS, RESULTS_VERSION, write_report
 
@@ -277,18 +278,16 @@ def _tracker(settings: PretrainSettings) -> str:
 
 
 def _workload(settings: PretrainSettings, shape: Any) -> Workload:
-    workload = load_workload(
+    described = WorkloadSettings(
         task=exits.find_anatomy(shape).task,
-        data=settings.data or None,
-        layers=1,  # of the workload's own model, which is not built
-        width=32,
+        data=settings.data,
+        text_column=settings.text_column,
         length=settings.length,
         vocab_size=shape.config.vocab_size,
         validation_samples=settings.validation_samples,
-        tokenizer_file=settings.tokenizer,
-        whole_word=settings.whole_word,
-        stream=settings.stream,
-        text_column=settings.text_column,
+    )
+    workload = load_workload(
+        described, tokenizer_file=settings.tokenizer, stream=settings.stream, whole_word=settings.whole_word
     )
     known, needed = shape.config.vocab_size, workload.facts["vocab_size"]
     if needed > known:

@@ -31,7 +31,12 @@ class Samples:
 
     def __len__(self) -> int:
         """N, the number of training samples."""
-        return len(next(iter(self.train.values())))
+        return row_count(self.train)
+
+
+def row_count(rows: Rows) -> int:
+    """Number of rows: the common length of all tensors."""
+    return len(next(iter(rows.values())))
 
 
 def take(unit: Callable[[int], Rows], positions: Tensor) -> Rows:

@@ -1,0 +1,37 @@
+"""Causal language modelling: a Llama predicts the next token of packed text."""
+
+from pathlib import Path
+
+from torch import Generator, Tensor
+
+from earlysift.losses import IGNORED_LABEL
+from earlysift.pretrain.language import language_data, read_text
+from earlysift.pretrain.models import build_llama
+from earlysift.pretrain.stream import Rows
+from earlysift.pretrain.workload_settings import WorkloadSettings
+from earlysift.pretrain.workloads import TaskData
+
+TAKES = ("data", "text_column", "max_characters", "tokenizer_file", "stream")
+
+
+def read(settings: WorkloadSettings, *, tokenizer_file: Path | None = None, stream: bool = False) -> TaskData:
+    """Read text, without ``data`` that of the standard library, as blocks whose every token is predicted.
+
+    Args:
+        settings: The workload.
+        tokenizer_file: BERT's vocab.txt or a tokenizer.json, in place of a trained tokenizer.
+        stream: Read only the first part of the data, see `earlysift.pretrain.streaming`.
+    """
+    name, blocks = read_text(settings, tokenizer_file, stream=stream)
+    return language_data(f"{name}, causal LM", blocks, settings, build_llama, prepare=_prepare, targets=_targets)
+
+
+def _prepare(rows: Rows, _: Generator) -> Rows:
+    ids = rows["input_ids"].long()
+    labels = ids.clone()
+    labels[:, [0, -1]] = IGNORED_LABEL  # [CLS] and [SEP] frame every block alike and say nothing about the text
+    return {"input_ids": ids, "labels": labels}
+
+
+def _targets(rows: Rows) -> Tensor:
+    return rows["input_ids"][:, 1:-1].flatten()
