@@ -221,7 +221,7 @@ def test_a_short_pool_on_one_rank_keeps_no_other_rank_waiting(tmp_path):
         assert all(weighted for told in (first, second) for _, _, weighted in told[f"{kind} global"])
 
 
-def takers_slowly(holders, kept, world):
+def assign_rows_slowly(holders, kept, world):
     """Row by row: those that are over go, one rank after the other, to the first rank that lacks some."""
     taken, counts = list(holders), Counter()
     over = []
@@ -240,8 +240,8 @@ def takers_slowly(holders, kept, world):
 def test_every_rank_gets_b_rows_and_no_more_rows_move_than_must(case):
     world, kept, random = case
     holders = [random.randrange(world) for _ in range(world * kept)]
-    taken = ranks.takers(torch.tensor(holders), kept, world).tolist()
-    assert taken == takers_slowly(holders, kept, world)
+    taken = ranks.assign_rows(torch.tensor(holders), kept, world).tolist()
+    assert taken == assign_rows_slowly(holders, kept, world)
     assert Counter(taken) == dict.fromkeys(range(world), kept)
     moved = sum(taker != holder for taker, holder in zip(taken, holders, strict=True))
     assert moved == sum(max(0, held - kept) for held in Counter(holders).values())

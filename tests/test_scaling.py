@@ -22,7 +22,7 @@ def test_as_many_rows_move_as_random_pools_let(world, kept, keep):
     for _ in range(repeats):
         chosen = torch.randperm(world * candidates, generator=generator)[: world * kept]
         holders = chosen // candidates
-        moved += int((ranks.takers(holders, kept, world) != holders).sum())
+        moved += int((ranks.assign_rows(holders, kept, world) != holders).sum())
     assert scaling.moved_rows(kept, keep, world) == pytest.approx(moved / repeats / world, rel=0.1)
 
 

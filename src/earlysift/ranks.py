@@ -102,8 +102,8 @@ def gather(scores: Tensor, pool: Any) -> Gathered:
     return Gathered(torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]), sizes)
 
 
-def takers(holders: Tensor, kept: int, ranks: int) -> Tensor:
-    """Who trains on which row: a rank keeps its own as long as it can, what is over goes to those that lack some.
+def assign_rows(holders: Tensor, kept: int, ranks: int) -> Tensor:
+    """Assign every selected row to the rank that trains on it: a rank keeps its own, and gives away only its surplus.
 
     Args:
         holders: The rank that holds the candidate at every place of the selection, int64 ``(W b,)``.
@@ -114,7 +114,7 @@ def takers(holders: Tensor, kept: int, ranks: int) -> Tensor:
         A rank for every place, ``(W b,)``, each b times; no more rows move than must.
 
     Example:
-        >>> takers(torch.tensor([0, 0, 0, 1]), kept=2, ranks=2)
+        >>> assign_rows(torch.tensor([0, 0, 0, 1]), kept=2, ranks=2)
         tensor([0, 0, 1, 1])
     """
     by_holder = holders.argsort(stable=True)
@@ -141,7 +141,7 @@ def exchange(pool: Any, selection: Selection, sizes: Sequence[int], kept: int) -
     me, chosen = rank(), selection.indices.cpu()
     ends = torch.tensor(sizes).cumsum(0)
     holders = torch.searchsorted(ends, chosen, right=True)
-    taken = takers(holders, kept, len(sizes))
+    taken = assign_rows(holders, kept, len(sizes))
     rows_of_holder = chosen - (ends - torch.tensor(sizes))[holders]
     held, mine = holders == me, taken == me
     own = rows_of_holder[held & mine]

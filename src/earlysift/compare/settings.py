@@ -1,4 +1,4 @@
-"""What a comparison is made of. One dataclass is the command line, the config file and the API."""
+"""The settings of a comparison: one dataclass for the command line, the config file and the API."""
 
 import dataclasses
 import json
@@ -16,9 +16,9 @@ from earlysift.schema import Above0, Accuracy, Count, Keep, Share
 
 def _separated(arms: Any) -> Any:
     """`--arms uniform,sift` is `--arms uniform sift`."""
-    if not (isinstance(arms, tuple) and all(isinstance(given, str) for given in arms)):
+    if not (isinstance(arms, tuple) and all(isinstance(arm, str) for arm in arms)):
         return arms
-    return tuple(name for given in arms for name in given.split(",") if name)
+    return tuple(name for arm in arms for name in arm.split(",") if name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,8 +131,8 @@ def _no_such_width(settings: Settings) -> str:
 
 
 def _no_suite(settings: Settings) -> str:
-    wanted = settings.only and settings.suite is None
-    return "only names workloads of a suite: give --suite, too." if wanted else ""
+    missing = settings.only and settings.suite is None
+    return "only names workloads of a suite: give --suite, too." if missing else ""
 
 
 def _both(settings: Settings) -> str:

@@ -26,11 +26,11 @@ from earlysift.checkup import build_model
 from earlysift.files import write_json, write_whole
 from earlysift.presets import require_preset
 from earlysift.pretrain import checkpoints
-from earlysift.pretrain.corpus import optional_package
 from earlysift.pretrain.models import CONFIG, TOKENIZER, build_preset
+from earlysift.pretrain.optional import optional_package
 from earlysift.pretrain.settings import ARMS, PretrainSettings
 from earlysift.pretrain.stream import Rows, Stream
-from earlysift.pretrain.streaming import PassingStream, training_documents
+from earlysift.pretrain.streaming import StreamingCorpus, training_documents
 from earlysift.pretrain.tokens import packed_rows
 from earlysift.pretrain.trainer import Candidates, NotFinite, NotSaved, Pretrainer, as_it_is
 from earlysift.pretrain.workload_settings import WorkloadSettings
@@ -333,7 +333,7 @@ def _trainer(
     options = given | ARMS[settings.arm]
     pool = round(settings.batch / options["keep"])
     if settings.stream:
-        stream: Stream | PassingStream = PassingStream(
+        stream: Stream | StreamingCorpus = StreamingCorpus(
             lambda: packed_rows(
                 training_documents(settings.data, settings.text_column), workload.tokenizer_json, settings.length
             ),

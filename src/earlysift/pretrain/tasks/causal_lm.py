@@ -15,13 +15,7 @@ TAKES = ("data", "text_column", "max_characters", "tokenizer_file", "stream")
 
 
 def read(settings: WorkloadSettings, *, tokenizer_file: Path | None = None, stream: bool = False) -> TaskData:
-    """Read text, without ``data`` that of the standard library, as blocks whose every token is predicted.
-
-    Args:
-        settings: The workload.
-        tokenizer_file: BERT's vocab.txt or a tokenizer.json, in place of a trained tokenizer.
-        stream: Read only the first part of the data, see `earlysift.pretrain.streaming`.
-    """
+    """Read text as `read_text` does."""
     name, blocks = read_text(settings, tokenizer_file, stream=stream)
     return language_data(f"{name}, causal LM", blocks, settings, build_llama, prepare=_prepare, targets=_targets)
 

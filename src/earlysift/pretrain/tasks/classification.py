@@ -16,12 +16,7 @@ TAKES = ("data", "text_column", "label_column", "checkpoint", "tokenizer_file", 
 
 
 def read(settings: WorkloadSettings, *, tokenizer_file: Path | None = None) -> TaskData:
-    """Read tables with a label and a text in every row.
-
-    Args:
-        settings: The workload; ``checkpoint`` brings its own tokenizer.
-        tokenizer_file: BERT's vocab.txt or a tokenizer.json, in place of a trained tokenizer.
-    """
+    """Read tables with a label and a text in every row, encoded by a trained, a given or the checkpoint's tokenizer."""
     if not settings.data:
         raise ValueError("The task classification needs data: a table with the columns 'label' and 'text'.")
     checkpoint = settings.checkpoint

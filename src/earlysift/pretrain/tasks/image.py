@@ -2,8 +2,8 @@
 
 import torch
 
-from earlysift.pretrain.corpus import optional_package
 from earlysift.pretrain.models import build_vit
+from earlysift.pretrain.optional import optional_package
 from earlysift.pretrain.workload_settings import WorkloadSettings
 from earlysift.pretrain.workloads import TaskData
 from earlysift.seeds import seeded

@@ -4,10 +4,10 @@ from pathlib import Path
 
 from torch import Generator, Tensor
 
-from earlysift.pretrain.corpus import optional_package
 from earlysift.pretrain.language import language_data, read_text
 from earlysift.pretrain.masking import begins_word, mask_tokens
 from earlysift.pretrain.models import build_bert
+from earlysift.pretrain.optional import optional_package
 from earlysift.pretrain.stream import Rows
 from earlysift.pretrain.tokens import Blocks
 from earlysift.pretrain.workload_settings import WorkloadSettings
@@ -19,14 +19,7 @@ TAKES = ("data", "text_column", "max_characters", "tokenizer_file", "stream", "w
 def read(
     settings: WorkloadSettings, *, tokenizer_file: Path | None = None, stream: bool = False, whole_word: bool = False
 ) -> TaskData:
-    """Read text, without ``data`` that of the standard library, as blocks to hide tokens in.
-
-    Args:
-        settings: The workload.
-        tokenizer_file: BERT's vocab.txt or a tokenizer.json, in place of a trained tokenizer.
-        stream: Read only the first part of the data, see `earlysift.pretrain.streaming`.
-        whole_word: Hide all tokens of a word together.
-    """
+    """Read text as `read_text` does; with ``whole_word`` all tokens of a word are hidden together."""
     name, blocks = read_text(settings, tokenizer_file, stream=stream)
     ordinary = _ordinary_ids(blocks)
     word_begins = None
