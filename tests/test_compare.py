@@ -24,6 +24,7 @@ from earlysift.compare.run import compare
 from earlysift.compare.settings import Settings
 from earlysift.compare.steps import Bench, learning_rate_factor
 from earlysift.compare.trial import evaluate
+from earlysift.pretrain.workload_settings import TASKS
 from earlysift.pretrain.workloads import load_workload
 from earlysift.settings import read_settings
 from processes import IN_THE_BACKGROUND, started, wait_until
@@ -716,7 +717,7 @@ def test_flags_of_the_command_line_are_a_frozen_list(capsys):
     assert named <= shown
 
 
-@pytest.mark.parametrize("task", ["masked_lm", "causal_lm", "classification", "image"])
+@pytest.mark.parametrize("task", TASKS)
 def test_every_arm_runs_on_every_task(task, text, table, tmp_path):
     data = {"classification": ["--data", str(table)], "image": []}.get(task, ["--data", str(text)])
     arms = [name for name in ARMS if name != "visible" or task == "masked_lm"]

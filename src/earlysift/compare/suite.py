@@ -33,8 +33,8 @@ _LONG = (
 _SMALL: dict[str, Any] = {"seeds": 5, "evaluations": 11, "validation_samples": 384, "layers": 6, "length": 32}
 _MLM = _SMALL | {"arms": _BASIC, "budget": 60.0, "layers": 12, "vocab_size": 1024, "learning_rate": 2e-3}
 _CLM = _SMALL | {"task": "causal_lm", "arms": _PEERS, "budget": 15.0, "vocab_size": 512, "learning_rate": 4e-3}
-_CLASSIFY = _SMALL | {"task": "classification", "data": ("sst2",), "validation_samples": 872}
-_CLASSIFY |= {"arms": _PEERS, "budget": 12.0, "learning_rate": 1e-3}
+_SST2 = {"task": "classification", "data": ("sst2",), "validation_samples": 872}
+_CLASSIFY = _SMALL | _SST2 | {"arms": _PEERS, "budget": 12.0, "learning_rate": 1e-3}
 _IMAGE = _SMALL | {"task": "image", "arms": _PEERS, "budget": 8.0, "learning_rate": 1e-3}
 _PRETRAINING = "mlm-wikipedia-books"
 
@@ -59,14 +59,12 @@ _CPU: dict[str, dict[str, Any]] = {
     "mlm-stdlib-double": {**_MLM, "budget": _MLM["budget"] * 2},
     "mlm-stdlib-half": {**_MLM, "budget": _MLM["budget"] / 2},
 }
-_BERT_BASE: dict[str, Any] = {"device": "cuda", "layers": 12, "width": 768, "length": 128, "vocab_size": 30_522}
-_BERT_BASE |= {"batch": 256, "learning_rate": 2e-4, "validation_samples": 2048}
+_BERT_BASE = {"layers": 12, "width": 768, "length": 128, "vocab_size": 30_522}
+_GPU = _BERT_BASE | {"device": "cuda", "batch": 256, "learning_rate": 2e-4, "validation_samples": 2048}
 
 SUITES: dict[str, dict[str, dict[str, Any]]] = {
     "cpu": _CPU,
-    "gpu": {
-        name: {**row, **_BERT_BASE, "budget": 24 * row["budget"], "max_characters": None} for name, row in _CPU.items()
-    },
+    "gpu": {name: {**row, **_GPU, "budget": 24 * row["budget"], "max_characters": None} for name, row in _CPU.items()},
 }
 
 _POLL_S = 1.0  # reading results more often would disturb the measurements
@@ -208,9 +206,8 @@ def _start(name: str, workload: Settings, settings: Settings) -> "subprocess.Pop
     config = log.with_suffix(".json")
     write_json(config, json.loads(json.dumps(dataclasses.asdict(workload), default=str)))
     threads = str(max(1, (os.cpu_count() or 1) // settings.jobs))
-    share = (
-        {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads} if settings.jobs > 1 else {}
-    )  # alone it chooses its threads
+    # A workload that runs alone chooses its threads itself.
+    share = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads} if settings.jobs > 1 else {}
     with log.open("wb") as file:
         return subprocess.Popen(
             [sys.executable, "-m", "earlysift", "compare", "--config", str(config)],

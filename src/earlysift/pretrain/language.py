@@ -15,7 +15,7 @@ from earlysift.pretrain.workloads import TaskData
 from earlysift.seeds import seeded
 
 
-def read_text(
+def read_blocks(
     settings: WorkloadSettings, tokenizer_file: Path | None = None, *, stream: bool = False
 ) -> tuple[str, Blocks]:
     """Read the text of a workload, without ``data`` the standard library, and pack it into blocks.

@@ -64,9 +64,10 @@ def build_llama(*, vocab_size: int, length: int, layers: int, width: int, seed: 
 def build_bert_classifier(
     *, classes: int, vocab_size: int, length: int, layers: int, width: int, seed: int, checkpoint: Path | None = None
 ) -> nn.Module:
-    """A BERT to classify texts, from scratch or fine-tuned; arguments as in `build_bert`, and the number of ``classes``.
+    """A BERT to classify texts into a number of ``classes``; other arguments as in `build_bert`.
 
-    ``checkpoint`` is a folder of `save_encoder` with the encoder to start from; pooler and classifier come from the seed.
+    With a ``checkpoint``, a folder of `save_encoder`, the encoder starts from it; pooler and classifier come from the
+    seed.
 
     Raises:
         ValueError: If the checkpoint is no BERT of this shape.

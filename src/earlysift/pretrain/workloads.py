@@ -52,7 +52,7 @@ def _labels(rows: Rows) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskData:
-    """All samples of a task as they are stored, and the model to train on them: what the file of a task returns.
+    """All samples of a task, and the model to train on them: what the file of a task returns.
 
     Attributes:
         name: Data and task, for reports.
@@ -60,9 +60,8 @@ class TaskData:
         validation: Rows of the validation part, ``(M, ...)``.
         outputs: Number of tokens or classes to choose from.
         make_model: From a seed to a model in training mode.
-        prepare: From stored rows and a generator to a batch with ``labels``; without it rows are stored as they are
-            used.
-        targets: From stored rows to everything that a model may have to predict there, int64 ``(n,)``; without it the
+        prepare: From stored rows and a generator to a batch with ``labels``. Without it stored rows are the batch.
+        targets: From stored rows to all tokens or classes that may be predicted there, int64 ``(n,)``. Without it the
             labels.
         facts: Sizes and settings of the data, for the results file.
         tokenizer_json: The tokenizer, where there is one.
@@ -85,8 +84,8 @@ def load_workload(settings: WorkloadSettings, *, seed_of_data: int = 0, **extras
     Args:
         settings: The workload.
         seed_of_data: Seed of which samples are used, copied and flipped.
-        extras: What the file of the task takes beyond that, such as ``whole_word`` of `earlysift.pretrain.tasks`'
-            ``masked_lm``; None and False count as not given.
+        extras: Further settings of the task by name, such as ``whole_word`` of masked_lm; None and False count as not
+            given.
 
     Returns:
         The workload; the same arguments give the same one everywhere.
@@ -137,14 +136,14 @@ def load_workload(settings: WorkloadSettings, *, seed_of_data: int = 0, **extras
 
 
 def _spread(rows: Rows, count: int) -> Rows:
-    """Rows spread evenly over a part, at most all."""
+    """Rows at even distances, at most all."""
     size = row_count(rows)
     chosen = torch.linspace(0, size - 1, min(count, size)).long()
     return {name: values[chosen] for name, values in rows.items()}
 
 
 def _baseline(targets: Tensor, labels: Tensor, outputs: int) -> dict[str, float]:
-    """Accuracy and loss on labels of predicting how often everything occurs among the targets (one added to each)."""
+    """Accuracy and loss of predicting every label by how often it occurs among the targets, plus one."""
     counts = torch.bincount(targets.long(), minlength=outputs).double() + 1
     probabilities = counts / counts.sum()
     labels = labels[labels != IGNORED_LABEL]

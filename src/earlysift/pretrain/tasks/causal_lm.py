@@ -5,7 +5,7 @@ from pathlib import Path
 from torch import Generator, Tensor
 
 from earlysift.losses import IGNORED_LABEL
-from earlysift.pretrain.language import language_data, read_text
+from earlysift.pretrain.language import language_data, read_blocks
 from earlysift.pretrain.models import build_llama
 from earlysift.pretrain.stream import Rows
 from earlysift.pretrain.workload_settings import WorkloadSettings
@@ -15,8 +15,8 @@ TAKES = ("data", "text_column", "max_characters", "tokenizer_file", "stream")
 
 
 def read(settings: WorkloadSettings, *, tokenizer_file: Path | None = None, stream: bool = False) -> TaskData:
-    """Read text as `read_text` does."""
-    name, blocks = read_text(settings, tokenizer_file, stream=stream)
+    """Read text as `read_blocks` does."""
+    name, blocks = read_blocks(settings, tokenizer_file, stream=stream)
     return language_data(f"{name}, causal LM", blocks, settings, build_llama, prepare=_prepare, targets=_targets)
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from torch import Generator, Tensor
 
-from earlysift.pretrain.language import language_data, read_text
+from earlysift.pretrain.language import language_data, read_blocks
 from earlysift.pretrain.masking import begins_word, mask_tokens
 from earlysift.pretrain.models import build_bert
 from earlysift.pretrain.optional import optional_package
@@ -19,8 +19,8 @@ TAKES = ("data", "text_column", "max_characters", "tokenizer_file", "stream", "w
 def read(
     settings: WorkloadSettings, *, tokenizer_file: Path | None = None, stream: bool = False, whole_word: bool = False
 ) -> TaskData:
-    """Read text as `read_text` does; with ``whole_word`` all tokens of a word are hidden together."""
-    name, blocks = read_text(settings, tokenizer_file, stream=stream)
+    """Read text as `read_blocks` does; with ``whole_word`` all tokens of a word are hidden together."""
+    name, blocks = read_blocks(settings, tokenizer_file, stream=stream)
     ordinary = _ordinary_ids(blocks)
     word_begins = None
     if whole_word:
