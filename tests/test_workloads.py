@@ -370,15 +370,15 @@ def test_a_saved_encoder_is_one_that_transformers_reads(checkpoint):
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"layers": 3}, "num_hidden_layers is 2 and not 3"),
         ({"width": 64}, "hidden_size is 32 and not 64"),
         ({"length": 32}, "max_position_embeddings is 24 and not 32"),
     ],
 )
-def test_a_checkpoint_of_another_shape_is_refused(load, checkpoint, settings, said):
-    with pytest.raises(ValueError, match=f"another shape: {said}"):
+def test_a_checkpoint_of_another_shape_is_refused(load, checkpoint, settings, message):
+    with pytest.raises(ValueError, match=f"another shape: {message}"):
         load("classification", checkpoint=checkpoint[0], **settings).make_model(0)
 
 
@@ -428,7 +428,7 @@ def test_digits_are_split_into_parts_without_common_images(load):
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         (
             {"task": "translation"},
@@ -453,8 +453,8 @@ def test_digits_are_split_into_parts_without_common_images(load):
         ({"task": "image", "validation_samples": 0}, "validation_samples must be at least 1, got 0"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused_with_the_way_out(settings, said):
-    with pytest.raises(ValueError, match=said) as caught:
+def test_settings_that_do_not_fit_are_refused_with_the_way_out(settings, message):
+    with pytest.raises(ValueError, match=message) as caught:
         load_small(**settings)
     assert "\n" not in str(caught.value)
 
@@ -467,7 +467,7 @@ def test_all_problems_of_settings_are_said_at_once():
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         ("a.tsv", "kind\ttext\n1\tx\n", "expected a column named 'label', found the columns kind, text; rename"),
         ("a.tsv", "label\tone\ttwo\n1\tx\ty\n", "expected a column of strings named 'text'"),
@@ -476,12 +476,12 @@ def test_all_problems_of_settings_are_said_at_once():
         ("train.tsv", "label\ttext\n1\t\n\tx\n", "expected text, found none in"),
     ],
 )
-def test_a_table_that_does_not_serve_is_refused_by_name(tmp_path, name, content, said):
+def test_a_table_that_does_not_serve_is_refused_by_name(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     (tmp_path / "validation.tsv").write_text("label\ttext\n1\tx y\n" if name == "train.tsv" else "")
     if name != "train.tsv":
         (tmp_path / "validation.tsv").unlink()
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         load_small(task="classification", data=(tmp_path,))
 
 
