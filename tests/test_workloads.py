@@ -34,7 +34,8 @@ def load_small(**given):
     """A small workload, from the fields of its settings and from what else its task takes, by name."""
     names = {field.name for field in fields(WorkloadSettings)}
     settings = {name: value for name, value in {**SMALL, **given}.items() if name in names}
-    return load_workload(WorkloadSettings(**settings), **{name: given[name] for name in given.keys() - names})
+    extras = {name: value for name, value in given.items() if name not in names}
+    return load_workload(WorkloadSettings(**settings), **extras)
 
 
 @pytest.fixture(autouse=True, scope="module")
