@@ -14,10 +14,10 @@ from torch import Tensor
 
 import measuring
 from earlysift import exits, scorers
-from earlysift.compare.run import read_workload
 from earlysift.compare.settings import Settings
 from earlysift.compare.steps import Bench
 from earlysift.fidelity import fidelity
+from earlysift.pretrain.workloads import load_workload
 
 TITLE = "Scores that read fewer positions"
 ABOUT = """Exit at depth 1 of a small model (12 layers, the standard library's text), after uniform training; b of
@@ -53,7 +53,7 @@ def plan(given: Namespace) -> dict[str, partial[dict[str, Any]]]:
 
 def measure(settings: Settings, seeds: int, steps: int, rounds: int) -> dict[str, Any]:
     """Fidelity and cost for every number of positions."""
-    workload = read_workload(settings)
+    workload = load_workload(settings)
     found: dict[int | None, list[dict[str, float]]] = {}
     for seed in range(seeds):
         bench = Bench(workload, settings, seed, {})

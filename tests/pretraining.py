@@ -1,4 +1,4 @@
-"""`earlysift pretrain` in processes of its own: started, struck, and compared bit for bit."""
+"""`earlysift pretrain` in child processes: run, interrupted, and compared bit for bit."""
 
 import json
 import signal
@@ -26,8 +26,8 @@ MODEL = {
 WITHOUT_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 STEPS, EVERY, ACCUMULATE = 12, 3, 2
 
-# Runs commands in processes of their own, forked from one that has imported what they need. A command may be told what
-# befalls it at the nth call of a function, and which number turns bad (faults.py).
+# Runs commands in child processes, forked from one that has imported what they need. A command may come with a signal
+# for the nth call of a function, and with a number that turns bad (faults.py).
 STARTER = """
 import json, os, signal, sys, traceback
 import earlysift.__main__, earlysift.cli, earlysift.pretrain.run as run
@@ -37,20 +37,20 @@ HANDLED = dict.fromkeys(faults.SIGNALS, signal.SIG_DFL) | dict.fromkeys(
     (signal.SIGTERM, signal.SIGINT), signal.default_int_handler
 )
 for line in sys.stdin:
-    told = json.loads(line)
+    command = json.loads(line)
     child = os.fork()
     if child == 0:
-        for stream, path in ((0, os.devnull), (1, told["out"]), (2, told["err"])):
+        for stream, path in ((0, os.devnull), (1, command["out"]), (2, command["err"])):
             os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), stream)
-        sys.argv = ["earlysift", *told["arguments"]]
+        sys.argv = ["earlysift", *command["arguments"]]
         for number, handler in HANDLED.items():
             signal.signal(number, handler)
         code = 1
         try:
-            if told["fault"]:
-                run.Pretrainer = faults.faulty(run.Pretrainer, *told["fault"])
-            if told["at"]:
-                sys.setprofile(faults.watcher(*told["at"]))
+            if command["fault"]:
+                run.Pretrainer = faults.faulty(run.Pretrainer, *command["fault"])
+            if command["at"]:
+                sys.setprofile(faults.watcher(*command["at"]))
             code = earlysift.__main__.main()
         except SystemExit as error:
             code = error.code
@@ -67,7 +67,7 @@ for line in sys.stdin:
     _, status = os.waitpid(child, 0)
     print(os.waitstatus_to_exitcode(status), flush=True)
 """
-# The same under torchrun, in which the second process is killed once.
+# The same under torchrun, which kills the second process once.
 KILLED_RANK = """
 import os, signal, sys
 import earlysift.__main__, faults
@@ -93,7 +93,7 @@ def write_data(folder):
 
 
 def torchrun(data, environment, out, *options, launched=("-m", "earlysift")):
-    """``earlysift pretrain`` by two processes; ``launched`` is what torchrun is told but for its usual options."""
+    """``earlysift pretrain`` by two processes; ``launched`` are the arguments of torchrun beyond its usual options."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, launched), "pretrain"]
     arguments = [*arguments_for(data, out, "plain.json"), "--accumulate", "1", *options]
     return subprocess.run(
@@ -162,8 +162,8 @@ def weights(out, step=STEPS):
 def assert_bit_equal(one, other):
     rows = ledger(one)
     assert len(rows) == STEPS * ACCUMULATE
-    places = [divmod(number, ACCUMULATE) for number in range(STEPS * ACCUMULATE)]
-    assert [(row["step"], row.get("micro_step", 0)) for row in rows] == places
+    expected = [divmod(number, ACCUMULATE) for number in range(STEPS * ACCUMULATE)]
+    assert [(row["step"], row.get("micro_step", 0)) for row in rows] == expected
     assert len({row["picks"] for row in rows}) == len(rows)
     assert sum("loss" in row and "learning_rate" in row for row in rows) == STEPS
     assert len(curve(one)) == STEPS // EVERY

@@ -159,7 +159,7 @@ def test_a_model_config_of_another_shape_is_refused(command, config, said, here,
 def test_all_problems_come_at_once_a_line_each(here, capsys):
     said = refused(["compare", "--width", "7", "--keep", "nan", "--arms", "uniform", "sfit", "--seeds", "0"], capsys)
     assert [line.removeprefix("earlysift: ").split(" ")[0] for line in said.splitlines()] == [
-        *("seeds", "keep", "width", "Unknown")
+        *("width", "seeds", "keep", "Unknown")
     ]
 
 

@@ -25,6 +25,7 @@ from earlysift.compare.settings import Settings
 from earlysift.compare.steps import Bench, learning_rate_factor
 from earlysift.compare.trial import evaluate
 from earlysift.config_files import read_settings
+from earlysift.pretrain.workload_settings import TASKS
 from earlysift.pretrain.workloads import load_workload
 from processes import IN_THE_BACKGROUND, started, wait_until
 
@@ -716,7 +717,7 @@ def test_flags_of_the_command_line_are_a_frozen_list(capsys):
     assert named <= shown
 
 
-@pytest.mark.parametrize("task", ["masked_lm", "causal_lm", "classification", "image"])
+@pytest.mark.parametrize("task", TASKS)
 def test_every_arm_runs_on_every_task(task, text, table, tmp_path):
     data = {"classification": ["--data", str(table)], "image": []}.get(task, ["--data", str(text)])
     arms = [name for name in ARMS if name != "visible" or task == "masked_lm"]
@@ -758,10 +759,10 @@ def test_every_arm_runs_on_every_task(task, text, table, tmp_path):
 
 
 def test_hidden_accuracy_is_that_of_labelled_tokens_the_model_does_not_see():
-    workload = load_workload(
-        task="masked_lm", layers=2, width=32, length=16, vocab_size=300, validation_samples=40, max_characters=100_000
-    )
-    bench = Bench(workload, Settings(batch=8, layers=2, width=32), seed=0, medians_ms={})
+    size = {"layers": 2, "width": 32, "length": 16, "vocab_size": 300, "validation_samples": 40}
+    settings = Settings(batch=8, max_characters=100_000, **size)
+    workload = load_workload(settings)
+    bench = Bench(workload, settings, seed=0, medians_ms={})
     bench.set_rate(0.1)
     for _ in range(20):
         bench.update(bench.loss(bench.read(8)))
@@ -997,7 +998,8 @@ def test_results_page_tells_verdict_costs_and_decisions_of_committed_results(tex
     assert readme.endswith("after\n")
     for arm in ("uniform", "SIFT", "exact loss, free (not charged)", "auto"):
         assert f"| {arm} |" in told
-    assert "--budget 0.5 --batch 8 --layers 3 --width 32" in told
+    assert "--layers 3 --width 32 --length 32 --vocab-size 300 --validation-samples 32 --arms uniform sift" in told
+    assert " auto --budget 0.5 --batch 8 --evaluations 3" in told
     assert "read_pool" in told
     assert "seed 0 (" in told
     for line in told.splitlines():

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from earlysift.pretrain.corpus import Corpus, optional_package, read_corpus, stdlib_corpus
+from earlysift.pretrain.corpus import Corpus, read_corpus, stdlib_corpus
+from earlysift.pretrain.optional import optional_package
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 needs_shared_data = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the corpora of {SHARED} are not here")

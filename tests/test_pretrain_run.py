@@ -474,7 +474,10 @@ BAD = {  # options, and what the message says
         r"keep must be in \(0, 1\], got 0\.0\. steps must be in \[1, 1000000000000\], got 0",
     ),
     "no choice": (["--keep", "0.9"], r"keep=0\.9 leaves no choice with batches of 4"),
-    "whole words": (["--preset", "gpt2-small", "--whole-word"], r"hidden in masked .* not in causal_lm"),
+    "whole words": (
+        ["--preset", "gpt2-small", "--whole-word"],
+        r"task causal_lm does not take whole_word; leave that out",
+    ),
     "no data set": (
         ["--data", "nobody-0/nothing:plain"],
         r"nobody-0/nothing:plain: there is no such file or folder, and",

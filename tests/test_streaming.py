@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from earlysift.pretrain.corpus import Corpus, _in_parts, _read_file, _splits_of, held_out, read_corpus, sources_of
+from earlysift.pretrain.corpus import Corpus, _in_parts, _read_documents, _splits_of, held_out, read_corpus, sources_of
 from earlysift.pretrain.masking import mask_tokens
 from earlysift.pretrain.stream import Samples, Stream
-from earlysift.pretrain.streaming import PassingStream, _documents, first_part, training_documents
+from earlysift.pretrain.streaming import StreamingCorpus, _documents, first_part, training_documents
 from earlysift.pretrain.tokens import load_blocks, packed_rows
 from earlysift.pretrain.trainer import Candidates, unchanged
 
@@ -218,7 +218,7 @@ def prepare(rows, generator):
 
 
 def passing(seed=0, buffer=30):
-    return PassingStream(lambda: iter(ROWS), prepare, seed=seed, buffer=buffer)
+    return StreamingCorpus(lambda: iter(ROWS), prepare, seed=seed, buffer=buffer)
 
 
 def equal(left, right):
@@ -252,7 +252,7 @@ def test_masks_are_those_of_a_stored_stream():
     """Of the same seed and candidate number; only the order of rows is another."""
     same = torch.full((100, 20), 9, dtype=torch.int32)
     stored = Stream(Samples({"input_ids": same}, {}, prepare), seed=3)
-    in_passing = PassingStream(lambda: iter(same), prepare, seed=3)
+    in_passing = StreamingCorpus(lambda: iter(same), prepare, seed=3)
     assert equal(in_passing.take(torch.arange(250)), stored.take(torch.arange(250)))
 
 
@@ -261,7 +261,7 @@ def test_candidates_do_not_depend_on_workers(workers, tmp_path, blocks):
     for number in range(3):  # several files are what `datasets` would share out among workers
         rows = TEXTS[100 * number : 100 * number + 100]
         (tmp_path / f"{number}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
-    stream = PassingStream(
+    stream = StreamingCorpus(
         lambda: packed_rows(training_documents([tmp_path]), blocks.tokenizer_json, 16), prepare, seed=0, buffer=50
     )
     context = {"multiprocessing_context": "fork"} if workers else {}
@@ -269,7 +269,7 @@ def test_candidates_do_not_depend_on_workers(workers, tmp_path, blocks):
         Candidates(stream.take, 960), batch_size=24, num_workers=workers, collate_fn=unchanged, **context
     )
     read = list(loader)
-    whole = PassingStream(stream._rows, prepare, seed=0, buffer=50).take(torch.arange(960))
+    whole = StreamingCorpus(stream._rows, prepare, seed=0, buffer=50).take(torch.arange(960))
     assert equal({name: torch.cat([batch[name] for batch in read]) for name in whole}, whole)
 
 
@@ -303,7 +303,7 @@ configs:
 @pytest.mark.parametrize("streaming", [False, True])
 def test_splits_of_a_data_set_are_parts_by_their_names(streaming, repository):
     def documents(split):
-        return list(_documents([split])) if streaming else _read_file(split)
+        return list(_documents([split])) if streaming else _read_documents(split)
 
     splits = _splits_of(Path("owner/name:parts"), repository, "parts", streaming)
     train, validation = _in_parts(splits, Path("owner/name:parts"))

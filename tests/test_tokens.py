@@ -175,7 +175,7 @@ def test_a_damaged_cache_entry_is_said_and_made_anew(tmp_path: Path, damage: str
             "one bit flipped": sound[:middle] + flipped + sound[middle + 1 :],
         }[damage]
     )
-    with pytest.warns(UserWarning, match=f"{entry.name}: this cache entry is damaged; it is made anew"):
+    with pytest.warns(UserWarning, match=f"{entry.name}: this cache entry is damaged; encoding the text again"):
         again = blocks_of(CORPUS, tmp_path)
     assert same(again, first)
     assert same(blocks_of(CORPUS, tmp_path), first)  # and no warning any more

@@ -1,29 +1,41 @@
 import argparse
 import json
 import math
+import subprocess
+import sys
 from collections import Counter
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 
 from earlysift import checks, scorers
-from earlysift.compare.run import read_workload
 from earlysift.compare.settings import Settings
 from earlysift.pretrain.corpus import held_out
 from earlysift.pretrain.models import build_bert, build_bert_classifier, save_encoder
 from earlysift.pretrain.stream import Stream
-from earlysift.pretrain.workloads import TASKS, load_workload
+from earlysift.pretrain.workload_settings import TASKS, WorkloadSettings
+from earlysift.pretrain.workloads import load_workload
 
 for package in ("tokenizers", "sklearn"):
     pytest.importorskip(package)
 datasets = pytest.importorskip("datasets")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+NEW_TASKS = Path(__file__).parent / "new_tasks"
 needs_shared_data = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the corpora of {SHARED} are not here")
 
 SMALL = {"layers": 2, "width": 32, "length": 16, "vocab_size": 200, "validation_samples": 40}
 KINDS = ("good", "bad", "odd")
+
+
+def load_small(**given):
+    """A small workload, from the fields of its settings and from what else its task takes, by name."""
+    names = {field.name for field in fields(WorkloadSettings)}
+    settings = {name: value for name, value in {**SMALL, **given}.items() if name in names}
+    extras = {name: value for name, value in given.items() if name not in names}
+    return load_workload(WorkloadSettings(**settings), **extras)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -48,18 +60,15 @@ def table(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def load(table):
-    """`load_workload` at a small size, with data for every task."""
+    """A small workload of a task, on data that suits it."""
     data = {
         "masked_lm": {"max_characters": 150_000},
         "causal_lm": {"max_characters": 150_000},
-        "classification": {"data": table},
+        "classification": {"data": (table,)},
         "image": {},
     }
 
-    def load_small(task, **settings):
-        return load_workload(task=task, **{**SMALL, **data[task], **settings})
-
-    return load_small
+    return lambda task, **settings: load_small(task=task, **data[task] | settings)
 
 
 def equal(left, right):
@@ -246,7 +255,7 @@ def test_several_corpora_are_one(load, tmp_path):
         (tmp_path / f"{name}.txt").write_text(
             "\n\n".join(f"{name} is paragraph {n}. " + f"{name} goes on. " * 150 for n in range(150))
         )
-    parts = [load("masked_lm", data=tmp_path / f"{name}.txt") for name in ("one", "two")]
+    parts = [load("masked_lm", data=(tmp_path / f"{name}.txt",)) for name in ("one", "two")]
     both = load("masked_lm", data=(tmp_path / "one.txt", tmp_path / "two.txt"), max_characters=None)
     assert both.name == "one.txt + two.txt, masked LM"
     assert len(both.samples) > 1.5 * max(len(part.samples) for part in parts)
@@ -295,7 +304,7 @@ def test_labels_may_be_numbers_or_words_and_rows_without_one_are_passed_over(tmp
     file = tmp_path / "table.jsonl"
     rows = [{"text": f"text number {n}", "label": labels[n % 3]} for n in range(300)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    workload = load_workload(task="classification", data=file, **SMALL)
+    workload = load_small(task="classification", data=(file,))
     known = [label for label in labels if label is not None]
     assert workload.facts["classes"] == len(known)
     assert workload.facts["train_samples"] == pytest.approx(100 * len(known), rel=0.1)
@@ -304,7 +313,7 @@ def test_labels_may_be_numbers_or_words_and_rows_without_one_are_passed_over(tmp
 def test_whole_numbers_are_the_same_class_in_a_file_that_misses_some_labels(tmp_path):
     (tmp_path / "train.tsv").write_text("label\ttext\n" + "1\tx y\n0\ty z\n\tz\n" * 5)  # read as 1.0, 0.0, nan
     (tmp_path / "dev.tsv").write_text("label\ttext\n" + "1\tx y\n0\ty z\n")
-    workload = load_workload(task="classification", data=tmp_path, **SMALL)
+    workload = load_small(task="classification", data=(tmp_path,))
     assert workload.samples.train["labels"].tolist() == [1, 0] * 5
     assert workload.samples.validation["labels"].tolist() == [1, 0]
 
@@ -313,7 +322,7 @@ def test_without_a_validation_file_rows_are_held_out_by_their_text(tmp_path):
     file = tmp_path / "table.tsv"
     lines = [f"{n % 2}\tsentence number {n}\n" for n in range(600)]
     file.write_text("label\tsentence\n" + "".join(lines + lines))  # every row twice
-    samples = load_workload(task="classification", data=file, **{**SMALL, "validation_samples": 10**9}).samples
+    samples = load_small(task="classification", data=(file,), validation_samples=10**9).samples
     assert len(samples) + len(samples.validation["labels"]) == 1200
     assert len(samples) % 2 == len(samples.validation["labels"]) % 2 == 0
     assert 20 < len(samples.validation["labels"]) < 120
@@ -328,7 +337,7 @@ def test_without_a_validation_file_rows_are_held_out_by_their_text(tmp_path):
 def checkpoint(table, tmp_path_factory):
     """An encoder from a few steps of masked language modelling on the texts of the table, and its model."""
     folder = tmp_path_factory.mktemp("checkpoint") / "encoder"
-    workload = load_workload(task="masked_lm", data=table, **{**SMALL, "length": 24})
+    workload = load_small(task="masked_lm", data=(table,), length=24)
     model = workload.make_model(7)
     save_encoder(model, workload.tokenizer_json, folder)
     return folder, model, workload
@@ -362,21 +371,21 @@ def test_a_saved_encoder_is_one_that_transformers_reads(checkpoint):
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"layers": 3}, "num_hidden_layers is 2 and not 3"),
         ({"width": 64}, "hidden_size is 32 and not 64"),
         ({"length": 32}, "max_position_embeddings is 24 and not 32"),
     ],
 )
-def test_a_checkpoint_of_another_shape_is_refused(load, checkpoint, settings, said):
-    with pytest.raises(ValueError, match=f"another shape: {said}"):
+def test_a_checkpoint_of_another_shape_is_refused(load, checkpoint, settings, message):
+    with pytest.raises(ValueError, match=f"another shape: {message}"):
         load("classification", checkpoint=checkpoint[0], **settings).make_model(0)
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused_before_anything_is_read(load, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"but config\.json, model\.safetensors, tokenizer\.json is not there"):
-        load("classification", checkpoint=tmp_path, data=tmp_path / "nowhere")
+        load("classification", checkpoint=tmp_path, data=(tmp_path / "nowhere",))
 
 
 def test_weights_that_are_not_a_berts_are_refused(checkpoint, tmp_path):
@@ -420,37 +429,46 @@ def test_digits_are_split_into_parts_without_common_images(load):
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
-        ({"task": "translation"}, r"Unknown task 'translation'; known are masked_lm, causal_lm, classification, image"),
+        (
+            {"task": "translation"},
+            "task must be one of causal_lm, classification, image, masked_lm, got 'translation'",
+        ),
         ({"task": "classification"}, "needs data: a table with the columns 'label' and 'text'"),
-        ({"task": "image", "data": Path("x")}, "has data of its own"),
-        ({"task": "masked_lm", "text_column": "x"}, "for masked_lm no data are given; leave text_column out"),
-        ({"task": "image", "text_column": "x"}, "for image no data are given; leave text_column out"),
-        ({"task": "causal_lm", "label_column": "x"}, "not for causal_lm; leave label_column out"),
-        ({"task": "masked_lm", "flipped": 0.2}, "Labels can be flipped in classification and image, not in masked_lm"),
-        ({"task": "image", "flipped": 1.0}, r"flipped must be a share in \[0, 1\), got 1.0"),
-        ({"task": "image", "repeated": -0.1}, r"repeated must be a share in \[0, 1\], got -0.1"),
-        ({"task": "image", "max_characters": 5}, "for image give train_samples"),
-        ({"task": "causal_lm", "checkpoint": Path("x")}, "can be fine-tuned on the task classification, not on causal"),
+        ({"task": "image", "data": (Path("x"),)}, r"image does not take data; .* of every task it takes flipped\."),
+        ({"task": "masked_lm", "text_column": "x"}, "Expected data to go with text_column, got none"),
+        ({"task": "causal_lm", "text_column": "x", "stream": True}, "to go with text_column and stream, got none"),
+        ({"task": "image", "text_column": "x"}, "image does not take text_column; leave that out"),
+        ({"task": "causal_lm", "label_column": "x"}, "causal_lm does not take label_column; leave that out"),
+        ({"task": "masked_lm", "flipped": 0.2}, "masked_lm does not take flipped; leave that out"),
+        ({"task": "image", "flipped": 1.0}, r"flipped must be in \[0, 1\), got 1.0"),
+        ({"task": "image", "repeated": -0.1}, r"repeated must be in \[0, 1\), got -0.1"),
+        ({"task": "image", "max_characters": 5}, "image does not take max_characters; leave that out"),
+        ({"task": "causal_lm", "checkpoint": Path("x")}, "causal_lm does not take checkpoint; leave that out"),
+        (
+            {"task": "classification", "data": "x", "checkpoint": Path("x"), "tokenizer_file": Path("y")},
+            "A checkpoint brings its tokenizer; leave tokenizer_file out",
+        ),
         ({"task": "image", "train_samples": 0}, "train_samples must be at least 1, got 0"),
         ({"task": "image", "validation_samples": 0}, "validation_samples must be at least 1, got 0"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused_with_the_way_out(settings, said):
-    with pytest.raises(ValueError, match=said) as caught:
-        load_workload(**{**SMALL, **settings})
+def test_settings_that_do_not_fit_are_refused_with_the_way_out(settings, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        load_small(**settings)
     assert "\n" not in str(caught.value)
 
 
 def test_all_problems_of_settings_are_said_at_once():
-    with pytest.raises(ValueError, match=r"train_samples must.*flipped must") as caught:
-        load_workload(task="image", **{**SMALL, "train_samples": -1, "flipped": 7})
-    assert "known are" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"^flipped must.*\ntrain_samples must[^\n]*$"):
+        load_small(task="image", train_samples=-1, flipped=7)
+    with pytest.raises(ValueError, match="image does not take data, label_column, stream, whole_word; leave that out"):
+        load_small(task="image", data="x", label_column="y", stream=True, whole_word=True)
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         ("a.tsv", "kind\ttext\n1\tx\n", "expected a column named 'label', found the columns kind, text; rename"),
         ("a.tsv", "label\tone\ttwo\n1\tx\ty\n", "expected a column of strings named 'text'"),
@@ -459,13 +477,13 @@ def test_all_problems_of_settings_are_said_at_once():
         ("train.tsv", "label\ttext\n1\t\n\tx\n", "expected text, found none in"),
     ],
 )
-def test_a_table_that_does_not_serve_is_refused_by_name(tmp_path, name, content, said):
+def test_a_table_that_does_not_serve_is_refused_by_name(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     (tmp_path / "validation.tsv").write_text("label\ttext\n1\tx y\n" if name == "train.tsv" else "")
     if name != "train.tsv":
         (tmp_path / "validation.tsv").unlink()
-    with pytest.raises(ValueError, match=said):
-        load_workload(task="classification", data=tmp_path, **SMALL)
+    with pytest.raises(ValueError, match=message):
+        load_small(task="classification", data=(tmp_path,))
 
 
 @pytest.fixture(scope="module")
@@ -484,10 +502,10 @@ def columns():
 def test_named_columns_are_text_and_label_in_every_kind_of_table(columns, write, tmp_path):
     path = tmp_path / {"to_csv": "a.csv", "to_json": "a.jsonl", "to_parquet": "a.parquet", "save_to_disk": "a"}[write]
     getattr(datasets.Dataset.from_dict(columns), write)(path)
-    settings = {"task": "classification", "data": path, **SMALL}
+    settings = {"task": "classification", "data": (path,)}
     named = {"text_column": "body", "label_column": "stars"}
-    workload = load_workload(**settings, **named)
-    compared = read_workload(Settings(**{**settings, "data": (path,)}, **named))
+    workload = load_small(**settings, **named)
+    compared = load_workload(Settings(**SMALL, **settings, **named))
     assert torch.equal(compared.samples.validation["labels"], workload.samples.validation["labels"])
     assert workload.facts["classes"] == 3
     held = [n for n in range(120) if held_out(columns["body"][n])]
@@ -496,11 +514,11 @@ def test_named_columns_are_text_and_label_in_every_kind_of_table(columns, write,
     assert len(set(ids)) == len(ids) == 120 - len(held)
     listed = r"found the columns text.*, body.*, label.*, stars"
     with pytest.raises(ValueError, match=rf"expected a column named 'kind', {listed}"):
-        load_workload(**settings, label_column="kind")
+        load_small(**settings, label_column="kind")
     with pytest.raises(
         ValueError, match=r"named 'title', as text_column says; found the columns text.*, body.*, stars"
     ):
-        load_workload(**settings, text_column="title")
+        load_small(**settings, text_column="title")
 
 
 def test_a_saved_data_set_with_class_names_is_classified_in_its_own_parts(table, load, tmp_path):
@@ -510,7 +528,7 @@ def test_a_saved_data_set_with_class_names_is_classified_in_its_own_parts(table,
     )
     assert saved["train"].features["label"].names == sorted(KINDS)
     saved.save_to_disk(tmp_path / "saved")
-    plain, arrow = load("classification"), load("classification", data=tmp_path / "saved")
+    plain, arrow = load("classification"), load("classification", data=(tmp_path / "saved",))
     assert torch.equal(plain.samples.train["input_ids"], arrow.samples.train["input_ids"])
     assert len(arrow.samples.validation["labels"]) == len(plain.samples.validation["labels"])
     pairs = set(zip(plain.samples.train["labels"].tolist(), arrow.samples.train["labels"].tolist(), strict=True))
@@ -521,18 +539,18 @@ def test_a_saved_data_set_with_class_names_is_classified_in_its_own_parts(table,
 def test_a_named_text_column_is_what_language_models_read(columns, stream, tmp_path):
     rows = {name: values * 20 for name, values in columns.items()}
     datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "saved")
-    settings = {"task": "masked_lm", "data": tmp_path / "saved", "stream": stream, **SMALL}
-    by_name = load_workload(**settings, text_column="body")
+    settings = {"task": "masked_lm", "data": (tmp_path / "saved",), "stream": stream}
+    by_name = load_small(**settings, text_column="body")
     assert "film" in json.loads(by_name.tokenizer_json)["model"]["vocab"]
     with pytest.raises(ValueError, match=r"named 'words', .*found the columns text \(string\), body \(string\)"):
-        load_workload(**settings, text_column="words")
+        load_small(**settings, text_column="words")
 
 
 def test_a_class_that_only_validation_has_is_named(tmp_path):
     (tmp_path / "train.tsv").write_text("label\ttext\n" + "1\tx y\n2\tz\n" * 5)
     (tmp_path / "dev.tsv").write_text("label\ttext\n3\tx y\n")
     with pytest.raises(ValueError, match="labels that training does not have: 3"):
-        load_workload(task="classification", data=tmp_path, **SMALL)
+        load_small(task="classification", data=(tmp_path,))
 
 
 # Real data
@@ -540,12 +558,12 @@ def test_a_class_that_only_validation_has_is_named(tmp_path):
 
 @needs_shared_data
 def test_sst2_has_its_published_sizes_and_loads_in_seconds_from_the_cache():
-    settings = {**SMALL, "length": 32, "vocab_size": 2048, "validation_samples": 10**9}
-    workload = load_workload(task="classification", data=SHARED / "sst2", **settings)
+    settings = {"length": 32, "vocab_size": 2048, "validation_samples": 10**9}
+    workload = load_small(task="classification", data=(SHARED / "sst2",), **settings)
     assert (len(workload.samples), workload.facts["validation_samples"]) == (67_349, 872)
     assert workload.facts["classes"] == 2
     assert workload.baseline["accuracy"] == pytest.approx(444 / 872)  # positive, the larger class of training
-    again = load_workload(task="classification", data=SHARED / "sst2", **settings)
+    again = load_small(task="classification", data=(SHARED / "sst2",), **settings)
     assert equal_samples(again.samples, workload.samples)
 
 
@@ -553,7 +571,7 @@ def test_sst2_has_its_published_sizes_and_loads_in_seconds_from_the_cache():
 def test_wikipedia_and_books_are_one_corpus_that_loads_cut():
     pytest.importorskip("zstandard")
     paths = (SHARED / "wikipedia-en", SHARED / "books-litbank")
-    workload = load_workload(task="masked_lm", data=paths, max_characters=400_000, **SMALL)
+    workload = load_small(task="masked_lm", data=paths, max_characters=400_000)
     assert workload.name == "wikipedia-en + books-litbank, masked LM"
     assert len(workload.samples) > 5_000
 
@@ -612,5 +630,37 @@ def test_validation_hides_whole_words_as_training_does(load):
 
 def test_whole_words_of_other_tasks_are_refused(load):
     for task in ("causal_lm", "classification", "image"):
-        with pytest.raises(ValueError, match=rf"Whole words are hidden in masked .* not in {task}"):
+        with pytest.raises(ValueError, match=f"{task} does not take whole_word; leave that out"):
             load(task, whole_word=True)
+
+
+# A task of one's own
+
+
+PROGRAM = """
+import sys
+from earlysift.pretrain import tasks
+tasks.__path__.append(sys.argv.pop(1))  # where a contributor adds a file
+from earlysift.cli import main
+sys.exit(main())
+"""
+
+
+def test_a_task_is_one_new_file(tmp_path):
+    given = ("--task", "majority", "--layers", "2", "--width", "32", "--length", "9", "--flipped", "0.1")
+    given += ("--validation-samples", "50", "--budget", "0.3", "--evaluations", "3", "--arms", "uniform", "sift")
+    command = [sys.executable, "-c", PROGRAM, NEW_TASKS, "compare", *given, "--out", tmp_path / "out"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["complete"]
+    assert results["config"]["task"] == "majority"
+    assert results["data"] == {
+        **{"name": "majority of bits, 10% of labels flipped", "task": "majority"},
+        **{"train_samples": 1000, "validation_samples": 50, "length": 9, "classes": 2, "flipped": 0.1, "repeated": 0.0},
+    }
+    assert all(arm["runs"][0]["curve"][-1]["accuracy"] > 0 for arm in results["arms"].values())
+    command = [sys.executable, "-c", PROGRAM, NEW_TASKS, "compare", "--task", "majority", "--data", str(tmp_path)]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "The task majority does not take data; leave that out." in done.stderr

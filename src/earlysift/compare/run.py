@@ -61,7 +61,7 @@ def compare(
     if previous is not None and device.type == "cpu":
         torch.set_num_threads(previous["machine"].get("threads") or torch.get_num_threads())
     on_progress("read data", 0.0)
-    workload = read_workload(settings)
+    workload = load_workload(settings)
     on_progress("read data", 1.0)
     rehearse(settings, workload, choose_threads=previous is None and device.type == "cpu")
     with folders.locked(settings.out):  # only now: what is refused leaves everything as it was
@@ -102,26 +102,6 @@ def _run(
     _save(settings.out, results, settings)
     write_report(settings.out)
     return results
-
-
-def read_workload(settings: Settings) -> Workload:
-    """The data and model that the settings ask for."""
-    return load_workload(
-        task=settings.task,
-        data=settings.data or None,
-        layers=settings.layers,
-        width=settings.width,
-        length=settings.length,
-        vocab_size=settings.vocab_size,
-        validation_samples=settings.validation_samples,
-        train_samples=settings.train_samples,
-        max_characters=settings.max_characters,
-        flipped=settings.flipped,
-        repeated=settings.repeated,
-        checkpoint=settings.checkpoint,
-        text_column=settings.text_column,
-        label_column=settings.label_column,
-    )
 
 
 def _new_results(settings: Settings, workload: Workload) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a comparison is made of. One dataclass is the command line, the config file and the API."""
+"""The settings of a comparison: one dataclass for the command line, the config file and the API."""
 
 import dataclasses
 import json
@@ -10,41 +10,21 @@ from pydantic import BeforeValidator, Field
 
 from earlysift import schema
 from earlysift.compare.arms import ARMS
+from earlysift.pretrain.workload_settings import WorkloadSettings
 from earlysift.schema import Above0, Accuracy, Count, Keep, Share
 
 
 def _separated(arms: Any) -> Any:
     """`--arms uniform,sift` is `--arms uniform sift`."""
-    if not (isinstance(arms, tuple) and all(isinstance(given, str) for given in arms)):
+    if not (isinstance(arms, tuple) and all(isinstance(arm, str) for arm in arms)):
         return arms
-    return tuple(name for given in arms for name in given.split(",") if name)
+    return tuple(name for arm in arms for name in arm.split(",") if name)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """A comparison of arms."""
+class Settings(WorkloadSettings):
+    """A comparison of arms on a workload."""
 
-    task: Literal["masked_lm", "causal_lm", "classification", "image"] = "masked_lm"
-    """What is trained: a BERT for masked, a Llama for causal language modelling, a BERT to classify texts, or a ViT."""
-    data: tuple[Path, ...] = ()
-    """Files or folders of text, JSON lines, CSV/TSV, parquet or Arrow, plain, .gz or .zst, or folders that
-    datasets.save_to_disk wrote; for classification tables with a column of labels and one of texts. Without it: the
-    standard library of the running Python (language models), scikit-learn's handwritten digits (images). For a suite:
-    the folder that holds the corpora."""
-    text_column: str | None = None
-    """Column of tables that holds the text. Without it: text, else the only column of strings."""
-    label_column: str | None = None
-    """Column of tables that holds the label (classification). Without it: label."""
-    flipped: Share = 0.0
-    """Share of the training labels that are replaced by another class (classification, image)."""
-    repeated: Share = 0.0
-    """Share of the samples that are copies of a few: boilerplate."""
-    train_samples: Count | None = None
-    """Training samples to use; without it all."""
-    max_characters: Count | None = None
-    """Cut the text to documents of about so many characters before anything else."""
-    checkpoint: Path | None = None
-    """Folder of a saved encoder that classification starts from (`encoder` in the run folder that saved it)."""
     save_encoder: bool = False
     """Save the encoder that uniform training ends with on the first seed (masked LM), to fine-tune from."""
     out: Path = Path("runs/compare")
@@ -68,20 +48,10 @@ class Settings:
     train uniformly, without scoring."""
     batch: Count = 32
     """Samples per training step, in every arm; the pool is batch / keep."""
-    layers: Annotated[int, Field(ge=1, le=1024)] = 12
-    """Layers of the model."""
-    width: Annotated[int, Field(ge=32, le=16_384, multiple_of=32)] = 64
-    """Width of the model, a multiple of 32."""
-    length: Annotated[int, Field(ge=1, le=65_536)] = 64
-    """Tokens per sample."""
-    vocab_size: Annotated[int, Field(ge=1, le=2**24)] = 4096
-    """Size of the WordPiece vocabulary trained on the training part."""
     learning_rate: Above0 = 1.5e-3
     """Peak learning rate, in every arm."""
     warmup: Share = 0.1
     """Share of an arm's budget with rising learning rate."""
-    validation_samples: Count = 512
-    """Held-out samples that every evaluation uses."""
     evaluations: Annotated[int, Field(ge=2)] = 16
     """Evaluations per arm and seed, evenly over its budget (not charged, the same for all arms)."""
     device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d)?)$", description="cpu, cuda or cuda:0 to cuda:9")] = "cpu"
@@ -161,8 +131,8 @@ def _no_such_width(settings: Settings) -> str:
 
 
 def _no_suite(settings: Settings) -> str:
-    wanted = settings.only and settings.suite is None
-    return "only names workloads of a suite: give --suite, too." if wanted else ""
+    missing = settings.only and settings.suite is None
+    return "only names workloads of a suite: give --suite, too." if missing else ""
 
 
 def _both(settings: Settings) -> str:

@@ -16,11 +16,11 @@ from earlysift.compare.settings import Settings
 from earlysift.files import write_json
 from earlysift.report.page import RESULTS, read_results
 
-# Rows are settings. Data are folders below --data; a checkpoint is the workload whose encoder is fine-tuned. To fit two
-# hours on two cores, models are narrow, samples short and budgets small, and not every arm runs everywhere: exits at
-# other depths only on the main workload, the full set of peers where a run is cheap.
-_FEW = ("uniform", "sift-entropy", "visible", "auto")
-_MAIN = (*_FEW, "sift", "exact", "free", "sift-3", "sift-entropy-warm")
+# Rows are settings. Data are folders below --data; a checkpoint names the workload whose encoder is fine-tuned. To fit
+# two hours on two cores, models are narrow, samples short and budgets small. Not every arm runs everywhere: exits at
+# other depths run on the main workload, and all peers where a run is cheap.
+_BASIC = ("uniform", "sift-entropy", "visible", "auto")
+_MAIN = (*_BASIC, "sift", "exact", "free", "sift-3", "sift-entropy-warm")
 _PEERS = (
     *("uniform", "sift", "sift-entropy", "sift-entropy-warm", "exact", "free", "selective-backprop", "ordered-sgd"),
     *("rho-loss", "infobatch", "grad-norm", "rs2", "auto"),
@@ -31,36 +31,15 @@ _LONG = (
     *("grad-norm", "auto"),
 )
 _SMALL: dict[str, Any] = {"seeds": 5, "evaluations": 11, "validation_samples": 384, "layers": 6, "length": 32}
-_MLM: dict[str, Any] = {
-    **_SMALL,
-    "arms": _FEW,
-    "budget": 60.0,
-    "layers": 12,
-    "vocab_size": 1024,
-    "learning_rate": 2e-3,
-}
-_CLM: dict[str, Any] = {
-    **_SMALL,
-    "arms": _PEERS,
-    "task": "causal_lm",
-    "budget": 15.0,
-    "vocab_size": 512,
-    "learning_rate": 4e-3,
-}
-_CLASSIFY: dict[str, Any] = {
-    **_SMALL,
-    "arms": _PEERS,
-    "task": "classification",
-    "data": ("sst2",),
-    "budget": 12.0,
-    "learning_rate": 1e-3,
-    "validation_samples": 872,
-}
-_IMAGE: dict[str, Any] = {**_SMALL, "arms": _PEERS, "task": "image", "budget": 8.0, "learning_rate": 1e-3}
+_MLM = _SMALL | {"arms": _BASIC, "budget": 60.0, "layers": 12, "vocab_size": 1024, "learning_rate": 2e-3}
+_CLM = _SMALL | {"task": "causal_lm", "arms": _PEERS, "budget": 15.0, "vocab_size": 512, "learning_rate": 4e-3}
+_SST2 = {"task": "classification", "data": ("sst2",), "validation_samples": 872}
+_CLASSIFY = _SMALL | _SST2 | {"arms": _PEERS, "budget": 12.0, "learning_rate": 1e-3}
+_IMAGE = _SMALL | {"task": "image", "arms": _PEERS, "budget": 8.0, "learning_rate": 1e-3}
 _PRETRAINING = "mlm-wikipedia-books"
 
 _CPU: dict[str, dict[str, Any]] = {
-    "mlm-stdlib": {**_MLM, "arms": _MAIN},  # the longest first, so that jobs end together
+    "mlm-stdlib": {**_MLM, "arms": _MAIN},  # the longest first, so that parallel jobs end together
     "digits": {**_IMAGE, "arms": (*_PEERS, "sift-warm", "sift-joint-1")},
     "digits-long": {**_IMAGE, "arms": _LONG, "budget": 30.0, "evaluations": 25, "select_after": 0.2},
     "sst2": _CLASSIFY,
@@ -80,46 +59,36 @@ _CPU: dict[str, dict[str, Any]] = {
     "mlm-stdlib-double": {**_MLM, "budget": _MLM["budget"] * 2},
     "mlm-stdlib-half": {**_MLM, "budget": _MLM["budget"] / 2},
 }
-_BERT_BASE: dict[str, Any] = {
-    "device": "cuda",
-    "layers": 12,
-    "width": 768,
-    "length": 128,
-    "vocab_size": 30_522,
-    "batch": 256,
-    "learning_rate": 2e-4,
-    "validation_samples": 2048,
-}
+_BERT_BASE = {"layers": 12, "width": 768, "length": 128, "vocab_size": 30_522}
+_GPU = _BERT_BASE | {"device": "cuda", "batch": 256, "learning_rate": 2e-4, "validation_samples": 2048}
 
 SUITES: dict[str, dict[str, dict[str, Any]]] = {
     "cpu": _CPU,
-    "gpu": {
-        name: {**row, **_BERT_BASE, "budget": 24 * row["budget"], "max_characters": None} for name, row in _CPU.items()
-    },
+    "gpu": {name: {**row, **_GPU, "budget": 24 * row["budget"], "max_characters": None} for name, row in _CPU.items()},
 }
 
-_POLL_S = 1.0  # reading results more often would disturb what is being measured
+_POLL_S = 1.0  # reading results more often would disturb the measurements
 OnProgress = Callable[[str, float], None]
 
 
 @dataclass
 class Outcome:
-    """What became of a workload: its results, if it wrote any, and why it did not run to its end, if so."""
+    """The results of a workload, if it wrote any, and the reason why it did not finish, if it did not."""
 
     results: dict[str, Any] | None
     reason: str | None
 
 
 def run_suite(
-    settings: Settings, given: Collection[str] = (), on_progress: OnProgress = lambda name, share: None
+    settings: Settings, given: Collection[str] = (), on_progress: OnProgress = lambda *_: None
 ) -> dict[str, Outcome]:
     """Run the workloads of a suite, ``jobs`` at a time, each on its share of the cores.
 
-    Ctrl-C stops all of them; what they have measured is on disk, and a resumed suite goes on from there.
+    Ctrl-C stops all of them; a resumed suite goes on from the results on disk.
 
     Args:
         settings: ``suite``, ``only``, ``jobs`` and ``out``; ``data`` is the folder of the corpora.
-        given: Names of settings that hold for every workload; whatever differs from its default does so anyway.
+        given: Names of settings that apply to every workload, beside those that differ from their defaults.
         on_progress: Called with a workload's name and the share of it that is done.
 
     Returns:
@@ -145,7 +114,7 @@ def _run_workloads(
     settings: Settings,
     on_progress: OnProgress,
 ) -> None:
-    """Run those that wait, and note why one did not run to its end."""
+    """Run the waiting workloads, and enter the reason for each that did not finish."""
     running: dict[str, subprocess.Popen[bytes]] = {}
     try:
         while waiting or running:
@@ -163,13 +132,13 @@ def _run_workloads(
         reasons |= dict.fromkeys((*waiting, *running), "stopped")
     finally:
         for process in running.values():
-            process.terminate()  # they end as by Ctrl-C, even where that is ignored
+            process.terminate()  # ends them as Ctrl-C does, even where Ctrl-C is ignored
         for process in running.values():
             process.wait()
 
 
 def names_of(settings: Settings) -> list[str]:
-    """The workloads that are asked for."""
+    """Names of the workloads to run."""
     assert settings.suite is not None
     known = SUITES[settings.suite]
     unknown = [name for name in settings.only if name not in known]
@@ -179,11 +148,11 @@ def names_of(settings: Settings) -> list[str]:
 
 
 def workload_settings(name: str, settings: Settings, given: Collection[str] = ()) -> Settings:
-    """The settings of one workload: its row, below it the defaults, above it what was asked for otherwise.
+    """The settings of one workload: its row replaces defaults, and settings of the suite replace both.
 
     Example:
-        >>> asked = Settings(suite="cpu", seeds=2, data=(Path("corpora"),), out=Path("runs/cpu"))
-        >>> workload = workload_settings("mlm-wikitext-2", asked)
+        >>> settings = Settings(suite="cpu", seeds=2, data=(Path("corpora"),), out=Path("runs/cpu"))
+        >>> workload = workload_settings("mlm-wikitext-2", settings)
         >>> workload.seeds, str(workload.data[0]), str(workload.out)
         (2, 'corpora/wikitext-2', 'runs/cpu/mlm-wikitext-2')
     """
@@ -194,16 +163,16 @@ def workload_settings(name: str, settings: Settings, given: Collection[str] = ()
     if "checkpoint" in row:
         row["checkpoint"] = settings.out / row["checkpoint"] / ENCODER
     own = ("data", "out", "suite", "only", "jobs", "config")
-    asked = {
+    requested = {
         field.name: getattr(settings, field.name)
         for field in dataclasses.fields(Settings)
         if field.name not in own and (field.name in given or getattr(settings, field.name) != field.default)
     }
-    return Settings(**{**row, **asked, "out": settings.out / name})
+    return Settings(**{**row, **requested, "out": settings.out / name})
 
 
 def missing_data(workload: Settings) -> str | None:
-    """Why a workload cannot start for lack of data, if so."""
+    """Why a workload cannot start, if its data are missing."""
     missing = [path for path in workload.data if not path.exists()]
     if not missing:
         return None
@@ -211,7 +180,7 @@ def missing_data(workload: Settings) -> str | None:
 
 
 def share_done(workload: Settings) -> float:
-    """How much of a workload is done, from its results so far."""
+    """The finished share of a workload, from its results so far."""
     results = _results(workload.out)
     if results is None:
         return 0.0
@@ -237,7 +206,8 @@ def _start(name: str, workload: Settings, settings: Settings) -> "subprocess.Pop
     config = log.with_suffix(".json")
     write_json(config, json.loads(json.dumps(dataclasses.asdict(workload), default=str)))
     threads = str(max(1, (os.cpu_count() or 1) // settings.jobs))
-    share = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads} if settings.jobs > 1 else {}  # else it chooses
+    # A workload that runs alone chooses its threads itself.
+    share = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads} if settings.jobs > 1 else {}
     with log.open("wb") as file:
         return subprocess.Popen(
             [sys.executable, "-m", "earlysift", "compare", "--config", str(config)],
@@ -245,7 +215,7 @@ def _start(name: str, workload: Settings, settings: Settings) -> "subprocess.Pop
             stdout=file,
             stderr=subprocess.STDOUT,
             env={**os.environ, **share},
-            start_new_session=True,  # Ctrl-C reaches it through us, once
+            start_new_session=True,  # Ctrl-C reaches it once, through this process
         )
 
 
@@ -257,8 +227,8 @@ def _reason(code: int, log: Path) -> str | None:
     if code == 0:
         return None
     lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
-    said = [line for line in lines if line.startswith("earlysift: ")]
-    return f"did not run: {said[-1].removeprefix('earlysift: ')}" if said else f"failed, see {log}"
+    messages = [line.removeprefix("earlysift: ") for line in lines if line.startswith("earlysift: ")]
+    return f"did not run: {messages[-1]}" if messages else f"failed, see {log}"
 
 
 def _results(folder: Path) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""Masked language modelling: which tokens are hidden, reproducibly from a generator."""
+"""Masked language modelling: hide tokens, reproducibly from a generator."""
 
 from collections.abc import Mapping
 
@@ -22,19 +22,19 @@ def mask_tokens(
 ) -> dict[str, Tensor]:
     """Hide a fixed number of tokens in every block and make their ids the labels.
 
-    Of the chosen positions 80 % become the mask token, 10 % a random token and 10 % stay. The number is the same in
-    every block, so shapes and the noise of per-sample losses do not vary with the draw. Of whole words it is an upper
-    bound: a word that would exceed it is left out, and the next one is tried.
+    Of the chosen positions 80 % become the mask token, 10 % a random token and 10 % stay. Every block has the same
+    number of labels, so that shapes and the noise of per-sample losses do not vary with the draw. With whole words that
+    number is an upper bound: a word that would exceed it is skipped, and the next one is tried.
 
     Args:
-        blocks: Token ids ``(R, T)``; those outside ``first_ordinary_id`` to ``vocab_size`` are special, never chosen.
+        blocks: Token ids ``(R, T)``; ids outside ``first_ordinary_id`` to ``vocab_size`` are special and never chosen.
         mask_id: Id of the mask token.
         vocab_size: Random tokens are drawn from ``first_ordinary_id`` to this, exclusive.
         first_ordinary_id: The smallest id that is not special.
         generator: The only source of randomness.
         share: Share of the T positions to choose.
-        word_begins: Choose whole words: for every id whether its token begins a word, bool ``(ids,)``, as `begins_word`
-            tells. Without it tokens are chosen one by one.
+        word_begins: For whole words: whether the token of every id begins a word, bool ``(ids,)``, from `begins_word`.
+            Without it tokens are chosen one by one.
 
     Returns:
         ``input_ids`` and ``labels``, int64 ``(R, T)``; labels are -100 where nothing is predicted.
@@ -66,17 +66,18 @@ def mask_tokens(
 
 
 def begins_word(vocabulary: Mapping[str, int]) -> Tensor:
-    """Which tokens begin a word, told by how their tokenizer writes them.
+    """Which tokens begin a word, from the way the tokenizer writes them.
 
     Args:
         vocabulary: Tokens and their ids: WordPiece, where pieces inside a word begin with ``##``, or byte-level BPE,
-            where a token that begins a word begins with white space, written as Ġ (blank), Ċ, č (line end) or ĉ (tab).
+            where a token at the start of a word begins with white space, written as Ġ (blank), Ċ, č (line end) or ĉ
+            (tab).
 
     Returns:
         Bool ``(largest id + 1,)``.
 
     Raises:
-        ValueError: If tokens are written in neither way.
+        ValueError: If the vocabulary is neither.
 
     Example:
         >>> begins_word({"play": 0, "##ing": 1})
@@ -86,17 +87,17 @@ def begins_word(vocabulary: Mapping[str, int]) -> Tensor:
     before = torch.tensor([token.startswith(_WHITE_SPACE) for token in vocabulary])
     if not (inside | before).any():
         raise ValueError(
-            "Whole words cannot be told from this tokenizer's vocabulary: expected WordPiece ('##' inside words) or "
+            "Whole words cannot be found in this tokenizer's vocabulary: expected WordPiece ('##' inside words) or "
             "byte-level BPE ('Ġ' before words), found neither. Use another tokenizer, or leave whole_word out."
         )
     begins = torch.zeros(1 + max(vocabulary.values()), dtype=torch.bool)
-    # The more frequent mark counts: GPT-2 has a token "##", and Ġ is a letter of Maltese.
+    # The more frequent mark decides: GPT-2 has a token "##", and Ġ is a letter of Maltese.
     begins[list(vocabulary.values())] = before if before.sum() > inside.sum() else ~inside
     return begins
 
 
 def _first_of_words(blocks: Tensor, ordinary: Tensor, word_begins: Tensor) -> Tensor:
-    """The tokens that begin a word; a special token is a word of its own."""
+    """The first token of every word; a special token is a word of its own."""
     first = word_begins[blocks] | ~ordinary
     first[:, 1:] |= ~ordinary[:, :-1]
     first[:, 0] = True
@@ -104,17 +105,17 @@ def _first_of_words(blocks: Tensor, ordinary: Tensor, word_begins: Tensor) -> Te
 
 
 def _whole_words(first: Tensor, ordinary: Tensor, priority: Tensor, count: int) -> Tensor:
-    """Words in the order of their first token's priority, each if it leaves at most ``count`` tokens chosen."""
+    """Choose words by the priority of their first token, each if the chosen tokens stay at most ``count``."""
     words = first.cumsum(dim=1) - 1
     sizes = torch.zeros_like(words).scatter_add_(1, words, ordinary.long())
     order = torch.zeros_like(priority).scatter_add_(1, words, priority * first)
-    taken = torch.zeros_like(first)
+    chosen = torch.zeros_like(first)
     left = torch.full((len(words), 1), count)
     for word in order.argsort(dim=1, descending=True, stable=True).unsqueeze(2).unbind(dim=1):
         size = sizes.gather(1, word)
         fits = size <= left
-        taken.scatter_(1, word, fits)
+        chosen.scatter_(1, word, fits)
         left -= size * fits
         if not left.any():
             break
-    return taken.gather(1, words)
+    return chosen.gather(1, words)

@@ -1,4 +1,4 @@
-"""Models built from configs: real transformers classes with random weights, no downloads."""
+"""Models of the transformers library, built from configs with random weights: no downloads."""
 
 import json
 import math
@@ -13,17 +13,17 @@ from torch import nn
 from earlysift.checkup import build_model
 from earlysift.exits import unwrap
 from earlysift.files import write_whole
-from earlysift.pretrain.corpus import optional_package
+from earlysift.pretrain.optional import optional_package
 
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
-_ENCODER = "bert."  # every weight of a BERT without its head is named so
-_NEW = ("bert.pooler.", "classifier.")  # what a classifier has and a masked LM has not
+_ENCODER = "bert."  # prefix of all weights of a BERT but those of its head
+_CLASSIFIER_ONLY = ("bert.pooler.", "classifier.")  # weights that a masked language model does not have
 
 
 def build_bert(*, vocab_size: int, length: int, layers: int, width: int, seed: int) -> nn.Module:
-    """A BERT for masked language modelling with weights from a seed; the global generator is left as it was.
+    """A BERT for masked language modelling with weights from a seed; the global generator is not touched.
 
-    Heads are 32 wide below width 512 and 64 from there, as in BERT base (width 768, 12 layers: 110 M parameters with
+    Heads have width 32 in models below width 512, else 64, as in BERT base (width 768, 12 layers: 110 M parameters with
     a vocabulary of 30,522). Dropout is off: short runs from scratch do not overfit.
 
     Args:
@@ -45,7 +45,7 @@ def build_bert(*, vocab_size: int, length: int, layers: int, width: int, seed: i
 
 
 def build_llama(*, vocab_size: int, length: int, layers: int, width: int, seed: int) -> nn.Module:
-    """A Llama for causal language modelling; arguments as in `build_bert`. Input and output embeddings are one."""
+    """A Llama for causal language modelling; arguments as in `build_bert`. Input and output embeddings are tied."""
     transformers = optional_package("transformers", extra="hf")
     heads = width // _head_width(width)
     config = transformers.LlamaConfig(
@@ -64,20 +64,13 @@ def build_llama(*, vocab_size: int, length: int, layers: int, width: int, seed: 
 def build_bert_classifier(
     *, classes: int, vocab_size: int, length: int, layers: int, width: int, seed: int, checkpoint: Path | None = None
 ) -> nn.Module:
-    """A BERT for sequence classification, like `build_bert`'s, from scratch or from a saved encoder.
+    """A BERT to classify texts into a number of ``classes``; other arguments as in `build_bert`.
 
-    Args:
-        classes: Number of classes.
-        vocab_size: V.
-        length: Longest input.
-        layers: Number of layers.
-        width: D; a multiple of 32.
-        seed: Seed of the weights.
-        checkpoint: Folder of `save_encoder` (or any BERT's config.json and model.safetensors) whose encoder to start
-            from; pooler and classifier come from the seed.
+    With a ``checkpoint``, a folder of `save_encoder`, the encoder starts from it; pooler and classifier come from the
+    seed.
 
     Raises:
-        ValueError: If the checkpoint has another shape than is asked for, or is no BERT.
+        ValueError: If the checkpoint is no BERT of this shape.
         FileNotFoundError: If the checkpoint is incomplete.
     """
     transformers = optional_package("transformers", extra="hf")
@@ -92,16 +85,9 @@ def build_bert_classifier(
 
 
 def build_vit(*, size: int, channels: int, patch: int, classes: int, layers: int, width: int, seed: int) -> nn.Module:
-    """A vision Transformer for classification of square images ``(R, channels, size, size)``.
+    """A ViT to classify square images ``(R, channels, size, size)``; layers, width and seed as in `build_bert`.
 
-    Args:
-        size: Side of an image in pixels, a multiple of the patch's.
-        channels: Numbers per pixel.
-        patch: Side of a patch in pixels.
-        classes: Number of classes.
-        layers: Number of layers.
-        width: D; a multiple of 32.
-        seed: Seed of the weights.
+    ``size`` and ``patch`` are the sides of an image and of a patch in pixels; the first is a multiple of the second.
     """
     transformers = optional_package("transformers", extra="hf")
     config = transformers.ViTConfig(
@@ -115,7 +101,7 @@ def build_preset(source: str, *, changes: Mapping[str, Any], seed: int) -> nn.Mo
 
     Args:
         source: What `earlysift.checkup.build_model` takes.
-        changes: What differs from that config.
+        changes: Values that replace those of the config.
         seed: Seed of the weights.
 
     Raises:
@@ -130,7 +116,7 @@ def save_encoder(model: nn.Module, tokenizer_json: str, folder: Path) -> None:
     Args:
         model: A BERT from `build_bert`, or another of transformers, wrapped or not.
         tokenizer_json: Its tokenizer (`Blocks.tokenizer_json`).
-        folder: Where to; made if it is not there.
+        folder: Where to save; made if it does not exist.
 
     Raises:
         ValueError: If the model is no BERT.
@@ -149,7 +135,7 @@ def save_encoder(model: nn.Module, tokenizer_json: str, folder: Path) -> None:
 
 
 def require_checkpoint(folder: Path) -> None:
-    """See whether a folder is one of `save_encoder`.
+    """Check that a folder is one of `save_encoder`.
 
     Raises:
         FileNotFoundError: If a file is missing.
@@ -162,33 +148,33 @@ def require_checkpoint(folder: Path) -> None:
         )
 
 
-def _checkpoint_shape(checkpoint: Path, asked: dict[str, Any]) -> dict[str, Any]:
-    """The shape that a checkpoint's config.json tells, with our dropout, if it is the one asked for."""
+def _checkpoint_shape(checkpoint: Path, requested: dict[str, Any]) -> dict[str, Any]:
+    """The shape in a checkpoint's config.json, with the requested dropout, if it fits the requested one."""
     require_checkpoint(checkpoint)
     config = json.loads((checkpoint / CONFIG).read_text(encoding="utf-8"))
     differing = [
-        f"{name} is {config.get(name)} and not {asked[name]}"
+        f"{name} is {config.get(name)} and not {requested[name]}"
         for name, fits in (
             ("num_hidden_layers", operator.eq),
             ("hidden_size", operator.eq),
             ("vocab_size", operator.ge),
             ("max_position_embeddings", operator.ge),
         )
-        if not fits(config.get(name, 0), asked[name])
+        if not fits(config.get(name, 0), requested[name])
     ]
     if differing:
         raise ValueError(
             f"{checkpoint}: the checkpoint has another shape: {', '.join(differing)}; ask for the same shape"
         )
-    return {**asked, **{name: config[name] for name in config.keys() & asked.keys() if "dropout" not in name}}
+    return requested | {name: config[name] for name in config.keys() & requested.keys() if "dropout" not in name}
 
 
 def _load_encoder(model: nn.Module, checkpoint: Path) -> None:
     safetensors = optional_package("safetensors.torch", extra="hf")
     saved = safetensors.load_file(checkpoint / WEIGHTS)
     encoder = {name: value for name, value in saved.items() if name.startswith(_ENCODER)}
-    absent = model.load_state_dict(encoder, strict=False).missing_keys
-    missing = [name for name in absent if not name.startswith(_NEW)]
+    not_loaded = model.load_state_dict(encoder, strict=False).missing_keys
+    missing = [name for name in not_loaded if not name.startswith(_CLASSIFIER_ONLY)]
     if missing:
         raise ValueError(
             f"{checkpoint}: expected the weights of a BERT, named {_ENCODER}*, but {missing[0]} is missing"

@@ -26,13 +26,14 @@ from earlysift.checkup import build_model
 from earlysift.files import write_json, write_whole
 from earlysift.presets import require_preset
 from earlysift.pretrain import checkpoints
-from earlysift.pretrain.corpus import optional_package
 from earlysift.pretrain.models import CONFIG, TOKENIZER, build_preset
+from earlysift.pretrain.optional import optional_package
 from earlysift.pretrain.settings import ARMS, PretrainSettings
 from earlysift.pretrain.stream import Rows, Stream
-from earlysift.pretrain.streaming import PassingStream, training_documents
+from earlysift.pretrain.streaming import StreamingCorpus, training_documents
 from earlysift.pretrain.tokens import packed_rows
 from earlysift.pretrain.trainer import Candidates, NotFinite, NotSaved, Pretrainer, unchanged
+from earlysift.pretrain.workload_settings import WorkloadSettings
 from earlysift.pretrain.workloads import Workload, load_workload
 from earlysift.report.page import RESULTS, RESULTS_VERSION, write_report
 
@@ -277,18 +278,16 @@ def _tracker(settings: PretrainSettings) -> str:
 
 
 def _workload(settings: PretrainSettings, shape: Any) -> Workload:
-    workload = load_workload(
+    described = WorkloadSettings(
         task=exits.find_anatomy(shape).task,
-        data=settings.data or None,
-        layers=1,  # size of the workload's own model, which is not built
-        width=32,
+        data=settings.data,
+        text_column=settings.text_column,
         length=settings.length,
         vocab_size=shape.config.vocab_size,
         validation_samples=settings.validation_samples,
-        tokenizer_file=settings.tokenizer,
-        whole_word=settings.whole_word,
-        stream=settings.stream,
-        text_column=settings.text_column,
+    )
+    workload = load_workload(
+        described, tokenizer_file=settings.tokenizer, stream=settings.stream, whole_word=settings.whole_word
     )
     available, needed = shape.config.vocab_size, workload.facts["vocab_size"]
     if needed > available:
@@ -334,7 +333,7 @@ def _trainer(
     options = given | ARMS[settings.arm]
     pool = round(settings.batch / options["keep"])
     if settings.stream:
-        stream: Stream | PassingStream = PassingStream(
+        stream: Stream | StreamingCorpus = StreamingCorpus(
             lambda: packed_rows(
                 training_documents(settings.data, settings.text_column), workload.tokenizer_json, settings.length
             ),

@@ -1,4 +1,4 @@
-"""The order of candidates: an endless, seeded stream of samples that any batch size reads alike."""
+"""The order of candidates: an endless, seeded stream of samples, the same for every batch size."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from earlysift.seeds import seeded
 Rows = dict[str, Tensor]
 
 UNIT = 16
-"""Samples prepared together; a fixed number, so that masks do not depend on how many rows a step reads."""
+"""Samples that are prepared together: a fixed number, so that masks do not depend on how many rows a step reads."""
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,9 @@ class Samples:
     """Samples of one kind, in two parts.
 
     Attributes:
-        train: Rows of the training part, as they are stored: tensors ``(N, ...)`` by name.
-        validation: Rows ready to evaluate, ``(M, ...)``: masks are fixed and labels in place.
-        prepare: Turns stored rows and a generator into a batch with labels. It sees a few rows at a time.
+        train: Stored rows of the training part: tensors ``(N, ...)`` by name.
+        validation: Rows to evaluate, ``(M, ...)``, with fixed masks and with labels.
+        prepare: From stored rows and a generator to a batch with labels.
     """
 
     train: Rows
@@ -31,14 +31,19 @@ class Samples:
 
     def __len__(self) -> int:
         """N, the number of training samples."""
-        return len(next(iter(self.train.values())))
+        return row_count(self.train)
+
+
+def row_count(rows: Rows) -> int:
+    """Number of rows: the common length of all tensors."""
+    return len(next(iter(rows.values())))
 
 
 def take(unit: Callable[[int], Rows], positions: Tensor) -> Rows:
     """Candidates by their numbers.
 
     Args:
-        unit: From n to candidates number ``UNIT * n`` and following, ``UNIT`` of them; called with rising numbers.
+        unit: From n to the ``UNIT`` candidates from number ``UNIT * n`` on; called with rising n.
         positions: The numbers, int64 ``(n,)``.
 
     Returns:
@@ -48,25 +53,25 @@ def take(unit: Callable[[int], Rows], positions: Tensor) -> Rows:
         >>> take(lambda n: {"x": torch.arange(UNIT * n, UNIT * (n + 1))}, torch.tensor([40, 3]))
         {'x': tensor([40,  3])}
     """
-    numbers, place = torch.unique(positions // UNIT, return_inverse=True)
+    numbers, index = torch.unique(positions // UNIT, return_inverse=True)
     units = [unit(number) for number in numbers.tolist()]
-    rows = place * UNIT + positions % UNIT
-    return {name: torch.cat([part[name] for part in units])[rows] for name in units[0]}
+    rows = index * UNIT + positions % UNIT
+    return {name: torch.cat([rows_of_unit[name] for rows_of_unit in units])[rows] for name in units[0]}
 
 
 class Stream:
     """Training samples in an order that depends on the seed alone, epoch after epoch.
 
-    Candidate number n is the same sample with the same mask whoever reads it, in whatever portions: arms with different
-    pool sizes see the same data in the same order, and a resumed run needs only a position.
+    Candidate number n is the same sample with the same mask, whatever the batch size: arms with different pool sizes
+    read the same data in the same order, and a resumed run needs only a position.
 
     Args:
         samples: The samples.
         seed: Seed of order and masks.
-        subset: Share of the training part that an epoch shows; below 1 every epoch draws another one.
+        subset: Share of the training part that an epoch uses; below 1 every epoch draws another subset.
 
     Raises:
-        ValueError: If the subset is not a share that holds at least one sample.
+        ValueError: If the share is not in (0, 1], or leaves no sample.
 
     Example:
         >>> samples = Samples({"x": torch.arange(5)}, {}, prepare=lambda rows, generator: rows)
@@ -91,7 +96,7 @@ class Stream:
         self._unit = lru_cache(maxsize=64)(self._make_unit)
 
     def read(self, start: int, count: int) -> Rows:
-        """Candidates ``start`` to ``start + count``: a batch of ``count`` rows."""
+        """Candidates ``start`` to ``start + count - 1``: a batch of ``count`` rows."""
         return self.take(torch.arange(start, start + count))
 
     def take(self, positions: Tensor) -> Rows:

@@ -1,4 +1,4 @@
-"""Corpora that are read in passing: only a first part and the shuffle buffer stay in memory."""
+"""Streamed corpora, for what is larger than memory: only a first part and the shuffle buffer stay in memory."""
 
 import glob
 import gzip
@@ -12,37 +12,24 @@ from typing import IO, Any
 import torch
 from torch import Generator, Tensor
 
-from earlysift.pretrain.corpus import (
-    TABLES,
-    Corpus,
-    Source,
-    Split,
-    find_text_column,
-    format_of,
-    held_out,
-    is_saved,
-    is_table,
-    open_saved,
-    optional_package,
-    plain_documents,
-    sources_of,
-    split_by_content,
-)
+from earlysift.pretrain import formats
+from earlysift.pretrain.corpus import Corpus, Source, Split, held_out, sources_of, split_by_content
+from earlysift.pretrain.optional import optional_package
 from earlysift.pretrain.stream import UNIT, Rows, take
 from earlysift.seeds import seeded
 
 FIRST_CHARACTERS = 50_000_000
-"""What is read of a corpus before it passes: some 10 million tokens, of which 4,000 rows of 128 are held out."""
+"""How much of a streamed corpus is read beforehand: some 10 million tokens, of which 4,000 rows of 128 are held out."""
 
-_SHUFFLED_ROWS = 16_384
-_ROWS_OF_TABLE = 1_000  # read at a time
+_BUFFER_ROWS = 16_384
+_TABLE_ROWS = 1_000  # read at a time
 
 
 def first_part(path: Path, characters: int, text_column: str | None = None) -> Corpus:
-    """Read the first documents of a file, folder or data set on the hub: what `read_corpus` reads, as far as it goes.
+    """Read the first documents of what `read_corpus` would read whole.
 
     Args:
-        path: The file, folder or name.
+        path: The file, folder, or name of a data set on the hub.
         characters: How much to read of a part, to the end of the document.
         text_column: The column of tables that holds the text.
 
@@ -64,10 +51,10 @@ def first_part(path: Path, characters: int, text_column: str | None = None) -> C
 
 
 def training_documents(paths: Sequence[Path], text_column: str | None = None) -> Iterator[str]:
-    """Read the training part of files, folders or data sets on the hub from beginning to end, in turn.
+    """Read the training part of files, folders or data sets on the hub from beginning to end.
 
     Args:
-        paths: Files, folders or names; each gives a document, then the next, until all have ended.
+        paths: Files, folders or names, which give a document each in turn until all have ended.
         text_column: The column of tables that holds the text.
 
     Yields:
@@ -81,22 +68,22 @@ def training_documents(paths: Sequence[Path], text_column: str | None = None) ->
         yield from (document for document in documents if document is not None)
 
 
-class PassingStream:
-    """Candidates of a corpus that is read in passing: as `Stream`, number n is the same whoever reads it.
+class StreamingCorpus:
+    """Candidates of a streamed corpus: as in `Stream`, candidate number n is the same whoever reads it.
 
-    Rows are shuffled through a buffer, and the corpus begins anew when it ends. Numbers are best asked for in rising
-    order: for a smaller one the corpus is read again from the beginning.
+    Rows are shuffled through a buffer, and the corpus begins anew when it ends. Read candidates in rising order: for a
+    smaller number the corpus is read again from the beginning.
 
     Args:
         rows: Begins to read: gives the rows of the corpus in their order, int32 ``(T,)``; at least one.
         prepare: Turns stored rows and a generator into a batch with labels, as in `Samples`.
         seed: Seed of order and masks.
-        buffer: Rows that are held to be shuffled; with as many as the corpus has, every order is as likely.
+        buffer: Rows of the shuffle buffer; with as many as the corpus has, every order is equally likely.
 
     Example:
         >>> rows = lambda: iter(torch.arange(5).unsqueeze(1))
-        >>> stream = PassingStream(rows, prepare=lambda rows, generator: rows, seed=0)
-        >>> stream.take(torch.arange(5))["input_ids"].flatten().sort().values
+        >>> corpus = StreamingCorpus(rows, prepare=lambda rows, generator: rows, seed=0)
+        >>> corpus.take(torch.arange(5))["input_ids"].flatten().sort().values
         tensor([0, 1, 2, 3, 4])
     """
 
@@ -106,13 +93,13 @@ class PassingStream:
         prepare: Callable[[Rows, Generator], Rows],
         *,
         seed: int,
-        buffer: int = _SHUFFLED_ROWS,
+        buffer: int = _BUFFER_ROWS,
     ) -> None:
         self._rows = rows
         self._prepare = prepare
         self._seed = seed
         self._buffer = buffer
-        self._reader: Iterator[Tensor] | None = None  # opened by the process that reads: workers share no position
+        self._reader: Iterator[Tensor] | None = None  # opened on the first read, so that workers share no position
         self._next = 0
         self._unit = lru_cache(maxsize=64)(self._make_unit)
 
@@ -139,16 +126,16 @@ class PassingStream:
 
 
 def _shuffled(rows: Iterable[Tensor], size: int, generator: Generator) -> Iterator[Tensor]:
-    """Rows in random order, as far as holding so many of them allows."""
-    held: list[Tensor] = []
+    """Rows in random order, as far as a buffer of that size allows."""
+    buffer: list[Tensor] = []
     for row in rows:
-        held.append(row)
-        if len(held) > size:
-            place = int(torch.randint(len(held), (), generator=generator))
-            held[place], held[-1] = held[-1], held[place]
-            yield held.pop()
-    for place in torch.randperm(len(held), generator=generator).tolist():
-        yield held[place]
+        buffer.append(row)
+        if len(buffer) > size:
+            drawn = int(torch.randint(len(buffer), (), generator=generator))
+            buffer[drawn], buffer[-1] = buffer[-1], buffer[drawn]
+            yield buffer.pop()
+    for drawn in torch.randperm(len(buffer), generator=generator).tolist():
+        yield buffer[drawn]
 
 
 def _first(documents: Iterable[str], characters: int) -> Iterator[str]:
@@ -169,9 +156,7 @@ def _training_documents(path: Path, text_column: str | None) -> Iterator[str]:
 def _documents(sources: Sequence[Source], text_column: str | None = None) -> Iterator[str]:
     for source in sources:
         try:
-            for document in _read(source, text_column):
-                if document.strip():
-                    yield document
+            yield from (document for document in _read(source, text_column) if document.strip())
         except Exception as error:  # `datasets` and archives raise nearly anything
             if str(error).startswith(str(source)):
                 raise
@@ -180,15 +165,15 @@ def _documents(sources: Sequence[Source], text_column: str | None = None) -> Ite
 
 
 def _read(source: Source, text_column: str | None) -> Iterator[str]:
-    if isinstance(source, Path) and not is_table(source):
+    if isinstance(source, Path) and not formats.is_table(source):
         with _lines(source) as lines:
-            yield from plain_documents(line.rstrip("\n") for line in lines)
+            yield from formats.split_documents(line.rstrip("\n") for line in lines)
         return
     table = source.table if isinstance(source, Split) else _table(source)
     column = None
-    # In batches, since row by row `datasets` would give each worker of a loader another share.
-    for batch in table.iter(_ROWS_OF_TABLE):
-        column = column or find_text_column(table.features or _features(batch), source, text_column)
+    # In batches: row by row `datasets` would give each worker of a loader another share.
+    for batch in table.iter(_TABLE_ROWS):
+        column = column or formats.find_text_column(table.features or _features(batch), source, text_column)
         yield from (text for text in batch[column] if text is not None)
 
 
@@ -197,22 +182,22 @@ def _lines(path: Path) -> IO[str]:
     if suffix == ".gz":
         return gzip.open(path, "rt", encoding="utf-8-sig")
     if suffix == ".zst":
-        unpacked = optional_package("zstandard", extra="data").ZstdDecompressor()
-        reader = unpacked.stream_reader(path.open("rb"), read_across_frames=True, closefd=True)
+        decompressor = optional_package("zstandard", extra="data").ZstdDecompressor()
+        reader = decompressor.stream_reader(path.open("rb"), read_across_frames=True, closefd=True)
         return io.TextIOWrapper(reader, encoding="utf-8-sig")
     return path.open(encoding="utf-8-sig")
 
 
 def _table(path: Path) -> Any:
-    if is_saved(path):
-        return open_saved(path)
-    kind, options = TABLES[format_of(path)]
+    if formats.is_saved(path):
+        return formats.open_saved(path)
+    kind, options = formats.TABLES[formats.format_of(path)]
     datasets = optional_package("datasets", extra="data")
     return datasets.load_dataset(kind, data_files=glob.escape(str(path)), split="train", streaming=True, **options)
 
 
 def _features(batch: dict[str, list[Any]]) -> Any:
-    """The types of columns, which CSV tells only by its rows."""
+    """The types of columns, which a CSV file shows only in its rows."""
     value = optional_package("datasets", extra="data").Value
     texts = {name: any(isinstance(cell, str) for cell in cells) for name, cells in batch.items()}
     return {name: value("string" if text else "null") for name, text in texts.items()}

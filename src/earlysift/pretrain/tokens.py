@@ -1,4 +1,4 @@
-"""Documents in, rows of token ids of one length out; made once, then read from a cache."""
+"""Documents in, rows of token ids of one length out: encoded once, then read from a cache."""
 
 import hashlib
 import io
@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from earlysift.pretrain.corpus import Corpus, optional_package
+from earlysift.pretrain.corpus import Corpus
+from earlysift.pretrain.optional import optional_package
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -24,21 +25,24 @@ _ToRows = Callable[[list[str], "Tokenizer", dict[str, int], int], torch.Tensor]
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # in BERT's order, so with ids 0 to 4
 
-_CACHE_FORMAT = 2  # count up when the same corpus would give other blocks
+_CACHE_FORMAT = 2  # increase it when the same corpus would give other blocks
 _SHORTEST_LENGTH = 8
 _SMALLEST_VOCABULARY = 100
-_LARGEST_ALPHABET = 1_000  # as BERT's; with no limit, rare scripts fill a small vocabulary with lone letters
-_BATCH_CHARACTERS = 1_000_000  # an encoding takes some 100 bytes a token while it lives
+_LARGEST_ALPHABET = 1_000  # as BERT's; without a limit, single letters of rare scripts fill a small vocabulary
+_BATCH_CHARACTERS = 1_000_000  # an encoding takes some 100 bytes a token
 _DIGEST_BYTES = 32
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """A corpus as rows of token ids: blocks, each [CLS] text [SEP], or one row a document, filled up with [PAD].
+    """A corpus as rows of token ids: blocks, each [CLS] text [SEP], or one row a document, padded with [PAD].
 
-    `train` is (N, length) and `validation` (M, length), both int32; every id is below `vocab_size`.
-    `special` gives the ids of [PAD], [UNK], [CLS], [SEP] and [MASK], and `tokenizer_json` the tokenizer
-    itself, as the text of a tokenizer.json; it is empty in blocks that were made by hand.
+    Attributes:
+        train: Rows of the training part, int32 ``(N, length)``.
+        validation: Rows of the validation part, int32 ``(M, length)``.
+        vocab_size: Every id is below it.
+        special: Ids of [PAD], [UNK], [CLS], [SEP] and [MASK].
+        tokenizer_json: The tokenizer, as the text of a tokenizer.json; empty in blocks that were made by hand.
     """
 
     train: torch.Tensor
@@ -59,26 +63,26 @@ def load_blocks(
 ) -> Blocks:
     """Turn a corpus into rows of `length` tokens, or read them from the cache.
 
-    Packed, the documents of a part are joined in their order with [SEP] between them and cut into blocks; a
-    last block that would not be full is dropped. Not packed, every document is a row, cut or filled up with
-    [PAD]. The order of the rows is that of the text: to shuffle is the sampler's work.
+    Packed, the documents of a part are joined in their order with [SEP] between them and cut into blocks; an incomplete
+    last block is dropped. Not packed, every document is a row, cut or padded with [PAD]. Rows are in the order of the
+    text.
 
     Args:
-        corpus: the documents.
-        vocab_size: size of the vocabulary that is trained on the training part; the result may be smaller if
-            the text is short. Not used with a tokenizer file.
-        length: tokens a row, [CLS] and [SEP] included.
-        packed: whether documents are joined and cut, or each is a row of its own.
-        cache: folder for finished blocks; None for earlysift/blocks in the user's cache folder.
-        tokenizer_file: a BERT vocab.txt, or a tokenizer.json that has BERT's special tokens.
+        corpus: The documents.
+        vocab_size: Size of the vocabulary that is trained on the training part; the result may be smaller if the text
+            is short. Not used with a tokenizer file.
+        length: Tokens a row, [CLS] and [SEP] included.
+        packed: Whether documents are joined and cut, or each is a row of its own.
+        cache: Folder for finished blocks; None for earlysift/blocks in the user's cache folder.
+        tokenizer_file: A BERT vocab.txt, or a tokenizer.json that has BERT's special tokens.
 
     Returns:
         The blocks; the same arguments and version of tokenizers give the same blocks everywhere.
 
     Raises:
-        ValueError: a length or vocabulary too small, a text too short for one block in each part, or a
-            tokenizer file that cannot be used.
-        FileNotFoundError: the tokenizer file is not there.
+        ValueError: If length or vocabulary is too small, the text too short for one block in each part, or the
+            tokenizer file cannot be used.
+        FileNotFoundError: If the tokenizer file is missing.
     """
     if length < _SHORTEST_LENGTH:
         raise ValueError(
@@ -103,24 +107,24 @@ def load_blocks(
 def train_tokenizer(documents: Sequence[str], vocab_size: int) -> "Tokenizer":
     """Train an uncased WordPiece tokenizer like BERT's.
 
-    The same documents give the same tokenizer. The library alone does not: it numbers the letters inside
-    words (##a, ##b) in the order of a hash table that is seeded anew each time, with one thread too, and
-    breaks ties between equally frequent pieces by these numbers. So these letters get their numbers here.
+    The same documents give the same tokenizer. The library alone does not guarantee that: it numbers the letters inside
+    words (##a, ##b) in the order of a hash table with a new seed each time, even on one thread, and breaks ties between
+    equally frequent pieces by these numbers. So these letters get their numbers here.
 
     Args:
-        documents: the texts.
-        vocab_size: the largest number of entries, special tokens included; a short text gives fewer.
+        documents: The texts.
+        vocab_size: The largest number of entries, special tokens included; a short text gives fewer.
 
     Returns:
         The tokenizer, with [PAD] [UNK] [CLS] [SEP] [MASK] as ids 0 to 4.
 
     Raises:
-        ValueError: the vocabulary is too small.
+        ValueError: If the vocabulary is too small.
     """
     if vocab_size < _SMALLEST_VOCABULARY:
         raise ValueError(
             f"expected a vocabulary of {_SMALLEST_VOCABULARY} entries or more, got vocab_size={vocab_size}; "
-            "the letters alone take most of that: 4096 suits a small model"
+            "letters alone fill most of that: 4096 suits a small model"
         )
     tokenizers = optional_package("tokenizers", extra="hf")
     draft = _wordpiece({}, lowercase=True)
@@ -138,7 +142,7 @@ def train_tokenizer(documents: Sequence[str], vocab_size: int) -> "Tokenizer":
         show_progress=False,
     )
     draft.train_from_iterator(documents, trainer)
-    # Made anew, since to the draft the ##letters are special tokens as well.
+    # A new tokenizer, as in the draft the ##letters are special tokens, too.
     return _wordpiece(draft.get_vocab(), lowercase=True)
 
 
@@ -154,7 +158,7 @@ def _wordpiece(vocabulary: dict[str, int], *, lowercase: bool) -> "Tokenizer":
 
 
 def _alphabet(documents: Sequence[str], tokenizer: "Tokenizer", limit: int) -> list[str]:
-    """Return the most frequent letters of the normalized documents, the most frequent first."""
+    """The most frequent letters of the normalized documents, in order of frequency."""
     raw = Counter[str]()
     for document in documents:
         raw.update(document)
@@ -167,7 +171,7 @@ def _alphabet(documents: Sequence[str], tokenizer: "Tokenizer", limit: int) -> l
 
 
 def _inside_word(letter: str, tokenizer: "Tokenizer") -> bool:
-    """Tell whether a letter can follow another in a word, unlike punctuation or a Chinese character."""
+    """Whether a letter can follow another in a word, unlike punctuation or a Chinese character."""
     word = tokenizer.normalizer.normalize_str(f"a{letter}")
     return len(tokenizer.pre_tokenizer.pre_tokenize_str(word)) == 1
 
@@ -217,7 +221,7 @@ def _from_json(content: str, path: Path | None) -> "Tokenizer":
 
 
 def _encode(corpus: Corpus, tokenizer: "Tokenizer", length: int, to_rows: _ToRows) -> Blocks:
-    # A text that speaks of "[MASK]" must not get the id of a mask.
+    # The text "[MASK]" in a document must not get the id of a mask.
     tokenizer.encode_special_tokens = True
     vocabulary = tokenizer.get_vocab()
     special = {token: vocabulary[token] for token in SPECIAL_TOKENS}
@@ -235,15 +239,15 @@ def _encode(corpus: Corpus, tokenizer: "Tokenizer", length: int, to_rows: _ToRow
 
 
 def packed_rows(documents: Iterable[str], tokenizer_json: str, length: int) -> Iterator[torch.Tensor]:
-    """Pack documents that are read in passing into the very rows that `load_blocks` makes of them.
+    """Pack streamed documents into the same rows as `load_blocks`.
 
     Args:
-        documents: the texts; about a million characters are held at once.
-        tokenizer_json: the tokenizer, as `Blocks` hold it.
-        length: tokens a row.
+        documents: The texts; about a million characters are in memory at a time.
+        tokenizer_json: The tokenizer, see `Blocks`.
+        length: Tokens a row.
 
     Yields:
-        Rows of token ids, int32 (length,).
+        Rows of token ids, int32 ``(length,)``.
     """
     tokenizer = optional_package("tokenizers", extra="hf").Tokenizer.from_str(tokenizer_json)
     tokenizer.encode_special_tokens = True
@@ -254,23 +258,23 @@ def packed_rows(documents: Iterable[str], tokenizer_json: str, length: int) -> I
 
 
 def _pack(documents: list[str], tokenizer: "Tokenizer", special: dict[str, int], length: int) -> torch.Tensor:
-    """Return the documents as blocks, (N, length) int32, N = 0 if they do not fill one."""
+    """The documents as blocks, int32 ``(N, length)``; N is 0 if they do not fill one."""
     return torch.cat(list(_packed(documents, tokenizer, special, length)))
 
 
 def _packed(
     documents: Iterable[str], tokenizer: "Tokenizer", special: dict[str, int], length: int
 ) -> Iterator[torch.Tensor]:
-    """Yield the documents as blocks, in portions (N, length) int32 that may be empty."""
+    """The documents as blocks, in portions, int32 ``(N, length)``, that may be empty."""
     body = length - 2
     ids = array("i")
-    begun = False
+    started = False
     for batch in _batches(documents):
         for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
-            if begun and encoding.ids:
+            if started and encoding.ids:
                 ids.append(special["[SEP]"])
             ids.extend(encoding.ids)
-            begun = begun or bool(encoding.ids)
+            started = started or bool(encoding.ids)
         count = len(ids) // body
         blocks = torch.empty(count, length, dtype=torch.int32)
         blocks[:, 0] = special["[CLS]"]
@@ -282,7 +286,7 @@ def _packed(
 
 
 def _fill(documents: list[str], tokenizer: "Tokenizer", special: dict[str, int], length: int) -> torch.Tensor:
-    """Return every document as one row, (N, length) int32."""
+    """Every document as one row, int32 ``(N, length)``."""
     ids = array("i")
     for batch in _batches(documents):
         for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
@@ -309,22 +313,22 @@ def _user_cache() -> Path:
 
 
 def _read_entry(entry: Path) -> Blocks | None:
-    """Return the blocks of a cache entry, None if there is no sound one."""
+    """The blocks of a cache entry; None if it is missing or damaged."""
     try:
         raw = entry.read_bytes()
     except OSError:
         return None
     digest, content = raw[:_DIGEST_BYTES], raw[_DIGEST_BYTES:]
-    # torch.load alone takes a file with a flipped bit for sound.
+    # torch.load alone does not notice a flipped bit.
     if hashlib.sha256(content).digest() != digest:
-        warnings.warn(f"{entry}: this cache entry is damaged; it is made anew", stacklevel=3)
+        warnings.warn(f"{entry}: this cache entry is damaged; encoding the text again", stacklevel=3)
         return None
     fields: dict[str, Any] = torch.load(io.BytesIO(content), weights_only=True)
     return Blocks(**fields)
 
 
 def _write_entry(entry: Path, blocks: Blocks) -> None:
-    """Write a cache entry in one step, so that no other process ever reads half of it."""
+    """Write a cache entry in one step, so that no other process reads half of it."""
     buffer = io.BytesIO()
     torch.save(vars(blocks), buffer)
     content = buffer.getvalue()
@@ -336,7 +340,7 @@ def _write_entry(entry: Path, blocks: Blocks) -> None:
             unfinished.replace(entry)
     except OSError as error:
         warnings.warn(
-            f"{entry.parent}: cannot write to this cache folder ({error}); going on without it, so that the "
-            "next run encodes the text again. Name a folder that can be written to, or set XDG_CACHE_HOME",
+            f"{entry.parent}: cannot write to this cache folder ({error}), so the next run encodes the text again. "
+            "Give a folder that can be written to, or set XDG_CACHE_HOME",
             stacklevel=3,
         )

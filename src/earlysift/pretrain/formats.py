@@ -1,0 +1,251 @@
+"""File formats: plain text and tables, compressed or not, and folders that `datasets.save_to_disk` wrote."""
+
+import csv
+import gzip
+import json
+import tempfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from earlysift.pretrain.optional import optional_package
+
+DOCUMENT_CHARACTERS = 2_000
+"""A document of plain text ends at the first blank line after so many characters."""
+# Text with hardly a blank line is cut at a line end instead: else a novel would be one document.
+_DOCUMENT_CHARACTERS_WITHOUT_BLANK_LINE = 20_000
+
+_TEXT_SUFFIXES = frozenset({".txt", ".text", ".md", ".rst", ".tex", ".py"})
+# An empty field is a missing one, but the words "NA", "null" and "None" are text.
+_CSV = {"keep_default_na": False, "na_values": [""]}
+TABLES: dict[str, tuple[str, dict[str, Any]]] = {
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+    ".csv": ("csv", _CSV),
+    ".tsv": ("csv", {**_CSV, "sep": "\t", "quoting": csv.QUOTE_NONE}),
+    ".parquet": ("parquet", {}),
+    ".arrow": ("arrow", {}),
+}
+"""Suffix to format and options of `datasets.load_dataset`. Tab-separated files have no quotes: in SST-2 and its like a
+lone quote mark would silently swallow every line up to the next one."""
+_EXPECTED_CONTENT = {
+    "json": "one JSON object a line",
+    "csv": "a table with a header line",
+    "parquet": "a complete Parquet file",
+    "arrow": "a complete Arrow file",
+}
+_BINARY = frozenset({"parquet", "arrow"})
+SAVED_FILES = ("state.json", "dataset_info.json")
+"""What `datasets.save_to_disk` writes beside the rows."""
+
+
+def is_saved(path: Path) -> bool:
+    """Whether a path is the folder of a data set that `datasets.save_to_disk` wrote."""
+    return all((path / name).is_file() for name in SAVED_FILES)
+
+
+def is_table(path: Path) -> bool:
+    """Whether a path is a table, and not plain text.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    if is_saved(path):
+        return True
+    suffix = format_of(path)
+    if not suffix:
+        raise ValueError(f"{path}: expected a file of text, got one of unknown format; {supported()}")
+    return suffix in TABLES
+
+
+def format_of(path: Path) -> str:
+    """The suffix of a file's format, without that of its compression; empty if the format is unknown."""
+    name = path.with_suffix("") if path.suffix.lower() in _DECOMPRESS else path
+    suffix = name.suffix.lower()
+    return suffix if suffix in _TEXT_SUFFIXES or suffix in TABLES else ""
+
+
+def supported() -> str:
+    """The formats that can be read, for messages."""
+    formats = " ".join(sorted(_TEXT_SUFFIXES) + list(TABLES))
+    compressed = f"each also compressed ({' '.join(_DECOMPRESS)})"
+    return f"supported are {formats}, {compressed}, and folders that datasets.save_to_disk wrote"
+
+
+def read_text(path: Path) -> str:
+    """The content of a text file, compressed or not.
+
+    Raises:
+        ValueError: If it is not UTF-8, or the archive is damaged.
+    """
+    return decode(_decompressed(path), path)
+
+
+def decode(raw: bytes, path: Path) -> str:
+    """UTF-8 as text, without byte order mark and with the line ends of Unix.
+
+    Raises:
+        ValueError: If it is not UTF-8.
+    """
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: expected UTF-8 text, but byte {error.start} ({raw[error.start]:#04x}) is not; convert "
+            f"the file, for instance: iconv -f latin1 -t utf-8 {path.name}"
+        ) from error
+    return text.removeprefix("\ufeff").replace("\r\n", "\n")
+
+
+def split_documents(lines: Iterable[str]) -> Iterator[str]:
+    """Split the lines of a plain text into documents."""
+    document: list[str] = []
+    characters = 0
+    for line in lines:
+        document.append(line)
+        characters += len(line) + 1
+        blank = not line.strip()
+        if characters >= (DOCUMENT_CHARACTERS if blank else _DOCUMENT_CHARACTERS_WITHOUT_BLANK_LINE):
+            yield "\n".join(document).strip()
+            document, characters = [], 0
+    yield "\n".join(document).strip()
+
+
+def read_table(path: Path) -> Any:
+    """Read a table into memory, as a `datasets.Dataset`; None if the file is empty.
+
+    Raises:
+        ValueError: If the table or its archive is damaged.
+    """
+    if is_saved(path):
+        return open_saved(path)
+    suffix = format_of(path)
+    kind, options = TABLES[suffix]
+    raw = _decompressed(path)
+    text = "" if kind in _BINARY else decode(raw, path)
+    if kind not in _BINARY and not text.strip():
+        return None
+    datasets = optional_package("datasets", extra="data")
+    # A copy under a plain name: `datasets` does not read .zst, takes [ and * in a path for a pattern, and its own cache
+    # would keep every corpus ever read.
+    with tempfile.TemporaryDirectory(prefix="earlysift-") as folder, _silent(datasets):
+        copy = Path(folder) / f"table{suffix}"
+        copy.write_bytes(raw)
+        try:
+            return datasets.load_dataset(
+                kind, data_files=str(copy), split="train", cache_dir=folder, keep_in_memory=True, **options
+            )
+        except Exception as error:  # `datasets` raises nearly anything, StopIteration included
+            cause = error.__cause__ or error
+            reason = (kind == "json" and _bad_json_line(text)) or f"{type(cause).__name__}: {cause}".splitlines()[0]
+            raise ValueError(
+                f"{path}: expected {_EXPECTED_CONTENT[kind]}, but {reason}; repair it or leave out what is broken"
+            ) from error
+
+
+def open_saved(path: Path) -> Any:
+    """Open a folder that `datasets.save_to_disk` wrote; its rows stay on disk until they are read.
+
+    Raises:
+        ValueError: If it is damaged.
+    """
+    datasets = optional_package("datasets", extra="data")
+    try:
+        return datasets.load_from_disk(str(path)).with_format(None)
+    except Exception as error:  # `datasets` raises nearly anything
+        raise ValueError(
+            f"{path}: expected a data set that save_to_disk wrote, but {type(error).__name__}: {error}; save it again"
+        ) from error
+
+
+def find_text_column(features: Any, path: Any, named: str | None = None) -> str:
+    """Find the column of texts: the named one, else `text`, else the only one of strings.
+
+    Args:
+        features: The columns of the table and their types.
+        path: What messages call the table.
+        named: Name of the column; None to find it.
+
+    Raises:
+        ValueError: If there is no such column of strings.
+    """
+    types = {name: getattr(feature, "dtype", "nested") for name, feature in features.items()}
+    strings = [name for name, dtype in types.items() if dtype in ("string", "large_string")]
+    candidates = [named] if named else ["text"] if "text" in types else strings
+    if len(candidates) == 1 and candidates[0] in strings:
+        return candidates[0]
+    found = ", ".join(f"{name} ({dtype})" for name, dtype in types.items())
+    if named:
+        wanted, remedy = f"named {named!r}, as text_column says", "name the one that holds the text"
+    else:
+        wanted = "named 'text', or just one column of strings"
+        remedy = "rename the column that holds the text to 'text', or name it by text_column (--text-column)"
+    raise ValueError(f"{path}: expected a column of strings {wanted}; found the columns {found}; {remedy}")
+
+
+def _decompressed(path: Path) -> bytes:
+    raw = path.read_bytes()
+    decompress = _DECOMPRESS.get(path.suffix.lower())
+    if decompress is None:
+        return raw
+    try:
+        return decompress(raw)
+    except (EOFError, OSError, zlib.error) as error:
+        raise ValueError(
+            f"{path}: the archive ends too early or is damaged ({error}); download or compress it again"
+        ) from error
+
+
+def _unzstd(raw: bytes) -> bytes:
+    """Decompress all frames of a .zst file.
+
+    The package's own readers take a truncated file for a complete one, so each frame is checked to have ended.
+    """
+    zstandard = optional_package("zstandard", extra="data")
+    decompressor = zstandard.ZstdDecompressor()
+    chunk_bytes = 1 << 20  # a finished frame returns the rest of its input as a copy: keep that small
+    pieces: list[bytes] = []
+    frame = None
+    for start in range(0, len(raw), chunk_bytes):
+        rest = raw[start : start + chunk_bytes]
+        while rest:
+            frame = frame or decompressor.decompressobj()
+            try:
+                pieces.append(frame.decompress(rest))
+            except zstandard.ZstdError as error:
+                raise EOFError(str(error)) from error
+            rest = frame.unused_data if frame.eof else b""
+            frame = None if frame.eof else frame
+    if frame is not None:
+        raise EOFError("the last frame is not complete")
+    return b"".join(pieces)
+
+
+_DECOMPRESS: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.decompress, ".zst": _unzstd}
+
+
+def _bad_json_line(text: str) -> str:
+    """Where JSON lines, or one JSON list, are malformed; empty if they are not."""
+    for number, line in enumerate([text] if text.lstrip().startswith("[") else text.split("\n")):
+        try:
+            json.loads(line if line.strip() else "null")
+        except json.JSONDecodeError as error:
+            return f"line {number + error.lineno} is malformed ({error.msg}, column {error.colno})"
+    return ""
+
+
+@contextmanager
+def _silent(datasets: Any) -> Iterator[None]:
+    """Keep `datasets` from printing, and leave its global settings as they were."""
+    bars = not datasets.are_progress_bars_disabled()
+    verbosity = datasets.logging.get_verbosity()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        if bars:
+            datasets.enable_progress_bars()

@@ -1,0 +1,50 @@
+"""Masked language modelling: a BERT predicts the hidden tokens of packed text."""
+
+from pathlib import Path
+
+from torch import Generator, Tensor
+
+from earlysift.pretrain.language import language_data, read_blocks
+from earlysift.pretrain.masking import begins_word, mask_tokens
+from earlysift.pretrain.models import build_bert
+from earlysift.pretrain.optional import optional_package
+from earlysift.pretrain.stream import Rows
+from earlysift.pretrain.tokens import Blocks
+from earlysift.pretrain.workload_settings import WorkloadSettings
+from earlysift.pretrain.workloads import TaskData
+
+TAKES = ("data", "text_column", "max_characters", "tokenizer_file", "stream", "whole_word")
+
+
+def read(
+    settings: WorkloadSettings, *, tokenizer_file: Path | None = None, stream: bool = False, whole_word: bool = False
+) -> TaskData:
+    """Read text as `read_blocks` does; with ``whole_word`` all tokens of a word are hidden together."""
+    name, blocks = read_blocks(settings, tokenizer_file, stream=stream)
+    ordinary = _ordinary_ids(blocks)
+    word_begins = None
+    if whole_word:
+        tokenizer = optional_package("tokenizers", extra="hf").Tokenizer.from_str(blocks.tokenizer_json)
+        word_begins = begins_word(tokenizer.get_vocab())
+
+    def prepare(rows: Rows, generator: Generator) -> Rows:
+        return mask_tokens(
+            rows["input_ids"],
+            mask_id=blocks.special["[MASK]"],
+            vocab_size=ordinary.stop,
+            first_ordinary_id=ordinary.start,
+            generator=generator,
+            word_begins=word_begins,
+        )
+
+    def targets(rows: Rows) -> Tensor:
+        ids = rows["input_ids"]
+        return ids[(ids >= ordinary.start) & (ids < ordinary.stop)]
+
+    return language_data(f"{name}, masked LM", blocks, settings, build_bert, prepare=prepare, targets=targets)
+
+
+def _ordinary_ids(blocks: Blocks) -> range:
+    """The ids of ordinary tokens: those behind the special ones, or before them where a vocabulary ends with these."""
+    special = blocks.special.values()
+    return max(range(max(special) + 1, blocks.vocab_size), range(min(special)), key=len)
