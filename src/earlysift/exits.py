@@ -247,17 +247,26 @@ def shortened(
     if hasattr(anatomy.core, "_get_fsdp_state"):
         # FSDP2 collects the modules of the model in its first pass, which must see the full model.
         cast(Any, anatomy.core)._get_fsdp_state()._lazy_init()
-    all_layers = anatomy.layers._modules
-    kept = dict(list(all_layers.items())[:depth])
+    with _replaced_layers(anatomy, list(anatomy.layers)[:depth], exit_head, detach_exit):
+        hooked = _modules_with_capture_hooks(anatomy.core)  # in the shortened model, as the other layers do not run
+        try:
+            yield
+        finally:
+            _drop_new_capture_hooks(anatomy.core, hooked)
+
+
+@contextmanager
+def _replaced_layers(
+    anatomy: Anatomy, layers: list[nn.Module], exit_head: nn.Module | None, detach_exit: bool = False
+) -> Iterator[None]:
+    """Put these layers, the last one followed by the exit head, in place of all layers within this context."""
     if exit_head is not None:
-        last = list(kept)[-1]
-        kept[last] = _ExitLayer(kept[last], exit_head, detach_exit)
-    anatomy.layers._modules = kept
-    hooked = _modules_with_capture_hooks(anatomy.core)  # in the shortened model, as the other layers do not run
+        layers[-1] = _ExitLayer(layers[-1], exit_head, detach_exit)
+    all_layers = anatomy.layers._modules
+    anatomy.layers._modules = dict(zip(all_layers, layers, strict=False))
     try:
         yield
     finally:
-        _drop_new_capture_hooks(anatomy.core, hooked)
         anatomy.layers._modules = all_layers
 
 
@@ -286,18 +295,11 @@ def replayed(anatomy: Anatomy, outputs: Sequence[Any], *, exit_head: nn.Module |
     A forward pass then runs no layer, so one full pass is enough for the exits at every depth: the model's own final
     norm and head follow each. Every layer gets a stand-in, because models compute between their layers.
     """
-    all_layers = anatomy.layers._modules
-    recorded: dict[str, nn.Module] = {
-        name: _Recorded(layer, output) for (name, layer), output in zip(all_layers.items(), outputs, strict=False)
-    }
-    if exit_head is not None:
-        last = list(recorded)[-1]
-        recorded[last] = _ExitLayer(recorded[last], exit_head, detach=False)
-    anatomy.layers._modules = recorded
-    try:
+    recorded: list[nn.Module] = [
+        _Recorded(layer, output) for layer, output in zip(anatomy.layers, outputs, strict=False)
+    ]
+    with _replaced_layers(anatomy, recorded, exit_head):
         yield
-    finally:
-        anatomy.layers._modules = all_layers
 
 
 @contextmanager
