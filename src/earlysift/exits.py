@@ -580,51 +580,46 @@ def anatomy_or_problems(model: nn.Module, family: Family | None) -> Anatomy | li
                 f"Known families: {', '.join(FAMILIES)}.",
             )
         ]
-    problems = []
     layers = _submodule(core, row.layers)
-    if not isinstance(layers, nn.ModuleList | nn.Sequential):
-        found = "nothing" if layers is None else type(layers).__name__
-        problems.append(
-            Problem(
-                f"Expected a ModuleList or Sequential of layers at '{row.layers}' of {name}, got {found}.",
-                "Give the path of the layer list in the family row; `model.named_modules()` lists the paths.",
-            )
-        )
-    elif not len(layers):
-        problems.append(
-            Problem(f"The list of layers at '{row.layers}' of {name} is empty.", "Give the path of another list.")
-        )
+    found = "nothing" if layers is None else type(layers).__name__
     suffix = next((s for s in _TASK_OF_CLASS_SUFFIX if name.endswith(s)), None)
     task = row.task or (_TASK_OF_CLASS_SUFFIX[suffix] if suffix else None)
-    if task is None:
-        problems.append(
-            Problem(
-                f"What the labels of {name} mean is unknown.",
-                "Set task= in the family row: masked_lm, causal_lm, token_classification or sequence_classification.",
-            )
-        )
     named = next((h for h in row.heads if all(part in core._modules for part in h)), ())
     # In sequence classification the head pools over positions, so the model's own logits are scored.
     head, classifier = ((), named) if task == "sequence_classification" else (named, ())
-    if task != "sequence_classification" and given is not None and row.heads and not head:
-        problems.append(
-            Problem(
-                f"{name} has none of the heads {row.heads} named in its family row as direct submodules.",
-                f"Its submodules are {tuple(core._modules)}; leave heads empty to use the model's own logits.",
-            )
-        )
-    if task == "causal_lm" and getattr(config, "is_encoder_decoder", False):
-        problems.append(
-            Problem(
-                f"{name} is an encoder-decoder, which predicts labels at their own positions, but causal_lm shifts "
-                "labels by one position.",
-                "Set task='token_classification' in the family row.",
-            )
-        )
-    if getattr(config, "final_logit_softcapping", None):
-        head = ()  # the model's forward applies the cap after the head
+    rules = [
+        (
+            not isinstance(layers, nn.ModuleList | nn.Sequential),
+            f"Expected a ModuleList or Sequential of layers at '{row.layers}' of {name}, got {found}.",
+            "Give the path of the layer list in the family row; `model.named_modules()` lists the paths.",
+        ),
+        (
+            isinstance(layers, nn.ModuleList | nn.Sequential) and not len(layers),
+            f"The list of layers at '{row.layers}' of {name} is empty.",
+            "Give the path of another list.",
+        ),
+        (
+            task is None,
+            f"What the labels of {name} mean is unknown.",
+            "Set task= in the family row: masked_lm, causal_lm, token_classification or sequence_classification.",
+        ),
+        (
+            task != "sequence_classification" and given is not None and bool(row.heads) and not head,
+            f"{name} has none of the heads {row.heads} named in its family row as direct submodules.",
+            f"Its submodules are {tuple(core._modules)}; leave heads empty to use the model's own logits.",
+        ),
+        (
+            task == "causal_lm" and getattr(config, "is_encoder_decoder", False),
+            f"{name} is an encoder-decoder, which predicts labels at their own positions, but causal_lm shifts labels "
+            "by one position.",
+            "Set task='token_classification' in the family row.",
+        ),
+    ]
+    problems = [Problem(reason, remedy) for wrong, reason, remedy in rules if wrong]
     if problems:
         return problems
+    if getattr(config, "final_logit_softcapping", None):
+        head = ()  # the model's forward applies the cap after the head
     assert isinstance(layers, nn.ModuleList | nn.Sequential)
     assert task is not None
     positionwise = row.positionwise if head and _can_skip_unlabelled(core, layers, row) else ()
