@@ -227,7 +227,7 @@ def test_a_real_process_is_refused_in_one_line(arguments, tmp_path):
 
 
 def test_an_unexpected_error_shows_its_traceback_asks_for_an_issue_and_exits_with_1(tmp_path):
-    program = "import earlysift.cli as cli, earlysift.__main__ as m; cli._require_inputs = lambda command: 1 / 0; exit(m.main())"
+    program = "from earlysift import cli, __main__ as m; cli._require_inputs = lambda command: 1 / 0; exit(m.main())"
     done = child(["-c", program], "report", folder=tmp_path)
     assert done.returncode == 1
     *traceback, last = done.stderr.strip().splitlines()

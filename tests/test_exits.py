@@ -615,7 +615,7 @@ def test_shared_layers_are_refused_by_their_calls():
     problems = check(Looping(), family=Family("blocks", task="token_classification"), inputs=torch.zeros(2, 3, WIDTH))
     assert len(problems) == 1
     assert problems[0].reason == "Expected each of the first 1 layers to run once and no other, got calls [6, 0]."
-    assert "the list that it loops over, or score with a callable of your own" in problems[0].remedy
+    assert "the list that it loops over, or score with your own callable" in problems[0].remedy
 
 
 def albert(groups, layers=4):

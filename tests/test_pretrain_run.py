@@ -297,7 +297,7 @@ def test_a_full_disk_ends_the_run_at_the_checkpoint_before_from_which_it_goes_on
 
 def test_a_second_run_in_a_folder_is_refused_while_the_first_one_trains(start, copy):
     # This process holds the folder as a run does.
-    with run._alone(PretrainSettings(out=copy, resume=True)):
+    with run._locked(PretrainSettings(out=copy, resume=True)):
         code, _, err = start(copy, "--resume")
         assert (code, f"Another process trains in {copy}. Wait until it has ended, or choose" in err) == (2, True), err
         assert "Traceback" not in err

@@ -151,32 +151,29 @@ def dry_run(
     finally:
         for handle in handles:
             handle.remove()
-    problems = []
     expected = [1] * depth + [0] * (len(calls) - depth)
-    if calls != expected:
-        problems.append(
-            Problem(
-                f"Expected each of the first {depth} layers to run once and no other, got calls {calls}.",
-                "The model does not loop over this list (perhaps it shares weights between layers, as ALBERT does): "
-                "give the path of the list that it loops over, or score with your own callable.",
-            )
-        )
-    if rows is not None and logits.size(0) != rows:
-        problems.append(
-            Problem(
-                f"Expected one row of output per candidate, got {logits.size(0)} rows for {rows} candidates.",
-                "Turn padding-free or packed batches off.",
-            )
-        )
-    if not torch.equal(torch.get_rng_state(), random_state):
-        torch.set_rng_state(random_state)
-        problems.append(
-            Problem(
-                "The model draws from the global random generator in evaluation mode: scoring would change training.",
-                "Make its evaluation mode deterministic.",
-            )
-        )
-    return problems
+    returned = len(logits) if logits.ndim else 0
+    draws = not torch.equal(torch.get_rng_state(), random_state)
+    torch.set_rng_state(random_state)
+    rules = [
+        (
+            calls != expected,
+            f"Expected each of the first {depth} layers to run once and no other, got calls {calls}.",
+            "The model does not loop over this list (perhaps it shares weights between layers, as ALBERT does): "
+            "give the path of the list that it loops over, or score with your own callable.",
+        ),
+        (
+            rows is not None and returned != rows,
+            f"Expected one row of output per candidate, got {returned} rows for {rows} candidates.",
+            "Turn padding-free or packed batches off.",
+        ),
+        (
+            draws,
+            "The model draws from the global random generator in evaluation mode: scoring would change training.",
+            "Make its evaluation mode deterministic.",
+        ),
+    ]
+    return [Problem(reason, remedy) for wrong, reason, remedy in rules if wrong]
 
 
 def _compare_and_remember(model: nn.Module, anatomy: Anatomy, batch: Any) -> None:

@@ -247,17 +247,26 @@ def shortened(
     if hasattr(anatomy.core, "_get_fsdp_state"):
         # FSDP2 collects the modules of the model in its first pass, which must see the full model.
         cast(Any, anatomy.core)._get_fsdp_state()._lazy_init()
-    all_layers = anatomy.layers._modules
-    kept = dict(list(all_layers.items())[:depth])
+    with _replaced_layers(anatomy, list(anatomy.layers)[:depth], exit_head, detach_exit):
+        hooked = _modules_with_capture_hooks(anatomy.core)  # in the shortened model, as the other layers do not run
+        try:
+            yield
+        finally:
+            _drop_new_capture_hooks(anatomy.core, hooked)
+
+
+@contextmanager
+def _replaced_layers(
+    anatomy: Anatomy, layers: list[nn.Module], exit_head: nn.Module | None, detach_exit: bool = False
+) -> Iterator[None]:
+    """Put these layers, the last one followed by the exit head, in place of all layers within this context."""
     if exit_head is not None:
-        last = list(kept)[-1]
-        kept[last] = _ExitLayer(kept[last], exit_head, detach_exit)
-    anatomy.layers._modules = kept
-    hooked = _modules_with_capture_hooks(anatomy.core)  # in the shortened model, as the other layers do not run
+        layers[-1] = _ExitLayer(layers[-1], exit_head, detach_exit)
+    all_layers = anatomy.layers._modules
+    anatomy.layers._modules = dict(zip(all_layers, layers, strict=False))
     try:
         yield
     finally:
-        _drop_new_capture_hooks(anatomy.core, hooked)
         anatomy.layers._modules = all_layers
 
 
@@ -286,18 +295,11 @@ def replayed(anatomy: Anatomy, outputs: Sequence[Any], *, exit_head: nn.Module |
     A forward pass then runs no layer, so one full pass is enough for the exits at every depth: the model's own final
     norm and head follow each. Every layer gets a stand-in, because models compute between their layers.
     """
-    all_layers = anatomy.layers._modules
-    recorded: dict[str, nn.Module] = {
-        name: _Recorded(layer, output) for (name, layer), output in zip(all_layers.items(), outputs, strict=False)
-    }
-    if exit_head is not None:
-        last = list(recorded)[-1]
-        recorded[last] = _ExitLayer(recorded[last], exit_head, detach=False)
-    anatomy.layers._modules = recorded
-    try:
+    recorded: list[nn.Module] = [
+        _Recorded(layer, output) for layer, output in zip(anatomy.layers, outputs, strict=False)
+    ]
+    with _replaced_layers(anatomy, recorded, exit_head):
         yield
-    finally:
-        anatomy.layers._modules = all_layers
 
 
 @contextmanager
@@ -578,51 +580,46 @@ def anatomy_or_problems(model: nn.Module, family: Family | None) -> Anatomy | li
                 f"Known families: {', '.join(FAMILIES)}.",
             )
         ]
-    problems = []
     layers = _submodule(core, row.layers)
-    if not isinstance(layers, nn.ModuleList | nn.Sequential):
-        found = "nothing" if layers is None else type(layers).__name__
-        problems.append(
-            Problem(
-                f"Expected a ModuleList or Sequential of layers at '{row.layers}' of {name}, got {found}.",
-                "Give the path of the layer list in the family row; `model.named_modules()` lists the paths.",
-            )
-        )
-    elif not len(layers):
-        problems.append(
-            Problem(f"The list of layers at '{row.layers}' of {name} is empty.", "Give the path of another list.")
-        )
+    found = "nothing" if layers is None else type(layers).__name__
     suffix = next((s for s in _TASK_OF_CLASS_SUFFIX if name.endswith(s)), None)
     task = row.task or (_TASK_OF_CLASS_SUFFIX[suffix] if suffix else None)
-    if task is None:
-        problems.append(
-            Problem(
-                f"What the labels of {name} mean is unknown.",
-                "Set task= in the family row: masked_lm, causal_lm, token_classification or sequence_classification.",
-            )
-        )
     named = next((h for h in row.heads if all(part in core._modules for part in h)), ())
     # In sequence classification the head pools over positions, so the model's own logits are scored.
     head, classifier = ((), named) if task == "sequence_classification" else (named, ())
-    if task != "sequence_classification" and given is not None and row.heads and not head:
-        problems.append(
-            Problem(
-                f"{name} has none of the heads {row.heads} named in its family row as direct submodules.",
-                f"Its submodules are {tuple(core._modules)}; leave heads empty to use the model's own logits.",
-            )
-        )
-    if task == "causal_lm" and getattr(config, "is_encoder_decoder", False):
-        problems.append(
-            Problem(
-                f"{name} is an encoder-decoder, which predicts labels at their own positions, but causal_lm shifts "
-                "labels by one position.",
-                "Set task='token_classification' in the family row.",
-            )
-        )
-    if getattr(config, "final_logit_softcapping", None):
-        head = ()  # the model's forward applies the cap after the head
+    rules = [
+        (
+            not isinstance(layers, nn.ModuleList | nn.Sequential),
+            f"Expected a ModuleList or Sequential of layers at '{row.layers}' of {name}, got {found}.",
+            "Give the path of the layer list in the family row; `model.named_modules()` lists the paths.",
+        ),
+        (
+            isinstance(layers, nn.ModuleList | nn.Sequential) and not len(layers),
+            f"The list of layers at '{row.layers}' of {name} is empty.",
+            "Give the path of another list.",
+        ),
+        (
+            task is None,
+            f"What the labels of {name} mean is unknown.",
+            "Set task= in the family row: masked_lm, causal_lm, token_classification or sequence_classification.",
+        ),
+        (
+            task != "sequence_classification" and given is not None and bool(row.heads) and not head,
+            f"{name} has none of the heads {row.heads} named in its family row as direct submodules.",
+            f"Its submodules are {tuple(core._modules)}; leave heads empty to use the model's own logits.",
+        ),
+        (
+            task == "causal_lm" and getattr(config, "is_encoder_decoder", False),
+            f"{name} is an encoder-decoder, which predicts labels at their own positions, but causal_lm shifts labels "
+            "by one position.",
+            "Set task='token_classification' in the family row.",
+        ),
+    ]
+    problems = [Problem(reason, remedy) for wrong, reason, remedy in rules if wrong]
     if problems:
         return problems
+    if getattr(config, "final_logit_softcapping", None):
+        head = ()  # the model's forward applies the cap after the head
     assert isinstance(layers, nn.ModuleList | nn.Sequential)
     assert task is not None
     positionwise = row.positionwise if head and _can_skip_unlabelled(core, layers, row) else ()
