@@ -14,9 +14,9 @@ from torch import Tensor
 
 import measuring
 from earlysift import exits, scorers
+from earlysift.compare.bench import Bench
 from earlysift.compare.run import read_workload
 from earlysift.compare.settings import Settings
-from earlysift.compare.steps import Bench
 from earlysift.fidelity import fidelity
 
 TITLE = "Scores that read fewer positions"

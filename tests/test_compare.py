@@ -19,10 +19,10 @@ import torch
 from earlysift import cli
 from earlysift.compare import suite
 from earlysift.compare.arms import ARMS
+from earlysift.compare.bench import Bench, learning_rate_factor
 from earlysift.compare.prices import Prices, charges_ms, step_times_ms
 from earlysift.compare.run import compare
 from earlysift.compare.settings import Settings
-from earlysift.compare.steps import Bench, learning_rate_factor
 from earlysift.compare.trial import evaluate
 from earlysift.pretrain.workloads import load_workload
 from earlysift.settings import read_settings
@@ -184,7 +184,7 @@ def test_scoring_is_all_that_a_sifter_takes_but_for_probes_and_is_measured_for_a
     row = {"candidates": 8, "wait_ms": 3.0, "train_ms": 20.0, "sift_ms": 1.0}  # before it selects
     assert step_times_ms(row, ARMS["sift-joint-1"], settings) == {"train_joint_1": 20.0, "read_batch": 3.0}
     row = {"candidates": 32, "scored": 32, "wait_ms": 3.0, "train_ms": 20.0, "score_ms": 8.0}
-    assert step_times_ms(row, ARMS["rho-loss"], settings) == {"train": 20.0, "read_pool": 1.5, "exact": 4.0}
+    assert step_times_ms(row, ARMS["rho-loss"], settings) == {"train": 20.0, "read_pool": 1.5, "rho_loss": 20.0}
     row = {"candidates": 0, "scored": 0, "train_ms": 20.0}  # what was drawn before is enough
     assert step_times_ms(row, ARMS["selective-backprop"], settings) == {"train": 20.0}
 
@@ -192,6 +192,7 @@ def test_scoring_is_all_that_a_sifter_takes_but_for_probes_and_is_measured_for_a
 def test_part_of_a_pool_is_charged_its_part_and_an_uncharged_arm_like_uniform():
     settings = Settings(batch=8, keep=0.5)
     medians_ms = {"read_batch": 1.0, "read_pool": 2.0, "train": 20.0, "score_1": 4.0, "score_2": 6.0, "exact": 10.0}
+    medians_ms["rho_loss"] = 40.0  # of its pool of ten batches
     medians_ms |= {"probe": 30.0}
     row = {"candidates": 16, "scored": 12, "depth": 2, "probe_ms": 99.0}
     assert charges_ms(row, ARMS["auto"], settings, medians_ms) == {
@@ -209,8 +210,8 @@ def test_part_of_a_pool_is_charged_its_part_and_an_uncharged_arm_like_uniform():
     assert charges_ms(row, ARMS["rho-loss"], settings, medians_ms) == {
         "read": 10.0,
         "train": 20.0,
-        "score": 50.0,
-        "reference model": 25.0,
+        "score": 40.0,
+        "reference model": 20.0,
     }
 
 
@@ -751,7 +752,17 @@ def test_every_arm_runs_on_every_task(task, text, table, tmp_path):
         curves = [results["arms"][name]["runs"][0]["curve"] for name in ("auto", "uniform")]
         seen = [[(point["step"], point["accuracy"]) for point in curve] for curve in curves]
         assert seen[0][:-1] == seen[1][: len(seen[0]) - 1]
-    expected = {"read_batch", "read_pool", "train", "train_joint_1", "train_joint_2", "probe", "exact", "grad_norm"}
+    expected = {
+        "read_batch",
+        "read_pool",
+        "train",
+        "train_joint_1",
+        "train_joint_2",
+        "probe",
+        "exact",
+        "grad_norm",
+        "rho_loss",
+    }
     expected |= {"score_1", "score_2", "score_3", "score_6", "entropy_1", "entropy_3", "head_1", "head_2"}
     expected |= {"visible"} if task == "masked_lm" else set()
     assert set(results["operations_ms"]) == expected

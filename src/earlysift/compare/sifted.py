@@ -1,0 +1,121 @@
+"""Steps and operations of the arms that put pools through a `Sifter`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from earlysift.compare.arm import Operation, Step, usable_exits
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from earlysift.compare.bench import Bench
+    from earlysift.pretrain.stream import Rows
+    from earlysift.sifter import Sifter
+
+SCORES = ("loss", "entropy")
+"""What arms score candidates by at an early exit."""
+EXIT_HEAD_WIDTH = 64  # of the residual layer of an exit's own head
+JOINT_WEIGHT = 0.3  # of the exit's loss, where it is trained along with the model's
+AUTO_DEPTHS, AUTO_KEEP = (1, 2, 3), 0.25
+
+
+def sifted(
+    bench: Bench,
+    *,
+    depths: tuple[int, ...] = (),
+    subset: float = 1.0,
+    joint: float = 0.0,
+    select_after: float | None = None,
+    own_head: int | None = None,
+    **options: Any,
+) -> Step:
+    """Pools through a `Sifter`; keep = 1 is uniform training.
+
+    Args:
+        bench: What to train.
+        depths: The exit to score at; without it the comparison's.
+        subset: Share of the data that an epoch shows.
+        joint: Weight of the early exit's loss in the training loss.
+        select_after: Share of the budget with uniform training; None is the comparison's.
+        own_head: Width of the residual layer of an `ExitHead` that is trained on detached features; None has none.
+        options: Arguments of the sifter.
+    """
+    if subset < 1:
+        from earlysift.pretrain.stream import Stream
+
+        bench.stream = Stream(bench.workload.samples, seed=bench.seed, subset=subset)
+    if own_head is not None:
+        options |= bench.exit_head(own_head)
+    (depth,) = usable_exits(depths, bench.settings)
+    plain, selecting = bench.sifter(depth, keep=1.0), bench.sifter(depth, **options)
+    start = bench.settings.select_after if select_after is None else select_after
+
+    def loss_of(batch: Rows, weights: Tensor | None) -> Tensor:
+        return bench.joint_loss(batch, selecting, joint) if joint else bench.loss(batch, weights)
+
+    return lambda share: _sift_and_train(bench, selecting if share >= start else plain, loss_of)
+
+
+def auto(bench: Bench) -> Step:
+    """Pools through a `Sifter` in auto mode, which trains uniformly until selecting pays."""
+    sifter = _auto_sifter(bench)
+    return lambda _: _sift_and_train(bench, sifter, bench.loss)
+
+
+def _sift_and_train(bench: Bench, sifter: Sifter, loss_of: Callable[[Rows, Tensor | None], Tensor]) -> None:
+    pool = bench.read(sifter.wanted)
+    with bench.ledger.timed("sift"):
+        batch = sifter.sift(pool)
+    row = sifter.ledger.end()
+    if row.get("mode") == "off":
+        bench.position -= row["candidates"] - row["trained"]  # read for a probe only; offered again
+    bench.ledger.note(**{name: value for name, value in row.items() if name not in ("step", "step_ms")})
+    with bench.ledger.timed("train"):
+        bench.update(loss_of(batch, None if sifter.keep == 1 else sifter.weights))
+
+
+def _auto_sifter(bench: Bench) -> Sifter:
+    exits = usable_exits(AUTO_DEPTHS, bench.settings)
+    control = bench.control(exits, AUTO_KEEP, SCORING["loss"])
+    return bench.sifter(exits[0], mode="auto", keep=AUTO_KEEP, control=control)
+
+
+def sifting(
+    bench: Bench, *, depth: int | None = None, own_head: int | None = None, **options: Any
+) -> Callable[[], object]:
+    """Scoring a pool, selecting and gathering: what a sifter does.
+
+    Args:
+        bench: What to score with.
+        depth: The exit; None is the comparison's.
+        own_head: As in `sifted`.
+        options: Arguments of the sifter.
+    """
+    if own_head is not None:
+        options |= bench.exit_head(own_head)
+    sifter, pool = bench.sifter(depth or bench.settings.depth, **options), bench.read(bench.settings.pool)
+    return lambda: sifter.sift(pool)
+
+
+def _training_jointly(bench: Bench, *, depth: int) -> Callable[[], object]:
+    sifter, batch = bench.sifter(depth), bench.read(bench.settings.batch)
+    return lambda: bench.update(bench.joint_loss(batch, sifter, JOINT_WEIGHT))
+
+
+def _probing(bench: Bench) -> Callable[[], object]:
+    sifter = _auto_sifter(bench)
+    pool = bench.read(sifter.wanted)
+    return lambda: sifter.probe(pool)
+
+
+SCORING = {
+    name: Operation("score" if name == "loss" else name, "score", partial(sifting, score=name), at_exit=True)
+    for name in SCORES
+}
+EXACT = Operation("exact", "score", partial(sifting, score="exact"))
+HEAD = Operation("head", "score", partial(sifting, own_head=EXIT_HEAD_WIDTH), at_exit=True)
+TRAIN_JOINTLY = Operation("train_joint", "train", _training_jointly, at_exit=True)
+PROBE = Operation("probe", "probe", _probing)
