@@ -1,7 +1,7 @@
 """One arm on one seed: the model, the data and everything else that its steps work with."""
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -127,18 +127,14 @@ class Bench:
             keep: Its smallest keep; the comparison's is the other one.
             scoring: What its scoring is charged as.
         """
+        control = Control(depths=exits, keeps=(keep, self.settings.keep))
+        if not self.medians_ms:
+            return control
         larger = self.settings.keep / keep  # scoring was timed on pools of the comparison's keep
-        costs = {}
-        if self.medians_ms:
-            costs = {name: self.medians_ms[name] * larger for name in (scoring.at(depth).name for depth in exits)}
-            costs |= {name: self.medians_ms[name] for name in ("train", "probe")}
-        step_ms = self.step_ms() if self.medians_ms else 1.0
-        return Control(
-            depths=exits,
-            keeps=(keep, self.settings.keep),
-            total_steps=max(1, round(self.settings.budget * 1e3 / step_ms)),
-            reference_costs=costs or None,
-        )
+        costs = {name: self.medians_ms[name] * larger for name in (scoring.at(depth).name for depth in exits)}
+        costs |= {name: self.medians_ms[name] for name in ("train", "probe")}
+        steps = max(1, round(self.settings.budget * 1e3 / self.step_ms()))
+        return replace(control, total_steps=steps, reference_costs=costs)
 
     def exit_head(self, hidden: int) -> dict[str, Any]:
         """An exit head for a sifter, and its optimizer, like the model's but with a constant learning rate."""

@@ -13,7 +13,7 @@ from earlysift.compare.arm import READ_BATCH, READ_POOL, TRAIN, Arm, Operation
 from earlysift.compare.calibrate import Timing, summary
 from earlysift.compare.settings import Settings
 
-_CALIBRATION_COUNTS = 10  # as so many steps, which is little beside what a run takes
+_CALIBRATION_COUNTS = 10  # as so many steps, few beside those of a run
 
 Table = dict[str, float]
 """Milliseconds by operation, or by kind of operation."""
@@ -22,14 +22,14 @@ Row = dict[str, Any]
 
 
 class Prices:
-    """The running median of every operation, over the steps of all arms so far, frozen where arms must agree.
+    """The running median of every operation, over the steps of all arms so far, fixed between evaluations.
 
-    A table of prices is made when the first arm has spent the share of its budget that an evaluation is due at, and
-    every arm of the seed pays by it from that share to the next: the same work costs all of them the same.
+    The first arm of a seed that reaches an evaluation fixes a table of prices. Every arm of the seed pays by it from
+    this evaluation to the next, so the same work costs all of them the same.
 
     Args:
         calibrated: Times of every operation from before the run.
-        tables: For every seed the tables made so far; those that are missing are added to it.
+        tables: For every seed the tables made so far; new tables are added to it.
     """
 
     def __init__(self, calibrated: Mapping[str, Timing], tables: list[list[Table]]) -> None:
@@ -38,14 +38,14 @@ class Prices:
         self._measured: dict[str, list[float]] = {}
 
     def note(self, times_ms: Mapping[str, float]) -> None:
-        """Take in what the operations of a step cost."""
+        """Add the times that the operations of a step took."""
         for name, ms in times_ms.items():
             self._measured.setdefault(name, []).append(ms)
 
     def at(self, seed: int, evaluations: int) -> Table:
         """The table of a seed after so many evaluations.
 
-        An operation that it lacks, as an arm was added, gets the price that it has now beside a training step.
+        An operation that it lacks (its arm was added later) gets its present price, scaled as that of a training step.
         """
         while len(self._tables) <= seed:
             self._tables.append([])
@@ -59,13 +59,11 @@ class Prices:
         return table
 
     def timings(self) -> dict[str, Timing]:
-        """Median, 20 and 80 per cent by now, and how many steps they come from."""
-        return {
-            name: summary(self._samples(name)) | {"count": len(self._measured[name])}
-            if name in self._measured
-            else dict(timing)
-            for name, timing in self._calibrated.items()
-        }
+        """Median, 20 and 80 per cent so far, and how many steps they come from."""
+        timings = {name: dict(timing) for name, timing in self._calibrated.items()}
+        for name in timings.keys() & self._measured.keys():
+            timings[name] = summary(self._samples(name)) | {"count": len(self._measured[name])}
+        return timings
 
     def _now(self) -> Table:
         return {name: round(median(self._samples(name)), 4) for name in self._calibrated}

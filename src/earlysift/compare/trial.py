@@ -31,7 +31,7 @@ _KINDS = ("read", "score", "probe", "train", "reference model")
 
 
 def rehearse(settings: Settings, workload: Workload, *, choose_threads: bool) -> None:
-    """One step of every arm and an evaluation, on a model of their own: what cannot run is refused before it counts.
+    """Take one step of every arm and an evaluation, on a model of their own, to refuse early what cannot run.
 
     Args:
         settings: The comparison.
@@ -159,7 +159,7 @@ def run_trial(
 
 
 def evaluate(bench: Bench, validation: dict[str, Tensor]) -> tuple[Point, Point]:
-    """Accuracy and loss on the untouched distribution, and fidelity of the exit on the same samples.
+    """Accuracy and loss on the validation set, and fidelity of the exit on the same samples.
 
     Returns:
         ``accuracy`` and ``loss``, means over all labelled predictions, in masked language modelling
@@ -167,21 +167,21 @@ def evaluate(bench: Bench, validation: dict[str, Tensor]) -> tuple[Point, Point]
         place); and what `earlysift.fidelity.fidelity` returns.
     """
     settings = bench.settings
-    right, per_prediction, per_count = [], [], []
+    parts = []
     with torch.no_grad(), exits.scoring_mode(bench.model):
         for start in range(0, len(validation["labels"]), settings.batch):
             predicted = bench.predict({name: rows[start : start + settings.batch] for name, rows in validation.items()})
-            right.append(predicted.logits.argmax(dim=-1) == predicted.targets)
-            per_prediction.append(F.cross_entropy(predicted.logits, predicted.targets, reduction="none"))
-            per_count.append(predicted.counts)
-    is_right, each, counts = (torch.cat(parts) for parts in (right, per_prediction, per_count))
-    sums = per_sample(each, counts)
+            correct = predicted.logits.argmax(dim=-1) == predicted.targets
+            losses = F.cross_entropy(predicted.logits, predicted.targets, reduction="none")
+            parts.append((correct, losses, predicted.counts))
+    correct, losses, counts = map(torch.cat, zip(*parts, strict=True))
+    sums = per_sample(losses, counts)
     scores = scorers.early_exit_loss(bench.model, validation, depth=settings.depth, chunk_rows=settings.batch)
     ranking = fidelity(scores, sums / counts, max(1, round(settings.keep * len(scores))))
-    quality = {"accuracy": is_right.double().mean().item(), "loss": (sums.sum() / counts.sum()).item()}
+    quality = {"accuracy": correct.double().mean().item(), "loss": (sums.sum() / counts.sum()).item()}
     if bench.workload.task == "masked_lm":
         labelled = validation["labels"] != IGNORED_LABEL
         hidden = (validation["input_ids"] != validation["labels"])[labelled]
-        quality["hidden_accuracy"] = is_right[hidden].double().mean().item()
-        quality["hidden_loss"] = each[hidden].mean().item()
+        quality["hidden_accuracy"] = correct[hidden].double().mean().item()
+        quality["hidden_loss"] = losses[hidden].mean().item()
     return quality, ranking
