@@ -15,17 +15,17 @@ if TYPE_CHECKING:
     from earlysift.pretrain.stream import Rows
     from earlysift.scorers import Predictions
 
+_POOL_BATCHES = 3  # in a pool
+_SMOOTHING = 0.9  # weight of the past in tau
 _SMALLEST_SHARE = 1e-3  # of uniform sampling, which keeps the weights of importance sampling finite
 
 
-def steps(bench: Bench, *, presample: int = 3, threshold: float = 1.5, smoothing: float = 0.9) -> Step:
+def steps(bench: Bench, *, threshold: float = 1.5) -> Step:
     """Steps on batches drawn from scored pools while the variance reduction is large, on plain batches otherwise.
 
     Args:
         bench: What to train.
-        presample: Size of the pool, in batches.
         threshold: The smoothed variance reduction tau above which pools are scored.
-        smoothing: Weight of the past in tau.
     """
     from earlysift.compare.predictions import sample_losses, weighted_loss
     from earlysift.seeds import seeded
@@ -36,7 +36,7 @@ def steps(bench: Bench, *, presample: int = 3, threshold: float = 1.5, smoothing
     def step(_share: float) -> None:
         nonlocal tau, count
         if tau > threshold:
-            pool = bench.read(presample * size)
+            pool = bench.read(_POOL_BATCHES * size)
             with bench.ledger.timed("score"):
                 batch, weights, norms = draw(bench, pool, seeded(bench.seed, "importance", count))
             with bench.ledger.timed("train"):
@@ -50,7 +50,7 @@ def steps(bench: Bench, *, presample: int = 3, threshold: float = 1.5, smoothing
                 bench.update(weighted_loss(sums, predicted.counts, sums.new_ones(len(sums))))
             norms = gradient_norms(predicted)
             bench.ledger.note(candidates=size)
-        tau = smoothing * tau + (1 - smoothing) * variance_reduction(norms)
+        tau = _SMOOTHING * tau + (1 - _SMOOTHING) * variance_reduction(norms)
         count += 1
         bench.ledger.note(trained=size, tau=tau)
 

@@ -11,15 +11,12 @@ if TYPE_CHECKING:
 
     from earlysift.compare.bench import Bench
 
+_RATIO = 0.5  # of the easy samples is skipped
+_FULL_FROM = 0.875  # share of the budget from which nothing is skipped
 
-def steps(bench: Bench, *, ratio: float = 0.5, full_from: float = 0.875) -> Step:
-    """Steps on batches of those samples that the epoch does not skip.
 
-    Args:
-        bench: What to train.
-        ratio: Share of the easy samples that is skipped.
-        full_from: Share of the budget from which nothing is skipped.
-    """
+def steps(bench: Bench) -> Step:
+    """Steps on batches of those samples that the epoch does not skip."""
     import torch
 
     from earlysift.compare.predictions import mean_losses, sample_losses, weighted_loss
@@ -34,10 +31,10 @@ def steps(bench: Bench, *, ratio: float = 0.5, full_from: float = 0.875) -> Step
         positions = torch.empty(0, dtype=torch.int64)
         while len(positions) < size:
             epoch, within = divmod(bench.position, stream.epoch)
-            if share >= full_from:
+            if share >= _FULL_FROM:
                 kept, weights = torch.ones_like(kept), torch.ones_like(weights)
             elif within == 0:
-                kept, weights = prune(last_losses, ratio, seeded(bench.seed, "infobatch", epoch))
+                kept, weights = prune(last_losses, _RATIO, seeded(bench.seed, "infobatch", epoch))
             count = min(size - len(positions), stream.epoch - within)
             shown = kept[stream.ids(bench.position, count)].nonzero().squeeze(1)
             positions = torch.cat([positions, bench.position + shown])

@@ -15,19 +15,16 @@ if TYPE_CHECKING:
     from earlysift.pretrain.stream import Rows
 
 _KEEP = 0.1
+_HOLDOUT = 0.2  # share of the training part that only the reference model sees
+_BUDGET_SHARE = 0.2  # share of the budget that it is trained for
 _REFERENCE_SEED = 1_000_000  # added to the seed, so that the reference model starts from other weights
 
 
-def steps(bench: Bench, *, holdout: float = 0.2, budget_share: float = 0.2) -> Step:
+def steps(bench: Bench) -> Step:
     """Train the reference model, which is charged, and return the function that takes a step.
 
     The reference's losses are remembered where a sample is the same each time it is read, so that later epochs need no
     forward pass of it.
-
-    Args:
-        bench: What to train.
-        holdout: Share of the training part that only the reference model sees.
-        budget_share: Share of the budget that it is trained for.
     """
     import torch
 
@@ -40,12 +37,12 @@ def steps(bench: Bench, *, holdout: float = 0.2, budget_share: float = 0.2) -> S
     order = torch.randperm(len(samples), generator=seeded(bench.seed, "holdout"))
     held_out, rest = (
         replace(samples, train={name: values[ids] for name, values in samples.train.items()})
-        for ids in order.tensor_split([round(holdout * len(samples))])
+        for ids in order.tensor_split([round(_HOLDOUT * len(samples))])
     )
     reference = Bench(
         replace(bench.workload, samples=held_out), settings, bench.seed + _REFERENCE_SEED, bench.medians_ms
     )
-    count = round(budget_share * settings.budget * 1e3 / bench.step_ms())
+    count = round(_BUDGET_SHARE * settings.budget * 1e3 / bench.step_ms())
     for number in range(count):
         reference.set_rate(number / count)
         reference.update(reference.loss(reference.read(settings.batch)))

@@ -14,18 +14,17 @@ if TYPE_CHECKING:
     from earlysift.compare.bench import Bench
     from earlysift.pretrain.stream import Rows
 
-_HISTORY = 1024  # losses, as in the authors' code
+_HISTORY = 1024  # losses to compare with, as in the authors' code
 
 
-def steps(bench: Bench, *, beta: float = 1.0, history: int = _HISTORY) -> Step:
+def steps(bench: Bench, *, beta: float = 1.0) -> Step:
     """Steps that look at b candidates at a time, and draw each or not, until a batch is full.
 
     What is drawn beyond b waits for the next batch. Every forward pass is charged.
 
     Args:
         bench: What to train.
-        beta: Selectivity.
-        history: How many of the last losses a loss is compared with.
+        beta: Selectivity, see `selection_probabilities`.
     """
     import torch
 
@@ -33,7 +32,7 @@ def steps(bench: Bench, *, beta: float = 1.0, history: int = _HISTORY) -> Step:
     from earlysift.seeds import seeded
 
     size = bench.settings.batch
-    past: deque[float] = deque(maxlen=history)
+    past: deque[float] = deque(maxlen=_HISTORY)
     waiting: list[Rows] = []
 
     def step(share: float) -> None:
