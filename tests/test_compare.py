@@ -346,7 +346,7 @@ def contents(folder):
     """All that is in a folder, links as links, to see that nothing of it was touched."""
     return {
         path: (
-            os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else None,
+            path.readlink() if path.is_symlink() else path.read_bytes() if path.is_file() else None,
             path.lstat().st_mode,
         )
         for path in folder.rglob("*")
@@ -537,7 +537,7 @@ def test_results_of_the_wrong_shape_are_refused_by_a_resume(key, finished, text,
     assert contents(out) == before
 
 
-def test_a_resumed_comparison_computes_on_the_threads_of_the_run_it_goes_on_with(finished, text, tmp_path):
+def test_a_resumed_comparison_computes_on_the_threads_of_the_run_it_goes_on_with(finished, tmp_path):
     out = Path(shutil.copytree(finished, tmp_path / "run"))
     results = results_of(out)
     results["machine"]["threads"] = 2
@@ -545,7 +545,7 @@ def test_a_resumed_comparison_computes_on_the_threads_of_the_run_it_goes_on_with
     settings = read_settings(out / "config.json", Settings)
     threads, before = set(), torch.get_num_threads()
 
-    def note(name, share):
+    def note(*_):
         threads.add(torch.get_num_threads())
 
     results = compare(dataclasses.replace(settings, out=out, resume=True), note)  # only rehearsed: all is there
@@ -557,12 +557,14 @@ def test_a_resumed_comparison_computes_on_the_threads_of_the_run_it_goes_on_with
 def test_progress_is_told_at_every_evaluation_as_the_share_of_the_arm_over_all_seeds(text, tmp_path):
     settings = {"data": (text,), "arms": ("uniform", "sift"), "layers": 3, "width": 32, "length": 32, "batch": 8}
     settings |= {"vocab_size": 300, "budget": 0.2, "evaluations": 3, "validation_samples": 32, "seeds": 2}
-    told = {}
-    results = compare(
-        Settings(**settings, out=tmp_path / "run"), lambda *news: told.setdefault(news[0], []).append(news[1])
-    )
+    progress = {}
+
+    def note(name, share):
+        progress.setdefault(name, []).append(share)
+
+    results = compare(Settings(**settings, out=tmp_path / "run"), note)
     for arm in results["arms"].values():
-        shares = told[arm["label"]]
+        shares = progress[arm["label"]]
         assert shares == sorted(shares)
         assert (shares[0], shares[-1]) == (0.0, 1.0)
         for seed, run in enumerate(arm["runs"]):
@@ -570,12 +572,9 @@ def test_progress_is_told_at_every_evaluation_as_the_share_of_the_arm_over_all_s
                 share = (seed + min(1.0, point["reference_s"] / 0.2)) / 2
                 assert any(one == pytest.approx(share, abs=1e-4) for one in shares)
     settings["seeds"] = 3
-    told.clear()
-    compare(
-        Settings(**settings, out=tmp_path / "run", resume=True),
-        lambda *news: told.setdefault(news[0], []).append(news[1]),
-    )
-    assert all(told[arm["label"]][:2] == [1 / 3, 2 / 3] for arm in results["arms"].values())  # finished before
+    progress.clear()
+    compare(Settings(**settings, out=tmp_path / "run", resume=True), note)
+    assert all(progress[arm["label"]][:2] == [1 / 3, 2 / 3] for arm in results["arms"].values())  # finished before
 
 
 def test_missing_data_is_one_clear_line_and_exit_code_2(tmp_path, capsys):
@@ -793,7 +792,7 @@ def test_only_operations_that_the_arms_need_are_measured(finished):
     assert set(results_of(finished)["operations_ms"]) == {"read_batch", "read_pool", "train", "score_1", "exact"}
 
 
-def test_arms_train_uniformly_and_unscored_until_they_select(finished, text, tmp_path):
+def test_arms_train_uniformly_and_unscored_until_they_select(text, tmp_path):
     out = tmp_path / "late"
     arguments = ["compare", "--data", str(text), "--out", str(out), *TINY, "--select-after", "0.4"]
     assert cli.main(arguments) == 0
@@ -863,7 +862,7 @@ def test_an_added_operation_is_scaled_to_the_speed_that_the_others_were_measured
 
 
 @pytest.fixture
-def tiny_suite(monkeypatch, text, table):
+def tiny_suite(monkeypatch, text):
     tiny = {"arms": ("uniform", "sift"), "layers": 3, "width": 32, "length": 32, "vocab_size": 300, "batch": 8}
     tiny |= {"budget": 0.5, "evaluations": 3, "validation_samples": 32}
     rows = {
@@ -875,9 +874,8 @@ def tiny_suite(monkeypatch, text, table):
     monkeypatch.setitem(suite.SUITES, "cpu", rows)
 
 
-def test_suite_runs_each_workload_in_a_folder_of_its_own_and_skips_what_has_no_data(
-    tiny_suite, text, table, tmp_path, capsys
-):
+@pytest.mark.usefixtures("tiny_suite")
+def test_suite_runs_each_workload_in_a_folder_of_its_own_and_skips_what_has_no_data(text, table, tmp_path, capsys):
     corpora = tmp_path / "corpora"
     corpora.mkdir()
     (corpora / text.name).symlink_to(text)
@@ -904,9 +902,8 @@ def test_suite_runs_each_workload_in_a_folder_of_its_own_and_skips_what_has_no_d
     assert "digits: did not run: The folder" in capsys.readouterr().out
 
 
-def test_suite_in_a_folder_that_it_does_not_own_is_refused_and_leaves_it_as_it_was(
-    tiny_suite, finished, tmp_path, capsys
-):
+@pytest.mark.usefixtures("tiny_suite")
+def test_suite_in_a_folder_that_it_does_not_own_is_refused_and_leaves_it_as_it_was(finished, tmp_path, capsys):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     for name, content in (("foreign", "logs/digits.log"), ("notes", "notes.txt"), ("linked", None)):

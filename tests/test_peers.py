@@ -177,7 +177,7 @@ def workload():
     return Workload(
         name="sixty",
         task="classification",
-        samples=Samples(train, validation, prepare=lambda rows, generator: rows),
+        samples=Samples(train, validation, prepare=lambda rows, _: rows),
         make_model=lambda seed: build("bert", "sequence_classification", layers=2, seed=seed % 1000),
         baseline={"accuracy": 0.5, "loss": 0.69},
         facts={},

@@ -7,13 +7,14 @@ from typing import Any
 
 from earlysift.compare import peers
 from earlysift.compare.arm import TRAIN, Arm, Operation
-from earlysift.compare.sifted import AUTO_DEPTHS as _AUTO_DEPTHS
 from earlysift.compare.sifted import (
+    AUTO_DEPTHS,
     EXACT,
     EXIT_HEAD_WIDTH,
     HEAD,
     JOINT_WEIGHT,
     PROBE,
+    SCORES,
     SCORING,
     TRAIN_JOINTLY,
     auto,
@@ -27,8 +28,8 @@ _WARM = 1 / 3  # share of the budget that warmed-up arms train uniformly for
 def _sift(
     label: str,
     description: str,
-    scoring: Operation,
     *,
+    scoring: Operation,
     depth: int | None = None,
     training: Operation = TRAIN,
     charged: bool = True,
@@ -40,39 +41,35 @@ def _sift(
 
 
 def _by_score(score: str) -> dict[str, Arm]:
-    """SIFT by one score: at the comparison's exit, after a warm-up, at the third layer."""
-    name, label = ("sift", "SIFT") if score == "loss" else (f"sift-{score}", f"SIFT, {score}")
-    keeps = f"keeps the candidates with the largest {score}"
-    by = "SIFT" if score == "loss" else f"SIFT by {score}"
-    scoring = SCORING[score]
+    """SIFT by one score: at the comparison's exit, after a warm-up, and at other exits."""
+    is_loss = score == "loss"
+    name, label, by = ("sift", "SIFT", "SIFT") if is_loss else (f"sift-{score}", f"SIFT, {score}", f"SIFT by {score}")
+    keeps, arm = f"keeps the candidates with the {SCORES[score]}", partial(_sift, scoring=SCORING[score], score=score)
     return {
-        name: _sift(label, f"{keeps} at the early exit", scoring, score=score),
-        f"{name}-warm": _sift(
+        name: arm(label, f"{keeps} at the early exit"),
+        f"{name}-warm": arm(
             f"{label}, warmed up",
             f"{by} after a first third of the budget with uniform training",
-            scoring,
-            score=score,
             select_after=_WARM,
         ),
-        f"{name}-3": _at(3, label, keeps, score),
+        **{
+            f"{name}-{depth}": arm(
+                f"{label}, exit {depth}", f"{keeps} at an early exit after {depth} layers", depth=depth
+            )
+            for depth in ((2, 3, 6) if is_loss else (3,))
+        },
     }
-
-
-def _at(depth: int, label: str, keeps: str, score: str) -> Arm:
-    description = f"{keeps} at an early exit after {depth} layers"
-    return _sift(f"{label}, exit {depth}", description, SCORING[score], depth=depth, score=score)
 
 
 ARMS: dict[str, Arm] = {
     "uniform": Arm("uniform", "plain training: every candidate is trained on", partial(sifted, keep=1.0)),
-    **{name: arm for score in SCORING for name, arm in _by_score(score).items()},
-    **{f"sift-{depth}": _at(depth, "SIFT", "keeps the candidates with the largest loss", "loss") for depth in (2, 6)},
+    **{name: arm for score in SCORES for name, arm in _by_score(score).items()},
     **{
         f"sift-joint-{depth}": _sift(
             f"SIFT, exit {depth} trained",
             f"SIFT at an early exit after {depth} layers whose loss is trained along with the model's, by a weight of "
             f"{JOINT_WEIGHT}",
-            SCORING["loss"],
+            scoring=SCORING["loss"],
             depth=depth,
             training=TRAIN_JOINTLY,
             joint=JOINT_WEIGHT,
@@ -83,7 +80,7 @@ ARMS: dict[str, Arm] = {
         f"sift-head-{depth}": _sift(
             f"SIFT, exit {depth} with a head",
             f"SIFT at an early exit after {depth} layers with a head of its own, trained on detached features",
-            HEAD,
+            scoring=HEAD,
             depth=depth,
             own_head=EXIT_HEAD_WIDTH,
         )
@@ -93,20 +90,20 @@ ARMS: dict[str, Arm] = {
         "SIFT, unbiased",
         "draws candidates in proportion to their loss at an early exit after 3 layers, with weights that keep the mean "
         "gradient unbiased (T7)",
-        SCORING["loss"],
+        scoring=SCORING["loss"],
         depth=3,
         select="proportional",
     ),
     "exact": _sift(
         "exact loss",
         "keeps the candidates with the largest loss under the full model: what SIFT approximates",
-        EXACT,
+        scoring=EXACT,
         score="exact",
     ),
     "free": _sift(
         "exact loss, free",
         "exact loss whose scoring is not charged: an upper bound, not a way to train",
-        EXACT,
+        scoring=EXACT,
         score="exact",
         charged=False,
     ),
@@ -116,7 +113,7 @@ ARMS: dict[str, Arm] = {
         auto,
         scoring=SCORING["loss"],
         probing=PROBE,
-        depths=_AUTO_DEPTHS,
+        depths=AUTO_DEPTHS,
     ),
     **{
         file.name.replace("_", "-"): import_module(f"{peers.__name__}.{file.name}").ARM

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from earlysift.pretrain.stream import Rows
     from earlysift.sifter import Sifter
 
-SCORES = ("loss", "entropy")
-"""What arms score candidates by at an early exit."""
+SCORES = {"loss": "largest loss", "entropy": "largest entropy of the prediction"}
+"""What arms score candidates by at an early exit, and which candidates are kept, in words."""
 EXIT_HEAD_WIDTH = 64  # of the residual layer of an exit's own head
 JOINT_WEIGHT = 0.3  # of the exit's loss, where it is trained along with the model's
 AUTO_DEPTHS, AUTO_KEEP = (1, 2, 3), 0.25
@@ -86,14 +86,7 @@ def _auto_sifter(bench: Bench) -> Sifter:
 def sifting(
     bench: Bench, *, depth: int | None = None, own_head: int | None = None, **options: Any
 ) -> Callable[[], object]:
-    """Scoring a pool, selecting and gathering: what a sifter does.
-
-    Args:
-        bench: What to score with.
-        depth: The exit; None is the comparison's.
-        own_head: As in `sifted`.
-        options: Arguments of the sifter.
-    """
+    """Score a pool, select and gather: what a sifter does. Arguments are those of `sifted`, but for one ``depth``."""
     if own_head is not None:
         options |= bench.exit_head(own_head)
     sifter, pool = bench.sifter(depth or bench.settings.depth, **options), bench.read(bench.settings.pool)
