@@ -36,7 +36,7 @@ def _sift(
     **options: Any,
 ) -> Arm:
     depths = () if depth is None else (depth,)
-    steps = partial(sifted, depths=depths, **options)
+    steps = partial(sifted, depth=depth, **options)
     return Arm(label, description, steps, _SIFT, training, scoring, depths=depths, charged=charged)
 
 

@@ -98,26 +98,33 @@ class Bench:
         """Reference time of a step of uniform training."""
         return self.medians_ms[READ_BATCH.name] + self.medians_ms[TRAIN.name]
 
-    def sifter(self, depth: int, **options: Any) -> Sifter:
+    def sifter(self, depth: int | None = None, *, own_head: int | None = None, **options: Any) -> Sifter:
         """A sifter with a ledger of its own, as it counts its own steps; only auto mode probes.
 
         Fidelity is measured at the evaluations, alike for all arms.
 
         Args:
-            depth: The exit.
-            options: Other arguments of the sifter; ``select`` may be the name of a selector.
+            depth: The exit; None is the comparison's.
+            own_head: Width of the residual layer of an `ExitHead` that is trained on detached features by an optimizer
+                like the model's, but with a constant learning rate. None has no such head.
+            options: Other arguments of the sifter; ``select`` is the name of a selector.
         """
+        settings = self.settings
         shared: dict[str, Any] = {
-            "keep": self.settings.keep,
-            "kept": self.settings.batch,
+            "keep": settings.keep,
+            "kept": settings.batch,
             "seed": self.seed,
             "ledger": Ledger(device=self.device, clock=environment.work_clock(self.device)),
         }
         if options.get("mode") != "auto":
             shared["probe_every"] = 0
         if "select" in options:
-            shared["select"] = getattr(selectors, options.pop("select"))
-        return Sifter(self.model, depth=depth, **{**shared, **options})
+            options["select"] = getattr(selectors, options["select"])
+        if own_head is not None:
+            head = ExitHead(settings.width, hidden=own_head, seed=self.seed).to(self.device)
+            optimizer = torch.optim.AdamW(head.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), fused=True)
+            shared |= {"exit_head": head, "exit_optimizer": optimizer}
+        return Sifter(self.model, depth=depth or settings.depth, **{**shared, **options})
 
     def control(self, exits: tuple[int, ...], keep: float, scoring: Operation) -> Control:
         """What auto may choose from, and the measured costs that make its decisions reproducible.
@@ -135,12 +142,6 @@ class Bench:
         costs |= {name: self.medians_ms[name] for name in ("train", "probe")}
         steps = max(1, round(self.settings.budget * 1e3 / self.step_ms()))
         return replace(control, total_steps=steps, reference_costs=costs)
-
-    def exit_head(self, hidden: int) -> dict[str, Any]:
-        """An exit head for a sifter, and its optimizer, like the model's but with a constant learning rate."""
-        head = ExitHead(self.settings.width, hidden=hidden, seed=self.seed).to(self.device)
-        optimizer = torch.optim.AdamW(head.parameters(), lr=self.settings.learning_rate, betas=(0.9, 0.98), fused=True)
-        return {"exit_head": head, "exit_optimizer": optimizer}
 
 
 def learning_rate_factor(share: float, warmup: float) -> float:

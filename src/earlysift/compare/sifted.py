@@ -25,31 +25,26 @@ AUTO_DEPTHS, AUTO_KEEP = (1, 2, 3), 0.25
 def sifted(
     bench: Bench,
     *,
-    depths: tuple[int, ...] = (),
+    depth: int | None = None,
     subset: float = 1.0,
     joint: float = 0.0,
     select_after: float | None = None,
-    own_head: int | None = None,
     **options: Any,
 ) -> Step:
     """Pools through a `Sifter`; keep = 1 is uniform training.
 
     Args:
         bench: What to train.
-        depths: The exit to score at; without it the comparison's.
+        depth: The exit to score at; None is the comparison's.
         subset: Share of the data that an epoch shows.
         joint: Weight of the early exit's loss in the training loss.
         select_after: Share of the budget with uniform training; None is the comparison's.
-        own_head: Width of the residual layer of an `ExitHead` that is trained on detached features; None has none.
-        options: Arguments of the sifter.
+        options: Further arguments of `Bench.sifter`.
     """
     if subset < 1:
         from earlysift.pretrain.stream import Stream
 
         bench.stream = Stream(bench.workload.samples, seed=bench.seed, subset=subset)
-    if own_head is not None:
-        options |= bench.exit_head(own_head)
-    (depth,) = usable_exits(depths, bench.settings)
     plain, selecting = bench.sifter(depth, keep=1.0), bench.sifter(depth, **options)
     start = bench.settings.select_after if select_after is None else select_after
 
@@ -83,13 +78,9 @@ def _auto_sifter(bench: Bench) -> Sifter:
     return bench.sifter(exits[0], mode="auto", keep=AUTO_KEEP, control=control)
 
 
-def sifting(
-    bench: Bench, *, depth: int | None = None, own_head: int | None = None, **options: Any
-) -> Callable[[], object]:
-    """Score a pool, select and gather: what a sifter does. Arguments are those of `sifted`, but for one ``depth``."""
-    if own_head is not None:
-        options |= bench.exit_head(own_head)
-    sifter, pool = bench.sifter(depth or bench.settings.depth, **options), bench.read(bench.settings.pool)
+def sifting(bench: Bench, **options: Any) -> Callable[[], object]:
+    """Score a pool, select and gather: what a sifter does. Options are those of `Bench.sifter`."""
+    sifter, pool = bench.sifter(**options), bench.read(bench.settings.pool)
     return lambda: sifter.sift(pool)
 
 
