@@ -14,8 +14,8 @@ from torch import Tensor
 
 import measuring
 from earlysift import exits, scorers
+from earlysift.compare.bench import Bench
 from earlysift.compare.settings import Settings
-from earlysift.compare.steps import Bench
 from earlysift.fidelity import fidelity
 from earlysift.pretrain.workloads import load_workload
 

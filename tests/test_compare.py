@@ -19,10 +19,10 @@ import torch
 from earlysift import cli
 from earlysift.compare import suite
 from earlysift.compare.arms import ARMS
+from earlysift.compare.bench import Bench, learning_rate_factor
 from earlysift.compare.prices import Prices, charges_ms, step_times_ms
 from earlysift.compare.run import compare
 from earlysift.compare.settings import Settings
-from earlysift.compare.steps import Bench, learning_rate_factor
 from earlysift.compare.trial import evaluate
 from earlysift.config_files import read_settings
 from earlysift.pretrain.workload_settings import TASKS
@@ -185,7 +185,7 @@ def test_scoring_is_all_that_a_sifter_takes_but_for_probes_and_is_measured_for_a
     row = {"candidates": 8, "wait_ms": 3.0, "train_ms": 20.0, "sift_ms": 1.0}  # before it selects
     assert step_times_ms(row, ARMS["sift-joint-1"], settings) == {"train_joint_1": 20.0, "read_batch": 3.0}
     row = {"candidates": 32, "scored": 32, "wait_ms": 3.0, "train_ms": 20.0, "score_ms": 8.0}
-    assert step_times_ms(row, ARMS["rho-loss"], settings) == {"train": 20.0, "read_pool": 1.5, "exact": 4.0}
+    assert step_times_ms(row, ARMS["rho-loss"], settings) == {"train": 20.0, "read_pool": 1.5, "rho_loss": 20.0}
     row = {"candidates": 0, "scored": 0, "train_ms": 20.0}  # what was drawn before is enough
     assert step_times_ms(row, ARMS["selective-backprop"], settings) == {"train": 20.0}
 
@@ -193,6 +193,7 @@ def test_scoring_is_all_that_a_sifter_takes_but_for_probes_and_is_measured_for_a
 def test_part_of_a_pool_is_charged_its_part_and_an_uncharged_arm_like_uniform():
     settings = Settings(batch=8, keep=0.5)
     medians_ms = {"read_batch": 1.0, "read_pool": 2.0, "train": 20.0, "score_1": 4.0, "score_2": 6.0, "exact": 10.0}
+    medians_ms["rho_loss"] = 40.0  # of its pool of ten batches
     medians_ms |= {"probe": 30.0}
     row = {"candidates": 16, "scored": 12, "depth": 2, "probe_ms": 99.0}
     assert charges_ms(row, ARMS["auto"], settings, medians_ms) == {
@@ -210,8 +211,8 @@ def test_part_of_a_pool_is_charged_its_part_and_an_uncharged_arm_like_uniform():
     assert charges_ms(row, ARMS["rho-loss"], settings, medians_ms) == {
         "read": 10.0,
         "train": 20.0,
-        "score": 50.0,
-        "reference model": 25.0,
+        "score": 40.0,
+        "reference model": 20.0,
     }
 
 
@@ -537,7 +538,7 @@ def test_results_of_the_wrong_shape_are_refused_by_a_resume(key, finished, text,
     assert contents(out) == before
 
 
-def test_a_resumed_comparison_computes_on_the_threads_of_the_run_it_goes_on_with(finished, text, tmp_path):
+def test_a_resumed_comparison_computes_on_the_threads_of_the_run_it_goes_on_with(finished, tmp_path):
     out = Path(shutil.copytree(finished, tmp_path / "run"))
     results = results_of(out)
     results["machine"]["threads"] = 2
@@ -545,7 +546,7 @@ def test_a_resumed_comparison_computes_on_the_threads_of_the_run_it_goes_on_with
     settings = read_settings(out / "config.json", Settings)
     threads, before = set(), torch.get_num_threads()
 
-    def note(name, share):
+    def note(*_):
         threads.add(torch.get_num_threads())
 
     results = compare(dataclasses.replace(settings, out=out, resume=True), note)  # only rehearsed: all is there
@@ -557,12 +558,14 @@ def test_a_resumed_comparison_computes_on_the_threads_of_the_run_it_goes_on_with
 def test_progress_is_told_at_every_evaluation_as_the_share_of_the_arm_over_all_seeds(text, tmp_path):
     settings = {"data": (text,), "arms": ("uniform", "sift"), "layers": 3, "width": 32, "length": 32, "batch": 8}
     settings |= {"vocab_size": 300, "budget": 0.2, "evaluations": 3, "validation_samples": 32, "seeds": 2}
-    told = {}
-    results = compare(
-        Settings(**settings, out=tmp_path / "run"), lambda *news: told.setdefault(news[0], []).append(news[1])
-    )
+    progress = {}
+
+    def note(name, share):
+        progress.setdefault(name, []).append(share)
+
+    results = compare(Settings(**settings, out=tmp_path / "run"), note)
     for arm in results["arms"].values():
-        shares = told[arm["label"]]
+        shares = progress[arm["label"]]
         assert shares == sorted(shares)
         assert (shares[0], shares[-1]) == (0.0, 1.0)
         for seed, run in enumerate(arm["runs"]):
@@ -570,12 +573,9 @@ def test_progress_is_told_at_every_evaluation_as_the_share_of_the_arm_over_all_s
                 share = (seed + min(1.0, point["reference_s"] / 0.2)) / 2
                 assert any(one == pytest.approx(share, abs=1e-4) for one in shares)
     settings["seeds"] = 3
-    told.clear()
-    compare(
-        Settings(**settings, out=tmp_path / "run", resume=True),
-        lambda *news: told.setdefault(news[0], []).append(news[1]),
-    )
-    assert all(told[arm["label"]][:2] == [1 / 3, 2 / 3] for arm in results["arms"].values())  # finished before
+    progress.clear()
+    compare(Settings(**settings, out=tmp_path / "run", resume=True), note)
+    assert all(progress[arm["label"]][:2] == [1 / 3, 2 / 3] for arm in results["arms"].values())  # finished before
 
 
 def test_missing_data_is_one_clear_line_and_exit_code_2(tmp_path, capsys):
@@ -752,7 +752,17 @@ def test_every_arm_runs_on_every_task(task, text, table, tmp_path):
         curves = [results["arms"][name]["runs"][0]["curve"] for name in ("auto", "uniform")]
         seen = [[(point["step"], point["accuracy"]) for point in curve] for curve in curves]
         assert seen[0][:-1] == seen[1][: len(seen[0]) - 1]
-    expected = {"read_batch", "read_pool", "train", "train_joint_1", "train_joint_2", "probe", "exact", "grad_norm"}
+    expected = {
+        "read_batch",
+        "read_pool",
+        "train",
+        "train_joint_1",
+        "train_joint_2",
+        "probe",
+        "exact",
+        "grad_norm",
+        "rho_loss",
+    }
     expected |= {"score_1", "score_2", "score_3", "score_6", "entropy_1", "entropy_3", "head_1", "head_2"}
     expected |= {"visible"} if task == "masked_lm" else set()
     assert set(results["operations_ms"]) == expected
@@ -783,7 +793,7 @@ def test_only_operations_that_the_arms_need_are_measured(finished):
     assert set(results_of(finished)["operations_ms"]) == {"read_batch", "read_pool", "train", "score_1", "exact"}
 
 
-def test_arms_train_uniformly_and_unscored_until_they_select(finished, text, tmp_path):
+def test_arms_train_uniformly_and_unscored_until_they_select(text, tmp_path):
     out = tmp_path / "late"
     arguments = ["compare", "--data", str(text), "--out", str(out), *TINY, "--select-after", "0.4"]
     assert cli.main(arguments) == 0
@@ -853,7 +863,7 @@ def test_an_added_operation_is_scaled_to_the_speed_that_the_others_were_measured
 
 
 @pytest.fixture
-def tiny_suite(monkeypatch, text, table):
+def tiny_suite(monkeypatch, text):
     tiny = {"arms": ("uniform", "sift"), "layers": 3, "width": 32, "length": 32, "vocab_size": 300, "batch": 8}
     tiny |= {"budget": 0.5, "evaluations": 3, "validation_samples": 32}
     rows = {
@@ -865,9 +875,8 @@ def tiny_suite(monkeypatch, text, table):
     monkeypatch.setitem(suite.SUITES, "cpu", rows)
 
 
-def test_suite_runs_each_workload_in_a_folder_of_its_own_and_skips_what_has_no_data(
-    tiny_suite, text, table, tmp_path, capsys
-):
+@pytest.mark.usefixtures("tiny_suite")
+def test_suite_runs_each_workload_in_a_folder_of_its_own_and_skips_what_has_no_data(text, table, tmp_path, capsys):
     corpora = tmp_path / "corpora"
     corpora.mkdir()
     (corpora / text.name).symlink_to(text)
@@ -894,9 +903,8 @@ def test_suite_runs_each_workload_in_a_folder_of_its_own_and_skips_what_has_no_d
     assert "digits: did not run: The folder" in capsys.readouterr().out
 
 
-def test_suite_in_a_folder_that_it_does_not_own_is_refused_and_leaves_it_as_it_was(
-    tiny_suite, finished, tmp_path, capsys
-):
+@pytest.mark.usefixtures("tiny_suite")
+def test_suite_in_a_folder_that_it_does_not_own_is_refused_and_leaves_it_as_it_was(finished, tmp_path, capsys):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     for name, content in (("foreign", "logs/digits.log"), ("notes", "notes.txt"), ("linked", None)):

@@ -1,4 +1,4 @@
-"""The ledger: a valid JSON line per step, whatever happens, and reference time from measured medians."""
+"""The ledger: a valid JSON line per step, whatever happens."""
 
 import copy
 import json
@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from earlysift import Ledger, Sifter
-from earlysift.ledger import reference_ms
 
 laws = settings(deadline=None, derandomize=True, database=None, max_examples=100)
 
@@ -241,15 +240,3 @@ def test_memory_of_times_is_bounded():
         with ledger.timed("train"):
             pass
     assert len(ledger.times_ms("train")) == 10_000
-
-
-@laws
-@given(counts=st.dictionaries(st.text(max_size=3), st.integers(0, 10**6)), data=st.data())
-def test_reference_time_charges_every_operation_at_its_median(counts, data):
-    medians = {operation: data.draw(st.floats(0, 1e6)) for operation in counts} | {"never done": 1e9}
-    assert reference_ms(counts, medians) == pytest.approx(sum(counts[name] * medians[name] for name in counts))
-
-
-def test_operations_that_were_never_measured_are_named():
-    with pytest.raises(ValueError, match=r"none for \['score', 'wait'\]\. Measure them in this run"):
-        reference_ms({"train": 1, "wait": 2, "score": 0}, {"train": 1.0})

@@ -1,7 +1,11 @@
 """What peers of SIFT need: each piece against a slow twin that loops over samples, and the steps built from them."""
 
+import json
 import statistics
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,10 +13,12 @@ import torch.nn.functional as F
 from torch import Generator
 
 from earlysift import scorers, selectors
-from earlysift.compare import peers
-from earlysift.compare.arms import ARMS, Arm
+from earlysift.compare import peers, predictions
+from earlysift.compare.arms import ARMS
+from earlysift.compare.bench import Bench
+from earlysift.compare.peers import grad_norm, infobatch, ordered_sgd, selective_backprop
+from earlysift.compare.prices import charges_ms, step_times_ms
 from earlysift.compare.settings import Settings
-from earlysift.compare.steps import STEPS, Bench
 from earlysift.pretrain.stream import Samples
 from earlysift.pretrain.workloads import Workload
 from earlysift.scorers import Predictions
@@ -52,7 +58,7 @@ def top_loss_by_sorting(predicted, q):
 def test_losses_of_the_predictions_are_those_of_the_full_logits(family, task):
     model, batch = example(family, task)
     predicted = scorers.predictions(model, batch, family=row_of(model))
-    losses = (peers.sample_losses(predicted) / predicted.counts).detach()
+    losses = (predictions.sample_losses(predicted) / predicted.counts).detach()
     assert torch.allclose(losses, sample_losses(model, batch), atol=1e-5)
 
 
@@ -65,7 +71,7 @@ def test_weighted_loss_and_its_gradients_are_those_of_the_training_loss(family, 
         model.zero_grad()
         if use_predictions:
             predicted = scorers.predictions(model, batch, family=row_of(model))
-            loss = peers.weighted_loss(peers.sample_losses(predicted), predicted.counts, weights)
+            loss = predictions.weighted_loss(predictions.sample_losses(predicted), predicted.counts, weights)
         else:
             loss = scorers.training_loss(model, batch, family=row_of(model), weights=weights)
         loss.backward()
@@ -78,15 +84,15 @@ def test_weighted_loss_and_its_gradients_are_those_of_the_training_loss(family, 
 def test_gradient_norms_are_those_of_autograd_sample_by_sample(family, task):
     model, batch = example(family, task)
     predicted = scorers.predictions(model, batch, family=row_of(model))
-    assert torch.allclose(peers.gradient_norms(predicted), gradient_norms_by_autograd(predicted), atol=1e-5)
+    assert torch.allclose(grad_norm.gradient_norms(predicted), gradient_norms_by_autograd(predicted), atol=1e-5)
 
 
 @pytest.mark.parametrize("chunk_rows", [None, 1, 4])
 def test_gradient_norm_scores_do_not_depend_on_chunks_and_leave_the_model_as_it_was(chunk_rows):
     model, batch = example("bert", "masked_lm")
     predicted = scorers.predictions(model, batch)
-    scores = peers.gradient_norm_scores(model, batch, chunk_rows=chunk_rows)
-    assert torch.allclose(scores, peers.gradient_norms(predicted), rtol=0.05)  # scores may be in bfloat16
+    scores = grad_norm.gradient_norm_scores(model, batch, chunk_rows=chunk_rows)
+    assert torch.allclose(scores, grad_norm.gradient_norms(predicted), rtol=0.05)  # scores may be in bfloat16
     assert model.training
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -96,20 +102,20 @@ def test_gradient_norm_scores_do_not_depend_on_chunks_and_leave_the_model_as_it_
 def test_top_loss_is_the_mean_over_the_hardest_samples(family, task, q):
     model, batch = example(family, task)
     predicted = scorers.predictions(model, batch, family=row_of(model))
-    ours = peers.top_loss(peers.sample_losses(predicted), predicted.counts, q)
+    ours = ordered_sgd.top_loss(predictions.sample_losses(predicted), predicted.counts, q)
     assert torch.allclose(ours, top_loss_by_sorting(predicted, q), atol=1e-5)
 
 
 def test_top_loss_of_the_whole_batch_is_the_training_loss():
     model, batch = example("bert", "masked_lm")
     predicted = scorers.predictions(model, batch)
-    whole = peers.top_loss(peers.sample_losses(predicted), predicted.counts, 6)
+    whole = ordered_sgd.top_loss(predictions.sample_losses(predicted), predicted.counts, 6)
     assert torch.allclose(whole, scorers.training_loss(model, batch), atol=1e-6)
 
 
 def test_accuracy_counts_right_predictions():
     logits = torch.tensor([[2.0, 1.0], [0.0, 1.0], [0.0, 3.0], [1.0, 0.0]])
-    assert peers.accuracy(Predictions(logits, torch.tensor([0, 1, 0, 1]), torch.tensor([3, 1]))) == 0.5
+    assert predictions.accuracy(Predictions(logits, torch.tensor([0, 1, 0, 1]), torch.tensor([3, 1]))) == 0.5
 
 
 def test_variance_reduction_is_the_ratio_of_standard_deviations_that_sampling_gives():
@@ -118,18 +124,18 @@ def test_variance_reduction_is_the_ratio_of_standard_deviations_that_sampling_gi
     likely = norms / norms.sum()
     weighted = (likely * (norms / (len(norms) * likely)) ** 2).sum()
     uniform = norms.square().mean()
-    assert peers.variance_reduction(norms) == pytest.approx((uniform / weighted).sqrt().item())
+    assert grad_norm.variance_reduction(norms) == pytest.approx((uniform / weighted).sqrt().item())
 
 
 def test_variance_reduction_does_not_depend_on_the_scale_and_survives_zeros():
     norms = torch.tensor([0.2, 0.4, 0.1])
-    assert peers.variance_reduction(norms) == pytest.approx(peers.variance_reduction(1e-6 * norms))
-    assert peers.variance_reduction(torch.zeros(3)) == 1.0
+    assert grad_norm.variance_reduction(norms) == pytest.approx(grad_norm.variance_reduction(1e-6 * norms))
+    assert grad_norm.variance_reduction(torch.zeros(3)) == 1.0
 
 
 def test_q_of_ordered_sgd_never_grows_with_accuracy_and_never_reaches_zero():
     for batch in (1, 8, 32):
-        qs = [peers.ordered_sgd_q(batch, accuracy / 1000) for accuracy in range(1001)]
+        qs = [ordered_sgd.ordered_sgd_q(batch, accuracy / 1000) for accuracy in range(1001)]
         assert qs == sorted(qs, reverse=True)
         assert qs[0] == batch
         assert qs[-1] >= 1
@@ -137,7 +143,7 @@ def test_q_of_ordered_sgd_never_grows_with_accuracy_and_never_reaches_zero():
 
 def test_pruning_skips_half_of_the_easy_and_keeps_the_expected_gradient():
     losses = torch.cat([torch.full((600,), 1.0), torch.full((300,), 4.0), torch.full((100,), torch.nan)])
-    kept, weights = peers.prune(losses, 0.5, Generator().manual_seed(0))
+    kept, weights = infobatch.prune(losses, 0.5, Generator().manual_seed(0))
     assert kept[600:].all()
     assert (weights[600:] == 1).all()
     assert (weights[:600] == 2).all()
@@ -145,7 +151,7 @@ def test_pruning_skips_half_of_the_easy_and_keeps_the_expected_gradient():
     values = torch.randn(1000, generator=Generator().manual_seed(1))
     totals = []
     for seed in range(300):
-        kept, weights = peers.prune(losses, 0.5, Generator().manual_seed(seed))
+        kept, weights = infobatch.prune(losses, 0.5, Generator().manual_seed(seed))
         totals.append((values * weights * kept).sum().item())
     error = statistics.stdev(totals) / len(totals) ** 0.5
     assert abs(statistics.fmean(totals) - values.sum().item()) < 4 * error
@@ -153,7 +159,7 @@ def test_pruning_skips_half_of_the_easy_and_keeps_the_expected_gradient():
 
 def test_nothing_is_pruned_before_losses_are_known_or_when_all_are_equal():
     for losses in (torch.full((50,), torch.nan), torch.full((50,), 2.0)):
-        kept, weights = peers.prune(losses, 0.5, Generator().manual_seed(0))
+        kept, weights = infobatch.prune(losses, 0.5, Generator().manual_seed(0))
         assert kept.all()
         assert (weights == 1).all()
 
@@ -171,21 +177,21 @@ def workload():
     return Workload(
         name="sixty",
         task="classification",
-        samples=Samples(train, validation, prepare=lambda rows, generator: rows),
+        samples=Samples(train, validation, prepare=lambda rows, _: rows),
         make_model=lambda seed: build("bert", "sequence_classification", layers=2, seed=seed % 1000),
         baseline={"accuracy": 0.5, "loss": 0.69},
         facts={},
     )
 
 
-MEDIANS_MS = {"read_batch": 1.0, "train": 9.0, "read_pool": 2.0, "exact": 5.0, "grad_norm": 6.0}
+MEDIANS_MS = {"read_batch": 1.0, "train": 9.0, "read_pool": 2.0, "exact": 5.0, "grad_norm": 6.0, "rho_loss": 25.0}
 
 
 def bench_of(workload, arm, **settings):
     values = {"task": "classification", "batch": 8, "layers": 2, "budget": 1.0, "learning_rate": 1e-4}
     bench = Bench(workload, Settings(**{**values, **settings}), 0, MEDIANS_MS)
     bench.set_rate(0.5)
-    return bench, STEPS[ARMS[arm].kind](bench, ARMS[arm], **ARMS[arm].options)
+    return bench, ARMS[arm].steps(bench)
 
 
 def rows_of(bench, step, steps, share=0.5):
@@ -230,14 +236,14 @@ def test_selective_backprop_draws_by_the_share_of_past_losses_that_are_not_above
     past, losses = torch.rand(200, generator=generator).round(decimals=1), torch.rand(20, generator=generator)
     for beta in (0.0, 0.5, 1.0, 3.0):
         slow = [(sum(other <= loss for other in past.tolist()) / 200) ** beta for loss in losses.tolist()]
-        assert peers.selection_probabilities(losses, past, beta).tolist() == pytest.approx(slow, abs=1e-6)
+        assert selective_backprop.selection_probabilities(losses, past, beta).tolist() == pytest.approx(slow, abs=1e-6)
 
 
 def test_selective_backprop_takes_equal_losses_all_and_broken_ones_as_the_hardest():
     equal = torch.full((4,), 2.0)
-    assert peers.selection_probabilities(equal, equal, 1.0).tolist() == [1.0] * 4
+    assert selective_backprop.selection_probabilities(equal, equal, 1.0).tolist() == [1.0] * 4
     broken = torch.tensor([torch.nan, 1.0, -torch.inf, torch.inf])
-    assert peers.selection_probabilities(broken, broken, 1.0).tolist() == [1.0, 0.5, 0.25, 1.0]
+    assert selective_backprop.selection_probabilities(broken, broken, 1.0).tolist() == [1.0, 0.5, 0.25, 1.0]
 
 
 HARDEST = slice(-128, None)  # an eighth of 1,024 losses in rising order: 15/16 of the others' lie below on average
@@ -245,7 +251,7 @@ HARDEST = slice(-128, None)  # an eighth of 1,024 losses in rising order: 15/16 
 
 def test_selective_backprop_keeps_the_hardest_eighth_as_in_its_paper_and_the_librarys_own_rule_less_often():
     losses = torch.rand(1024, generator=Generator().manual_seed(0)).sort().values
-    likely = peers.selection_probabilities(losses, losses, 1.0)
+    likely = selective_backprop.selection_probabilities(losses, losses, 1.0)
     assert likely[HARDEST].mean().item() == pytest.approx(15 / 16, abs=1e-3)
     assert likely.mean().item() == pytest.approx(0.5, abs=1e-3)
     kept = torch.zeros(1024)
@@ -280,7 +286,7 @@ def test_what_selective_backprop_drew_beyond_a_batch_is_trained_on_next(workload
     bench, _ = bench_of(workload, "selective-backprop")
     taken, loss = [], bench.loss
     bench.loss = lambda batch, weights=None: taken.append(batch["input_ids"]) or loss(batch, weights)
-    step = STEPS["selective"](bench, ARMS["selective-backprop"], beta=0.0)  # everything is drawn
+    step = selective_backprop.steps(bench, beta=0.0)  # everything is drawn
     assert [row["candidates"] for row in rows_of(bench, step, 7)] == [8] * 7
     in_order = bench.stream.take(torch.arange(56))["input_ids"]
     assert torch.equal(torch.cat(taken), in_order)
@@ -308,8 +314,7 @@ def test_infobatch_shows_everything_once_then_skips_samples_and_at_last_none(wor
 def test_importance_sampling_reads_a_pool_only_while_the_variance_reduction_is_large(workload):
     for threshold, pools in ((0.0, True), (1e9, False)):
         bench, _ = bench_of(workload, "grad-norm")
-        arm = Arm("gradient norm", "", kind="importance")
-        rows = rows_of(bench, STEPS["importance"](bench, arm, threshold=threshold), 5)[1:]
+        rows = rows_of(bench, grad_norm.steps(bench, threshold=threshold), 5)[1:]
         assert {row["candidates"] for row in rows} == {24 if pools else 8}
         assert [row.get("scored", 0) for row in rows] == [24 * pools] * 4
         assert all(row["trained"] == 8 for row in rows)
@@ -356,6 +361,111 @@ def test_rho_loss_keeps_what_can_be_learned_where_exact_losses_keep_wrong_labels
     assert share_wrong["rho-loss"] < 0.1 < 0.25 < share_wrong["exact"]
 
 
-def test_every_arm_names_a_kind_of_step_and_every_kind_is_used():
-    assert {arm.kind for arm in ARMS.values()} == set(STEPS)
+def test_the_price_of_rho_loss_is_for_its_own_pool_of_ten_batches(workload):
+    bench, step = bench_of(workload, "rho-loss", batch=4)
+    scoring = ARMS["rho-loss"].scoring
+    assert scoring.pool(bench.settings) == 40
+    assert ARMS["exact"].scoring.pool(bench.settings) == 8
+    (row,) = rows_of(bench, step, 1)
+    assert charges_ms(row, ARMS["rho-loss"], bench.settings, MEDIANS_MS) == {
+        "train": 9.0,
+        "read": 10.0,
+        "score": 25.0,
+        "reference model": 25.0,
+    }
+    assert step_times_ms(row, ARMS["rho-loss"], bench.settings)["rho_loss"] == row["score_ms"]
+    position = bench.position
+    scoring.prepare(bench)()
+    assert bench.position - position == 40
+
+
+def test_every_arm_names_its_paper_and_its_operations_by_their_own_names():
     assert all(arm.source is None or "arXiv" in arm.source for arm in ARMS.values())
+    settings = Settings(layers=12)
+    operations = {operation.name: operation for arm in ARMS.values() for operation in arm.operations(settings)}
+    for arm in ARMS.values():
+        for operation in arm.operations(settings):
+            assert operation.kind == operations[operation.name].kind
+            assert operation.pool(settings) == operations[operation.name].pool(settings)
+
+
+# What docs/extending.md tells: one file adds a peer.
+
+EASIEST = '''
+"""Keeps the easiest candidates, as self-paced learning does."""
+
+from earlysift.compare.arm import Arm, Operation
+
+
+def select(bench, pool):
+    """The batch of the smallest losses."""
+    from earlysift import pools, scorers, selectors  # here: they import torch, for which --help should not wait
+
+    losses = scorers.exact_loss(bench.model, pool, chunk_rows=bench.settings.batch)
+    return pools.take(pool, selectors.greedy(-losses, bench.settings.batch).indices)
+
+
+def steps(bench):
+    """Called once per seed; what it returns is called for every step, with the share of the budget that is spent."""
+
+    def step(share):
+        pool = bench.read(bench.settings.pool)
+        with bench.ledger.timed("score"):
+            batch = select(bench, pool)
+        with bench.ledger.timed("train"):
+            bench.update(bench.loss(batch))
+        bench.ledger.note(candidates=bench.settings.pool, scored=bench.settings.pool, trained=bench.settings.batch)
+
+    return step
+
+
+def scoring(bench):
+    """What is timed before the run: scoring one pool."""
+    pool = bench.read(bench.settings.pool)
+    return lambda: select(bench, pool)
+
+
+ARM = Arm(
+    "easiest",
+    "keeps the candidates with the smallest loss under the full model",
+    steps,
+    scoring=Operation("easiest", "score", scoring),
+)
+'''
+PROGRAM = """
+import sys
+from earlysift.compare import peers
+peers.__path__.append(sys.argv.pop(1))
+from earlysift.compare.arms import ARMS
+assert "torch" not in sys.modules, "help must not wait for torch"
+from earlysift.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_one_file_adds_a_peer(tmp_path):
+    (tmp_path / "peers").mkdir()
+    (tmp_path / "peers" / "easiest_first.py").write_text(EASIEST)
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "peers"), "compare", "--arms", "uniform,easiest-first"]
+    command += ["--task", "image", "--out", str(tmp_path / "out"), "--evaluations", "2", "--validation-samples", "16"]
+    command += ["--batch", "4", "--layers", "2", "--width", "32", "--budget", "0.1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert set(results["operations_ms"]) == {"read_batch", "train", "read_pool", "easiest"}
+    (run,) = results["arms"]["easiest-first"]["runs"]
+    assert run["finished"]
+    assert run["spent_s"]["score"] > 0
+    assert results["operations_ms"]["easiest"]["count"] == run["steps"]
+    assert len(EASIEST.strip().splitlines()) <= 40
+
+
+def test_every_file_of_peers_is_an_arm_of_its_name():
+    files = {path.stem.replace("_", "-") for path in Path(peers.__file__).parent.glob("*.py")} - {"--init--"}
+    assert {"rho-loss", "rs2", "visible"} < files <= ARMS.keys()
+
+
+def test_candidates_that_an_arm_scores_without_a_price_are_refused():
+    row = {"candidates": 8, "scored": 8, "train_ms": 1.0}
+    with pytest.raises(ValueError, match="'InfoBatch' scores candidates, but its row has no scoring"):
+        charges_ms(row, ARMS["infobatch"], Settings(batch=8), MEDIANS_MS)

@@ -1,15 +1,11 @@
-"""The ledger: the costs and results of every step, as JSON lines; and reference time.
-
-Reference time charges every operation at its median time in the same run: ``sum of count * median``. Two arms measured
-on a noisy machine then differ by their operations, not by when they ran.
-"""
+"""The ledger: the costs and results of every step, as JSON lines."""
 
 import json
 import reprlib
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -142,34 +138,6 @@ def _row(line: bytes, name: str) -> dict[str, Any]:
     if not isinstance(row, dict) or not isinstance(row.get("step"), int):
         raise ValueError(f'Expected {{"step": number, ...}} in {name}, found {reprlib.repr(row)}.')
     return row
-
-
-def reference_ms(counts: Mapping[str, int], medians_ms: Mapping[str, float]) -> float:
-    """Reference time of a run: every operation charged at its median.
-
-    Args:
-        counts: How often each operation was done.
-        medians_ms: Median time of each, measured in the same run.
-
-    Returns:
-        Milliseconds.
-
-    Raises:
-        ValueError: If an operation was never measured.
-
-    Example:
-        >>> reference_ms({"train": 10, "score": 5}, {"train": 100.0, "score": 8.0})
-        1040.0
-
-    Reference:
-        Reference system time: Kaddour et al., No Train No Gain, 2023, arXiv 2307.06440.
-    """
-    missing = sorted(set(counts) - set(medians_ms))
-    if missing:
-        raise ValueError(
-            f"Expected a measured median for every operation, none for {missing}. Measure them in this run."
-        )
-    return sum(count * medians_ms[operation] for operation, count in counts.items())
 
 
 def plain(value: Any) -> Any:

@@ -1,90 +1,79 @@
-"""Arms as rows of data: how each trains, where it comes from, and what its steps are charged for.
+"""All arms by name: uniform training, SIFT and its variants, and its peers."""
 
-Functions go by their names in `earlysift.compare.steps.FUNCTIONS`, so that settings know the arms without torch.
-"""
-
-from dataclasses import dataclass, field
+import pkgutil
+from functools import partial
+from importlib import import_module
 from typing import Any
 
+from earlysift.compare import peers
+from earlysift.compare.arm import TRAIN, Arm, Operation
+from earlysift.compare.sifted import (
+    AUTO_DEPTHS,
+    EXACT,
+    EXIT_HEAD_WIDTH,
+    HEAD,
+    JOINT_WEIGHT,
+    PROBE,
+    SCORING,
+    TRAIN_JOINTLY,
+    auto,
+    sifted,
+)
+from earlysift.measures import MEASURES, sift_arm
 
-@dataclass(frozen=True)
-class Arm:
-    """One way of training.
-
-    Attributes:
-        label: Name in plots and tables.
-        description: One line for the report; says where it departs from its paper.
-        source: Author, year, arXiv number; None for what has no paper.
-        kind: Which steps it takes, a key of `earlysift.compare.steps.STEPS`.
-        options: Arguments of that kind.
-        training: The operation that a training step is charged as.
-        scoring: The operation that scoring a pool is charged as, by the names that `earlysift.compare.calibrate`
-            measures; ``{depth}`` stands for the exit. None: nothing is scored.
-        depths: Exits that it uses; without any the comparison's depth.
-        charged: False only for an upper bound: then a step is charged like a uniform one, whatever it did.
-        idle: Why all of its steps may have been uniform training's own, in words.
-    """
-
-    label: str
-    description: str
-    source: str | None = None
-    kind: str = "sifted"
-    options: dict[str, Any] = field(default_factory=dict)
-    training: str = "train"
-    scoring: str | None = None
-    depths: tuple[int, ...] = ()
-    charged: bool = True
-    idle: str = ""
-
-
-EXIT_HEAD_WIDTH = 64  # of the residual layer of an exit's own head
 _SIFT = "Das et al., 2024, arXiv 2402.07052"
+_WARM = 1 / 3  # share of the budget that warmed-up arms train uniformly for
 
 
 def _sift(
     label: str,
     description: str,
     *,
-    score: str = "loss",
+    scoring: Operation,
     depth: int | None = None,
-    training: str = "train",
-    scoring: str | None = None,
+    training: Operation = TRAIN,
+    charged: bool = True,
     **options: Any,
 ) -> Arm:
-    scoring = scoring or {"loss": "score_{depth}", "entropy": "entropy_{depth}", "exact": "exact"}[score]
-    return Arm(
-        label,
-        description,
-        _SIFT,
-        options={"score": score, **options},
-        training=training,
-        scoring=scoring,
-        depths=() if depth is None else (depth,),
-    )
+    depths = () if depth is None else (depth,)
+    steps = partial(sifted, depth=depth, **options)
+    return Arm(label, description, steps, _SIFT, training, scoring, depths=depths, charged=charged)
+
+
+def _by_score(score: str) -> dict[str, Arm]:
+    """SIFT by one score: at the comparison's exit, after a warm-up, and at other exits."""
+    is_loss = score == "loss"
+    label, by = ("SIFT", "SIFT") if is_loss else (f"SIFT, {score}", f"SIFT by {score}")
+    keeps = f"keeps the candidates with {MEASURES[score].keeps}"
+    name, arm = sift_arm(score), partial(_sift, scoring=SCORING[score], score=score)
+    return {
+        name: arm(label, f"{keeps} at the early exit"),
+        f"{name}-warm": arm(
+            f"{label}, warmed up",
+            f"{by} after a first third of the budget with uniform training",
+            select_after=_WARM,
+        ),
+        **{
+            f"{name}-{depth}": arm(
+                f"{label}, exit {depth}", f"{keeps} at an early exit after {depth} layers", depth=depth
+            )
+            for depth in ((2, 3, 6) if is_loss else (3,))
+        },
+    }
 
 
 ARMS: dict[str, Arm] = {
-    "uniform": Arm("uniform", "plain training: every candidate is trained on", options={"keep": 1.0}),
-    "sift": _sift("SIFT", "keeps the candidates with the largest loss at the early exit"),
-    **{
-        f"sift-{depth}": _sift(
-            f"SIFT, exit {depth}",
-            f"keeps the candidates with the largest loss at an early exit after {depth} layers",
-            depth=depth,
-        )
-        for depth in (2, 3, 6)
-    },
-    "sift-warm": _sift(
-        "SIFT, warmed up", "SIFT after a first third of the budget with uniform training", select_after=1 / 3
-    ),
+    "uniform": Arm("uniform", "plain training: every candidate is trained on", partial(sifted, keep=1.0)),
+    **{name: arm for score in MEASURES for name, arm in _by_score(score).items()},
     **{
         f"sift-joint-{depth}": _sift(
             f"SIFT, exit {depth} trained",
             f"SIFT at an early exit after {depth} layers whose loss is trained along with the model's, by a weight of "
-            "0.3",
+            f"{JOINT_WEIGHT}",
+            scoring=SCORING["loss"],
             depth=depth,
-            training="train_joint_{depth}",
-            joint=0.3,
+            training=TRAIN_JOINTLY,
+            joint=JOINT_WEIGHT,
         )
         for depth in (1, 2)
     },
@@ -92,112 +81,44 @@ ARMS: dict[str, Arm] = {
         f"sift-head-{depth}": _sift(
             f"SIFT, exit {depth} with a head",
             f"SIFT at an early exit after {depth} layers with a head of its own, trained on detached features",
-            scoring="head_{depth}",
+            scoring=HEAD,
             depth=depth,
             own_head=EXIT_HEAD_WIDTH,
         )
         for depth in (1, 2)
     },
-    "sift-entropy": _sift(
-        "SIFT, entropy",
-        "keeps the candidates whose prediction at the early exit has the largest entropy",
-        score="entropy",
-    ),
-    "sift-entropy-warm": _sift(
-        "SIFT, entropy, warmed up",
-        "SIFT by entropy after a first third of the budget with uniform training",
-        score="entropy",
-        select_after=1 / 3,
-    ),
-    "sift-entropy-3": _sift(
-        "SIFT, entropy, exit 3",
-        "keeps the candidates whose prediction at an early exit after 3 layers has the largest entropy",
-        score="entropy",
-        depth=3,
-    ),
     "sift-unbiased": _sift(
         "SIFT, unbiased",
         "draws candidates in proportion to their loss at an early exit after 3 layers, with weights that keep the mean "
         "gradient unbiased (T7)",
+        scoring=SCORING["loss"],
         depth=3,
         select="proportional",
     ),
     "exact": _sift(
         "exact loss",
         "keeps the candidates with the largest loss under the full model: what SIFT approximates",
+        scoring=EXACT,
         score="exact",
     ),
-    "free": Arm(
+    "free": _sift(
         "exact loss, free",
         "exact loss whose scoring is not charged: an upper bound, not a way to train",
-        _SIFT,
-        options={"score": "exact"},
-        scoring="exact",
+        scoring=EXACT,
+        score="exact",
         charged=False,
-    ),
-    "selective-backprop": Arm(
-        "selective backprop",
-        "looks at candidates until a batch is full, and draws each with the probability that one of the last 1,024 "
-        "exact losses does not exceed its own (beta 1); the first epoch without selection of the authors' code is left "
-        "out",
-        "Jiang et al., 2019, arXiv 1910.00762",
-        kind="selective",
-        scoring="exact",
-    ),
-    "ordered-sgd": Arm(
-        "ordered SGD",
-        "averages the q largest losses of the batch itself; q halves when training accuracy (mean of the last 100 "
-        "batches) first reaches 80, 90, 95 and 99.5 %",
-        "Kawaguchi and Lu, 2020, arXiv 1907.04371",
-        kind="ordered",
-        idle="training accuracy never reached 80 %",
-    ),
-    "rho-loss": Arm(
-        "RHO-loss",
-        "keeps the tenth of a pool whose loss exceeds a reference model's most; the reference is the same model, "
-        "trained on a fifth of the training part, held out for it, for a fifth of the budget, which is charged (the "
-        "paper shares one among many runs)",
-        "Mindermann et al., 2022, arXiv 2206.07137",
-        kind="reducible",
-        scoring="exact",
-    ),
-    "infobatch": Arm(
-        "InfoBatch",
-        "skips half of the samples whose last loss was below the mean, anew every epoch, and doubles the gradients of "
-        "the other half; the last 12.5 % of training skips nothing. Needs several epochs",
-        "Qin et al., 2024, arXiv 2303.04947",
-        kind="infobatch",
-        idle="the first epoch, which skips nothing, did not end",
-    ),
-    "grad-norm": Arm(
-        "gradient norm",
-        "draws from a pool of 3 b in proportion to a bound on the gradient norm, with unbiased weights, without "
-        "replacement, while the variance reduction tau exceeds 1.5 (smoothed by 0.9); measuring tau on uniform batches "
-        "meanwhile is not charged",
-        "Katharopoulos and Fleuret, 2018, arXiv 1803.00942",
-        kind="importance",
-        scoring="grad_norm",
-        idle="the variance reduction never exceeded 1.5",
-    ),
-    "visible": Arm(
-        "visible labels",
-        "keeps the candidates with the most labelled tokens left in place: a control that needs no model (masked LM "
-        "only). An arm that is not ahead of it may owe its gain to copying",
-        options={"score": "visible_labels"},
-        scoring="visible",
-    ),
-    "rs2": Arm(
-        "random subsets",
-        "trains on a fresh random tenth of the data each epoch",
-        "Okanovic et al., 2023, arXiv 2305.18424",
-        options={"keep": 1.0, "subset": 0.1},
-        idle="the first subset did not end",
     ),
     "auto": Arm(
         "auto",
         "measures cost and gain as it trains, and chooses greedy, unbiased or uniform training, exit and keep by them",
-        options={"mode": "auto", "keep": 0.25},
-        scoring="score_{depth}",
-        depths=(1, 2, 3),
+        auto,
+        scoring=SCORING["loss"],
+        probing=PROBE,
+        depths=AUTO_DEPTHS,
     ),
+    **{
+        file.name.replace("_", "-"): import_module(f"{peers.__name__}.{file.name}").ARM
+        for file in pkgutil.iter_modules(peers.__path__)
+    },
 }
+"""Name to arm, on the command line and in results.json. Every file of `earlysift.compare.peers` adds one."""

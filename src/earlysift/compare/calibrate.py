@@ -8,46 +8,30 @@ from pathlib import Path
 import torch
 
 from earlysift import environment
-from earlysift.compare import peers
-from earlysift.compare.arms import ARMS, EXIT_HEAD_WIDTH
+from earlysift.compare.arm import READ_BATCH, TRAIN, Operation
+from earlysift.compare.arms import ARMS
+from earlysift.compare.bench import Bench
 from earlysift.compare.settings import Settings
-from earlysift.compare.steps import Bench, draw_by_gradient_norm, exit_head_options, exits_of, joint_loss, make_sifter
 from earlysift.ledger import Ledger
-from earlysift.pretrain.stream import Rows
 from earlysift.pretrain.workloads import Workload
-from earlysift.scorers import Scorer
-from earlysift.seeds import seeded
 
 _WARMUP_ROUNDS = 3
 _FEWEST_ROUNDS = 24
 _LEAST_S, _LEAST_SHARE = 10.0, 0.4  # or this share of the budget, if that is less
 _MOST_S = 40.0
-_SCORES: dict[str, str | Scorer] = {  # operation to the sifter's score
-    "score": "loss",
-    "entropy": "entropy",
-    "exact": "exact",
-    "head": "loss",
-    "visible": peers.visible_labels,
-}
 
 Timing = dict[str, float]
 
 
-def operations_of(arms: Iterable[str], settings: Settings) -> list[str]:
-    """The operations that steps of these arms are charged for.
+def operations_of(arms: Iterable[str], settings: Settings) -> dict[str, Operation]:
+    """The operations that steps of these arms are charged for, by name.
 
     Example:
-        >>> operations_of(["uniform", "sift"], Settings())
+        >>> list(operations_of(["uniform", "sift"], Settings()))
         ['read_batch', 'train', 'read_pool', 'score_1']
     """
-    names = {"read_batch": None, "train": None}  # in the order of first use
-    for arm in (ARMS[name] for name in arms):
-        names |= {arm.training.format(depth=d): None for d in exits_of(arm, settings)}
-        if arm.scoring:
-            names |= {"read_pool": None} | {arm.scoring.format(depth=d): None for d in exits_of(arm, settings)}
-        if arm.options.get("mode") == "auto":
-            names |= {"probe": None}
-    return list(names)
+    operations = [READ_BATCH, TRAIN, *(each for name in arms for each in ARMS[name].operations(settings))]
+    return {operation.name: operation for operation in operations}
 
 
 def work_ledger(settings: Settings, path: Path | None = None) -> Ledger:
@@ -57,16 +41,14 @@ def work_ledger(settings: Settings, path: Path | None = None) -> Ledger:
 
 
 def measure_operations(
-    names: list[str], settings: Settings, workload: Workload, on_share: Callable[[float], None]
+    operations: Iterable[Operation], settings: Settings, workload: Workload, on_share: Callable[[float], None]
 ) -> dict[str, Timing]:
     """Time operations, one after the other in every round, so that drift hits all alike.
 
-    They are those the arms really do, on a model and data of their own: ``train`` (a step on b samples), ``score_1``,
-    ``entropy_1``, ``exact`` and the like (scoring, selecting and gathering b of R candidates), ``read_batch``,
-    ``read_pool`` and ``probe``.
+    They are those that the arms really do, on a model and data of their own.
 
     Args:
-        names: Which.
+        operations: What to time.
         settings: The comparison.
         workload: Samples and model.
         on_share: Called after every round with the share that is done, for progress.
@@ -77,44 +59,19 @@ def measure_operations(
     ledger = work_ledger(settings)
     bench = Bench(workload, settings, seed=0, medians_ms={}, ledger=ledger)
     bench.set_rate(1.0)  # a learning rate of zero costs the same and cannot diverge
-    batch, pool = bench.read(settings.batch), bench.read(settings.pool)
-    operations = {name: _operation(name, bench, batch, pool) for name in names}
+    prepared = {operation.name: operation.prepare(bench) for operation in operations}
     least_s = min(_LEAST_S, _LEAST_SHARE * settings.budget)
-    began, rounds, done = time.perf_counter(), 0, 0.0
+    started, rounds, done = time.perf_counter(), 0, 0.0
     while done < 1:
-        for name, operation in operations.items():
+        for name, run in prepared.items():
             with ledger.timed(name):
-                operation()
+                run()
         rounds += 1
-        measured, elapsed_s = rounds - _WARMUP_ROUNDS, time.perf_counter() - began
+        measured, elapsed_s = rounds - _WARMUP_ROUNDS, time.perf_counter() - started
         enough = min(measured / _FEWEST_ROUNDS, elapsed_s / least_s)
         done = max(enough, elapsed_s / _MOST_S) if measured >= _WARMUP_ROUNDS else 0.0
         on_share(min(1.0, done))
-    return {name: summary(ledger.times_ms(name)[_WARMUP_ROUNDS:]) for name in names}
-
-
-def _operation(name: str, bench: Bench, batch: Rows, pool: Rows) -> Callable[[], object]:
-    settings = bench.settings
-    simple: dict[str, Callable[[], object]] = {
-        "read_batch": lambda: bench.read(settings.batch),
-        "read_pool": lambda: bench.read(settings.pool),
-        "train": lambda: bench.update(bench.loss(batch)),
-        "grad_norm": lambda: draw_by_gradient_norm(bench, pool, seeded(0)),
-    }
-    if name in simple:
-        return simple[name]
-    if name == "probe":
-        sifter = make_sifter(bench, ARMS["auto"], **ARMS["auto"].options)
-        candidates = bench.read(sifter.wanted)
-        return lambda: sifter.probe(candidates)
-    if name.startswith("train_joint_"):
-        arm = ARMS[f"sift-joint-{name.removeprefix('train_joint_')}"]
-        sifter = make_sifter(bench, arm, score="loss")
-        return lambda: bench.update(joint_loss(bench, sifter, batch, arm.options["joint"]))
-    score, _, depth = name.partition("_")
-    head = exit_head_options(bench, EXIT_HEAD_WIDTH) if score == "head" else {}
-    sifter = make_sifter(bench, ARMS["sift"], score=_SCORES[score], depth=int(depth or settings.depth), **head)
-    return lambda: sifter.sift(pool)
+    return {name: summary(ledger.times_ms(name)[_WARMUP_ROUNDS:]) for name in prepared}
 
 
 def summary(times_ms: list[float]) -> Timing:

@@ -1,7 +1,6 @@
-"""The run folder: what may be written where, what a resumed run finds there, and what a new one may delete."""
+"""The run folder: whether a run may go into it, what a resumed run reads there, and what a new one may delete."""
 
 import dataclasses
-import json
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -14,31 +13,31 @@ from earlysift.compare.settings import Settings
 from earlysift.config_files import differences
 from earlysift.pretrain import models
 from earlysift.report.page import RESULTS, RESULTS_VERSION, read_results
+from earlysift.report.shape import read_json, require_shape
 
 CONFIG = "config.json"
 LEDGERS = "ledgers"
 ENCODER = "encoder"
 LOGS = "logs"
 PROGRAM, SUITE = "compare", "compare --suite"
-"""What the markers of run folders say, and of the folder that a suite puts them into."""
+"""The program named by the marker of a run folder, and of the folder of a suite."""
 _PAGE = "report.html"
 _FILES = (RESULTS, CONFIG, _PAGE, "curves.png")
-_LEDGER = re.compile(rf"({'|'.join(map(re.escape, ARMS))})-seed\d+\.jsonl")
+_LEDGER = re.compile(r"(.+)-seed\d+\.jsonl")
 _OWN = {folders.LOCK, folders.MARKER}
 _MAY_GROW = ("seeds", "arms")
-_SHAPE: dict[str, type] = {
-    **{"complete": bool, "charged_ms": list},
-    **dict.fromkeys(("config", "machine", "data", "arms", "operations_ms", "calibrated_ms", "measured_ms"), dict),
-}
+_TIMED = ("operations_ms", "calibrated_ms")
+_NEEDED = ("complete", "config", "machine", "data", "arms", "measured_ms", "charged_ms", *_TIMED)
+_CONFIG_NEEDED, _RUN_NEEDED = ("arms", "seeds", "budget", "evaluations"), ("seed", "finished", "curve", "spent_s")
 
 
 def inspect(
     folder: Path, identity: dict[str, object], *, resume: bool = False, force: bool = False
 ) -> dict[str, Any] | None:
-    """See whether a run may go into a folder, and read the results so far when a run is resumed; changes nothing.
+    """Check that a run may go into a folder, and read the results so far if a run is resumed; changes nothing.
 
-    A folder is a comparison's if its marker says so. One from before there were markers is known by results and
-    config: it can be resumed, but not replaced.
+    A folder belongs to a comparison if its marker says so. A folder from before there were markers is recognised by its
+    results and config: it can be resumed, but not replaced.
 
     Raises:
         FileExistsError: If the folder holds another run (or other files) and neither resume nor force is given.
@@ -72,7 +71,7 @@ def inspect(
     if not resume or not (folder / RESULTS).is_file():
         return None
     previous = read_results(folder)
-    if not _fits(previous):
+    if not _can_resume(previous):
         raise ValueError(
             f"The file {folder / RESULTS} is JSON, but not the results of a comparison. Restore it, start anew by "
             "--force, or choose another --out."
@@ -82,7 +81,7 @@ def inspect(
 
 
 def clear(folder: Path) -> None:
-    """Delete what an earlier comparison left in its folder, by name; other files, and what links lead to, stay."""
+    """Delete the files of an earlier comparison, by name; other files, and what links lead to, stay."""
     names = _known_files(folder)
     parts = [str(path.with_name(f".{path.name}.part")) for path in map(Path, names)]
     folders.remove_known(folder, [*names, *parts])
@@ -93,14 +92,14 @@ def clear(folder: Path) -> None:
 
 @contextmanager
 def suite_folder(folder: Path, workloads: Iterable[str]) -> Iterator[None]:
-    """Hold the folder of a suite, whose runs lie in folders of their own within it.
+    """Lock the folder of a suite, which holds a run folder for each workload.
 
     Args:
-        folder: Where to.
+        folder: The folder.
         workloads: Names of all workloads of the suite.
 
     Raises:
-        FileExistsError: If it belongs to something else, or another process holds it.
+        FileExistsError: If it belongs to another program, or another process holds it.
         OSError: If nothing can be written there.
     """
     _require_suite(folder, set(workloads))  # before anything is made there
@@ -130,56 +129,52 @@ def _known_files(folder: Path) -> list[str]:
     """What a comparison writes into its folder, with the ledgers that are there."""
     encoder = (models.CONFIG, models.TOKENIZER, models.WEIGHTS)
     ledgers = folder / LEDGERS
-    there = sorted(path.name for path in ledgers.iterdir()) if ledgers.is_dir() and not ledgers.is_symlink() else []
+    names = sorted(path.name for path in ledgers.iterdir()) if ledgers.is_dir() and not ledgers.is_symlink() else []
     return [
         *_FILES,
         *(f"{ENCODER}/{name}" for name in encoder),
-        *(f"{LEDGERS}/{name}" for name in there if _LEDGER.fullmatch(name)),
+        *(f"{LEDGERS}/{name}" for name in names if (match := _LEDGER.fullmatch(name)) and match[1] in ARMS),
     ]
 
 
 def _is_comparison(folder: Path) -> bool:
-    """Whether a folder without a marker is one of `earlysift compare`: by what results and config say."""
+    """Whether a folder without a marker is one of `earlysift compare`, by its results and config."""
     paths = (folder / RESULTS, folder / CONFIG)
     if any(path.is_symlink() or not path.is_file() for path in paths):
         return False
     try:
-        results, config = (json.loads(path.read_bytes()) for path in paths)
-    except (ValueError, RecursionError):
+        results, config = map(read_json, paths)
+    except ValueError:
         return False
-    return _fits(results) and isinstance(config, dict) and config.keys() == results["config"].keys()
+    return _can_resume(results) and isinstance(config, dict) and config.keys() == results["config"].keys()
 
 
-def _fits(results: Any) -> bool:
-    """Whether this is what a comparison writes into results.json."""
-    if not isinstance(results, dict) or results.get("version") != RESULTS_VERSION:
+def _can_resume(results: Any) -> bool:
+    """Whether results have the shape of those of a comparison, and all that a resumed run needs."""
+    try:
+        require_shape(results, Path(RESULTS))
+    except ValueError:
         return False
-    shaped: dict[str, Any] = {
-        "calibrated_ms": {},
-        "charged_ms": [],
-    } | results  # runs have them since prices follow the steps
-    if not all(isinstance(shaped.get(name), kind) for name, kind in _SHAPE.items()):
+    results = {"calibrated_ms": {}, "charged_ms": []} | results  # runs have them since prices follow the steps
+    if results.get("version") != RESULTS_VERSION or not _has(results, _NEEDED):
         return False
-    settings = {field.name for field in dataclasses.fields(Settings)}
     config, arms = results["config"], results["arms"]
-    if not {"arms", "seeds", "budget", "evaluations"} <= config.keys() <= settings or not arms.keys() <= ARMS.keys():
-        return False
-    runs = [run for arm in arms.values() for run in _runs(arm)]
-    timings = [*shaped["operations_ms"].values(), *shaped["calibrated_ms"].values()]
-    tables = [table for seed in shaped["charged_ms"] for table in (seed if isinstance(seed, list) else [seed])]
+    settings = {field.name for field in dataclasses.fields(Settings)}
     threads = results["machine"].get("threads")
     return (
-        all(isinstance(arm, dict) and isinstance(arm.get("runs"), list) for arm in arms.values())
-        and all(isinstance(run, dict) and {"seed", "finished", "curve", "spent_s"} <= run.keys() for run in runs)
-        and all(isinstance(timing, dict) and "median" in timing for timing in timings)
-        and all(isinstance(table, dict) and "train" in table for table in tables)
+        _has(config, _CONFIG_NEEDED)
+        and config.keys() <= settings
+        and arms.keys() <= ARMS.keys()
+        and all(_has(arm, ("runs",)) for arm in arms.values())
+        and all(_has(run, _RUN_NEEDED) for arm in arms.values() for run in arm["runs"])
+        and all(_has(timing, ("median",)) for part in _TIMED for timing in results[part].values())
+        and all(_has(table, ("train",)) for tables in results["charged_ms"] for table in tables)
         and (threads is None or (isinstance(threads, int) and threads > 0))
     )
 
 
-def _runs(arm: Any) -> list[Any]:
-    runs = arm.get("runs") if isinstance(arm, dict) else None
-    return runs if isinstance(runs, list) else []
+def _has(part: dict[str, Any] | None, names: Iterable[str]) -> bool:
+    return part is not None and all(part.get(name) is not None for name in names)
 
 
 def _has_runs(folder: Path) -> bool:
@@ -188,10 +183,10 @@ def _has_runs(folder: Path) -> bool:
     if not path.is_file():
         return False
     try:
-        results = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
+        results = read_json(path)
+    except ValueError:
         return True
-    return not _fits(results) or any(_runs(arm) for arm in results["arms"].values())
+    return not _can_resume(results) or any(arm["runs"] for arm in results["arms"].values())
 
 
 def _require_same(saved: dict[str, Any], now: dict[str, object]) -> None:

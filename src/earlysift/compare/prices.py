@@ -1,28 +1,35 @@
-"""Prices: what a step is charged for every operation, by calibration at first, then by the arms' own steps."""
+"""Prices: what every operation costs, by calibration at first, then by the arms' own steps; and what a step pays.
+
+Reference time charges every operation its price, whenever it was done. Two arms measured on a noisy machine then differ
+by what they did, not by when they ran (Kaddour et al., No Train No Gain, 2023, arXiv 2307.06440).
+"""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
-from earlysift.compare.arms import Arm
+from earlysift.compare.arm import READ_BATCH, READ_POOL, TRAIN, Arm, Operation
 from earlysift.compare.calibrate import Timing, summary
 from earlysift.compare.settings import Settings
 
-_CALIBRATION_COUNTS = 10  # as so many steps, which is little beside what a run takes
+_CALIBRATION_COUNTS = 10  # as so many steps, few beside those of a run
 
 Table = dict[str, float]
-"""Milliseconds of every operation."""
+"""Milliseconds by operation, or by kind of operation."""
+Row = dict[str, Any]
+"""A step in the ledger."""
 
 
 class Prices:
-    """The running median of every operation, over the steps of all arms so far, frozen where arms must agree.
+    """The running median of every operation, over the steps of all arms so far, fixed between evaluations.
 
-    A table of prices is made when the first arm has spent the share of its budget that an evaluation is due at, and
-    every arm of the seed pays by it from that share to the next: the same work costs all of them the same.
+    The first arm of a seed that reaches an evaluation fixes a table of prices. Every arm of the seed pays by it from
+    this evaluation to the next, so the same work costs all of them the same.
 
     Args:
         calibrated: Times of every operation from before the run.
-        tables: For every seed the tables made so far; those that are missing are added to it.
+        tables: For every seed the tables made so far; new tables are added to it.
     """
 
     def __init__(self, calibrated: Mapping[str, Timing], tables: list[list[Table]]) -> None:
@@ -31,14 +38,14 @@ class Prices:
         self._measured: dict[str, list[float]] = {}
 
     def note(self, times_ms: Mapping[str, float]) -> None:
-        """Take in what the operations of a step cost."""
+        """Add the times that the operations of a step took."""
         for name, ms in times_ms.items():
             self._measured.setdefault(name, []).append(ms)
 
     def at(self, seed: int, evaluations: int) -> Table:
         """The table of a seed after so many evaluations.
 
-        An operation that it lacks, as an arm was added, gets the price that it has now beside a training step.
+        An operation that it lacks (its arm was added later) gets its present price, scaled as that of a training step.
         """
         while len(self._tables) <= seed:
             self._tables.append([])
@@ -48,17 +55,15 @@ class Prices:
         table = tables[evaluations]
         if missing := self._calibrated.keys() - table.keys():
             now = self._now()
-            table |= {name: round(now[name] * table["train"] / now["train"], 4) for name in sorted(missing)}
+            table |= {name: round(now[name] * table[TRAIN.name] / now[TRAIN.name], 4) for name in sorted(missing)}
         return table
 
     def timings(self) -> dict[str, Timing]:
-        """Median, 20 and 80 per cent by now, and how many steps they come from."""
-        return {
-            name: summary(self._samples(name)) | {"count": len(self._measured[name])}
-            if name in self._measured
-            else dict(timing)
-            for name, timing in self._calibrated.items()
-        }
+        """Median, 20 and 80 per cent so far, and how many steps they come from."""
+        timings = {name: dict(timing) for name, timing in self._calibrated.items()}
+        for name in timings.keys() & self._measured.keys():
+            timings[name] = summary(self._samples(name)) | {"count": len(self._measured[name])}
+        return timings
 
     def _now(self) -> Table:
         return {name: round(median(self._samples(name)), 4) for name in self._calibrated}
@@ -67,19 +72,45 @@ class Prices:
         return [*[self._calibrated[name]["median"]] * _CALIBRATION_COUNTS, *self._measured.get(name, ())]
 
 
-def step_times_ms(row: dict[str, Any], arm: Arm, settings: Settings) -> Table:
-    """What the operations of a step took by its row of the ledger, as `charges_ms` charges them.
+class Work(NamedTuple):
+    """An operation that a step did: how much of it (1 is a whole one), and how long it took where that was measured."""
 
-    Scoring is all that a sifter does but probe: selecting and gathering are part of it.
+    operation: Operation
+    amount: float
+    took_ms: float | None = None
+
+
+def work_of(row: Row, arm: Arm, settings: Settings) -> list[Work]:
+    """What a step did, by its row of the ledger.
 
     Args:
-        row: ``candidates``, ``wait_ms``, ``train_ms``; if there are any ``scored``, ``depth``, ``sift_ms`` (else
-            ``score_ms``) and ``probe_ms``.
+        row: ``candidates`` read; ``scored`` and ``depth`` of the exit, if any; ``reference_scored``. What was measured
+            of ``wait_ms``, ``train_ms``, ``sift_ms`` (else ``score_ms``) and ``probe_ms``.
         arm: The arm.
         settings: The comparison.
+    """
+    depth = int(row.get("depth", (arm.depths or (settings.depth,))[0]))
+    candidates, scored, reference_scored = row["candidates"], row.get("scored"), row.get("reference_scored")
+    pools_read = candidates / settings.pool
+    read, amount = (READ_POOL, pools_read) if candidates > settings.batch else (READ_BATCH, 1.0)
+    work = [Work(arm.training.at(depth), 1.0, row.get("train_ms")), Work(read, amount, row.get("wait_ms"))]
+    if scored and arm.scoring is None:
+        raise ValueError(f"The arm {arm.label!r} scores candidates, but its row has no scoring to charge them as.")
+    if arm.scoring and scored:
+        scoring_ms = row.get("score_ms")
+        if "sift_ms" in row:  # all that a sifter does but probe: selecting and gathering are part of it
+            scoring_ms = row["sift_ms"] - row.get("probe_ms", 0.0)
+        work.append(Work(arm.scoring.at(depth), scored / arm.scoring.pool(settings), scoring_ms))
+    if arm.scoring and reference_scored:
+        scoring = replace(arm.scoring, kind="reference model")
+        work.append(Work(scoring, reference_scored / scoring.pool(settings)))
+    if arm.probing and "probe_ms" in row:
+        work.append(Work(arm.probing, 1.0, row["probe_ms"]))
+    return work
 
-    Returns:
-        Milliseconds by operation, of a whole pool where it scored or read another number of candidates.
+
+def step_times_ms(row: Row, arm: Arm, settings: Settings) -> Table:
+    """What the operations of a step took, of a whole pool where it scored or read another number of candidates.
 
     Example:
         >>> from earlysift.compare.arms import ARMS
@@ -87,26 +118,15 @@ def step_times_ms(row: dict[str, Any], arm: Arm, settings: Settings) -> Table:
         >>> step_times_ms(row, ARMS["sift"], Settings())
         {'train': 50.0, 'read_pool': 1.0, 'score_1': 9.0}
     """
-    depth = depth_of(row, arm, settings)
-    candidates, probe_ms = row["candidates"], row.get("probe_ms", 0.0)
-    times_ms = {arm.training.format(depth=depth): row["train_ms"]}
-    if candidates == settings.batch:
-        times_ms["read_batch"] = row["wait_ms"]
-    elif candidates:
-        times_ms["read_pool"] = row["wait_ms"] * settings.pool / candidates
-    if row.get("scored"):
-        scoring_ms = row["sift_ms"] - probe_ms if "sift_ms" in row else row["score_ms"]
-        times_ms[str(arm.scoring).format(depth=depth)] = scoring_ms * settings.pool / row["scored"]
-    if probe_ms:
-        times_ms["probe"] = probe_ms
-    return times_ms
+    work = work_of(row, arm, settings)
+    return {operation.name: took_ms / amount for operation, amount, took_ms in work if took_ms is not None}
 
 
-def charges_ms(row: dict[str, Any], arm: Arm, settings: Settings, prices_ms: Mapping[str, float]) -> Table:
-    """What a step costs in reference time, by kind, from what its row of the ledger says that it did.
+def charges_ms(row: Row, arm: Arm, settings: Settings, prices_ms: Mapping[str, float]) -> Table:
+    """What a step costs in reference time, by kind.
 
     Args:
-        row: ``candidates`` read; ``scored`` and ``depth`` of the exit, if any; ``reference_scored``; ``probe_ms``.
+        row: As in `work_of`.
         arm: The arm; one that is not charged pays for a uniform step.
         settings: The comparison.
         prices_ms: Reference time of every operation.
@@ -118,29 +138,15 @@ def charges_ms(row: dict[str, Any], arm: Arm, settings: Settings, prices_ms: Map
         >>> from earlysift.compare.arms import ARMS
         >>> prices_ms = {"read_batch": 1.0, "read_pool": 2.0, "score_1": 8.0, "train": 100.0}
         >>> charges_ms({"candidates": 64, "scored": 64}, ARMS["sift"], Settings(), prices_ms)
-        {'read': 2.0, 'train': 100.0, 'score': 8.0}
+        {'train': 100.0, 'read': 2.0, 'score': 8.0}
     """
-    depth = depth_of(row, arm, settings)
-    uniform = {"read": prices_ms["read_batch"], "train": prices_ms[arm.training.format(depth=depth)]}
+    charges: Table = {}
+    for operation, amount, _ in work_of(row, arm, settings):
+        charges[operation.kind] = charges.get(operation.kind, 0.0) + prices_ms[operation.name] * amount
+    uniform_ms = prices_ms[READ_BATCH.name]
     if not arm.charged:
-        return uniform
-    candidates = row["candidates"]
-    read_ms = prices_ms["read_pool"] * candidates / settings.pool if candidates > settings.batch else uniform["read"]
-    probing_ms = prices_ms["probe"] if "probe_ms" in row else 0.0
-    if row.get("mode") == "off":  # auto's uniform steps are uniform's own; what it reads beyond them, it reads to probe
-        probing_ms += read_ms - uniform["read"]
-    else:
-        uniform["read"] = read_ms
-    extra = {}
-    if row.get("scored"):
-        extra["score"] = prices_ms[str(arm.scoring).format(depth=depth)] * row["scored"] / settings.pool
-    if row.get("reference_scored"):
-        extra["reference model"] = prices_ms["exact"] * row["reference_scored"] / settings.pool
-    if probing_ms:
-        extra["probe"] = probing_ms
-    return {**uniform, **extra}
-
-
-def depth_of(row: dict[str, Any], arm: Arm, settings: Settings) -> int:
-    """The exit that a step used, or the arm's first."""
-    return int(row.get("depth", (arm.depths or (settings.depth,))[0]))
+        return {"train": charges["train"], "read": uniform_ms}
+    if row.get("mode") == "off" and charges["read"] != uniform_ms:  # auto trains uniformly, and reads more to probe
+        charges["probe"] = charges.get("probe", 0.0) + charges["read"] - uniform_ms
+        charges["read"] = uniform_ms
+    return charges

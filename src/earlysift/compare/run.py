@@ -1,6 +1,7 @@
 """`earlysift compare`: data, calibration, arms x seeds, results. Start reading here."""
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -10,11 +11,12 @@ import torch
 
 from earlysift import environment, folders
 from earlysift.compare import folder
+from earlysift.compare.arm import TRAIN
 from earlysift.compare.arms import ARMS
+from earlysift.compare.bench import Bench
 from earlysift.compare.calibrate import Timing, measure_operations, operations_of, summary, work_ledger
 from earlysift.compare.prices import Prices, Table, step_times_ms
 from earlysift.compare.settings import Settings
-from earlysift.compare.steps import Bench
 from earlysift.compare.trial import Run, rehearse, run_trial
 from earlysift.compare.verdict import judged
 from earlysift.files import write_json
@@ -33,8 +35,8 @@ OnEvaluation = Callable[[str, Run], None]
 @environment.same_threads_after()
 def compare(
     settings: Settings,
-    on_progress: OnProgress = lambda name, share: None,
-    on_evaluation: OnEvaluation = lambda name, run: None,
+    on_progress: OnProgress = lambda *_: None,
+    on_evaluation: OnEvaluation = lambda *_: None,
 ) -> dict[str, Any]:
     """Run every arm on every seed at an equal budget of reference time, and write the run folder.
 
@@ -53,18 +55,18 @@ def compare(
         ValueError: If settings, data or the run to resume do not fit.
         FileExistsError: If the run folder holds another run.
     """
-    device = environment.usable_device(settings.device)
+    on_cpu = environment.usable_device(settings.device).type == "cpu"
     inspect = partial(folder.inspect, settings.out, settings.identity(), resume=settings.resume, force=settings.force)
     folders.require_unlocked(settings.out)
     previous = inspect()
     earlier = _earlier_times(previous, settings)
-    if previous is not None and device.type == "cpu":
+    if previous is not None and on_cpu:
         torch.set_num_threads(previous["machine"].get("threads") or torch.get_num_threads())
     on_progress("read data", 0.0)
     workload = load_workload(settings)
     on_progress("read data", 1.0)
-    rehearse(settings, workload, choose_threads=previous is None and device.type == "cpu")
-    with folders.locked(settings.out):  # only now: what is refused leaves everything as it was
+    rehearse(settings, workload, choose_threads=previous is None and on_cpu)
+    with folders.locked(settings.out):  # only now: a refused run leaves everything as it was
         previous = inspect()
         if previous is None:
             folder.clear(settings.out)
@@ -81,25 +83,23 @@ def _run(
     on_progress: OnProgress,
     on_evaluation: OnEvaluation,
 ) -> dict[str, Any]:
-    """Whatever is missing in these results."""
+    """Run what is missing in these results."""
     results["complete"] = False
     results["config"]["seeds"] = max(settings.seeds, results["config"]["seeds"])
     results["config"]["arms"] = [*dict.fromkeys((*results["config"]["arms"], *settings.arms))]
     for name in settings.arms:
         results["arms"].setdefault(name, _new_arm(name))
-    _save(settings.out, results, settings)
+    _save(settings.out, results)
     write_json(settings.out / folder.CONFIG, results["config"])
-    try:
+    with suppress(KeyboardInterrupt):  # the results so far are a partial run
         _calibrate(results, settings, workload, partial(on_progress, "calibrate"))
         prices = _prices(results, settings, earlier)
-        _save(settings.out, results, settings)
+        _save(settings.out, results)
         for seed in range(settings.seeds):
             _run_seed(results, settings, workload, seed, prices, on_progress, on_evaluation)
         results["complete"] = True
-    except KeyboardInterrupt:
-        results["complete"] = False
     results["measured_ms"] = _measured_ms(results, settings)
-    _save(settings.out, results, settings)
+    _save(settings.out, results)
     write_report(settings.out)
     return results
 
@@ -134,24 +134,27 @@ def _calibrate(
 ) -> None:
     """Measure the operations that are not known yet.
 
-    Those that an added arm needs are measured beside a training step again, and scaled by what has become of it: the
-    machine may be busier, or another one, than when the others were measured.
+    Those of an added arm are measured together with a training step, and scaled by the change in its time: the machine
+    may be busier than when the others were measured, or another one.
     """
-    # In runs of before prices followed the steps, all was charged as it was calibrated.
+    # Runs from before prices followed the steps were charged as calibrated.
     known: dict[str, Timing] = results.setdefault("calibrated_ms", dict(results["operations_ms"]))
-    missing = [name for name in operations_of(settings.arms, settings) if name not in known]
+    operations = operations_of(settings.arms, settings)
+    missing = operations.keys() - known.keys()
     if not missing:
         return
-    fresh = measure_operations([*dict.fromkeys((*missing, "train"))], settings, workload, on_share)
-    scale = known["train"]["median"] / fresh["train"]["median"] if known else 1.0
-    for name in missing:
-        known[name] = {key: value if key == "count" else round(value * scale, 4) for key, value in fresh[name].items()}
+    chosen = [operation for name, operation in operations.items() if name in missing | {TRAIN.name}]
+    fresh = measure_operations(chosen, settings, workload, on_share)
+    scale = known[TRAIN.name]["median"] / fresh[TRAIN.name]["median"] if known else 1.0
+    for name, timing in fresh.items():
+        if name in missing:
+            known[name] = {key: value if key == "count" else round(value * scale, 4) for key, value in timing.items()}
 
 
 def _earlier_times(previous: dict[str, Any] | None, settings: Settings) -> list[Table]:
-    """What the operations took in the steps of the runs that are finished."""
+    """What operations took in the steps of finished runs."""
     if previous is None or "charged_ms" not in previous:
-        return []  # none, or by another clock
+        return []  # old runs were measured by another clock
     times_ms = []
     for name, arm in previous["arms"].items():
         for path in (_ledger_path(settings, name, run["seed"]) for run in arm["runs"] if run["finished"]):
@@ -170,9 +173,9 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _prices(results: dict[str, Any], settings: Settings, earlier: list[Table]) -> Prices:
-    """What operations cost: by calibration, by the tables so far, and by steps that were taken earlier."""
+    """What operations cost: by calibration, the tables so far, and earlier steps."""
     calibrated: dict[str, Timing] = results["calibrated_ms"]
-    if "charged_ms" not in results:  # of a run before prices followed the steps: its seeds stay as they were charged
+    if "charged_ms" not in results:  # from before prices followed the steps: finished seeds stay as they were charged
         table = {name: timing["median"] for name, timing in calibrated.items()}
         seeds = {run["seed"] for arm in results["arms"].values() for run in arm["runs"] if run["finished"]}
         tables = [[dict(table) for _ in range(settings.evaluations)] for _ in range(max(seeds, default=-1) + 1)]
@@ -198,15 +201,17 @@ def _run_seed(
     on_evaluation: OnEvaluation,
 ) -> None:
     (settings.out / folder.LEDGERS).mkdir(exist_ok=True)
-    commit = environment.commit()
+    commit = environment.commit()  # of every run: arms may be added by a later one
     benches: dict[str, Bench] = {}
     turns: dict[str, Iterator[Run]] = {}
     for name in settings.arms:
-        runs: list[Run] = results["arms"][name]["runs"]
-        show = partial(_show_seed, on_progress, ARMS[name].label, seed, settings.seeds)
-        if any(run["seed"] == seed and run["finished"] for run in runs):
-            show(1.0)
-            continue  # finished before a resume
+
+        def show(share: float, label: str = ARMS[name].label) -> None:
+            on_progress(label, (seed + share) / settings.seeds)
+
+        if any(run["seed"] == seed and run["finished"] for run in results["arms"][name]["runs"]):
+            show(1.0)  # before a resume
+            continue
         path = _ledger_path(settings, name, seed)
         path.unlink(missing_ok=True)
         benches[name] = Bench(workload, settings, seed, prices.at(seed, 0), work_ledger(settings, path))
@@ -220,18 +225,14 @@ def _run_seed(
             on_evaluation(name, run)
             if run["finished"] and settings.save_encoder and (name, seed) == ("uniform", 0):
                 save_encoder(benches[name].model, workload.tokenizer_json, settings.out / folder.ENCODER)
-            run["commit"] = commit  # arms may be added by a later one
+            run["commit"] = commit
             others = [other for other in results["arms"][name]["runs"] if other["seed"] != seed]
             results["arms"][name]["runs"] = sorted([*others, run], key=lambda run: run["seed"])
         results["operations_ms"] = prices.timings()
-        _save(settings.out, results, settings)
+        _save(settings.out, results)
 
 
-def _show_seed(on_progress: OnProgress, name: str, seed: int, seeds: int, share: float) -> None:
-    on_progress(name, (seed + share) / seeds)
-
-
-def _save(out: Path, results: dict[str, Any], settings: Settings) -> None:
+def _save(out: Path, results: dict[str, Any]) -> None:
     results.update(judged(results))
     write_json(out / RESULTS, results)
 

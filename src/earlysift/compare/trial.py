@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -11,12 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from earlysift import environment, exits, scorers
-from earlysift.compare import peers
-from earlysift.compare.arms import ARMS, Arm
+from earlysift.compare.arm import Arm
+from earlysift.compare.arms import ARMS
+from earlysift.compare.bench import Bench
 from earlysift.compare.calibrate import operations_of
+from earlysift.compare.predictions import per_sample
 from earlysift.compare.prices import Prices, charges_ms, step_times_ms
 from earlysift.compare.settings import Settings
-from earlysift.compare.steps import STEPS, Bench
 from earlysift.fidelity import fidelity
 from earlysift.ledger import plain
 from earlysift.losses import IGNORED_LABEL
@@ -25,10 +27,11 @@ from earlysift.pretrain.workloads import Workload
 
 Point = dict[str, float]
 Run = dict[str, Any]
+_KINDS = ("read", "score", "probe", "train", "reference model")
 
 
 def rehearse(settings: Settings, workload: Workload, *, choose_threads: bool) -> None:
-    """One step of every arm and an evaluation, on a model of their own: what cannot run is refused before it counts.
+    """Take one step of every arm and an evaluation, on a model of their own, to refuse early what cannot run.
 
     Args:
         settings: The comparison.
@@ -53,7 +56,7 @@ def rehearse(settings: Settings, workload: Workload, *, choose_threads: bool) ->
             environment.choose_threads(lambda: bench.update(bench.loss(batch)))
         for arm in (ARMS[name] for name in settings.arms):
             bench.stream = Stream(workload.samples, seed=0)
-            STEPS[arm.kind](bench, arm, **arm.options)(1.0)
+            arm.steps(bench)(1.0)
         validation = workload.samples.validation.items()
         evaluate(bench, {name: rows[: settings.batch].to(bench.device) for name, rows in validation})
     except (RuntimeError, ArithmeticError) as error:
@@ -65,7 +68,7 @@ def rehearse(settings: Settings, workload: Workload, *, choose_threads: bool) ->
 
 
 def run_trial(
-    bench: Bench, arm: Arm, prices: Prices, on_share: Callable[[float], None] = lambda share: None
+    bench: Bench, arm: Arm, prices: Prices, on_share: Callable[[float], None] = lambda _: None
 ) -> Iterator[Run]:
     """Train one arm on one seed until its budget of reference time is spent.
 
@@ -82,10 +85,10 @@ def run_trial(
     Yields:
         The record of the run at every evaluation: one ``runs`` entry of results.json, complete at the last.
     """
-    settings = bench.settings
+    settings, ledger = bench.settings, bench.ledger
     budget_ms = settings.budget * 1e3
     validation = {name: rows.to(bench.device) for name, rows in bench.workload.samples.validation.items()}
-    spent_ms = dict.fromkeys(("read", "score", "probe", "train", "reference model"), 0.0)
+    spent_ms = dict.fromkeys(_KINDS, 0.0)
     counts = {"trained": 0, "scored": 0}
     run: Run = {"seed": bench.seed, "finished": False, "steps": 0, "wall_s": 0.0, "spent_s": {}}
     run |= {name: [] for name in ("curve", "fidelity", "control", "events")}
@@ -100,25 +103,34 @@ def run_trial(
         run.update(plain({f"final_{name}": value for name, value in quality.items()}))
         return run
 
+    def without_probes_ms() -> float:
+        # Probes advance neither schedule nor evaluations: until auto switches on, its steps are those of uniform
+        # training, bit for bit, and so are the steps after which it is evaluated. The probes' share (1 %) of the budget
+        # is missing at its end.
+        return sum(ms for kind, ms in spent_ms.items() if kind != "probe")
+
+    @contextmanager
+    def wall_time() -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        run["wall_s"] += time.perf_counter() - started
+
     on_share(0.0)
     yield evaluated()
     evaluations = 1
-    started = time.perf_counter()
-    step = STEPS[arm.kind](bench, arm, **arm.options)
-    run["wall_s"] += time.perf_counter() - started
+    with wall_time():
+        step = arm.steps(bench)
     spent_ms |= bench.upfront_ms
-    upfront_ms = sum(spent_ms.values())
+    upfront_ms = sum(bench.upfront_ms.values())
     while not run["finished"]:
-        # Probes do not advance the schedule: until auto switches on, its steps are uniform's own, bit for bit, and the
-        # rate at the end of its budget is what the probes' share (1 %) leaves of it.
-        advance_ms = sum(ms for kind, ms in spent_ms.items() if kind != "probe")
-        share = (advance_ms - upfront_ms) / (budget_ms - upfront_ms)
+        share = (without_probes_ms() - upfront_ms) / (budget_ms - upfront_ms)
         bench.set_rate(share)
-        started = time.perf_counter()
-        bench.ledger.begin(run["steps"])
-        bench.ledger.note(share=share, prices=evaluations - 1)
         try:
-            step(share)
+            with wall_time():
+                ledger.begin(run["steps"])
+                ledger.note(share=share, prices=evaluations - 1)
+                step(share)
+                row = ledger.end()
         except ValueError:
             if evaluated()["final_loss"] is not None:
                 raise
@@ -126,25 +138,20 @@ def run_trial(
             on_share(1.0)
             yield run
             return
-        row = bench.ledger.end()
-        run["wall_s"] += time.perf_counter() - started
         run["steps"] += 1
         for kind, ms in charges_ms(row, arm, settings, prices.at(bench.seed, evaluations - 1)).items():
             spent_ms[kind] += ms
         prices.note(step_times_ms(row, arm, settings))
         for name in counts:
             counts[name] += row.get(name, 0)
-        at = {"step": row["step"], "reference_s": sum(spent_ms.values()) / 1e3}
-        for name, place in (("control", "control"), ("event", "events")):
+        total_ms = sum(spent_ms.values())
+        for name, records in (("control", "control"), ("event", "events")):
             if row.get(name):
-                run[place].append(plain({**at, **row[name]}))
-        charged_ms = sum(spent_ms.values())
-        spent = charged_ms / budget_ms
-        # Without probes, as in the schedule: auto, while off, is evaluated after the very steps that uniform is.
-        done = 1.0 if spent >= 1 else (charged_ms - spent_ms["probe"]) / budget_ms
+                run[records].append(plain({"step": row["step"], "reference_s": total_ms / 1e3, **row[name]}))
         diverged = not math.isfinite(row["loss"])
-        run["finished"] = spent >= 1 or diverged
-        on_share(1.0 if run["finished"] else spent)
+        run["finished"] = total_ms >= budget_ms or diverged
+        on_share(1.0 if run["finished"] else total_ms / budget_ms)
+        done = 1.0 if total_ms >= budget_ms else without_probes_ms() / budget_ms
         due = math.floor(done * (settings.evaluations - 1)) + 1
         if due > evaluations or diverged:
             evaluations = due
@@ -152,7 +159,7 @@ def run_trial(
 
 
 def evaluate(bench: Bench, validation: dict[str, Tensor]) -> tuple[Point, Point]:
-    """Accuracy and loss on the untouched distribution, and fidelity of the exit on the same samples.
+    """Accuracy and loss on the validation set, and fidelity of the exit on the same samples.
 
     Returns:
         ``accuracy`` and ``loss``, means over all labelled predictions, in masked language modelling
@@ -160,21 +167,21 @@ def evaluate(bench: Bench, validation: dict[str, Tensor]) -> tuple[Point, Point]
         place); and what `earlysift.fidelity.fidelity` returns.
     """
     settings = bench.settings
-    right, per_prediction, per_count = [], [], []
+    parts = []
     with torch.no_grad(), exits.scoring_mode(bench.model):
         for start in range(0, len(validation["labels"]), settings.batch):
             predicted = bench.predict({name: rows[start : start + settings.batch] for name, rows in validation.items()})
-            right.append(predicted.logits.argmax(dim=-1) == predicted.targets)
-            per_prediction.append(F.cross_entropy(predicted.logits, predicted.targets, reduction="none"))
-            per_count.append(predicted.counts)
-    is_right, each, counts = (torch.cat(parts) for parts in (right, per_prediction, per_count))
-    sums = peers.per_sample(each, counts)
+            correct = predicted.logits.argmax(dim=-1) == predicted.targets
+            losses = F.cross_entropy(predicted.logits, predicted.targets, reduction="none")
+            parts.append((correct, losses, predicted.counts))
+    correct, losses, counts = map(torch.cat, zip(*parts, strict=True))
+    sums = per_sample(losses, counts)
     scores = scorers.early_exit_loss(bench.model, validation, depth=settings.depth, chunk_rows=settings.batch)
     ranking = fidelity(scores, sums / counts, max(1, round(settings.keep * len(scores))))
-    quality = {"accuracy": is_right.double().mean().item(), "loss": (sums.sum() / counts.sum()).item()}
+    quality = {"accuracy": correct.double().mean().item(), "loss": (sums.sum() / counts.sum()).item()}
     if bench.workload.task == "masked_lm":
         labelled = validation["labels"] != IGNORED_LABEL
         hidden = (validation["input_ids"] != validation["labels"])[labelled]
-        quality["hidden_accuracy"] = is_right[hidden].double().mean().item()
-        quality["hidden_loss"] = each[hidden].mean().item()
+        quality["hidden_accuracy"] = correct[hidden].double().mean().item()
+        quality["hidden_loss"] = losses[hidden].mean().item()
     return quality, ranking

@@ -1,4 +1,4 @@
-"""Time to target, paired comparison with uniform, and the one sentence that says whether it paid."""
+"""Time to target, paired comparison with uniform training, and one sentence on whether an arm paid."""
 
 import math
 import statistics
@@ -8,23 +8,25 @@ from typing import Any
 
 from earlysift.compare.arms import ARMS
 from earlysift.controller import EARLY_PROBES, EARLY_SHARE, ENOUGH, Control
-from earlysift.report.tables import GAIN, HARM, NEVER_ACTED, NO_VERDICT, NOT_PROVED, UNDECIDED, outcome
+from earlysift.report.tables import GAIN, HARM, NEVER_ACTED, NO_VERDICT, NOT_PROVED, UNDECIDED, Outcome, outcome
 
 AUTO = "auto"
 _CONFIDENCE = 0.95
-_FEWEST_SEEDS = 3  # that make evidence
-_SHORTEST_S = 1e-3  # a target that the untrained model meets takes no time, which has no ratio
-_MOST_PERCENT = 25  # beyond, a speed-up reads better as a factor
+_FEWEST_SEEDS = 3  # that count as evidence
+_SHORTEST_S = 1e-3  # the time to a target that the untrained model meets, for a ratio needs one above 0
+_MOST_PERCENT = 25  # larger speed-ups read better as a factor
 _SAME = 1e-9  # accuracies closer than this are equal
-_LEAST_BUDGETS, _MOST_BUDGETS = 2.0, 10.0  # to give where nothing was learnt
+_LEAST_BUDGETS, _MOST_BUDGETS = 2.0, 10.0  # to advise where nothing was learnt
 _SPEEDUPS = ("speedup", "low", "high", "wall_speedup", "wall_low", "wall_high")  # of an entry
 Run = dict[str, Any]
+Pair = tuple[Run, Run]
+"""An arm's run and uniform's on the same seed."""
 
 
 def time_to_target(curve: Sequence[dict[str, float]], target: float, axis: str = "reference_s") -> float | None:
     """Where the rising fit of a curve reaches an accuracy, interpolated between evaluations; None if it never does.
 
-    The first crossing of a noisy curve is luck, and early more often than late; `rising` takes the noise out.
+    The first crossing of a noisy curve tends to come too early; `rising` takes the noise out.
 
     Example:
         >>> curve = [{"reference_s": 0.0, "accuracy": 0.0}, {"reference_s": 10.0, "accuracy": 0.2}]
@@ -32,10 +34,10 @@ def time_to_target(curve: Sequence[dict[str, float]], target: float, axis: str =
         (5.0, None)
     """
     fitted = rising([point["accuracy"] for point in curve])
-    reached = next((i for i, accuracy in enumerate(fitted) if accuracy >= target), None)
-    if not reached:
-        return None if reached is None else curve[0][axis]
-    (low, high), (before, after) = fitted[reached - 1 : reached + 1], curve[reached - 1 : reached + 1]
+    first = next((i for i, accuracy in enumerate(fitted) if accuracy >= target), None)
+    if not first:
+        return None if first is None else curve[0][axis]
+    (low, high), (before, after) = fitted[first - 1 : first + 1], curve[first - 1 : first + 1]
     return before[axis] + (target - low) / (high - low) * (after[axis] - before[axis])
 
 
@@ -58,8 +60,8 @@ def rising(values: Sequence[float]) -> list[float]:
 def paired_interval(values: Sequence[float]) -> tuple[float, float] | None:
     """95 % interval of the mean over seeds by Student's t: ``mean -+ t s / sqrt(n)``; None for fewer than three.
 
-    It covers what it claims at any number of seeds if values are about normal. Two seeds would do for the formula, at
-    twelve standard errors to either side; evidence begins at three.
+    It covers what it claims at any number of seeds if values are about normal. For two seeds the formula gives twelve
+    standard errors to either side, so evidence begins at three.
 
     Args:
         values: One number per seed, such as the difference to uniform training on that seed.
@@ -80,8 +82,8 @@ def paired_interval(values: Sequence[float]) -> tuple[float, float] | None:
     if count < _FEWEST_SEEDS:
         return None
     mean = statistics.fmean(values)
-    reach = t_quantile(count - 1) * statistics.stdev(values) / math.sqrt(count)
-    return mean - reach, mean + reach
+    half_width = t_quantile(count - 1) * statistics.stdev(values) / math.sqrt(count)
+    return mean - half_width, mean + half_width
 
 
 def ratio_interval(ratios: Sequence[float]) -> tuple[float, float] | None:
@@ -180,44 +182,41 @@ def compare_arms(
         seed: fixed_target or target_share * rising([point["accuracy"] for point in run["curve"]])[-1]
         for seed, run in uniform.items()
     }
-    for arm in arms.values():
-        for run in arm["runs"]:
-            target = targets.get(run["seed"])
-            for axis in ("reference_s", "wall_s"):
-                reached = None if target is None else time_to_target(run["curve"], target, axis)
-                run[f"{axis}_to_target"] = reached
+    for run in (run for arm in arms.values() for run in arm["runs"]):
+        target = targets.get(run["seed"])
+        for axis in ("reference_s", "wall_s"):
+            run[f"{axis}_to_target"] = None if target is None else time_to_target(run["curve"], target, axis)
     if not targets:
         return {"target": None, "comparison": {}}
+    mean_target = statistics.fmean(targets.values())
     source = "given" if fixed_target else f"{target_share:.0%} of uniform's final accuracy, seed by seed"
-    target_entry: dict[str, Any] = {"accuracy": statistics.fmean(targets.values()), "source": source}
     nothing_learnt = _nothing_learnt(list(uniform.values()), baseline)
     comparison = {}
     for name, arm in arms.items():
-        runs = [run for run in arm["runs"] if run["seed"] in uniform]
-        if name != "uniform" and runs:
-            pairs = [(run, uniform[run["seed"]]) for run in runs]
-            entry = _against_uniform(pairs)
-            if nothing_learnt:
-                entry |= dict.fromkeys(_SPEEDUPS) | {"withheld": NO_VERDICT.word, "verdict": nothing_learnt}
-            elif name == AUTO and _could_not_decide(pairs):
-                entry["withheld"] = UNDECIDED.word
-                entry["verdict"] = _undecided_verdict(arm, entry, pairs, probe_ms)
-            elif name != AUTO and all(_same_steps(run, other) for run, other in pairs):
-                entry["withheld"] = NEVER_ACTED.word
-                entry["verdict"] = _idle_verdict(name, arm, entry)
-            else:
-                entry["withheld"] = None
-                entry["verdict"] = verdict(arm, entry, target_entry["accuracy"])
-            comparison[name] = entry
-    return {"target": target_entry, "comparison": comparison}
+        pairs = [(run, uniform[run["seed"]]) for run in arm["runs"] if run["seed"] in uniform]
+        if name == "uniform" or not pairs:
+            continue
+        entry = _against_uniform(pairs)
+        withheld: Outcome | None = None
+        if nothing_learnt:
+            entry |= dict.fromkeys(_SPEEDUPS)
+            withheld, sentence = NO_VERDICT, nothing_learnt
+        elif name == AUTO and _could_not_decide(pairs):
+            withheld, sentence = UNDECIDED, _undecided_verdict(arm, pairs, probe_ms)
+        elif name != AUTO and all(_same_curve(run, other) for run, other in pairs):
+            withheld, sentence = NEVER_ACTED, _idle_verdict(name, arm, entry)
+        else:
+            sentence = verdict(arm, entry, mean_target)
+        comparison[name] = entry | {"withheld": withheld and withheld.word, "verdict": sentence}
+    return {"target": {"accuracy": mean_target, "source": source}, "comparison": comparison}
 
 
 def budget_to_learn(curve: Sequence[dict[str, float]], baseline: float) -> float | None:
-    """Seconds that uniform training needs at the very least to beat a model that ignores its input; None if it did.
+    """Seconds that uniform training needs at least to beat a model that ignores its input; None if it did.
 
     The budget times ``(baseline - start) / (end - start)`` of its rising fit, as if accuracy went on rising at its mean
-    pace so far. That is no forecast (a plateau may end at any time), so the result is a round number between two and
-    ten budgets, to be read as a lower bound.
+    pace so far. That is no forecast (a plateau may end at any time), so the result is rounded and between two and ten
+    budgets: a lower bound.
 
     Args:
         curve: Of uniform training on one seed.
@@ -259,62 +258,59 @@ def probes_that_count(run: Run, steps: int) -> int:
 
 
 def _nothing_learnt(uniform: list[Run], baseline: float) -> str | None:
-    """Why nothing can be judged by these runs of uniform training, if so."""
+    """Why these runs of uniform training leave nothing to judge, if so."""
     diverged = sum(run["final_loss"] is None for run in uniform)
     if diverged:
         return (
             f"No verdict: uniform training ended without a finite loss on {diverged} of {_seeds(len(uniform))}; give a "
             "smaller learning rate."
         )
-    needed_s = [budget_to_learn(run["curve"], baseline) for run in uniform]
-    stuck = [seconds for seconds in needed_s if seconds is not None]
-    if not stuck:
+    budgets_s = [budget_s for run in uniform if (budget_s := budget_to_learn(run["curve"], baseline)) is not None]
+    if not budgets_s:
         return None
     return (
-        f"No verdict: nothing was learnt in this budget, as uniform training did not beat a model that ignores its "
-        f"input ({baseline:.1%} accuracy) on {len(stuck)} of {_seeds(len(uniform))}; give at least {max(stuck):g} s."
+        "No verdict: nothing was learnt in this budget, as uniform training did not beat a model that ignores its "
+        f"input ({baseline:.1%} accuracy) on {len(budgets_s)} of {_seeds(len(uniform))}; give at least "
+        f"{max(budgets_s):g} s."
     )
 
 
-def _could_not_decide(pairs: list[tuple[Run, Run]]) -> bool:
-    """Whether auto never switched, on no seed having had the probes that a decision needs."""
-    return all(
-        not run.get("events") and probes_that_count(run, other["curve"][-1]["step"]) < ENOUGH for run, other in pairs
-    )
+def _could_not_decide(pairs: list[Pair]) -> bool:
+    """Whether auto never switched, and had too few probes for a decision on every seed."""
+    return not any(run.get("events") for run, _ in pairs) and max(_probe_counts(pairs)) < ENOUGH
 
 
-def _same_steps(run: Run, other: Run) -> bool:
-    """Whether two runs have the same curve, which no other batch or weight leaves as it is."""
+def _probe_counts(pairs: list[Pair]) -> list[int]:
+    return [probes_that_count(run, uniform["curve"][-1]["step"]) for run, uniform in pairs]
+
+
+def _same_curve(run: Run, other: Run) -> bool:
+    """Whether two runs took the same steps: another batch or weight would change the curve."""
     one, two = ([(p["step"], p["accuracy"], p["loss"]) for p in each["curve"]] for each in (run, other))
     return one == two
 
 
-def _against_uniform(pairs: list[tuple[Run, Run]]) -> dict[str, Any]:
+def _against_uniform(pairs: list[Pair]) -> dict[str, Any]:
+    """The numbers of an entry of the comparison."""
     reached = [None not in (run["reference_s_to_target"], other["reference_s_to_target"]) for run, other in pairs]
     entry: dict[str, Any] = {"seeds": len(pairs), "reached": sum(reached)}
     for axis, prefix in (("reference_s", ""), ("wall_s", "wall_")):
-        ratios = [
-            max(other[f"{axis}_to_target"], _SHORTEST_S) / max(run[f"{axis}_to_target"], _SHORTEST_S)
-            for (run, other), both in zip(pairs, reached, strict=True)
-            if both
-        ]
-        whole = len(ratios) == len(pairs)
-        entry[f"{prefix}speedup"] = statistics.geometric_mean(ratios) if whole else None
-        interval = ratio_interval(ratios) if whole else None
-        entry[f"{prefix}low"], entry[f"{prefix}high"] = interval or (None, None)
+        ratios = []
+        if all(reached):
+            times_s = [[max(run[f"{axis}_to_target"], _SHORTEST_S) for run in pair] for pair in pairs]
+            ratios = [uniform_s / arm_s for arm_s, uniform_s in times_s]
+        entry[f"{prefix}speedup"] = statistics.geometric_mean(ratios) if ratios else None
+        entry[f"{prefix}low"], entry[f"{prefix}high"] = ratio_interval(ratios) or (None, None)
     for quality in ("final_accuracy", "final_loss", "final_hidden_accuracy"):
-        both = [(run.get(quality), other.get(quality)) for run, other in pairs]
-        known = all(None not in values for values in both)  # a run that diverged has no loss
-        differences = [value - uniforms for value, uniforms in both if value is not None and uniforms is not None]
-        differences = differences if known else []
+        known = all(run.get(quality) is not None for pair in pairs for run in pair)  # a run that diverged has no loss
+        differences = [run[quality] - uniform[quality] for run, uniform in pairs] if known else []
         entry[f"{quality}_difference"] = statistics.fmean(differences) if known else None
-        interval = paired_interval(differences)
-        entry[f"{quality}_low"], entry[f"{quality}_high"] = interval or (None, None)
+        entry[f"{quality}_low"], entry[f"{quality}_high"] = paired_interval(differences) or (None, None)
     return entry
 
 
 def overall_verdict(results: dict[str, Any]) -> str:
-    """The verdict of the arm that the comparison is about: auto, else SIFT, else the first that has acted."""
+    """The verdict on the arm that the comparison is about: auto, else SIFT, else the first that acted."""
     comparison = results.get("comparison") or {}
     acted = [name for name, entry in comparison.items() if entry.get("withheld") != NEVER_ACTED.word]
     name = next((name for name in (AUTO, "sift", *acted, *comparison) if name in comparison), None)
@@ -327,50 +323,46 @@ def verdict(arm: dict[str, Any], entry: dict[str, Any], target: float) -> str:
     """One sentence on whether an arm paid against uniform training, on equal budgets of reference time.
 
     "Gain" needs the whole interval of the speed-up above 1 over at least three seeds, "Harm" the whole interval of the
-    final accuracy below uniform's; everything else is said to be none, or unproved.
+    final accuracy below uniform's. Everything else is no gain, or not proved.
     """
     charged = arm.get("charged", True)
     label = arm["label"] if charged else f"{arm['label']} (an upper bound)"
     seeds = _seeds(entry["seeds"])
-    change = _points(entry["final_accuracy_difference"])
-    finals = f"final accuracy {change}, at equal cost"
-    speedup, low, goal = entry["speedup"], entry["low"], f"the target accuracy of {target:.1%}"
-    found = outcome(entry)
-    if found is HARM:
-        ends = f"{_points(entry['final_accuracy_low'])} to {_points(entry['final_accuracy_high'])}"
-        reached = f"{goal} reached on {entry['reached']} of {seeds}"
-        pace = reached if speedup is None else f"it {_pace(speedup, goal)}"
+    goal = f"the target accuracy of {target:.1%}"
+    speedup, difference = entry["speedup"], entry["final_accuracy_difference"]
+    reached = f"reached {goal} on {entry['reached']} of {seeds}"
+    pace = None if speedup is None else _pace(speedup, goal)
+    final = f"final accuracy {_points(difference)}, at equal cost"
+    word = outcome(entry)
+    if word is HARM:
+        low, high = (_points(entry[f"final_accuracy_{end}"]) for end in ("low", "high"))
         return (
-            f"Harm: {label} ended {change} from uniform training at equal cost (95 % interval {ends} over {seeds}; "
-            f"{pace})."
+            f"Harm: {label} ended {_points(-difference).removeprefix('+')} below uniform training at equal cost (95 % "
+            f"interval {low} to {high} over {seeds}; it {pace or reached})."
         )
-    if speedup is None:
-        return f"No gain: {label} reached {goal} within the same budget on {entry['reached']} of {seeds} ({finals})."
-    pace = f"{label} {_pace(speedup, goal)}"
-    if found is NOT_PROVED:
-        return f"Not proved: {pace} ({finals}), but {seeds} cannot tell gain from luck."
+    if pace is None:
+        return f"No gain: {label} {reached} within the same budget ({final})."
+    if word is NOT_PROVED:
+        return f"Not proved: {label} {pace} ({final}), but {seeds} cannot tell gain from luck."
     return (
-        f"{'Gain' if found is GAIN else 'No gain shown'}: {pace} in reference time, "
-        f"{'all costs charged' if charged else 'scoring not charged'} (speed-up {speedup:.2f}, 95 % interval {low:.2f} "
-        f"to {entry['high']:.2f} over {seeds}; {finals})."
+        f"{'Gain' if word is GAIN else 'No gain shown'}: {label} {pace} in reference time, "
+        f"{'all costs charged' if charged else 'scoring not charged'} (speed-up {speedup:.2f}, 95 % interval "
+        f"{entry['low']:.2f} to {entry['high']:.2f} over {seeds}; {final})."
     )
 
 
-def _undecided_verdict(
-    arm: dict[str, Any], entry: dict[str, Any], pairs: list[tuple[Run, Run]], probe_ms: float | None
-) -> str:
-    probes = [probes_that_count(run, other["curve"][-1]["step"]) for run, other in pairs]
-    had = f"{min(probes)} to {max(probes)}" if min(probes) < max(probes) else f"{probes[0]}"
-    enough = "" if probe_ms is None else f"; give at least {budget_to_decide(probe_ms):g} s"
+def _undecided_verdict(arm: dict[str, Any], pairs: list[Pair], probe_ms: float | None) -> str:
+    counts = sorted({min(_probe_counts(pairs)), max(_probe_counts(pairs))})
+    budget = "" if probe_ms is None else f"; give at least {budget_to_decide(probe_ms):g} s"
     return (
-        f"Could not decide: {arm['label']} trained uniformly on {_seeds(entry['seeds'])}, with {had} of the {ENOUGH} "
-        f"probes that a decision needs{enough}."
+        f"Could not decide: {arm['label']} trained uniformly on {_seeds(len(pairs))}, with "
+        f"{' to '.join(map(str, counts))} of the {ENOUGH} probes that a decision needs{budget}."
     )
 
 
 def _idle_verdict(name: str, arm: dict[str, Any], entry: dict[str, Any]) -> str:
     why = f": {ARMS[name].idle}" if name in ARMS and ARMS[name].idle else ""
-    return f"Never acted: {arm['label']} took uniform training's own steps on {_seeds(entry['seeds'])}{why}."
+    return f"Never acted: {arm['label']} took the same steps as uniform training on {_seeds(entry['seeds'])}{why}."
 
 
 def _pace(speedup: float, goal: str) -> str:

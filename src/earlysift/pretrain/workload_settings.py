@@ -61,4 +61,4 @@ class WorkloadSettings:
     """Held-out samples that every evaluation uses."""
 
     def __post_init__(self) -> None:
-        schema.hold(self)
+        schema.validate(self)

@@ -52,6 +52,8 @@ class _Results:
     target: Words = None
     baseline: Numbers = None
     operations_ms: dict[str, Numbers] | None = None
+    calibrated_ms: dict[str, Numbers] | None = None
+    charged_ms: list[list[Numbers]] | None = None
     measured_ms: dict[str, Numbers] | None = None
     arms: dict[str, _Arm | None] | None = None
     comparison: dict[str, Words] | None = None

@@ -1,0 +1,104 @@
+"""Steps and operations of the arms that put pools through a `Sifter`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from earlysift.compare.arm import Operation, Step, usable_exits
+from earlysift.measures import MEASURES
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from earlysift.compare.bench import Bench
+    from earlysift.pretrain.stream import Rows
+    from earlysift.sifter import Sifter
+
+EXIT_HEAD_WIDTH = 64  # of the residual layer of an exit's own head
+JOINT_WEIGHT = 0.3  # of the exit's loss, where it is trained along with the model's
+AUTO_DEPTHS, AUTO_KEEP = (1, 2, 3), 0.25
+
+
+def sifted(
+    bench: Bench,
+    *,
+    depth: int | None = None,
+    subset: float = 1.0,
+    joint: float = 0.0,
+    select_after: float | None = None,
+    **options: Any,
+) -> Step:
+    """Pools through a `Sifter`; keep = 1 is uniform training.
+
+    Args:
+        bench: What to train.
+        depth: The exit to score at; None is the comparison's.
+        subset: Share of the data that an epoch shows.
+        joint: Weight of the early exit's loss in the training loss.
+        select_after: Share of the budget with uniform training; None is the comparison's.
+        options: Further arguments of `Bench.sifter`.
+    """
+    if subset < 1:
+        from earlysift.pretrain.stream import Stream
+
+        bench.stream = Stream(bench.workload.samples, seed=bench.seed, subset=subset)
+    plain, selecting = bench.sifter(depth, keep=1.0), bench.sifter(depth, **options)
+    start = bench.settings.select_after if select_after is None else select_after
+
+    def loss_of(batch: Rows, weights: Tensor | None) -> Tensor:
+        return bench.joint_loss(batch, selecting, joint) if joint else bench.loss(batch, weights)
+
+    return lambda share: _sift_and_train(bench, selecting if share >= start else plain, loss_of)
+
+
+def auto(bench: Bench) -> Step:
+    """Pools through a `Sifter` in auto mode, which trains uniformly until selecting pays."""
+    sifter = _auto_sifter(bench)
+    return lambda _: _sift_and_train(bench, sifter, bench.loss)
+
+
+def _sift_and_train(bench: Bench, sifter: Sifter, loss_of: Callable[[Rows, Tensor | None], Tensor]) -> None:
+    pool = bench.read(sifter.wanted)
+    with bench.ledger.timed("sift"):
+        batch = sifter.sift(pool)
+    row = sifter.ledger.end()
+    if row.get("mode") == "off":
+        bench.position -= row["candidates"] - row["trained"]  # read for a probe only; offered again
+    bench.ledger.note(**{name: value for name, value in row.items() if name not in ("step", "step_ms")})
+    with bench.ledger.timed("train"):
+        bench.update(loss_of(batch, None if sifter.config.keep == 1 else sifter.weights))
+
+
+def _auto_sifter(bench: Bench) -> Sifter:
+    exits = usable_exits(AUTO_DEPTHS, bench.settings)
+    control = bench.control(exits, AUTO_KEEP, SCORING["loss"])
+    return bench.sifter(exits[0], mode="auto", keep=AUTO_KEEP, control=control)
+
+
+def sifting(bench: Bench, **options: Any) -> Callable[[], object]:
+    """Score a pool, select and gather: what a sifter does. Options are those of `Bench.sifter`."""
+    sifter, pool = bench.sifter(**options), bench.read(bench.settings.pool)
+    return lambda: sifter.sift(pool)
+
+
+def _training_jointly(bench: Bench, *, depth: int) -> Callable[[], object]:
+    sifter, batch = bench.sifter(depth), bench.read(bench.settings.batch)
+    return lambda: bench.update(bench.joint_loss(batch, sifter, JOINT_WEIGHT))
+
+
+def _probing(bench: Bench) -> Callable[[], object]:
+    sifter = _auto_sifter(bench)
+    pool = bench.read(sifter.wanted)
+    return lambda: sifter.probe(pool)
+
+
+SCORING = {
+    name: Operation("score" if name == "loss" else name, "score", partial(sifting, score=name), at_exit=True)
+    for name in MEASURES
+}
+EXACT = Operation("exact", "score", partial(sifting, score="exact"))
+HEAD = Operation("head", "score", partial(sifting, own_head=EXIT_HEAD_WIDTH), at_exit=True)
+TRAIN_JOINTLY = Operation("train_joint", "train", _training_jointly, at_exit=True)
+PROBE = Operation("probe", "probe", _probing)
