@@ -19,7 +19,6 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
         ("README.md", "sift/rank_correlation"),
         ("docs/when-it-helps.md", "sift/step"),
         ("docs/trainer.md", "'samples_trained': 32"),
-        ("docs/scaling.md", "scoring 64 at depth 1 takes"),
         ("docs/speed.md", "16 positions: "),
     ],
 )

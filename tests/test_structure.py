@@ -24,7 +24,6 @@ FLOORS = {
     "seeds": 0,
     "settings": 0,
     "pending": 0,
-    "scaling": 0,
     "checks": 1,
     "costs": 1,
     "fidelity": 1,
