@@ -378,6 +378,15 @@ def test_crossing_of_bounds_is_where_they_are_equal():
     assert bounds.crossing_step(distance2, eta, 0.9, floor, minimum) == 0
 
 
+@pytest.mark.parametrize(
+    ("greedy", "step"),
+    [([3.0, 1.0, 1.0, 1.0], 3), ([3.0, 1.0, 1.0, 0.4], None), ([3.0, 2.5, 2.0, 1.0], None)],
+    ids=["behind from there", "ahead at the end", "never ahead"],
+)
+def test_crossing_is_the_step_after_which_greedy_stays_behind(greedy, step):
+    assert crossing.crossing_of(torch.tensor(greedy), torch.tensor([3.0, 2.0, 1.0, 0.5])) == step
+
+
 def skewed(seed=1, condition=1):
     problem = synthetic(seeded(seed), samples=300, width=10, condition=condition, tail=1.0)
     return problem.started_far(seeded(seed))

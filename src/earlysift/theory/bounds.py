@@ -23,10 +23,6 @@ def greedy_bound(distance2: float, steps: int, eta: float, smoothness: float, fl
     r"""Bound on the objective at the mean iterate of greedy SGD (T1); with ``rho = 1`` and ``M* = F*``, of SGD (T2).
 
     ``E F(mean w) <= (D^2 / (2 eta K) + M*) / (rho (1 - L eta))``
-
-    Example:
-        >>> greedy_bound(1.0, 100, 0.5, 1.0, floor=0.0, gain=2.0)
-        0.01
     """
     _require_range(distance2, steps, eta, smoothness, floor, gain)
     return (distance2 / (2 * eta * steps) + floor) / (gain * (1 - smoothness * eta))

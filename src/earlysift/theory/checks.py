@@ -101,11 +101,10 @@ def check_run(
     rho = gains(problem, visited, *size) if gain is None else gain
     least = rho.min().item()
     measured = problem.objective(visited.mean(dim=0)).mean().item()
-    short = lost / least
     from_optimum = (problem.distance2, *common, floor(problem, *size), least)
     u = problem.optimum if comparator is None else comparator
     from_u = ((problem.start - u).square().sum().item(), *common, greedy_objective(problem, u, *size).item())
-    plain = bounds.greedy_bound(*from_optimum) + short / (1 - problem.smoothness * run.eta)
+    plain = bounds.greedy_bound(*from_optimum) + lost / least / (1 - problem.smoothness * run.eta)
     # The gain of every step instead of the least: the mean iterate is weighted by the gain.
     total = rho.sum(dim=0)
     weighted_mean = (rho.unsqueeze(-1) * visited).sum(dim=0) / total.unsqueeze(-1)
@@ -113,8 +112,8 @@ def check_run(
     return {
         "path": _worst_path(run),
         "T1": at_most(measured, plain),
-        "sharp": at_most(measured, bounds.sharp_bound(*from_optimum) + short),
-        "comparator": at_most(measured, bounds.sharp_bound(*from_u, least) + short),
+        "sharp": at_most(measured, bounds.sharp_bound(*from_optimum) + lost / least),
+        "comparator": at_most(measured, bounds.sharp_bound(*from_u, least) + lost / least),
         "time": at_most(weighted, bounds.sharp_bound(*from_u) + lost),
     }
 

@@ -216,10 +216,8 @@ def errors(options: Options, show: Show) -> Finding:
             )
         ],
         levels={
-            "gain against d (T3)": {"uniform": 1.0},
-            "gain against e / F (T4)": {"uniform": 1.0},
-            "gain against r (T5)": {"uniform": 1.0},
-            "gain of an exit by features seen (T5)": {"uniform": 1.0},
+            f"gain {label}": {"uniform": 1.0}
+            for label in ("against d (T3)", "against e / F (T4)", "against r (T5)", "of an exit by features seen (T5)")
         },
         axis_label="size of the error, correlation, or features that the exit sees",
         lines=lines,

@@ -2,8 +2,7 @@ r"""Where greedy becomes worse than uniform, and when to switch it off: predicte
 
 Three predictions are compared with runs. `bounds.crossing_step` is where the guarantees cross. The *mean path* descends
 F and G = E[mean loss of what selection keeps] without randomness, the limit of small steps. And `earlysift.controller`
-estimates the switch-off time live from probes, as in training.
-In all functions, R is ``pool``, b ``kept``, K ``steps`` and S ``seeds``; ``seed`` draws the candidates.
+estimates the switch-off time live from probes, as in training. R is ``pool``, b ``kept``, K ``steps``, S ``seeds``.
 """
 
 import math
@@ -49,12 +48,7 @@ def turning_point(problem: Problem, path: Tensor, pool: int, kept: int = 1) -> i
 
 
 def crossing_of(greedy: Tensor, uniform: Tensor) -> int | None:
-    """First step after which the greedy curve ``(K,)`` stays above the uniform one; None unless it was below before.
-
-    Example:
-        >>> crossing_of(torch.tensor([3.0, 1.0, 1.0, 1.0]), torch.tensor([3.0, 2.0, 1.0, 0.5]))
-        3
-    """
+    """First step after which the greedy curve ``(K,)`` stays above the uniform one; None unless it was below before."""
     ahead = (greedy <= uniform).nonzero()
     if not len(ahead) or not bool((greedy < uniform).any()) or bool(greedy[-1] <= uniform[-1]):
         return None
@@ -110,8 +104,7 @@ def best_switch(curves: Tensor, until: list[int], target: float) -> tuple[int | 
     if not reached or (times[-1] is not None and times[-1] <= 1.01 * min(reached)):
         return None, times
     # The curve is flat around its optimum, so the middle of the near-best times is steadier than the best one.
-    pairs = zip(until, times, strict=True)
-    near_best = [switch for switch, time in pairs if time is not None and time <= 1.01 * min(reached)]
+    near_best = [t for t, time in zip(until, times, strict=True) if time is not None and time <= 1.01 * min(reached)]
     return round(sum(near_best) / len(near_best)), times
 
 
@@ -232,8 +225,7 @@ def _crossing_row(problem: Problem, options: Options, generator: Generator) -> R
     predicted = crossing_of(problem.objective(path), problem.objective(uniform))
     train = partial(run, problem, eta=eta, steps=steps, seeds=options.count(32), generator=generator)
     trained = (train(pool=pool, rule="greedy"), train())
-    curves = (smoothed(problem.objective(each.iterates).mean(dim=1)) for each in trained)
-    measured = crossing_of(*curves)
+    measured = crossing_of(*(smoothed(problem.objective(each.iterates).mean(dim=1)) for each in trained))
     least, level = checks.gains(problem, path[:, None], pool).min().item(), checks.floor(problem, pool)
     guaranteed = bounds.crossing_step(problem.distance2, eta, least, level, problem.minimum)
     return guaranteed, predicted, measured, predicted / measured if predicted and measured else None

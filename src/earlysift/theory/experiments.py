@@ -27,8 +27,7 @@ so that the command line knows the names without torch."""
 
 def require_known(names: Sequence[str], results: Path | None) -> None:
     """Raise ValueError if a name is unknown, or the folder for the payoff map has no results that it can read."""
-    unknown = [name for name in names if name not in EXPERIMENTS]
-    if unknown:
+    if unknown := [name for name in names if name not in EXPERIMENTS]:
         raise ValueError(f"Expected experiments among {', '.join(EXPERIMENTS)}, got {', '.join(unknown)}.")
     if results is not None:
         read_workloads(results)

@@ -52,11 +52,6 @@ class Finding:
 
     The chart has one horizontal axis, and a reader chooses among its measures: ``levels`` holds the label of each and
     its horizontal lines. Lines have their styles in order; at first those are shown whose label contains ``shown``.
-
-    Example:
-        >>> levels, lines = {"F": {}, "gain": {"uniform": 1.0}}, {"SGD": {1: ([0, 1], [[3, 2]])}}
-        >>> Finding("x", "X", "Found.", [], levels, "steps", lines, [UNIFORM], "").traces[0].runs
-        [{'points': [{'x': 0.0, 'y1': 3.0}, {'x': 1.0, 'y1': 2.0}]}]
     """
 
     name: str
@@ -72,7 +67,7 @@ class Finding:
 
     @property
     def traces(self) -> list[Trace]:
-        """The lines as the report draws them, in those measures that they have values for."""
+        """The lines as the report draws them: a run for each sequence of values, with ``y{m}`` for measure m."""
         traces = []
         for (label, line), style in zip(self.lines.items(), self.styles, strict=False):
             runs: list[dict[str, Any]] = [{POINTS: []} for _ in range(max(len(values) for _, values in line.values()))]

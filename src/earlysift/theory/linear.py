@@ -3,7 +3,6 @@ r"""Early exit in deep linear networks: how often a shallow exit keeps the sampl
 A network of L square layers maps x to ``H W_L ... W_1 x``; the loss is half the squared distance to a teacher's output
 ``T x``, the inputs are Gaussian. An exit at depth k applies the model's own head to layer k: ``H W_k ... W_1 x``. So
 the error of every exit is one matrix times x, and the correlation of its loss with the exact one has a closed form.
-
 Letters of shapes: o outputs, d width, R candidates, b kept.
 """
 

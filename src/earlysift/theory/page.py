@@ -21,8 +21,7 @@ from earlysift.theory.findings import POINTS, Finding, Table, curves, numbers, s
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-VERSION = 1
-PROGRAM = "theory"
+VERSION, PROGRAM = 1, "theory"
 NUMBERS, CURVES, PAGE = "theory.json", "curves.json", "theory.html"
 PICTURE_COLUMNS = 3
 

@@ -17,8 +17,6 @@ from torch import Generator, Tensor
 from earlysift.theory.bounds import multiplicative_gain, require_correlation, require_pool
 from earlysift.theory.problems import Problem, normal
 
-Rule = Literal["uniform", "greedy", "unbiased"]
-
 
 @dataclass(frozen=True)
 class Candidates:
@@ -116,9 +114,8 @@ def early_exit(features: int) -> Score:
         raise ValueError(f"An exit must see at least one feature, got {features}.")
 
     def score(candidates: Candidates) -> Tensor:
-        cut = candidates.weights.clone()
-        cut[..., features:] = 0.0
-        return candidates.problem.losses(cut, candidates.index)
+        is_seen = torch.arange(candidates.weights.size(-1)) < features
+        return candidates.problem.losses(candidates.weights.where(is_seen, 0.0), candidates.index)
 
     return score
 
@@ -132,7 +129,7 @@ def run(
     generator: Generator,
     pool: int = 1,
     kept: int = 1,
-    rule: Rule = "uniform",
+    rule: Literal["uniform", "greedy", "unbiased"] = "uniform",
     score: Score = exact_loss,
     until: int | None = None,
 ) -> Run:

@@ -78,10 +78,9 @@ def _instance(generator: Generator) -> dict[str, checks.Check]:
     uniform = checks.check_run(train())
     d, e, r = real(0, 0.9), real(0, 0.2) * problem.objective(problem.start).item(), real(-1, 1)
     scaled, shifted = multiplicative(d, worst=worst), additive(e, worst=worst)
-    by_scaled, by_shifted = choose(score=scaled.score), choose(score=shifted.score)
-    exact_gain = checks.gains(problem, by_scaled.iterates[:-1], pool, kept)
-    with_d = checks.check_run(by_scaled, gain=scaled.factor * exact_gain)
-    with_e = checks.check_run(by_shifted, lost=shifted.lost)
+    by_d, by_e = choose(score=scaled.score), choose(score=shifted.score)
+    with_d = checks.check_run(by_d, gain=scaled.factor * checks.gains(problem, by_d.iterates[:-1], pool, kept))
+    with_e = checks.check_run(by_e, lost=shifted.lost)
     weighted = train(pool=pool, rule="unbiased", score=gradient_norms)
     check_pools = partial(checks.check_pools, problem, greedy.iterates[-1].repeat(20, 1))
     return {
