@@ -117,9 +117,9 @@ def test_rank_shares_are_a_falling_distribution(shape, samples):
 def test_expected_choice_is_what_runs_choose(pool, kept):
     losses = torch.rand(7, generator=seeded(0), dtype=torch.float64)
     index = torch.randint(7, (200_000, pool), generator=seeded(1))
-    seen = losses[index].topk(kept, dim=1).values.mean(dim=1)
+    chosen = losses[index].topk(kept, dim=1).values.mean(dim=1)
     expected = runs.expected_choice(losses, losses, pool, kept).item()
-    assert abs(seen.mean().item() - expected) < 5 * max(seen.std().item(), 1e-9) / math.sqrt(len(seen)) + 1e-9
+    assert abs(chosen.mean().item() - expected) < 5 * max(chosen.std().item(), 1e-9) / math.sqrt(len(chosen)) + 1e-9
     shares = runs.choice_shares(losses, pool, kept)
     assert (shares @ losses).item() == pytest.approx(expected)
 
@@ -195,9 +195,9 @@ def test_t1_and_what_sharpens_it_hold(problem, shape, share, seed):
     eta = share / problem.smoothness
     found = run(problem, eta=eta, steps=60, seeds=16, generator=seeded(seed), pool=pool, kept=kept, rule="greedy")
     u = checks.greedy_minimum(problem, pool, kept, steps=50)
-    seen = checks.check_run(found, comparator=u)
-    assert not holds(seen)
-    assert seen["sharp"].bound <= seen["T1"].bound
+    checked = checks.check_run(found, comparator=u)
+    assert not holds(checked)
+    assert checked["sharp"].bound <= checked["T1"].bound
 
 
 @laws
@@ -273,8 +273,8 @@ def test_t6_for_many_candidates_agrees_with_its_closed_form_for_two(r):
 def test_kept_overlap_is_the_overlap_of_large_pools(keep):
     exact, noise = torch.randn(2, 40, 10_000, generator=seeded(0), dtype=torch.float64)
     for r in (-1.0, -0.5, 0.7, 1.0):
-        seen = checks.agreement_of(r * exact + math.sqrt(1 - r**2) * noise, exact, round(10_000 * keep))
-        assert seen.overlap == pytest.approx(bounds.kept_overlap(r, keep), abs=0.005)
+        found = checks.agreement_of(r * exact + math.sqrt(1 - r**2) * noise, exact, round(10_000 * keep))
+        assert found.overlap == pytest.approx(bounds.kept_overlap(r, keep), abs=0.005)
 
 
 @many
@@ -399,11 +399,11 @@ def test_greedy_starts_ahead_ends_behind_and_the_mean_path_says_when():
         problem.objective(crossing.mean_path(problem, eta=eta, steps=steps, pool=pool, until=t)) for t in (None, 0)
     ]
     train = partial(run, problem, eta=eta, steps=steps, seeds=24, generator=seeded(0))
-    seen = [problem.objective(each.iterates).mean(dim=1) for each in (train(pool=pool, rule="greedy"), train())]
+    curves = [problem.objective(each.iterates).mean(dim=1) for each in (train(pool=pool, rule="greedy"), train())]
     predicted = crossing.crossing_of(*paths)
-    measured = crossing.crossing_of(*map(crossing.smoothed, seen))
-    assert seen[0][30] < seen[1][30]
-    assert seen[0][-200:].mean() > seen[1][-200:].mean()
+    measured = crossing.crossing_of(*map(crossing.smoothed, curves))
+    assert curves[0][30] < curves[1][30]
+    assert curves[0][-200:].mean() > curves[1][-200:].mean()
     assert predicted == pytest.approx(measured, rel=0.2)
 
 
@@ -424,11 +424,11 @@ def test_controller_leaves_greedy_near_the_best_time():
 
 def test_switching_at_once_is_uniform_and_never_switching_is_greedy():
     problem = skewed()
-    seen = crossing.switched_runs(problem, length=0.01, pool=4, kept=2, until=[0, 10, 30], seeds=3, seed=5, unit=False)
+    swept = crossing.switched_runs(problem, length=0.01, pool=4, kept=2, until=[0, 10, 30], seeds=3, seed=5, unit=False)
     greedy = run(problem, eta=0.01, steps=30, seeds=3, generator=seeded(5), pool=4, kept=2, rule="greedy")
     uniform = run(problem, eta=0.01, steps=30, seeds=3, generator=seeded(5), pool=4, kept=2)
-    assert torch.allclose(seen[:, 2], problem.objective(greedy.iterates).mean(dim=1))
-    assert torch.allclose(seen[:, 0], problem.objective(uniform.iterates).mean(dim=1))
+    assert torch.allclose(swept[:, 2], problem.objective(greedy.iterates).mean(dim=1))
+    assert torch.allclose(swept[:, 0], problem.objective(uniform.iterates).mean(dim=1))
     switched = run(
         problem,
         eta=0.01,
@@ -440,7 +440,7 @@ def test_switching_at_once_is_uniform_and_never_switching_is_greedy():
         rule="greedy",
         until=10,
     )
-    assert torch.allclose(seen[:, 1], problem.objective(switched.iterates).mean(dim=1))
+    assert torch.allclose(swept[:, 1], problem.objective(switched.iterates).mean(dim=1))
 
 
 @many
@@ -504,7 +504,7 @@ TRAIN = partial(run, PROBLEM, eta=0.01, steps=2, seeds=1, generator=seeded(0))
 
 
 @pytest.mark.parametrize(
-    ("call", "said"),
+    ("call", "message"),
     [
         (lambda: TRAIN(pool=0), "R = 0"),
         (lambda: TRAIN(pool=2, kept=3), "b = 3 of R = 2"),
@@ -532,8 +532,8 @@ TRAIN = partial(run, PROBLEM, eta=0.01, steps=2, seeds=1, generator=seeded(0))
         (lambda: linear.exit_errors(seeded(0), depth=0, width=2, spread=0.1), "depth"),
     ],
 )
-def test_bad_input_is_refused_with_what_was_expected_and_what_came(call, said):
-    with pytest.raises(ValueError, match=said):
+def test_bad_input_is_refused_with_what_was_expected_and_received(call, message):
+    with pytest.raises(ValueError, match=message):
         call()
 
 
@@ -591,13 +591,13 @@ def test_findings_are_not_written_among_files_of_others(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"), [(["nothing"], "Expected experiments among"), (["payoff", "--results", "."], "compare_")]
+    ("arguments", "message"), [(["nothing"], "Expected experiments among"), (["payoff", "--results", "."], "compare_")]
 )
-def test_command_refuses_bad_input_in_one_line(arguments, said, tmp_path, capsys, monkeypatch):
+def test_command_refuses_bad_input_in_one_line(arguments, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["theory", *arguments]) == 2
     error = capsys.readouterr().err
-    assert said in error
+    assert message in error
     assert error.count("\n") == 1
 
 

@@ -167,8 +167,8 @@ def crossing(options: Options, show: Show) -> Finding:
     rows: list[list[Row]] = [[], [], [], [], []]
     near, missed = [], []
     for m, problem in enumerate(problems):
-        met = _crossing_row(problem, options, generator)
-        missed += [abs(met[3] - 1)] if isinstance(met[3], float) else []
+        crossed = _crossing_row(problem, options, generator)
+        missed += [abs(crossed[3] - 1)] if isinstance(crossed[3], float) else []
         target, curves, live, times = _unit_steps(problem, options)
         near += [problem.name] if isinstance(live[2], float) and abs(live[2] - 1) <= 0.2 else []
         levels[f"log10 (F - F*), {problem.name}"] = {"target": math.log10(target - problem.minimum)}
@@ -176,7 +176,7 @@ def crossing(options: Options, show: Show) -> Finding:
             lines[name][m] = (range(0, len(curve), 10), [log10(curve[::10] - problem.minimum)])
         plain = _plain_steps(problem, options)
         ends = _ends_row(problem, options, generator)
-        for table, row in zip(rows, (met, live, times, plain, ends), strict=True):
+        for table, row in zip(rows, (crossed, live, times, plain, ends), strict=True):
             table.append((problem.name, *row))
         show((m + 1) / len(problems))
     return Finding(
