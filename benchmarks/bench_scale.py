@@ -1,6 +1,6 @@
-"""`scale`: how the overhead of scoring grows, and whether FLOPs foretell it after one calibration.
+"""`scale`: how the overhead of scoring grows, and whether FLOPs predict it after one calibration.
 
-Started by torchrun, this file measures one point on several processes (see `_launched`).
+When torchrun starts this file, it measures one point on several processes (see `_launched`).
 """
 
 import dataclasses
@@ -22,19 +22,20 @@ from rich.progress import track
 from torch import distributed, nn
 
 import measuring
+import scaling
 import shapes
-from earlysift import Sifter, costs, exits, pools, scaling, scorers
+from earlysift import Sifter, exits, pools, scorers
 from earlysift.files import write_json
-from earlysift.scaling import Link
+from scaling import Link
 from shapes import Shape
 
 TITLE = "Overhead of scoring as one thing changes"
 ABOUT = """Overhead is the time of `Sifter.sift` over that of a training step of b. Each quantity is varied alone
 around the base point; "keep" changes b within the same pool, "pool" the pool for the same b, "processes" (one thread
-each where they share a CPU, DistributedDataParallel, gloo or NCCL) the ranks, both scopes in turns. Predicted: FLOPs by
-`costs.py` to times by `costs.time_law`, once for steps and once for sifting, from the base point and one of a quarter
-of its b, timed beforehand. On several processes it is `scaling.overhead`, by the times of one process and the measured
-link between them."""
+each where they share a CPU, DistributedDataParallel, gloo or NCCL) the ranks, both scopes in turns. Predicted: FLOPs
+by `costs.py`, turned into times by `scaling.time_law`, once for steps and once for sifting, calibrated on the base
+point and on a point with a quarter of its b. On several processes it is `scaling.overhead`, from the times of one
+process and the measured link between them."""
 TABLES: dict[str, measuring.Columns] = {
     "rows": {
         "varied": ("varied", "{}"),
@@ -48,15 +49,15 @@ TABLES: dict[str, measuring.Columns] = {
 }
 
 
-_SMALL_BYTES, _LARGE_BYTES = 16, 1 << 24  # of a rank, gathered to measure the link between ranks
+_SMALL_BYTES, _LARGE_BYTES = 16, 1 << 24  # per rank, gathered to measure the link between ranks
 _LINK_ROUNDS = 20
-_MORE_ROUNDS = 3  # times as many in calibrations and on several processes, whose ranks wait for each other's noise
-_SMALLER = 4  # times, the b of the second point of calibration
+_MORE_ROUNDS = 3  # factor for calibrations and for several processes, whose ranks wait for each other's noise
+_SMALLER = 4  # factor between the batches of the two calibration points
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One point: a shape (with b and length), rows of the pool, exit, and how it is run."""
+    """One measurement: shape (with b and length), rows of the pool, exit, and how it is run."""
 
     shape: Shape
     pool: int
@@ -64,11 +65,11 @@ class Point:
     rounds: int
     depth: int = 1
     processes: int = 0
-    """To be started for it; none is this one."""
+    """Number of processes to launch; 0 measures in this one."""
 
 
 def plan(given: Namespace) -> dict[str, partial[dict[str, Any]]]:
-    """What is to be measured, by name of the entry."""
+    """The measurements to make, by name of the entry."""
     return shapes.entries(measure, given)
 
 
@@ -77,51 +78,51 @@ def measure(shape: Shape, dtype: str, rounds: int) -> dict[str, Any]:
     base = _at_batch(Point(shape, 0, dtype, rounds), shape.batch)
     laws = _calibrated(base)
     rows: list[dict[str, Any]] = []
-    alone: dict[str, float] = {}  # one process, as the points of several are launched
+    alone: dict[str, float] = {}  # times of one launched process
     for varied, value, point in track(_points(base), description="scale"):
-        found = _launched(point) if point.processes else times(point)
-        for scope, seen in found.items():
+        measured = _launched(point) if point.processes else times(point)
+        for scope, entry in measured.items():
             if point.processes > 1:
-                predicted = _foretold(point, scope, alone, Link(seen["gb_per_s"], seen["latency_us"]))
+                predicted = _predicted(point, scope, alone, Link(entry["gb_per_s"], entry["latency_us"]))
             else:
-                predicted = _sift_ms(laws["sift"], point, seen) / laws["step"].ms(seen["step_flops"])
+                predicted = _sift_ms(laws["sift"], point, entry) / laws["step"].ms(entry["step_flops"])
             rows.append(
                 {
                     "varied": varied,
-                    "value": f"{value}, {scope}" if len(found) > 1 else value,
+                    "value": f"{value}, {scope}" if len(measured) > 1 else value,
                     "predicted": predicted,
-                    "error_percent": 100 * (predicted / seen["overhead"] - 1),
-                    **seen,
+                    "error_percent": 100 * (predicted / entry["overhead"] - 1),
+                    **entry,
                 }
             )
         if point.processes == 1:
-            alone = found["local"]
+            alone = measured["local"]
     return {"laws": {name: law._asdict() for name, law in laws.items()}, "rows": rows}
 
 
-def _calibrated(base: Point) -> dict[str, costs.TimeLaw]:
-    """How long steps and sifting take by their FLOPs, from two sizes of each."""
+def _calibrated(base: Point) -> dict[str, scaling.TimeLaw]:
+    """Time laws of steps and of sifting, each from two sizes."""
     base = dataclasses.replace(base, rounds=_MORE_ROUNDS * base.rounds)
     small, large = (times(_at_batch(base, base.shape.batch // part))["local"] for part in (_SMALLER, 1))
     return {
-        name: costs.time_law(*((seen[f"{name}_flops"], seen[f"{name}_ms"]) for seen in (small, large)))
+        name: scaling.time_law(*((entry[f"{name}_flops"], entry[f"{name}_ms"]) for entry in (small, large)))
         for name in ("step", "sift")
     }
 
 
-def _sift_ms(law: costs.TimeLaw, point: Point, seen: dict[str, float]) -> float:
+def _sift_ms(law: scaling.TimeLaw, point: Point, entry: dict[str, float]) -> float:
     rows_at_once = 2 * point.shape.batch  # as `Sifter.chunk_rows` says
-    return law.ms(seen["sift_flops"], passes=math.ceil(point.pool / rows_at_once))
+    return law.ms(entry["sift_flops"], passes=math.ceil(point.pool / rows_at_once))
 
 
 def _at_batch(point: Point, batch: int) -> Point:
-    """The point with another b, and as many candidates for each."""
+    """The point with another b and the same keep."""
     shape = dataclasses.replace(point.shape, batch=max(1, batch))
     return dataclasses.replace(point, shape=shape, pool=round(shape.batch / measuring.KEEP))
 
 
 def _points(base: Point) -> list[tuple[str, str, Point]]:
-    """What is varied, to what, and the point; every series holds the base point."""
+    """Varied quantity, its value, and the point; every series contains the base point."""
     shape, change = base.shape, dataclasses.replace
     batch, pool, length = shape.batch, base.pool, shape.length
     model: Any = _built(base)
@@ -155,11 +156,11 @@ def _points(base: Point) -> list[tuple[str, str, Point]]:
     return points
 
 
-def _foretold(point: Point, scope: str, alone: dict[str, float], link: Link) -> float:
-    """Overhead on several processes, by the times of one and what connects them."""
+def _predicted(point: Point, scope: str, alone: dict[str, float], link: Link) -> float:
+    """Overhead on several processes, from the times of one and the link between them."""
     model = _built(point)
     pool = shapes.pool(model, point.shape, point.pool, torch.device("cpu"))
-    told = scaling.selection_ms(
+    spent = scaling.selection_ms(
         ranks=point.processes,
         link=link,
         kept=point.shape.batch,
@@ -171,7 +172,7 @@ def _foretold(point: Point, scope: str, alone: dict[str, float], link: Link) -> 
     return scaling.overhead(
         step_ms=alone["step_ms"],
         score_ms=alone["overhead"] * alone["step_ms"],
-        communication_ms=sum(told.values()),
+        communication_ms=sum(spent.values()),
         gradient_bytes=sum(weight.nbytes for weight in model.parameters()),
         ranks=point.processes,
         link=link,
@@ -189,7 +190,7 @@ def times(
     wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
     together: Callable[[], object] = lambda: None,
 ) -> dict[str, dict[str, float]]:
-    """Median times of a step and of sifting, their ratio, and the FLOPs of both, for every scope that differs."""
+    """Median times of a step and of sifting, their ratio, and the FLOPs of both, by scope."""
     place, precision = measuring.device(), measuring.DTYPES[point.dtype]
     model = wrap(shapes.build(point.shape).to(place))
     anatomy = exits.find_anatomy(model)
@@ -226,13 +227,13 @@ def times(
 
 
 def _launched(point: Point) -> dict[str, dict[str, float]]:
-    """The same on several processes, as its first one sees it."""
+    """`times` on several processes, as measured by the first."""
     with tempfile.TemporaryDirectory() as folder:
-        told, seen = Path(folder) / "point.json", Path(folder) / "seen.json"
-        write_json(told, dataclasses.asdict(point))
+        request, result = Path(folder) / "point.json", Path(folder) / "result.json"
+        write_json(request, dataclasses.asdict(point))
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(point.processes)]
         done = subprocess.run(
-            [sys.executable, *launch, __file__, str(told), str(seen)],
+            [sys.executable, *launch, __file__, str(request), str(result)],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
@@ -240,12 +241,12 @@ def _launched(point: Point) -> dict[str, dict[str, float]]:
         )
         if done.returncode:
             raise RuntimeError(f"Measuring on {point.processes} processes failed:\n{done.stderr[-4000:]}")
-        found: dict[str, dict[str, float]] = json.loads(seen.read_text(encoding="utf-8"))
-        return found
+        measured: dict[str, dict[str, float]] = json.loads(result.read_text(encoding="utf-8"))
+        return measured
 
 
 def _link(point: Point) -> Link:
-    """What connects the processes: `scaling.all_gather_ms`, solved for latency and bandwidth by two measurements."""
+    """The link between the processes: `scaling.all_gather_ms`, solved for latency and bandwidth by two measurements."""
     ranks, place = point.processes, measuring.device()
 
     def gathering(own_bytes: int) -> Callable[[], None]:
@@ -263,21 +264,21 @@ def _link(point: Point) -> Link:
     )
 
 
-def _as_rank(told: Path, seen: Path) -> None:
-    """What every process of `_launched` does."""
-    values = json.loads(told.read_text(encoding="utf-8"))
+def _as_rank(request: Path, result: Path) -> None:
+    """Run one process of `_launched`."""
+    values = json.loads(request.read_text(encoding="utf-8"))
     point = Point(**{**values, "shape": Shape(**values["shape"])})
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    found = times(point, wrap=nn.parallel.DistributedDataParallel, together=distributed.barrier)
+    measured = times(point, wrap=nn.parallel.DistributedDataParallel, together=distributed.barrier)
     if point.processes > 1:
         link = _link(point)._asdict()
-        found = {scope: seen | link for scope, seen in found.items()}
+        measured = {scope: entry | link for scope, entry in measured.items()}
     if distributed.get_rank() == 0:
-        write_json(seen, found)
+        write_json(result, measured)
     distributed.barrier()
-    os._exit(0)  # without the interpreter's own end, in which a thread of gloo now and then aborts
+    os._exit(0)  # skips interpreter shutdown, where a gloo thread sometimes aborts
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def test_memory_is_measured_as_it_comes_and_kept_in_processes_of_their_own(tmp_p
     assert all(row["step_ms"] > 0 and row["sift_ms"] > 0 and row["peak_mib"] > 100 for row in entry["rows"])
 
 
-def test_overhead_is_measured_and_foretold_at_every_point(modules, tmp_path):
+def test_overhead_is_measured_and_predicted_at_every_point(modules, tmp_path):
     run(tmp_path, "scale", "--shape", "bert-mini-128", "--dtype", "float32")
     (entry,) = result(tmp_path, "scale")["entries"].values()
     assert {row["varied"] for row in entry["rows"]} == {
@@ -121,14 +121,14 @@ def test_overhead_is_measured_and_foretold_at_every_point(modules, tmp_path):
 
 
 @pytest.mark.parametrize("scope", ["local", "global"])
-def test_overhead_on_several_processes_is_foretold_by_one_and_their_link(modules, scope):
+def test_overhead_on_several_processes_is_predicted_by_one_and_their_link(modules, scope):
     shapes, bench = modules("shapes"), modules("bench_scale")
     shape = shapes.tiny(shapes.SHAPES["bert-mini-128"])
     point = bench.Point(shape, 2 * shape.batch, "float32", rounds=1, processes=2)
     alone = {"step_ms": 100.0, "overhead": 0.07}
 
     def foretold(gb_per_s, latency_us):
-        return bench._foretold(point, scope, alone, bench.Link(gb_per_s, latency_us))
+        return bench._predicted(point, scope, alone, bench.Link(gb_per_s, latency_us))
 
     assert foretold(1e9, 0.0) == pytest.approx(0.07)
     assert (foretold(1e9, 1e3) > foretold(1e9, 0.0)) == (scope == "global")  # scores and rows

@@ -11,7 +11,6 @@ from transformers import BertConfig, BertForMaskedLM, ViTConfig, ViTForImageClas
 import models
 from earlysift import scorers
 from earlysift.costs import (
-    TimeLaw,
     approximate_gain,
     batch_work,
     break_even_gain,
@@ -20,7 +19,6 @@ from earlysift.costs import (
     payoff,
     relative_cost,
     second_moment_ratio,
-    time_law,
     unbiased_payoff,
 )
 from earlysift.exits import find_anatomy, skips_unlabelled
@@ -259,23 +257,3 @@ def test_head_is_asked_exactly_about_the_labelled_positions_it_is_charged_for():
     model.cls.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
     scorers.early_exit_loss(model, batch, dtype=None)
     assert sum(rows) == int((batch["labels"] != -100).sum())
-
-
-@given(per_flop=st.floats(1e-9, 1e-6), per_pass=st.floats(0, 1e3), small=st.floats(1e6, 1e9), times=st.floats(1.5, 100))
-def test_two_timings_tell_the_time_of_a_flop_and_of_a_pass(per_flop, per_pass, small, times):
-    truth = TimeLaw(per_flop, per_pass)
-    found = time_law(*((flops, truth.ms(flops)) for flops in (small, times * small)))
-    for flops, passes in ((small, 1), (7 * small, 1), (small, 3)):
-        assert found.ms(flops, passes) == pytest.approx(truth.ms(flops, passes), rel=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("short_ms", "expected"), [(50.0, TimeLaw(0.0, 40.0)), (5.0, TimeLaw(1e-8, 0.0))], ids=["no rise", "steep"]
-)
-def test_noise_makes_no_part_of_a_time_negative(short_ms, expected):
-    assert time_law((1e9, short_ms), (4e9, 40.0)) == pytest.approx(expected)
-
-
-def test_one_size_is_no_calibration():
-    with pytest.raises(ValueError, match=r"two sizes, the smaller one first, got 1e\+09 and 1e\+09"):
-        time_law((1e9, 1.0), (1e9, 2.0))

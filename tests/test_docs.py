@@ -34,7 +34,6 @@ PRINTED = {
     "README.md": "sift/rank_correlation",
     "docs/when-it-helps.md": "sift/step",
     "docs/trainer.md": "'samples_trained': 32",
-    "docs/scaling.md": "scoring 64 at depth 1 takes",
     "docs/speed.md": "16 positions: ",
 }
 EXAMPLE = re.compile(r"```python\n(.*?)```(?:(?:(?!```).)*```text\n(.*?)```)?", flags=re.DOTALL)

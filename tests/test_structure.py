@@ -26,7 +26,6 @@ FLOORS = {
     "validation": 0,
     "config_files": 0,
     "pending": 0,
-    "scaling": 0,
     "checks": 1,
     "costs": 1,
     "fidelity": 1,

@@ -129,45 +129,6 @@ def pending_work(
     return {f"{name}_tokens": rows * length, f"{name}_flops": work}
 
 
-class TimeLaw(NamedTuple):
-    """Time of work on one machine by its FLOPs: ``ms = per_flop_ms * flops + per_pass_ms * passes`` (`time_law`)."""
-
-    per_flop_ms: float
-    per_pass_ms: float
-
-    def ms(self, flops: float, passes: int = 1) -> float:
-        """Time of so many FLOPs in so many passes."""
-        return self.per_flop_ms * flops + self.per_pass_ms * passes
-
-
-def time_law(small: tuple[float, float], large: tuple[float, float]) -> TimeLaw:
-    """Calibrate FLOPs to a machine by timing one kind of pass (a step, or scoring) at two sizes.
-
-    A pass costs something however small it is: launches, weights to be read, an optimizer's update.
-
-    Args:
-        small: FLOPs of the smaller pass, and its time in ms.
-        large: Those of the larger one.
-
-    Returns:
-        The line through both; with noise that would make a part negative, through the larger one with that part 0.
-
-    Raises:
-        ValueError: If the larger pass has no more FLOPs than the smaller one.
-
-    Example:
-        >>> law = time_law((1e9, 30.0), (4e9, 90.0))
-        >>> round(law.ms(2e9)), round(law.ms(8e9, passes=2))
-        (50, 180)
-    """
-    (few_flops, short_ms), (many_flops, long_ms) = small, large
-    if not 0 < few_flops < many_flops:
-        raise ValueError(f"Expected two sizes, the smaller one first, got {few_flops:g} and {many_flops:g} FLOPs.")
-    slope = (long_ms - short_ms) / (many_flops - few_flops)
-    per_flop_ms = min(max(slope, 0.0), long_ms / many_flops)
-    return TimeLaw(per_flop_ms, long_ms - per_flop_ms * many_flops)
-
-
 def relative_cost(forward_share: float, score_share: float, keep: float) -> float:
     """Cost per trained sample, relative to uniform training (C1).
 

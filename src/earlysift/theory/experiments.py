@@ -1,4 +1,4 @@
-"""What `earlysift theory` runs, by name."""
+"""The experiments of `earlysift theory`, by name."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -18,32 +18,23 @@ EXPERIMENTS = {
     "floor": "convex",
     "errors": "convex",
     "crossing": "crossing",
-    "linear": "depth",
-    "payoff": "depth",
+    "linear": "linear",
+    "payoff": "payoff",
 }
-"""Names of experiments, and the module of this package that has the function of that name. It is imported when it is
-run, so that the command line knows the names without torch."""
+"""Names of experiments, and the module of this package with the function of that name. It is imported only to be run,
+so that the command line knows the names without torch."""
 
 
 def require_known(names: Sequence[str], results: Path | None) -> None:
-    """See whether experiments are known, and whether the folder for the payoff map holds results that can be read.
-
-    Raises:
-        ValueError: If not.
-    """
-    unknown = [name for name in names if name not in EXPERIMENTS]
-    if unknown:
+    """Raise ValueError if a name is unknown, or the folder for the payoff map has no results that it can read."""
+    if unknown := [name for name in names if name not in EXPERIMENTS]:
         raise ValueError(f"Expected experiments among {', '.join(EXPERIMENTS)}, got {', '.join(unknown)}.")
     if results is not None:
-        measured(results)
+        read_workloads(results)
 
 
-def measured(folder: Path) -> dict[str, Results]:
-    """The results of comparisons in a folder, by the name of the workload.
-
-    Raises:
-        ValueError: If there are none, or they do not hold what the payoff map needs.
-    """
+def read_workloads(folder: Path) -> dict[str, Results]:
+    """Results of comparisons by workload; ValueError if there are none, or they lack what the payoff map needs."""
     found = {path: read_json(path) for path in sorted(folder.glob("compare_*.json"))}
     if not found:
         raise ValueError(f"Expected compare_*.json in {folder}, found none; give the folder of a comparison's results.")
@@ -63,29 +54,22 @@ def run_experiments(
     results: Path | None = None,
     effort: float = 1.0,
 ) -> "list[Finding]":
-    """Run experiments, one after the other, on one thread, so that sums are the same to the last digit.
+    """Run experiments (all, if ``names`` is empty) on one thread, so that sums are the same to the last digit.
 
-    Args:
-        names: Of `EXPERIMENTS`; all if empty.
-        show: Told an experiment and the share of it that is done.
-        seed: Of all randomness.
-        results: Folder with ``compare_*.json`` for the payoff map.
-        effort: Multiplies seeds and instances.
-
-    Raises:
-        ValueError: If a name is unknown, or the folder holds no results.
+    ``show`` is called with an experiment and the share of it that is done; the other options are those of
+    `earlysift.theory.findings.Options`. Raises as `require_known`.
     """
     require_known(names, results)
     import torch
 
-    from earlysift.theory.asked import Asked
+    from earlysift.theory.findings import Options
 
-    asked = Asked(seed, results, effort)
+    options = Options(seed, results, effort)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         return [
-            getattr(import_module(f"earlysift.theory.{module}"), name)(asked, partial(show, name))
+            getattr(import_module(f"earlysift.theory.{module}"), name)(options, partial(show, name))
             for name, module in EXPERIMENTS.items()
             if name in (names or EXPERIMENTS)
         ]

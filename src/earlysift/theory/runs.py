@@ -1,8 +1,8 @@
-r"""SGD and greedy SGD on many seeds at once, and what selection does at a point, exactly.
+r"""SGD and greedy SGD on many seeds at once, and the exact expectation of what selection does at a point.
 
 A step draws R candidates independently (with replacement), scores them, and takes the mean exact gradient of the b with
-the largest scores; b = 1 is the paper's. Since the samples are finite, what selection expects at a point w is a sum
-over ranks with known weights (`rank_shares`), not an estimate.
+the largest scores; b = 1 is the paper's. Since the samples are finite, expectations over the selection at a point w are
+sums over ranks with known weights (`rank_shares`), not estimates.
 """
 
 import math
@@ -14,133 +14,114 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from earlysift.schedules import Schedule, constant
-from earlysift.theory.problems import Problem, sample_gradients, sample_losses
-
-Rule = Literal["uniform", "greedy", "unbiased"]
+from earlysift.theory.bounds import multiplicative_gain, require_correlation, require_pool
+from earlysift.theory.problems import Problem, normal
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """What a score may look at: the candidates of one step on every seed."""
+    """What a score may use: weights ``(S, d)``, samples ``(S, R)`` and their exact losses ``(S, R)``, on every seed."""
 
     problem: Problem
     weights: Tensor
-    """w, ``(S, d)``."""
     index: Tensor
-    """Which samples, ``(S, R)``."""
-    exact: Tensor
-    """Exact losses, ``(S, R)``."""
+    losses: Tensor
     generator: Generator
 
 
 Score = Callable[[Candidates], Tensor]
-"""Candidates to scores ``(S, R)``; a lambda is a full citizen."""
+"""Candidates to scores ``(S, R)``; any callable will do."""
+
+
+class Approximation(NamedTuple):
+    """A score with bounded errors: it keeps at least ``factor`` times what exact losses keep, less ``lost``."""
+
+    score: Score
+    factor: float = 1.0
+    lost: float = 0.0
 
 
 class Run(NamedTuple):
-    """One way of training on S seeds."""
+    """What `run` was given, iterates w_0 ... w_K ``(K + 1, S, d)``, and the samples of each step ``(K, S, b)``."""
 
+    problem: Problem
+    eta: float
+    pool: int
+    kept: int
+    until: int | None
     iterates: Tensor
-    """w_0 ... w_K, ``(K + 1, S, d)``."""
     chosen: Tensor
-    """Samples that each step trained on, ``(K, S, b)``."""
 
 
-def exact_loss(seen: Candidates) -> Tensor:
+def population(problem: Problem, weights: Tensor) -> Candidates:
+    """All samples as candidates at points ``(S, d)``, for scores without randomness."""
+    index = torch.arange(len(problem.targets)).expand(len(weights), -1)
+    return Candidates(problem, weights, index, problem.losses(weights), Generator())
+
+
+def exact_loss(candidates: Candidates) -> Tensor:
     """The exact loss: greedy SGD without approximation."""
-    return seen.exact
+    return candidates.losses
 
 
-def order_kept(seen: Candidates) -> Tensor:
-    """Another number, the same order: nothing is lost."""
-    return torch.log1p(seen.exact) - 7.0
+def order_kept(candidates: Candidates) -> Tensor:
+    """Other numbers in the same order: nothing is lost."""
+    return torch.log1p(candidates.losses) - 7.0
 
 
-def multiplicative(d: float, *, worst: bool = False) -> Score:
-    """Scores within a factor of the loss, ``(1 - d) f <= g <= (1 + d) f`` (T3).
+def gradient_norms(candidates: Candidates) -> Tensor:
+    """Length of each candidate's gradient: the score for which the unbiased rule is best (T7)."""
+    norms: Tensor = candidates.problem.gradients(candidates.weights, candidates.index).norm(dim=-1)
+    return norms
 
-    Args:
-        d: In [0, 1).
-        worst: Errors at random if False; else those that make the pick as bad as they can.
 
-    Raises:
-        ValueError: If d is outside [0, 1).
+def multiplicative(d: float, *, worst: bool = False) -> Approximation:
+    """Scores within a factor of the loss, ``(1 - d) f <= g <= (1 + d) f`` with d in [0, 1) (T3).
+
+    Errors are random, or, if ``worst``, those that lead to the worst pick.
     """
-    if not 0 <= d < 1:
-        raise ValueError(f"The multiplicative error d must be in [0, 1), got {d}: at 1 a score may be zero anywhere.")
-
-    def score(seen: Candidates) -> Tensor:
-        low, high = (1 - d) * seen.exact, (1 + d) * seen.exact
-        return _worst(seen, low, high) if worst else low + (high - low) * _uniform(seen)
-
-    return score
+    score = _bounded(lambda losses: ((1 - d) * losses, (1 + d) * losses), worst)
+    return Approximation(score, factor=multiplicative_gain(1.0, d))
 
 
-def additive(e: float, *, worst: bool = False) -> Score:
-    """Scores within a distance of the loss, ``|g - f| <= e`` (T4).
+def additive(e: float, *, worst: bool = False) -> Approximation:
+    """Scores within a distance of the loss, ``|g - f| <= e`` in units of the loss (T4).
 
-    Args:
-        e: At least 0, in units of the loss.
-        worst: Errors at random if False; else those that make the pick as bad as they can.
-
-    Raises:
-        ValueError: If e is negative.
+    ``E f(kept) >= rho F - 2 e``, which adds ``2 e / (rho (1 - L eta))`` to T1 and ``2 e / rho`` to T1+. Errors are
+    random, or, if ``worst``, those that lead to the worst pick.
     """
     if not 0 <= e < math.inf:
         raise ValueError(f"The additive error e must be finite and at least 0, got {e}.")
-
-    def score(seen: Candidates) -> Tensor:
-        low, high = seen.exact - e, seen.exact + e
-        return _worst(seen, low, high) if worst else low + (high - low) * _uniform(seen)
-
-    return score
+    return Approximation(_bounded(lambda losses: (losses - e, losses + e), worst), lost=2 * e)
 
 
 def correlated(r: float) -> Score:
-    """Scores with correlation r to the loss: the standardised loss, mixed with Gaussian noise (T5).
+    """Scores with correlation r to the loss: the standardised loss, mixed with Gaussian noise (T5)."""
+    require_correlation(r)
 
-    Args:
-        r: In [-1, 1]; below 0 the score ranks backwards.
-
-    Raises:
-        ValueError: If r is outside [-1, 1].
-    """
-    if not -1 <= r <= 1:
-        raise ValueError(f"A correlation must be in [-1, 1], got {r}.")
-
-    def score(seen: Candidates) -> Tensor:
-        every = sample_losses(seen.problem, seen.weights)
-        spread = every.std(dim=-1, correction=0, keepdim=True).clamp(min=1e-300)
-        standard = (seen.exact - every.mean(dim=-1, keepdim=True)) / spread
-        noise = torch.randn(seen.exact.shape, generator=seen.generator, dtype=torch.float64)
-        return r * standard + math.sqrt(1 - r**2) * noise
+    def score(candidates: Candidates) -> Tensor:
+        losses = candidates.problem.losses(candidates.weights)
+        deviation = losses.std(dim=-1, correction=0, keepdim=True).clamp(min=1e-300)
+        standard = (candidates.losses - losses.mean(dim=-1, keepdim=True)) / deviation
+        return r * standard + math.sqrt(1 - r**2) * normal(candidates.generator, *standard.shape)
 
     return score
 
 
 def early_exit(features: int) -> Score:
-    """Losses of the same weights on the first features alone: an exit of a linear model.
-
-    Args:
-        features: How many of the d features the exit sees, at least 1.
-
-    Raises:
-        ValueError: If it sees none.
-    """
+    """Losses of the same weights on the first ``features`` of the d features: an exit of a linear model."""
     if features < 1:
         raise ValueError(f"An exit must see at least one feature, got {features}.")
 
-    def score(seen: Candidates) -> Tensor:
-        cut = seen.weights.clone()
-        cut[..., features:] = 0.0
-        return sample_losses(seen.problem, cut, seen.index)
+    def score(candidates: Candidates) -> Tensor:
+        is_seen = torch.arange(candidates.weights.size(-1)) < features
+        return candidates.problem.losses(candidates.weights.where(is_seen, 0.0), candidates.index)
 
     return score
 
 
 def run(
-    given: Problem,
+    problem: Problem,
     *,
     eta: float,
     steps: int,
@@ -148,132 +129,70 @@ def run(
     generator: Generator,
     pool: int = 1,
     kept: int = 1,
-    rule: Rule = "uniform",
+    rule: Literal["uniform", "greedy", "unbiased"] = "uniform",
     score: Score = exact_loss,
-    schedule: Schedule | None = None,
+    until: int | None = None,
 ) -> Run:
     r"""Train on S seeds at once: ``w <- w - eta * mean over the kept of weight_i grad f_i(w)``.
 
     ``greedy`` keeps the b largest scores, weights 1; ``unbiased`` draws b of the pool in proportion to the scores, with
-    weights ``mean score / score_i``; ``uniform`` keeps the first b.
-
-    Args:
-        given: The problem.
-        eta: Step size, positive.
-        steps: K.
-        seeds: S.
-        generator: The only source of randomness.
-        pool: R.
-        kept: b.
-        rule: How to choose.
-        score: What to choose by.
-        schedule: Step to the share of steps that select (`earlysift.schedules`); always if None.
-
-    Returns:
-        All iterates, and what was chosen.
-
-    Raises:
-        ValueError: If R < 1, b < 1, b > R, K < 1, S < 1 or eta is not positive.
+    weights ``mean score / score_i``; ``uniform`` keeps the first b, as every rule does from step ``until`` on.
+    K ``steps`` on S ``seeds``, R ``pool``, b ``kept``; the generator is the only source of randomness.
 
     Example:
-        >>> from earlysift.theory.problems import LOSSES, problem
-        >>> p = problem("mean", torch.ones(2, 1), torch.tensor([1.0, 1.0]), LOSSES["squared"])
+        >>> from earlysift.theory.problems import LOSSES, make_problem
+        >>> p = make_problem("mean", torch.ones(2, 1), torch.tensor([1.0, 1.0]), LOSSES["squared"])
         >>> run(p, eta=0.5, steps=2, seeds=1, generator=torch.Generator()).iterates.flatten()
         tensor([0.0000, 0.5000, 0.7500], dtype=torch.float64)
     """
-    check_pool(pool, kept)
+    require_pool(pool, kept)
     if not 0 < eta < math.inf or steps < 1 or seeds < 1:
         raise ValueError(f"Expected eta > 0, steps >= 1 and seeds >= 1, got {eta}, {steps} and {seeds}.")
-    intensity = schedule or constant()
-    w = given.start.repeat(seeds, 1)
+    w = problem.start.repeat(seeds, 1)
     iterates = torch.empty(steps + 1, *w.shape, dtype=torch.float64)
     chosen = torch.empty(steps, seeds, kept, dtype=torch.int64)
     iterates[0] = w
     for k in range(steps):
-        index = torch.randint(len(given.targets), (seeds, pool), generator=generator)
+        index = torch.randint(len(problem.targets), (seeds, pool), generator=generator)
         shares = torch.full((seeds, kept), 1 / kept, dtype=torch.float64)
-        places = torch.arange(kept).expand(seeds, kept)
-        if rule != "uniform" and _selects(intensity(k), generator):
-            scores = score(Candidates(given, w, index, sample_losses(given, w, index), generator))
+        picks = torch.arange(kept).expand(seeds, kept)
+        if rule != "uniform" and (until is None or k < until):
+            scores = score(Candidates(problem, w, index, problem.losses(w, index), generator))
             if rule == "greedy":
-                places = scores.topk(kept, dim=1).indices
+                picks = scores.topk(kept, dim=1).indices
             else:
                 scores = scores.clamp(min=1e-300)
-                places = torch.multinomial(scores, kept, replacement=True, generator=generator)
-                shares = scores.mean(dim=1, keepdim=True) / scores.gather(1, places) / kept
-        chosen[k] = index.gather(1, places)
-        w = w - eta * (shares.unsqueeze(-1) * sample_gradients(given, w, chosen[k])).sum(dim=1)
+                picks = torch.multinomial(scores, kept, replacement=True, generator=generator)
+                shares = scores.mean(dim=1, keepdim=True) / scores.gather(1, picks) / kept
+        chosen[k] = index.gather(1, picks)
+        w = w - eta * (shares.unsqueeze(-1) * problem.gradients(w, chosen[k])).sum(dim=1)
         iterates[k + 1] = w
-    return Run(iterates, chosen)
-
-
-def gradient_norms(seen: Candidates) -> Tensor:
-    """Length of each candidate's gradient: the score for which the unbiased rule is best (T7)."""
-    norms: Tensor = sample_gradients(seen.problem, seen.weights, seen.index).norm(dim=-1)
-    return norms
-
-
-def check_pool(pool: int, kept: int = 1) -> None:
-    """Refuse a pool that nothing can be chosen from.
-
-    Raises:
-        ValueError: If R < 1, b < 1 or b > R.
-    """
-    if pool < 1:
-        raise ValueError(f"A pool needs at least one candidate, got R = {pool}.")
-    if not 1 <= kept <= pool:
-        raise ValueError(f"Expected 1 <= b <= R, got b = {kept} of R = {pool}; enlarge the pool or keep fewer.")
+    return Run(problem, eta, pool, kept, until, iterates, chosen)
 
 
 @lru_cache(maxsize=64)
 def rank_shares(samples: int, pool: int, kept: int = 1) -> Tensor:
-    r"""How much of a greedy batch falls to the sample of each rank, largest score first.
+    r"""Share of a greedy batch that falls to the sample of each rank, largest score first: ``(n,)``, sum 1.
 
     ``share_j = (E min(b, B_j) - E min(b, B_{j-1})) / b`` with ``B_j ~ Binomial(R, j / n)``, the number of candidates
-    among the j first; for b = 1, ``((n - j + 1)^R - (n - j)^R) / n^R``.
-
-    Args:
-        samples: n.
-        pool: R, drawn with replacement.
-        kept: b.
-
-    Returns:
-        ``(n,)``, not rising, sum 1.
+    among the first j; for b = 1, ``((n - j + 1)^R - (n - j)^R) / n^R``. The R candidates are drawn with replacement.
 
     Example:
         >>> rank_shares(2, 2)
         tensor([0.7500, 0.2500], dtype=torch.float64)
     """
-    check_pool(pool, kept)
-    chance = torch.arange(samples + 1, dtype=torch.float64) / samples
+    require_pool(pool, kept)
+    chance = torch.arange(samples + 1, dtype=torch.float64)[:, None] / samples
     counts = torch.arange(pool + 1, dtype=torch.float64)
-    ways = (
-        torch.lgamma(torch.tensor(pool + 1.0, dtype=torch.float64))
-        - torch.lgamma(counts + 1)
-        - torch.lgamma(pool - counts + 1)
-    )
-    log_mass = ways + torch.xlogy(counts, chance[:, None]) + torch.xlogy(pool - counts, 1 - chance[:, None])
+    ways = torch.lgamma(counts[-1] + 1) - torch.lgamma(counts + 1) - torch.lgamma(pool - counts + 1)
+    log_mass = ways + torch.xlogy(counts, chance) + torch.xlogy(pool - counts, 1 - chance)
     return (log_mass.exp() @ counts.clamp(max=kept)).diff() / kept
 
 
 def expected_choice(values: Tensor, scores: Tensor, pool: int, kept: int = 1) -> Tensor:
-    r"""Mean of a quantity over what greedy selection picks: exact, by ranks of the whole population.
+    r"""Mean of values ``(..., n)`` over what greedy selection by scores ``(..., n)`` keeps, exactly: ``(...)``.
 
     With values = scores = f(w) it is ``rho(w) F(w) = G(w)``; at w* it is M*.
-
-    Args:
-        values: Of every sample, ``(..., n)``.
-        scores: Of every sample, ``(..., n)``.
-        pool: R.
-        kept: b.
-
-    Returns:
-        ``(...)``.
-
-    Example:
-        >>> f = torch.tensor([0.0, 4.0]).double()
-        >>> expected_choice(f, f, pool=2)
-        tensor(3., dtype=torch.float64)
     """
     order = scores.sort(dim=-1, descending=True, stable=True).indices
     return values.expand(scores.shape).gather(-1, order) @ rank_shares(scores.size(-1), pool, kept)
@@ -286,19 +205,16 @@ def choice_shares(scores: Tensor, pool: int, kept: int = 1) -> Tensor:
     return torch.empty_like(shares).scatter(-1, order, shares)
 
 
-def _worst(seen: Candidates, low: Tensor, high: Tensor) -> Tensor:
-    """The scores between low and high whose argmax has the least exact loss."""
-    eligible = high >= low.max(dim=1, keepdim=True).values
-    victim = torch.where(eligible, seen.exact, math.inf).argmin(dim=1, keepdim=True)
-    # Only the order matters, so a tie that the errors allow is broken against us by putting the victim on top.
-    return low.scatter(1, victim, math.inf)
+def _bounded(interval: Callable[[Tensor], tuple[Tensor, Tensor]], worst: bool) -> Score:
+    """Scores within the interval of each loss: uniformly random, or those whose argmax has the least exact loss."""
 
+    def score(candidates: Candidates) -> Tensor:
+        low, high = interval(candidates.losses)
+        if not worst:
+            return low + (high - low) * torch.rand(low.shape, generator=candidates.generator, dtype=torch.float64)
+        eligible = high >= low.max(dim=1, keepdim=True).values
+        victim = torch.where(eligible, candidates.losses, math.inf).argmin(dim=1, keepdim=True)
+        # Only the order matters. Putting the victim on top breaks the ties that the errors allow against us.
+        return low.scatter(1, victim, math.inf)
 
-def _uniform(seen: Candidates) -> Tensor:
-    return torch.rand(seen.exact.shape, generator=seen.generator, dtype=torch.float64)
-
-
-def _selects(intensity: float, generator: Generator) -> bool:
-    if intensity in (0.0, 1.0):  # most steps draw nothing
-        return bool(intensity)
-    return float(torch.rand((), generator=generator)) < intensity
+    return score
