@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from test_peers import EASIEST
 from test_structure import FLOORS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -154,3 +155,9 @@ def test_contributing_is_short_and_names_the_three_commands():
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) < 50
     assert all(f"make {target}" in text for target in ("test", "lint", "demo"))
+
+
+def test_examples_of_new_files_are_the_files_that_tests_run_as_a_user_would():
+    page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+    assert f"```python\n{EASIEST.strip()}\n```" in page
+    assert f"```python\n{(ROOT / 'tests' / 'new_tasks' / 'majority.py').read_text().strip()}\n```" in page
