@@ -165,7 +165,7 @@ def end(state: State, control: Control, step: int) -> Verdict:
 def _switched(state: State, choice: Choice | None) -> State:
     if choice == state.choice:
         return state
-    records = state.records[-1:]  # what was seen under one way of training says little about another
+    records = state.records[-1:]  # records under one way of training say little about another
     before = (records[0]["loss"], records[0]["loss_error"]) if records else state.before
     return replace(state, choice=choice, records=records, before=before)
 
@@ -188,7 +188,7 @@ def record(probe: Probe, kept: int, control: Control) -> Record:
     is uniform's.
 
     Args:
-        probe: What was seen of the pool.
+        probe: What the probe measured.
         kept: b.
         control: What may be chosen.
 
@@ -433,7 +433,7 @@ def _means(records: Sequence[Record]) -> Record:
 def _progress(mean: Record, choice: Choice) -> float:
     uniform = mean["uniform.signal"] / math.sqrt(max(mean["uniform.length2"], 1e-12))
     along = mean[f"{_name(choice)}.signal"] / math.sqrt(max(mean[f"{_name(choice)}.length2"], 1e-12))
-    # Where uniform's own signal drowns in noise, nothing can be said to be better.
+    # Where uniform's own signal drowns in noise, nothing can be called better.
     return along / uniform if uniform > 0 else 0.0
 
 

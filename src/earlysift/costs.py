@@ -61,8 +61,8 @@ def flops_law(anatomy: Anatomy, depth: int | None = None, *, skips_unlabelled: b
         fixed += 2.0 * distances * width**2
     if skips_unlabelled:
         exit_layer = list(anatomy.layers)[:depth][-1]
-        few = [exit_layer.get_submodule(name) for chain in anatomy.positionwise for name in chain]
-        thinned = sum(_own_weights(name, module) for part in few for name, module in part.named_modules())
+        skipping = [exit_layer.get_submodule(name) for chain in anatomy.positionwise for name in chain]
+        thinned = sum(_own_weights(name, module) for part in skipping for name, module in part.named_modules())
         everywhere, head = everywhere - thinned, head + thinned
     return FlopsLaw(everywhere, head, attention, fixed)
 

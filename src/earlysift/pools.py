@@ -125,9 +125,9 @@ def inputs_and_labels(pool: Any) -> tuple[Any, Tensor]:
         if labels.ndim == 0:
             raise ValueError("Expected labels with one row per candidate, got a single number.")
         return inputs, labels
-    came = f"keys {sorted(map(str, pool))}" if isinstance(pool, Mapping) else type(pool).__name__
+    received = f"keys {sorted(map(str, pool))}" if isinstance(pool, Mapping) else type(pool).__name__
     raise ValueError(
-        f"Expected a mapping with '{LABELS_KEY}' or a pair (inputs, labels), got {came}. "
+        f"Expected a mapping with '{LABELS_KEY}' or a pair (inputs, labels), got {received}. "
         f"Add '{LABELS_KEY}' to the batch, or pass a scorer of your own: score=lambda model, pool: ..."
     )
 
@@ -200,7 +200,7 @@ def pad(batch: Any, length: int, fills: Mapping[str, int], *, left: bool = False
     Args:
         batch: A mapping with a two-dimensional ``attention_mask``.
         length: Positions that rows are to have, no fewer than now.
-        fills: What padding is, by key; 0 where it is not told.
+        fills: Padding values by key; 0 for keys that are missing.
         left: Whether padding goes in front of the samples.
 
     Example:

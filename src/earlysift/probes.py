@@ -65,9 +65,9 @@ def probe(
         >>> net = nn.Module()
         >>> net.layers, net.head = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), nn.Linear(4, 3)
         >>> net.forward = lambda x: net.head(net.layers(x))
-        >>> seen = probe(net, (torch.ones(5, 4), torch.tensor([0, 1, 2, 0, 1])), depths=[1],
+        >>> found = probe(net, (torch.ones(5, 4), torch.tensor([0, 1, 2, 0, 1])), depths=[1],
         ...              family=Family("layers", (("head",),), task="sequence_classification"))
-        >>> seen.exact.shape, list(seen.scores), seen.gram.shape
+        >>> found.exact.shape, list(found.scores), found.gram.shape
         (torch.Size([5]), [1], torch.Size([5, 5]))
 
     Reference:

@@ -135,8 +135,8 @@ class Runner:
         """The record of one probe of auto mode."""
         measure = (self.approximation and self.approximation.measure) or LOSS
         options = self._options(kept, scorers.exact()) | {"trim": False}
-        seen = probes.probe(self.model, pool, depths=control.depths, measure=measure, **options)
-        return controller.record(seen, kept, control)
+        probe = probes.probe(self.model, pool, depths=control.depths, measure=measure, **options)
+        return controller.record(probe, kept, control)
 
     def steering_record(self, pool: Pool, control: Control, kept: int) -> controller.Record:
         """The record of a probe within a step, timed; times scoring at one of the depths, too, where times decide."""
@@ -196,8 +196,8 @@ class Runner:
 
         def count(rows: Any, depth: int | None, passes: int = 1) -> float:
             assert self.anatomy is not None
-            law, most = self._law(depth), self._max_positions(depth)
-            return costs.batch_work(self.anatomy, rows, "all", law, passes=passes, max_positions=most)["all_flops"]
+            law, positions = self._law(depth), self._max_positions(depth)
+            return costs.batch_work(self.anatomy, rows, "all", law, passes=passes, max_positions=positions)["all_flops"]
 
         return {
             "train": count(pool.take(slice(0, kept)).data, None, passes=3),
@@ -209,10 +209,12 @@ class Runner:
         """Note positions and FLOPs of passes to a depth (None: all layers), if they can be counted."""
         if self.anatomy is None or not pools.has_labels(rows):
             return
-        most = self._max_positions(depth)
+        positions = self._max_positions(depth)
         try:
             law = self._law(depth)
-            self.ledger.note(**costs.pending_work(self.anatomy, rows, name, law, passes=passes, max_positions=most))
+            self.ledger.note(
+                **costs.pending_work(self.anatomy, rows, name, law, passes=passes, max_positions=positions)
+            )
         except Exception as error:  # a number for the ledger is no reason to stop a training
             if not self._flops_failed:
                 kind = type(self.model).__name__
