@@ -124,6 +124,14 @@ def test_expected_choice_is_what_runs_choose(pool, kept):
     assert (shares @ losses).item() == pytest.approx(expected)
 
 
+def test_gain_is_one_where_every_sample_is_fitted_exactly():
+    problem = make_problem("same", torch.ones(3, 1), torch.full((3,), 2.0), LOSSES["squared"])
+    points = torch.tensor([[[2.0]], [[1.0]]], dtype=torch.float64)
+    assert checks.gains(problem, points, 4).flatten().tolist() == pytest.approx([1.0, 1.0])
+    fitted = run(replace(problem, start=problem.optimum), eta=0.5, steps=3, seeds=2, generator=seeded(0), rule="greedy")
+    assert not holds(checks.check_run(fitted))
+
+
 def plain_sgd(problem, eta, steps, seed):
     """One seed of SGD as one would write it down."""
     generator, w = seeded(seed), problem.start.clone()

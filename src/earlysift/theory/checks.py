@@ -72,12 +72,12 @@ def greedy_minimum(problem: Problem, pool: int, kept: int = 1, steps: int = 1000
 
 
 def gains(problem: Problem, weights: Tensor, pool: int, kept: int = 1, score: Score = runs.exact_loss) -> Tensor:
-    """Exact selection gain rho at points ``(K, S, d)``, for a score without randomness: ``(K, S)``."""
+    """Exact selection gain rho at points ``(K, S, d)``, for a score without randomness: ``(K, S)``; 1 where F is 0."""
     parts = []
     for steps in torch.split(weights, STEPS_AT_ONCE):
         everyone = runs.population(problem, steps.flatten(0, 1))
-        choice = runs.expected_choice(everyone.losses, score(everyone), pool, kept)
-        parts.append((choice / everyone.losses.mean(dim=-1).clamp(min=1e-300)).view(steps.shape[:2]))
+        choice, mean = runs.expected_choice(everyone.losses, score(everyone), pool, kept), everyone.losses.mean(dim=-1)
+        parts.append(torch.where(mean > 1e-300, choice / mean, 1.0).view(steps.shape[:2]))
     return torch.cat(parts)
 
 

@@ -84,8 +84,9 @@ def linear(options: Options, show: Show) -> Finding:
                 values += [found.argmax, predicted, found.overlap, bounds.kept_overlap(r, 0.5)]
                 hits += [checks.equal(found.argmax, predicted, found.argmax_error, slack=2e-4).holds] if one else []
         by_exit = torch.tensor(values, dtype=torch.float64).view(networks, depth - 1, 4)
-        argmax, prediction, overlap, predicted_overlap = by_exit.mean(dim=0).T
-        margin = 1.96 * (by_exit[..., 0].std(dim=0) / math.sqrt(networks))
+        columns = [column.contiguous() for column in by_exit.unbind(dim=-1)]
+        argmax, prediction, overlap, predicted_overlap = (column.mean(dim=0) for column in columns)
+        margin = 1.96 * (columns[0].std(dim=0) / math.sqrt(networks))
         name, depths = f"spread {spread:g}, {outputs} output{'' if one else 's'}", range(1, depth)
         lines[name][m] = (depths, [(argmax - margin).tolist(), (argmax + margin).tolist()])
         lines[f"{name}: {'T6 of squares' if one else 'T6'}"][m] = (depths, [prediction.tolist()])
