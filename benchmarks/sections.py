@@ -28,8 +28,9 @@ def _section(name: str, path: Path, entries: dict[str, Any], docs: Path) -> str:
         file = f"bench_{path.stem}.png"
         _PICTURES[name](entries, docs / file)
         picture = f"\n![{benchmark.TITLE}]({file})\n"
+    where = ", on a GPU" if path.stem.endswith("_cuda") else ""
     return f"""
-## {benchmark.TITLE}
+## {benchmark.TITLE}{where}
 
 {benchmark.ABOUT} Command: `python benchmarks/run.py {name}` ([{path.name}](../benchmarks/results/{path.name})).
 {picture}
