@@ -126,6 +126,21 @@ SIZES = {
         arms=_ARMS,
         killed=(),
     ),
+    "gpu-minutes": Size(  # as long as a lent GPU allows; ModernBERT, as a BERT learns nothing but frequencies so soon
+        arguments=(
+            *_VOCABULARY,
+            *("--preset", "modernbert-base", "--length", "128", "--learning-rate", "5e-4", "--warmup", "0.05"),
+            *("--every", "300", "--workers", "8"),
+        ),
+        texts=_CORPORA,
+        characters=None,
+        shape=None,
+        dtype="bfloat16",
+        batch=256,
+        minutes=2.6,
+        arms=("uniform", "sift"),
+        killed=(),
+    ),
     "smoke": Size(
         arguments=(
             *("--preset", "demo", "--vocab-size", "300", "--length", "16", "--accumulate", "1", "--every", "10"),

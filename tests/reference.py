@@ -20,7 +20,7 @@ def token_losses(
     *,
     causal: bool = False,
     reduction: Reduction = "mean",
-    chunk_tokens: int = 1024,
+    chunk_tokens: int | None = None,
     places: Tensor | None = None,
 ) -> Tensor:
     """f_i = mean (or sum) over the labelled t of -log p_t[y_t]."""
@@ -34,7 +34,7 @@ def token_entropies(
     *,
     causal: bool = False,
     reduction: Reduction = "mean",
-    chunk_tokens: int = 1024,
+    chunk_tokens: int | None = None,
     places: Tensor | None = None,
 ) -> Tensor:
     """g_i = mean (or sum) over the labelled t of -sum_v p_t[v] log p_t[v]."""

@@ -21,6 +21,7 @@ from torch import Tensor
 
 IGNORED_LABEL = -100
 UNLABELLED = -torch.inf
+_CHUNK_TOKENS, _CHUNK_TOKENS_ON_CPU = 4096, 1024
 _SPREAD_OVER, _FAR_APART = 1 << 20, 648_055  # positions that a sample may have; the odd number next to 0.618 times that
 
 Head = Callable[[Tensor], Tensor]
@@ -35,7 +36,7 @@ def token_losses(
     *,
     causal: bool = False,
     reduction: Reduction = "mean",
-    chunk_tokens: int = 1024,
+    chunk_tokens: int | None = None,
     places: Tensor | None = None,
 ) -> Tensor:
     r"""Cross entropy of every sample over its labelled positions.
@@ -51,7 +52,8 @@ def token_losses(
         head: Maps ``(n, D)`` to logits ``(n, V)``.
         causal: Whether position t predicts label t + 1.
         reduction: Mean or sum over the labelled positions of a sample.
-        chunk_tokens: Positions that pass through the head at once; bounds memory at ``chunk_tokens * V`` floats.
+        chunk_tokens: Positions that pass through the head at once; bounds memory at ``chunk_tokens * V`` floats. None
+            is 1,024 on a CPU, and 4,096 on an accelerator, where every chunk costs the time to launch its kernels.
         places: Positions that are read, from `positions_to_read` of the same labels; a sum is scaled up to all labelled
             ones. None reads all labelled positions.
 
@@ -79,7 +81,7 @@ def token_entropies(
     *,
     causal: bool = False,
     reduction: Reduction = "mean",
-    chunk_tokens: int = 1024,
+    chunk_tokens: int | None = None,
     places: Tensor | None = None,
 ) -> Tensor:
     r"""Entropy of the predicted distribution of every sample over its labelled positions, in nats.
@@ -248,7 +250,7 @@ def _reduce_tokens(
     measure: Callable[[Tensor, Tensor], Tensor],
     causal: bool,
     reduction: Reduction,
-    chunk_tokens: int,
+    chunk_tokens: int | None,
     places: Tensor | None,
 ) -> Tensor:
     if hidden.ndim != 3 or labels.shape != hidden.shape[:2]:
@@ -267,6 +269,8 @@ def _reduce_tokens(
     states, at_places = hidden.flatten(0, 1), targets.flatten()
     if len(places) < len(states):  # else there is nothing to leave out
         states, at_places = states.index_select(0, places), at_places.index_select(0, places)
+    if chunk_tokens is None:
+        chunk_tokens = _CHUNK_TOKENS_ON_CPU if hidden.device.type == "cpu" else _CHUNK_TOKENS
     values = torch.cat([measure(head(h).float(), y) for h, y in _chunks(states, at_places, chunk_tokens)])
     # Copies to distinct places and sums along rows: the result depends neither on the chunk size nor, as atomic
     # adds would on a GPU, on the order in which threads arrive.
