@@ -137,7 +137,7 @@ SIZES = {
         shape=None,
         dtype="bfloat16",
         batch=256,
-        minutes=2.6,
+        minutes=2.5,
         arms=("uniform", "sift"),
         killed=(),
     ),
