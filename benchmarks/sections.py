@@ -52,5 +52,11 @@ def _measured_on(entries: dict[str, Any]) -> str:
 
 def _facts(result: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    arguments = " ".join(map(_without_folder, result.get("arguments", ())))
     pages = ", memory kept" if result.get("keeps_memory") else ", huge pages" if result.get("huge_pages") else ""
-    return f"{result['hardware']}, {result['threads']} threads{pages}; {versions}; commit {result['commit']}"
+    facts = f"{result['hardware']}, {result['threads']} threads{pages}; {versions}; commit {result['commit']}"
+    return f"{facts}; `{arguments}`" if arguments else facts
+
+
+def _without_folder(argument: str) -> str:
+    return Path(argument).name if "/" in argument else argument
