@@ -751,7 +751,7 @@ def _states() -> Iterator[Case]:
         )
 
 
-def _instead(other: Any, state: Any) -> Any:
+def _instead(other: Any, _: Any) -> Any:
     return other
 
 

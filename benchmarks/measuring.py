@@ -159,7 +159,9 @@ def tables(columns_of: Mapping[str, Columns], entries: Mapping[str, Mapping[str,
     parts = []
     for key, columns in columns_of.items():
         headings = [heading for heading, _ in columns.values()]
-        rows_of = {name: [_cells(row, columns) for row in entry[key]] for name, entry in entries.items()}
+        rows_of = {name: [_cells(row, columns) for row in entry[key]] for name, entry in entries.items() if entry[key]}
+        if not rows_of:
+            continue
         if all(len(rows) == 1 for rows in rows_of.values()):
             parts.append(
                 markdown(["shape", *headings], [[name, *row] for name, rows in rows_of.items() for row in rows])

@@ -28,8 +28,9 @@ def _section(name: str, path: Path, entries: dict[str, Any], docs: Path) -> str:
         file = f"bench_{path.stem}.png"
         _PICTURES[name](entries, docs / file)
         picture = f"\n![{benchmark.TITLE}]({file})\n"
+    where = ", on a GPU" if path.stem.endswith("_cuda") else ""
     return f"""
-## {benchmark.TITLE}
+## {benchmark.TITLE}{where}
 
 {benchmark.ABOUT} Command: `python benchmarks/run.py {name}` ([{path.name}](../benchmarks/results/{path.name})).
 {picture}
@@ -51,5 +52,11 @@ def _measured_on(entries: dict[str, Any]) -> str:
 
 def _facts(result: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    arguments = " ".join(map(_without_folder, result.get("arguments", ())))
     pages = ", memory kept" if result.get("keeps_memory") else ", huge pages" if result.get("huge_pages") else ""
-    return f"{result['hardware']}, {result['threads']} threads{pages}; {versions}; commit {result['commit']}"
+    facts = f"{result['hardware']}, {result['threads']} threads{pages}; {versions}; commit {result['commit']}"
+    return f"{facts}; `{arguments}`" if arguments else facts
+
+
+def _without_folder(argument: str) -> str:
+    return Path(argument).name if "/" in argument else argument

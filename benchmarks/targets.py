@@ -81,6 +81,14 @@ def targets_section(results: Path) -> str:
             reached = {name: target.value(entry) for name, entry in entries.items() if name.startswith(target.shapes)}
             met = [value <= target.bound if target.most else value >= target.bound for value in reached.values()]
             told = "; ".join(f"{name}: {value:.3g}" for name, value in reached.items())
-            lines.append([target.what, f"{sign} {target.bound:g}", f"{sum(met)} of {len(met)}", told])
-    table = measuring.markdown(["what", "target", "met by", "reached"], lines)
+            lines.append(
+                [
+                    target.what,
+                    path.stem.rpartition("_")[2],
+                    f"{sign} {target.bound:g}",
+                    f"{sum(met)} of {len(met)}",
+                    told,
+                ]
+            )
+    table = measuring.markdown(["what", "device", "target", "met by", "reached"], lines)
     return f"## Targets of speed\n\nFrom the tables below; what each number is, they say.\n\n{table}\n"

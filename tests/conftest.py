@@ -8,6 +8,8 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import hypothesis
@@ -36,6 +38,26 @@ def process_group(tmp_path):
     yield
     gc.collect()  # reducers must go before their group
     torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def no_waiting():
+    """A context in which an operation that makes the host wait for the GPU raises."""
+
+    def switch(mode):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch says that it does not know all such operations
+            torch.cuda.set_sync_debug_mode(mode)
+
+    @contextmanager
+    def forbidden():
+        switch("error")
+        try:
+            yield
+        finally:
+            switch("default")
+
+    return forbidden
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ def token_scores(
     *,
     causal: bool = False,
     reduction: Reduction = "mean",
-    chunk_tokens: int = 1024,
+    chunk_tokens: int | None = None,
     positions: Tensor | None = None,
 ) -> Tensor:
     """Mean (or sum) over the labelled t of a measure of the logits at t."""

@@ -91,6 +91,18 @@ def test_every_result_becomes_a_section_with_its_picture(modules, measured, tmp_
     assert f"]({next(tmp_path.iterdir()).name})" in score
 
 
+def test_results_of_a_gpu_have_sections_of_their_own_with_their_arguments(modules, measured, tmp_path):
+    (entry,) = list(result(measured, "step")["entries"].values())[:1]
+    for device, arguments in (("cpu", []), ("cuda", ["--tokenizer", "/tmp/vocab.txt", "--every", "300"])):
+        entries = {"one": entry | ({"arguments": arguments} if arguments else {})}
+        (tmp_path / f"step_{device}.json").write_text(json.dumps({"benchmark": "step", "entries": entries}))
+    cpu, gpu = modules("sections").benchmark_sections(tmp_path, tmp_path)
+    assert "## Training step, ours and the model's own\n" in cpu
+    assert "## Training step, ours and the model's own, on a GPU\n" in gpu
+    assert gpu.endswith("; `--tokenizer vocab.txt --every 300`.\n")
+    assert "`." not in cpu.splitlines()[-1]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch keeps a GPU's memory by itself")
 def test_memory_is_measured_as_it_comes_and_kept_in_processes_of_their_own(tmp_path):
     run(tmp_path, "pages", "--shape", "bert-mini-128", "--dtype", "float32")

@@ -365,6 +365,15 @@ def test_only_labelled_positions_pass_through_the_head():
     assert max(passed) <= 4
 
 
+@pytest.mark.parametrize(("device", "most"), [("cpu", 1024), ("meta", 4096)])  # meta, as any device that is no CPU
+def test_an_accelerator_gets_larger_chunks(device, most):
+    hidden, labels = torch.zeros(5, 1000, 4, device=device), torch.zeros(5, 1000, dtype=torch.long, device=device)
+    passed, head = [], torch.nn.Linear(4, 3, device=device)
+    places = torch.arange(5000, device=device)
+    losses.token_losses(hidden, labels, lambda states: passed.append(len(states)) or head(states), places=places)
+    assert passed == [most] * (5000 // most) + [5000 % most]
+
+
 # Chunks of 1024 positions; more labelled positions than that, in rows that are scored at once.
 @pytest.mark.parametrize("family", ["bert", "modernbert", "gpt2", "llama", "plain"])
 def test_scoring_a_pool_never_holds_its_logits(family):

@@ -430,6 +430,11 @@ def test_a_saved_data_set_trains_like_its_text_by_the_column_that_is_named(readi
     assert ledger(tmp_path / "run-body") == ledger(tmp_path / "run-text")
 
 
+def test_a_smaller_vocabulary_than_the_special_tokens_of_a_preset_is_fine():
+    model = run._shape(PretrainSettings(preset="modernbert-base", vocab_size=300))
+    assert model.config.vocab_size == 300
+
+
 def test_a_causal_model_trains_too(start, data, tmp_path):
     config = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 32, "vocab_size": 300}
     (data / "gpt2.json").write_text(json.dumps(config))

@@ -167,7 +167,7 @@ class Sifter:
         fidelity = stepping.learn(candidates, scored, plan, runner)
         batch = stepping.gather(candidates, selection, batch, runner)
         self._warn(plan, scored, candidates.size, fidelity)
-        row = {"candidates": candidates.size, **plan.row, **(scored.row if scored else {}), **fidelity}
+        row = plan.row | (scored.row if scored else {}) | fidelity | {"candidates": candidates.size}
         self._commit(batch, selection, plan.step, micro_step, row, kept=kept, steering=plan.steering)
         runner.note_scoring(candidates, plan.approximation, row)
         self._unjudged = unjudged

@@ -61,6 +61,14 @@ _PARTS_MS = {
     "probe": ("probe_ms",),
     "read": ("wait_ms",),
 }
+_SPECIAL_IDS = {
+    "pad_token_id": "[PAD]",
+    "cls_token_id": "[CLS]",
+    "bos_token_id": "[CLS]",
+    "sep_token_id": "[SEP]",
+    "eos_token_id": "[SEP]",
+}
+"""Special tokens that a config names, and what they are called in the tokenizer."""
 _LOG = logging.getLogger("earlysift")
 _RESTARTS = "TORCHELASTIC_RESTART_COUNT"  # how often torchrun has restarted its processes
 _DIGEST_ROWS = 1000  # rows of the training set in its digest
@@ -150,8 +158,9 @@ def _require_sound(settings: PretrainSettings, model: nn.Module, workload: Workl
     checks.verified(model, rows)
 
 
-def _sized(vocab_size: int | None) -> dict[str, int]:
-    return {} if vocab_size is None else {"vocab_size": vocab_size}
+def _sized(vocab_size: int | None) -> dict[str, int | None]:
+    """Changes for another vocabulary, in which the special tokens of the preset's own would not exist."""
+    return {} if vocab_size is None else {"vocab_size": vocab_size, **dict.fromkeys(_SPECIAL_IDS)}
 
 
 def _require_free(settings: PretrainSettings) -> None:
@@ -301,8 +310,7 @@ def _workload(settings: PretrainSettings, shape: Any) -> Workload:
 def _model(settings: PretrainSettings, workload: Workload) -> Any:
     """The model with its weights, configured with the special tokens of the tokenizer."""
     tokenizer = optional_package("tokenizers", extra="hf").Tokenizer.from_str(workload.tokenizer_json)
-    names = {"pad": "[PAD]", "cls": "[CLS]", "bos": "[CLS]", "sep": "[SEP]", "eos": "[SEP]"}
-    special = {f"{name}_token_id": tokenizer.token_to_id(token) for name, token in names.items()}
+    special = {name: tokenizer.token_to_id(token) for name, token in _SPECIAL_IDS.items()}
     return build_preset(settings.preset, changes=_sized(settings.vocab_size) | special, seed=settings.seed)
 
 
