@@ -520,7 +520,7 @@ class _AtPositions(nn.Module):
         if states.shape[:2] != self.shape:
             raise ValueError(
                 f"Expected labels {tuple(states.shape[:2])}, one per position of the model's states, got "
-                f"{tuple(self.shape)}. Give one label per position, -100 for positions without a label."
+                f"{tuple(self.shape)}. Give one label per position, -100 where there is none."
             )
         return states.flatten(0, 1).index_select(0, self.positions).unsqueeze(0)
 
