@@ -23,7 +23,7 @@ from earlysift.measures import MEASURES
         ({"keep": float("nan"), "seed": "x"}, r"(?s)keep must be in .*, got nan.*\n.*seed must be a whole number"),
         ({"mode": "auto", "score": "exact"}, "Auto mode chooses among early exits"),
         ({"schedule": 0.5}, "schedule must be a callable"),
-        ({"control": Control()}, "A control came with mode='fixed'"),
+        ({"control": Control()}, "control was given, but mode='fixed' ignores it"),
         ({"dtype": torch.int8}, "dtype must be a torch.dtype of floating point"),
         ({"kept": 0}, "kept must be at least 1, got 0"),
     ],

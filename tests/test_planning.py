@@ -57,7 +57,7 @@ def test_a_step_that_neither_selects_nor_probes_scores_nothing():
 
 def test_a_rest_is_trained_on_whole_and_not_scored():
     plan = plan_of(rows=3, step=5)
-    assert plan.is_rest
+    assert plan.is_partial
     assert plan.approximation is None
 
 

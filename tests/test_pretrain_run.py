@@ -18,6 +18,7 @@ from earlysift import pending
 from earlysift.checkup import build_model
 from earlysift.files import write_json
 from earlysift.ledger import read_rows
+from earlysift.measures import MEASURES, sift_arm
 from earlysift.presets import BUILT_IN
 from earlysift.pretrain import checkpoints, run
 from earlysift.pretrain.settings import ARMS, PretrainSettings
@@ -556,7 +557,7 @@ def test_settings_are_the_command_line_and_the_config_file(start, uncut, tmp_pat
     assert set(config) == set(PretrainSettings.__dataclass_fields__)
     code, said, err = start(copy, "--config", uncut / "config.json", "--resume")
     assert (code, "Trained 12 steps" in said) == (0, True), err
-    assert set(ARMS) == {"uniform", "sift", "sift-entropy", "sift-margin", "exact", "auto"}
+    assert set(ARMS) == {"uniform", *map(sift_arm, MEASURES), "exact", "auto"}
 
 
 # Several processes

@@ -55,7 +55,7 @@ def test_scores_are_judged_at_once_unless_all_rows_are_trained_on():
     scored = stepping.score(pool, plan, runner)
     with pytest.raises(Unusable, match="got 0 of 8 at step 0"):
         stepping.judge(scored, plan, NOTHING)
-    assert stepping.judge(scored, dataclasses.replace(plan, is_rest=True), NOTHING) is None
+    assert stepping.judge(scored, dataclasses.replace(plan, is_partial=True), NOTHING) is None
 
 
 def test_scores_are_compared_with_exact_losses_when_a_probe_is_due():

@@ -433,7 +433,7 @@ def test_digits_are_split_into_parts_without_common_images(load):
     [
         (
             {"task": "translation"},
-            "task must be one of causal_lm, classification, image, masked_lm, got 'translation'",
+            f"task must be one of {', '.join(TASKS)}, got 'translation'",
         ),
         ({"task": "classification"}, "needs data: a table with the columns 'label' and 'text'"),
         ({"task": "image", "data": (Path("x"),)}, r"image does not take data; .* of every task it takes flipped\."),

@@ -134,10 +134,10 @@ class SiftConfig:
                     "mode='fixed'."
                 )
             if self.mode == "fixed" and self.control is not None:
-                sentences.append("A control came with mode='fixed', which chooses nothing. Set mode='auto'.")
+                sentences.append("control was given, but mode='fixed' ignores it. Set mode='auto'.")
         if sentences:
             raise ValueError("\n".join(sentences))
-        for name in ("keep", "drop_outliers"):  # no numbers of other libraries: they go into checkpoints
+        for name in ("keep", "drop_outliers"):  # plain Python numbers: they go into checkpoints
             object.__setattr__(self, name, float(getattr(self, name)))
         for name in ("kept", "depth", "max_positions", "probe_every", "seed"):
             if getattr(self, name) is not None:

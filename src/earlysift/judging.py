@@ -1,4 +1,4 @@
-"""Judging scores: whether a batch can be chosen by them, and what a user should hear about them."""
+"""Judging scores: whether a batch can be chosen by them, and what to warn the user about."""
 
 import logging
 import reprlib

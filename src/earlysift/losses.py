@@ -141,7 +141,7 @@ def class_scores(measure: Measure, logits: Tensor, labels: Tensor, *, problem: P
     function = measure.of_indicators if problem == "multi_label" else measure.of_numbers
     if function is None:
         raise ValueError(
-            f"The {measure.name} needs a predicted distribution, and a regression output has none. "
+            f"score={measure.name!r} needs a predicted distribution, and a regression output has none. "
             "Use the loss-based score (score='loss') for regression."
         )
     targets = labels.reshape(logits.shape).float()

@@ -1,4 +1,4 @@
-"""Measures: what a score reads off the predictions of a model. A new named score is one entry of `MEASURES`.
+"""Measures: what a score computes from the predictions of a model. A new named score is one entry of `MEASURES`.
 
 A measure serves early exits at every depth, the full model, probes, auto mode, the comparison and the command line; all
 of them look it up here. torch is imported inside the functions, because command lines list the names without it.
@@ -28,7 +28,7 @@ class Measure:
         of_indicators: From logits ``(R, C)`` and 0/1 indicators ``(R, C)`` to ``(R, C)``; for several labels at once.
         of_numbers: From outputs ``(R, C)`` and targets ``(R, C)`` to ``(R, C)``; None where a measure needs a predicted
             distribution, which a regression does not have.
-        reads_targets: Whether it depends on what is right. If not, all classes count, those without a label too.
+        reads_targets: Whether it depends on the labels. If not, all classes count, those without a label too.
     """
 
     name: str

@@ -37,7 +37,7 @@ class Plan:
         step: The optimizer step.
         micro_step: Number of the pool within it.
         kept: b.
-        is_rest: Whether the pool holds fewer than b candidates: all are trained on.
+        is_partial: Whether the pool holds fewer than b candidates: all are trained on.
         draws: Where random numbers come from.
         selects: Whether the step selects; if not, it trains uniformly.
         select: The selector.
@@ -54,7 +54,7 @@ class Plan:
     step: int
     micro_step: int
     kept: int
-    is_rest: bool
+    is_partial: bool
     draws: Draws
     selects: bool
     select: Selector
@@ -69,16 +69,16 @@ class Plan:
 
 
 def draw(config: SiftConfig, step: int, micro_step: int) -> Draws:
-    """What a pool's random numbers decide, and come from: derived from seed, step, micro-step and rank alone."""
+    """The generators of a pool, and what they decide: derived from seed, step, micro-step and rank alone."""
 
-    def made(rank: int) -> Generator:
+    def generator_of(rank: int) -> Generator:
         return seeded(config.seed, "sift", step, rank, *([micro_step] if micro_step else []))
 
     of_step = seeded(config.seed, "sift", step, 0)
-    # By the same number on all ranks: one that scored alone would wait for the others for ever (FSDP).
+    # All ranks use the same number: a rank that scored alone would wait for the others forever (FSDP).
     selects = torch.rand((), generator=of_step).item() < config.share(step)
-    shared = made(0) if micro_step else of_step
-    return Draws(made(ranks.rank()) if ranks.rank() else shared, shared, selects)
+    shared = generator_of(0) if micro_step else of_step
+    return Draws(generator_of(ranks.rank()) if ranks.rank() else shared, shared, selects)
 
 
 def plan(pool: Pool, kept: int, micro_step: int, progress: Progress, control: Control | None, runner: Runner) -> Plan:
@@ -107,19 +107,19 @@ def plan(pool: Pool, kept: int, micro_step: int, progress: Progress, control: Co
         considered = min(pool.size, rows)
     due = config.mode == "fixed" and config.probe_every > 0 and step % config.probe_every == 0
     probes = first and due and runner.anatomy is not None and pools.has_labels(pool.data)
-    is_rest = pool.size < kept
+    is_partial = pool.size < kept
     everywhere = selects and config.scope == "global" and approximation is not None and ranks.world() > 1
-    # All of a rest is kept, so that only what other ranks cannot do without it is done.
-    scores_it = (selects or probes) and (not is_rest or everywhere or ranks.sharded(runner.model))
+    # A partial pool is kept whole, so do only the work that other ranks wait for.
+    must_score = (selects or probes) and (not is_partial or everywhere or ranks.sharded(runner.model))
     return Plan(
         step=step,
         micro_step=micro_step,
         kept=kept,
-        is_rest=is_rest,
+        is_partial=is_partial,
         draws=draws,
         selects=selects,
         select=select,
-        approximation=approximation if scores_it else None,
+        approximation=approximation if must_score else None,
         depth=depth,
         considered=considered,
         rows=rows,
@@ -143,8 +143,8 @@ def steer(
         return ranks.mean(steering.prices(runner.flops(pool, control, kept), times_ms), runner.device)
 
     def probe() -> steering.Measured:
-        record = runner.steering_record(runner.filled(pool, progress.largest), control, kept)
-        # A rest is too little to learn from: the controller forgets it, on all ranks.
+        record = runner.steering_record(runner.filled_up(pool, progress.largest), control, kept)
+        # A partial pool is too small to learn from: the controller forgets it, on all ranks.
         numbers = steering.record_of({} if pool.size < kept else record, control)
         numbers = ranks.mean({**numbers, "weighted": float(progress.weights_read)}, runner.device)
         return steering.Measured(numbers, weighted=numbers.pop("weighted") == 1)

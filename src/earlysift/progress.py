@@ -26,7 +26,7 @@ _WHOLE = "a whole number of at least"
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """All that decides about the steps to come, and the counts of those before.
+    """Everything that determines later steps, and the counts of those before.
 
     Attributes:
         step: Optimizer steps begun so far.
@@ -108,7 +108,7 @@ def to_json(progress: Progress) -> dict[str, Any]:
 
 
 def from_json(saved: Mapping[str, Any]) -> Progress:
-    """The progress that `to_json` saved, in numbers of no other library: seeds depend on them."""
+    """The progress that `to_json` saved, as plain Python numbers, because seeds depend on them."""
     names = ("step", "micro_step", "pools_per_step", "largest")
     return Progress(
         **{name: int(saved[name]) for name in names},

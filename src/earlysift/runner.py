@@ -30,7 +30,7 @@ class Runner:
     Args:
         model: The model, wrapped or not; left as it was.
         config: How pools are scored.
-        exit_head: Module behind the exit, if any.
+        exit_head: Module after the exit, if any.
         exit_optimizer: Its optimizer, if it is trained here.
         ledger: Where times and FLOPs go.
 
@@ -64,14 +64,14 @@ class Runner:
         self._between_ms: deque[float] = deque(maxlen=100)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_left_ms": None}  # the clock of another process may be another
+        return self.__dict__ | {"_left_ms": None}  # another process may have another clock
 
-    def entered(self) -> None:
+    def call_begins(self) -> None:
         """Note that a call of `Sifter.sift` begins: what was between two calls is the loop's training, and reading."""
         if self._left_ms is not None:
             self._between_ms.append(self.ledger.now_ms() - self._left_ms)
 
-    def left(self) -> None:
+    def call_ends(self) -> None:
         """Note that a call of `Sifter.sift` ends."""
         self._left_ms = self.ledger.now_ms()
 
@@ -92,7 +92,7 @@ class Runner:
         """
         return len(probes.with_head(exits.find_anatomy(self.model, self.config.family)).layers)
 
-    def compare(self, pool: Pool) -> None:
+    def verify(self, pool: Pool) -> None:
         """Compare the model with what is known about it, on the first pool: see `earlysift.checks.verified`.
 
         Raises:
@@ -177,10 +177,10 @@ class Runner:
             self.exit_optimizer.step()
             self.exit_optimizer.zero_grad()
 
-    def filled(self, pool: Pool, rows: int) -> Pool:
+    def filled_up(self, pool: Pool, rows: int) -> Pool:
         """A pool as long as those of other ranks, by rows of its own, if it takes all ranks to run the model.
 
-        In chunks of the same size a rank with fewer rows would make fewer passes, and the others wait for ever.
+        In chunks of the same size a rank with fewer rows would make fewer passes, and the others would wait forever.
         """
         if pool.size >= rows or not ranks.sharded(self.model):
             return pool
@@ -215,10 +215,10 @@ class Runner:
             self.ledger.note(
                 **costs.pending_work(self.anatomy, rows, name, law, passes=passes, max_positions=positions)
             )
-        except Exception as error:  # a number for the ledger is no reason to stop a training
+        except Exception as error:  # a number for the ledger is no reason to stop training
             if not self._flops_failed:
                 kind = type(self.model).__name__
-                _LOG.warning("FLOPs of %s cannot be counted: %r. The ledger goes without.", kind, error)
+                _LOG.warning("FLOPs of %s cannot be counted: %r. They are left out of the ledger.", kind, error)
             self._flops_failed = True
 
     def note_scoring(self, pool: Pool, approximation: Approximation | None, row: Mapping[str, Any]) -> None:

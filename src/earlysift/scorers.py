@@ -35,7 +35,7 @@ class Scoring:
 
     Attributes:
         family: A row for a model that `earlysift.exits.FAMILIES` does not know.
-        exit_head: Module behind the exit, if any.
+        exit_head: Module after the exit, if any.
         reduction: Mean or sum over the labelled positions of a sample.
         max_positions: Labelled positions of a sample that an exit reads at most, see
             `earlysift.losses.positions_to_read`.
@@ -83,7 +83,7 @@ class Approximation:
 
 
 def at_exit(measure: Measure, depth: int) -> Approximation:
-    """A measure at the exit after ``depth`` layers, behind which the model's own final norm and head follow: SIFT.
+    """A measure at the exit after ``depth`` layers, after which the model's own final norm and head follow: SIFT.
 
     Example:
         >>> from earlysift.measures import ENTROPY
@@ -180,9 +180,9 @@ def training_loss(
         batch: Batch of b samples with labels.
         depth: Exit after this many layers; None is the full model.
         family: A row for a model that `earlysift.exits.FAMILIES` does not know.
-        exit_head: Module behind the exit, if any.
+        exit_head: Module after the exit, if any.
         detach_exit: Whether gradients of the exit stop at the exit head.
-        weights: Weight of every sample, ``(b,)`` (unbiased selection); None weighs every labelled position alike.
+        weights: Weight of every sample, ``(b,)`` (unbiased selection); None weighs every labelled position equally.
         items: What to divide the sum by, where a step has more batches than this one (accumulation, several processes);
             None is the number of labelled positions of this batch.
         chunk_tokens: Positions that pass through the head at once.
@@ -191,7 +191,7 @@ def training_loss(
         A float32 scalar.
 
     Raises:
-        ValueError: If labels are no class ids of this model, or the model's own loss is another one.
+        ValueError: If labels are no class ids of this model, or the model's own loss differs.
     """
     anatomy = checks.verified(model, batch, family)
     inputs, labels = pools.inputs_and_labels(batch)

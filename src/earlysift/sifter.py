@@ -81,7 +81,7 @@ class Sifter:
         self._progress = progress.start(self.config.kept, steering.start(self._control))
         self._unjudged: Counted | None = None  # scores of the pool before that an accelerator has yet to count
         self._broken_probes = 0  # in a row
-        self._mentioned_rest = False
+        self._mentioned_partial = False
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
@@ -91,7 +91,7 @@ class Sifter:
 
     @property
     def step(self) -> int:
-        """Number of optimizer steps begun so far: of pools sifted, but for those that were accumulated."""
+        """Number of optimizer steps begun so far: one per pool, or one per group of accumulated pools."""
         return self._progress.step
 
     @property
@@ -99,7 +99,7 @@ class Sifter:
         """Candidates that the next call of `sift` can use: b on a step of auto mode that neither selects nor probes.
 
         Loops that read on demand need not read what nobody looks at. A uniform step of auto mode trains on the first b
-        rows, so that candidates behind them may be offered again. The next call is taken for the first of its step:
+        rows, so that candidates after them may be offered again. The next call is taken for the first of its step:
         only that one probes.
         """
         kept, state = self._progress.kept, self._progress.steering
@@ -134,8 +134,8 @@ class Sifter:
         Args:
             pool: A batch of R candidates: a mapping (dict, BatchEncoding), tuple, list, tensor, or nesting of these.
             micro_step: With gradient accumulation the number of this pool within its optimizer step: 0, 1, ..., so
-                ``sift(pool, micro_step=i % accumulate)`` for the pool i of an epoch. A number that does not rise begins
-                a new step. Schedules, probes and `step` count optimizer steps.
+                ``sift(pool, micro_step=i % accumulate)`` for the pool i of an epoch. A number no larger than
+                the last one begins a new step. Schedules, probes and `step` count optimizer steps.
 
         Returns:
             The same structure with ``(b, ...)`` tensors; `weights` holds its weights.
@@ -143,21 +143,21 @@ class Sifter:
         Raises:
             ValueError: If the pool is malformed, too small, without labels, or without enough finite scores. The
                 sifter's state is then unchanged. An accelerator is not waited for: scores on it are refused, or warned
-                of, by the next call (or `judge`), which names their step and hands out nothing; going on sifts its
-                pool. Steps that wait anyway (probes, an exit_optimizer, global scope) refuse at once.
+                of, by the next call (or `judge`), which names their step and returns nothing; call it again to sift the
+                same pool. Steps that wait anyway (probes, an exit_optimizer, global scope) refuse at once.
         """
         micro_step, candidates = judging.require_micro_step(micro_step), pools.checked(pool)
         before, runner = self._progress, self._runner
         kept = judging.require_kept(candidates.size, self.config.keep, before.kept, first=before.step == 0)
         self.begin(micro_step)
-        runner.entered()
+        runner.call_begins()
         self.judge()
         if self.config.keep == 1:
             step, row = before.place(micro_step)[0], {"candidates": candidates.size}
-            self._commit(pool, stepping.everything(candidates.size, runner.device), step, micro_step, row)
+            self._commit(pool, stepping.whole_pool(candidates.size, runner.device), step, micro_step, row)
             return pool
         judging.require_training(self.model)
-        runner.compare(candidates)
+        runner.verify(candidates)
         plan = planning.plan(candidates, kept, micro_step, self._progress, self._control, runner)
         if plan.everywhere:
             candidates = stepping.padded(candidates, runner)
@@ -266,17 +266,17 @@ class Sifter:
 
     def _warn(self, plan: Plan, scored: Scored | None, size: int, fidelity: Mapping[str, float]) -> None:
         """Warn of exits that rank at random, and once of a pool that is trained on whole."""
-        if plan.probes and not plan.is_rest:
+        if plan.probes and not plan.is_partial:
             correlation = fidelity.get("rank_correlation", 1.0)
             self._broken_probes = judging.broken_probes(correlation, plan.step, plan.depth, self._broken_probes)
-        if plan.is_rest and not (scored and scored.everywhere) and not self._mentioned_rest:
+        if plan.is_partial and not (scored and scored.everywhere) and not self._mentioned_partial:
             _LOG.warning(
                 "step %d: the %d candidates of a pool are fewer than the %d kept: all are trained on. Said once.",
                 plan.step,
                 size,
                 plan.kept,
             )
-            self._mentioned_rest = True
+            self._mentioned_partial = True
 
     def _commit(
         self, batch: Any, selection: Selection, step: int, micro_step: int, row: Mapping[str, Any], **changes: Any
@@ -289,7 +289,7 @@ class Sifter:
             _LOG.warning("step %d: %s -> %s: %s", step, event["from"], event["to"], event["reason"])
         self.selection = selection
         self._progress = progress.after(self._progress, step, micro_step, row, **changes)
-        self._runner.left()
+        self._runner.call_ends()
 
 
 def _checked_config(config: SiftConfig | None, options: Mapping[str, Any], parts: Mapping[str, Any]) -> SiftConfig:
@@ -309,7 +309,7 @@ def _checked_config(config: SiftConfig | None, options: Mapping[str, Any], parts
         if not sound
     ]
     if parts["exit_optimizer"] is not None and parts["exit_head"] is None:
-        sentences.append("An exit_optimizer came without an exit_head. Pass both, or neither.")
+        sentences.append("exit_optimizer was given without exit_head. Pass both, or neither.")
     try:
         checked = dataclasses.replace(config or SiftConfig(), **options)
     except ValueError as error:

@@ -13,7 +13,7 @@ from earlysift.controller import Control, State
 
 
 class Measured(NamedTuple):
-    """What all ranks know after a probe: its record, and whether the loops of all of them read weights."""
+    """What all ranks know after a probe: its record, and whether the loop on every rank reads the weights."""
 
     record: controller.Record
     weighted: bool

@@ -54,7 +54,7 @@ def score(pool: Pool, plan: Plan, runner: Runner) -> Scored | None:
         return None
     candidates = considered(pool, plan)
     key = (runner.config.seed, "score", plan.step, ranks.rank(), *((plan.micro_step,) if plan.micro_step else ()))
-    filled = runner.filled(candidates, plan.rows)
+    filled = runner.filled_up(candidates, plan.rows)
     own = runner.score(filled, plan.approximation, plan.kept, key)[: candidates.size]
     gathered, everywhere = Gathered(own, [candidates.size]), plan.everywhere
     if everywhere:
@@ -63,7 +63,7 @@ def score(pool: Pool, plan: Plan, runner: Runner) -> Scored | None:
         if sum(gathered.sizes) < plan.kept * len(gathered.sizes):  # too few for all, as every rank knows
             gathered, everywhere = Gathered(own, [candidates.size]), False
     counts = judging.count(gathered.scores)
-    if plan.probes or everywhere or plan.is_rest or runner.exit_optimizer is not None:
+    if plan.probes or everywhere or plan.is_partial or runner.exit_optimizer is not None:
         counts = pending.arrived(counts)  # such a step waits anyway
     kept = min(plan.kept * len(gathered.sizes), len(gathered.scores))
     own_counts = pending.arrived(judging.count(own)) if everywhere else counts
@@ -84,7 +84,7 @@ def judge(scored: Scored | None, plan: Plan, before: Mapping[str, int]) -> Count
     """
     if scored is None or scored.counted.is_pending():
         return scored and scored.counted
-    if scored.everywhere or not plan.is_rest:
+    if scored.everywhere or not plan.is_partial:
         judging.require_usable(scored.counted, before)
     return None
 
@@ -96,10 +96,10 @@ def select(pool: Pool, scored: Scored | None, plan: Plan, runner: Runner) -> tup
         The selection; and the batch, if it is the pool itself or its rows came from other ranks, else None.
     """
     everywhere = scored is not None and scored.everywhere
-    if plan.is_rest and not everywhere:
-        return everything(pool.size, runner.device), pool.data
+    if plan.is_partial and not everywhere:
+        return whole_pool(pool.size, runner.device), pool.data
     if not plan.selects or scored is None:
-        # In auto mode the first b, which is as uniform as the pool is shuffled: see `Sifter.wanted`.
+        # In auto mode the first b, which is uniform if the pool is shuffled: see `Sifter.wanted`.
         offered = plan.kept if runner.config.mode == "auto" else pool.size
         chosen = selectors.uniform_subset(offered, plan.kept, plan.draws.own)
         return Selection(*(part.to(runner.device, non_blocking=True) for part in chosen)), None
@@ -118,7 +118,7 @@ def select(pool: Pool, scored: Scored | None, plan: Plan, runner: Runner) -> tup
     return selection, batch
 
 
-def everything(size: int, device: torch.device) -> Selection:
+def whole_pool(size: int, device: torch.device) -> Selection:
     """The selection of a whole pool, weights 1."""
     return Selection(torch.arange(size, device=device), torch.ones(size, device=device))
 
@@ -133,10 +133,10 @@ def learn(pool: Pool, scored: Scored | None, plan: Plan, runner: Runner) -> dict
     if scored is None:
         return row
     if plan.probes:
-        row = runner.fidelity(runner.filled(pool, plan.rows), scored.own, plan.kept)
+        row = runner.fidelity(runner.filled_up(pool, plan.rows), scored.own, plan.kept)
     if runner.exit_optimizer is not None:
         runner.train_exit(pool, scored.own, plan.kept)
-    return {} if plan.is_rest else row  # a rest is too little to learn from
+    return {} if plan.is_partial else row  # a partial pool is too small to learn from
 
 
 def gather(pool: Pool, selection: Selection, batch: Any, runner: Runner) -> Any:

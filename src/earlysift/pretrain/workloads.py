@@ -106,7 +106,7 @@ def load_workload(settings: WorkloadSettings, *, seed_of_data: int = 0, **extras
     refused = [name for name in given if name not in task.TAKES]
     if refused:
         raise ValueError(
-            f"The task {settings.task} does not take {', '.join(refused)}; leave that out. Beside the settings of "
+            f"The task {settings.task} does not take {', '.join(refused)}; leave that out. Besides the settings of "
             f"every task it takes {', '.join(task.TAKES)}."
         )
     data: TaskData = task.read(settings, **extras)
