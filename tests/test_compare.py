@@ -25,6 +25,7 @@ from earlysift.compare.run import compare
 from earlysift.compare.settings import Settings
 from earlysift.compare.trial import evaluate
 from earlysift.config_files import read_settings
+from earlysift.measures import MEASURES
 from earlysift.pretrain.workload_settings import TASKS
 from earlysift.pretrain.workloads import load_workload
 from processes import IN_THE_BACKGROUND, started, wait_until
@@ -763,7 +764,8 @@ def test_every_arm_runs_on_every_task(task, text, table, tmp_path):
         "grad_norm",
         "rho_loss",
     }
-    expected |= {"score_1", "score_2", "score_3", "score_6", "entropy_1", "entropy_3", "head_1", "head_2"}
+    expected |= {"score_1", "score_2", "score_3", "score_6", "head_1", "head_2"}
+    expected |= {f"{name}_{depth}" for name in MEASURES if name != "loss" for depth in (1, 3)}
     expected |= {"visible"} if task == "masked_lm" else set()
     assert set(results["operations_ms"]) == expected
 

@@ -338,7 +338,7 @@ def test_s12_no_bad_candidate_is_picked_while_finite_ones_suffice(select, record
 
 ENDINGS = {**{number.name: [number, 0.0, 1] for number in SIGNALS}, "SIGTERM twice": [signal.SIGTERM, 0.0, 2]}
 MOMENTS = {
-    "scoring": ["early_exit_loss", 7],
+    "scoring": ["_measured", 7],
     "backward": ["backward", 7],
     "save": ["_save_rng_state", 1],
     "evaluation": ["evaluate", 2],

@@ -23,7 +23,7 @@ FLOORS = {
     "schedules": 0,
     "files": 0,
     "seeds": 0,
-    "validation": 0,
+    "options": 0,
     "config_files": 0,
     "pending": 0,
     "checks": 1,

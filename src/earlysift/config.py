@@ -12,10 +12,10 @@ from earlysift.controller import Control
 from earlysift.exits import Family
 from earlysift.losses import Reduction
 from earlysift.measures import MEASURES
+from earlysift.options import finite, one_of, option, problems, whole
 from earlysift.schedules import Schedule
 from earlysift.scorers import SCORES, Scorer
 from earlysift.selectors import Selector
-from earlysift.validation import finite, one_of, option, problems, whole
 
 _PLAIN = ("keep", "depth", "mode", "reduction", "max_positions", "drop_outliers", "probe_every", "trim", "scope")
 _SCHEDULE_SAMPLES = (0, 1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)

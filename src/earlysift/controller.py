@@ -16,8 +16,8 @@ from torch import Tensor
 
 from earlysift import costs, selectors
 from earlysift.fidelity import fidelity
+from earlysift.options import finite, option, problems, several, whole
 from earlysift.probes import Probe
-from earlysift.validation import finite, option, problems, several, whole
 
 Rule = Literal["greedy", "unbiased"]
 Record = dict[str, float]

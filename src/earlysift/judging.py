@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from earlysift import controller, losses, pending
+from earlysift.options import whole
 from earlysift.pending import Pending
-from earlysift.validation import whole
 
 _LOG = logging.getLogger("earlysift")
 _LEVEL = 4  # from here to the line that called `Sifter.sift`

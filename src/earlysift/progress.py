@@ -15,8 +15,8 @@ from torch import Tensor
 from earlysift import controller
 from earlysift.config_files import differences
 from earlysift.controller import Control
+from earlysift.options import finite, option, problems, whole
 from earlysift.pending import Pending
-from earlysift.validation import finite, option, problems, whole
 
 STATE_VERSION = 3
 COUNTS = ("candidates", "scored", "trained", "unlabelled", "non_finite")

@@ -17,9 +17,9 @@ from earlysift.exits import Anatomy, ExitHead
 from earlysift.fidelity import fidelity
 from earlysift.ledger import Ledger
 from earlysift.measures import LOSS
+from earlysift.options import whole
 from earlysift.pools import Pool
 from earlysift.scorers import Approximation
-from earlysift.validation import whole
 
 _LOG = logging.getLogger("earlysift")
 

@@ -17,8 +17,8 @@ from earlysift import exits, files, pools, selectors
 from earlysift.config import SiftConfig as SiftConfig
 from earlysift.controller import Control
 from earlysift.ledger import Ledger
+from earlysift.options import whole
 from earlysift.sifter import Sifter
-from earlysift.validation import whole
 
 try:
     from transformers import Trainer

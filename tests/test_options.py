@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from earlysift.validation import finite, one_of, option, problems, several, whole
+from earlysift.options import finite, one_of, option, problems, several, whole
 
 
 @dataclasses.dataclass
