@@ -22,6 +22,7 @@ FLOORS = {
     "selectors": 0,
     "schedules": 0,
     "files": 0,
+    "loss_memory": 0,
     "seeds": 0,
     "options": 0,
     "config_files": 0,

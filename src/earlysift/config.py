@@ -30,7 +30,10 @@ class SiftConfig:
         kept: b, the number of candidates to keep; None is keep times the rows of the first pool.
         depth: Layers that run for a score, 1 to one less than the model has.
         score: ``"loss"``, ``"entropy"`` or ``"margin"`` at the exit (`earlysift.measures.MEASURES`), ``"exact"`` (loss
-            of the full model), ``"uniform"``, or a scorer ``(model, pool) -> (R,)``.
+            of the full model), ``"memory"`` (the loss that a sample had when it was last trained on, see
+            `Sifter.loss`), ``"uniform"``, or a scorer ``(model, pool) -> (R,)``.
+        sample_id: Key of the pool that holds the samples' ids, int64 ``(R,)``, from 0 on; needed by ``"memory"``. It is
+            taken out of the batch, as models do not know it; `Sifter.ids` has it.
         select: Selector ``(scores, kept, generator) -> Selection``.
         schedule: Optimizer step to share of steps that select; None selects at every step.
         mode: ``"fixed"`` selects as configured; ``"auto"`` starts uniformly, measures by probes whether selection would
@@ -89,6 +92,9 @@ class SiftConfig:
         lambda value: callable(value) or (isinstance(value, str) and (value in MEASURES or value in SCORES)),
         f"one of {', '.join(SCORES)} or a callable",
     )
+    sample_id: str | None = option(
+        None, lambda value: value is None or (isinstance(value, str) and value != ""), "the name of a key, or None"
+    )
     select: Selector = option(selectors.greedy, callable, "a callable (scores, kept, generator) -> Selection")
     schedule: Schedule | None = option(
         None,
@@ -133,6 +139,12 @@ class SiftConfig:
                     f"score={scorers.name_of(self.score)!r}, keep={self.keep}. Use score={_listed(MEASURES)}, or "
                     "mode='fixed'."
                 )
+            if self.score == "memory" and self.sample_id is None:
+                sentences.append(
+                    "score='memory' needs the samples' ids. Give sample_id, the key of the pool that has them."
+                )
+            if self.score == "memory" and self.scope == "global":
+                sentences.append("score='memory' works on each rank's own candidates. Use scope='local'.")
             if self.mode == "fixed" and self.control is not None:
                 sentences.append("control was given, but mode='fixed' ignores it. Set mode='auto'.")
         if sentences:
@@ -164,7 +176,7 @@ class SiftConfig:
         """
         control = self.control and json.loads(json.dumps(asdict(self.control)))
         return {
-            **{name: getattr(self, name) for name in (*_PLAIN, "seed")},
+            **{name: getattr(self, name) for name in (*_PLAIN, "seed", "sample_id")},
             "score": scorers.name_of(self.score),
             "select": scorers.name_of(self.select),
             "schedule": [self.share(step) for step in _SCHEDULE_SAMPLES],

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 LABELS_KEY = "labels"
+LARGEST_ID = 2**28 - 1
+"""A memory of so many samples takes 2 GiB; larger ids are taken for a mistake."""
 _PACKED_KEYS = ("cu_seq_lens_q", "cu_seqlens", "cu_seqlens_q", "seq_idx")
 
 
@@ -58,31 +60,62 @@ class Pool:
     """A pool whose structure was checked once, by `checked`: its data, and how many candidates it has.
 
     Attributes:
-        data: What the loader gave.
+        data: What the loader gave, without the samples' ids.
         size: R.
+        ids: Ids of the samples, int64 ``(R,)``, on the CPU; None where none were asked for.
     """
 
     data: Any
     size: int
+    ids: Tensor | None = None
 
     def take(self, indices: Tensor | slice) -> "Pool":
         """The rows ``indices`` of every tensor, in the same structure."""
         count = len(range(self.size)[indices]) if isinstance(indices, slice) else len(indices)
-        return Pool(map_rows(self.data, lambda rows: _take_rows(rows, indices), self.size), count)
+        ids = None if self.ids is None else _take_rows(self.ids, indices)
+        return Pool(map_rows(self.data, lambda rows: _take_rows(rows, indices), self.size), count, ids)
 
 
-def checked(pool: Any) -> Pool:
+def checked(pool: Any, id_key: str | None = None) -> Pool:
     """Check a pool's structure; a `Pool` has been checked and comes back as it is.
 
+    Args:
+        pool: A pool of R candidates.
+        id_key: Key of the samples' ids, which are taken out of the data: models do not know it.
+
     Raises:
-        ValueError: As `pool_size`.
+        ValueError: As `pool_size`, and if there are no ids under the key, or no ids that tell samples apart.
 
     Example:
         >>> import torch
         >>> checked({"input_ids": torch.zeros(8, 4)}).take(slice(0, 3)).size
         3
     """
-    return pool if isinstance(pool, Pool) else Pool(pool, pool_size(pool))
+    if isinstance(pool, Pool):
+        return pool
+    size = pool_size(pool)
+    if id_key is None:
+        return Pool(pool, size)
+    ids = pool.get(id_key) if isinstance(pool, Mapping) else None
+    if not isinstance(ids, Tensor) or ids.dtype != torch.int64 or ids.shape != (size,):
+        received = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise ValueError(
+            f"Expected the samples' ids, int64 ({size},), under {id_key!r} in the pool, got {received}. Number the "
+            "samples of the data set (0, 1, ...) and have the loader hand out the numbers."
+        )
+    ids = ids.cpu()
+    if size and not 0 <= int(ids.min()) <= int(ids.max()) <= LARGEST_ID:
+        raise ValueError(
+            f"Expected ids in 0..{LARGEST_ID}, got {int(ids.min())} to {int(ids.max())}. Number the samples 0, 1, ..."
+        )
+    values, counts = ids.unique(return_counts=True)
+    if len(values) < size:
+        twice = int(values[counts > 1][0])
+        raise ValueError(
+            f"Expected every sample once in a pool, got id {twice} {int(counts[counts > 1][0])} times. Sample without "
+            "replacement, or number the samples anew."
+        )
+    return Pool(_like(pool, {key: value for key, value in pool.items() if key != id_key}), size, ids)
 
 
 def take(pool: Any, indices: Tensor | slice) -> Any:

@@ -16,6 +16,7 @@ from earlysift.controller import Control
 from earlysift.exits import Anatomy, ExitHead
 from earlysift.fidelity import fidelity
 from earlysift.ledger import Ledger
+from earlysift.loss_memory import LossMemory
 from earlysift.measures import LOSS
 from earlysift.options import whole
 from earlysift.pools import Pool
@@ -33,6 +34,7 @@ class Runner:
         exit_head: Module after the exit, if any.
         exit_optimizer: Its optimizer, if it is trained here.
         ledger: Where times and FLOPs go.
+        memory: Losses that are remembered, if the score needs them and others share them.
 
     Raises:
         ValueError: With all problems of the model.
@@ -45,10 +47,12 @@ class Runner:
         exit_head: ExitHead | None,
         exit_optimizer: torch.optim.Optimizer | None,
         ledger: Ledger,
+        memory: LossMemory | None = None,
     ) -> None:
         self.model, self.config, self.ledger = model, config, ledger
         self.exit_head, self.exit_optimizer = exit_head, exit_optimizer
         self.approximation = scorers.named(config.score, config.depth)
+        self.memory = (memory or LossMemory()) if config.score == "memory" else None
         self.anatomy: Anatomy | None = None
         self._exits = exit_head is not None or (self.approximation is not None and self.approximation.depth is not None)
         self._compared = not (self._exits or (self.approximation and self.approximation.measure))
@@ -244,6 +248,7 @@ class Runner:
             "chunk_rows": self.config.chunk_rows or rows,
             "trim": self.config.trim,
             "dtype": self.config.dtype,
+            "memory": self.memory,
         }
 
     def _max_positions(self, depth: int | None) -> int | None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from earlysift import checks, exits, losses, pools
 from earlysift.exits import Anatomy, Family
+from earlysift.loss_memory import LossMemory
 from earlysift.losses import Head, Reduction
 from earlysift.measures import LOSS, MEASURES, Measure
 from earlysift.pools import Pool
@@ -25,7 +26,7 @@ from earlysift.seeds import reseeded
 Scorer = Callable[[nn.Module, Any], Tensor]
 
 AUTO_DTYPE = "auto"
-SCORES = (*MEASURES, "exact", "uniform")
+SCORES = (*MEASURES, "exact", "memory", "uniform")
 """Scores by name."""
 
 
@@ -44,6 +45,7 @@ class Scoring:
         dtype: Autocast dtype while scoring; ``"auto"`` is bfloat16 where the hardware computes in it, None leaves
             autocast as it is.
         key: What the random numbers depend on that a scorer of the user's own may draw.
+        memory: Losses that samples had when they were last trained on, for `memory`.
     """
 
     family: Family | None = None
@@ -54,6 +56,7 @@ class Scoring:
     trim: bool = False
     dtype: torch.dtype | str | None = AUTO_DTYPE
     key: tuple[int | str, ...] = ()
+    memory: LossMemory | None = None
 
     def __post_init__(self) -> None:
         if self.chunk_rows is not None and self.chunk_rows < 1:
@@ -103,6 +106,15 @@ def exact(measure: Measure = LOSS) -> Approximation:
     return Approximation("exact", _measured, measure)
 
 
+def memory() -> Approximation:
+    """The loss that each sample had when it was last trained on, unseen samples first: no pass at all.
+
+    Reference:
+        Stale losses: Jiang et al., 2019, arXiv 1910.00762.
+    """
+    return Approximation("memory", _remembered)
+
+
 def custom(scorer: Scorer) -> Approximation:
     """A scorer of the user's own, run as the others are: no gradients, evaluation mode, no global random state touched.
 
@@ -122,7 +134,7 @@ def named(score: str | Scorer, depth: int) -> Approximation | None:
         return custom(score)
     if score in MEASURES:
         return at_exit(MEASURES[score], depth)
-    return exact() if score == "exact" else None
+    return {"exact": exact, "memory": memory}.get(score, lambda: None)()
 
 
 def early_exit_loss(model: nn.Module, pool: Any, *, depth: int = 1, **options: Any) -> Tensor:
@@ -193,6 +205,38 @@ def training_loss(
     Raises:
         ValueError: If labels are no class ids of this model, or the model's own loss differs.
     """
+    sums, counts = sample_losses(
+        model,
+        batch,
+        depth=depth,
+        family=family,
+        exit_head=exit_head,
+        detach_exit=detach_exit,
+        chunk_tokens=chunk_tokens,
+    )
+    if weights is not None:
+        sums = sums * weights
+    return sums.sum() / (counts.sum().clamp(min=1) if items is None else items)
+
+
+def sample_losses(
+    model: nn.Module,
+    batch: Any,
+    *,
+    depth: int | None = None,
+    family: Family | None = None,
+    exit_head: nn.Module | None = None,
+    detach_exit: bool = False,
+    chunk_tokens: int = 1 << 30,
+) -> tuple[Tensor, Tensor]:
+    """Differentiable losses of the samples of a batch: what `training_loss` sums up.
+
+    Arguments and errors as in `training_loss`.
+
+    Returns:
+        The sum of every sample's losses over its labelled positions, float32 ``(b,)``, 0 for unlabelled samples; and
+        the number of these positions, float32 ``(b,)`` (1 in classification).
+    """
     anatomy = checks.verified(model, batch, family)
     inputs, labels = pools.inputs_and_labels(batch)
     with ExitStack() as stack:
@@ -216,10 +260,7 @@ def training_loss(
                 chunk_tokens=chunk_tokens,
             )
             counts = losses.labelled_positions(labels, causal=causal).sum(dim=1).float()
-    per_sample = torch.where(counts > 0, per_sample, 0.0)
-    if weights is not None:
-        per_sample = per_sample * weights
-    return per_sample.sum() / (counts.sum().clamp(min=1) if items is None else items)
+    return torch.where(counts > 0, per_sample, 0.0), counts
 
 
 class Predictions(NamedTuple):
@@ -335,6 +376,12 @@ def _measured(approximation: Approximation, model: nn.Module, pool: Pool, scorin
             )
         found = torch.cat(scores)
         return found if order is None else torch.empty_like(found).index_copy(0, order, found)
+
+
+def _remembered(_: Approximation, model: nn.Module, pool: Pool, scoring: Scoring) -> Tensor:
+    if scoring.memory is None or pool.ids is None:
+        raise ValueError("Remembered losses belong to a Sifter with score='memory' and sample_id. Score by it.")
+    return scoring.memory.recall(pool.ids).to(next(model.parameters()).device)
 
 
 def _guarded(scorer: Scorer, _: Approximation, model: nn.Module, pool: Pool, scoring: Scoring) -> Tensor:

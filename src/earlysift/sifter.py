@@ -16,6 +16,8 @@ from earlysift.controller import Control
 from earlysift.exits import ExitHead
 from earlysift.judging import Counted
 from earlysift.ledger import Ledger
+from earlysift.loss_memory import LossMemory
+from earlysift.losses import UNLABELLED
 from earlysift.planning import Plan
 from earlysift.progress import STATE_VERSION, Progress
 from earlysift.runner import Runner
@@ -41,6 +43,7 @@ class Sifter:
         ledger: Where times and counts go; None keeps them in memory. A row lasts from one call of `sift` to the next,
             so ``step_ms`` holds training and waiting for data, too; time them apart with
             ``sifter.ledger.timed("train")`` and ``timed("wait")``.
+        memory: Losses to remember with ``score="memory"``, if sifters share them; None begins with none.
         options: Options of `SiftConfig` that differ from ``config``, as ``keep=0.25``.
 
     Raises:
@@ -67,6 +70,7 @@ class Sifter:
         exit_head: ExitHead | None = None,
         exit_optimizer: torch.optim.Optimizer | None = None,
         ledger: Ledger | None = None,
+        memory: LossMemory | None = None,
         **options: Any,
     ) -> None:
         parts = {"model": model, "exit_head": exit_head, "exit_optimizer": exit_optimizer}
@@ -76,7 +80,8 @@ class Sifter:
         self.exit_optimizer = exit_optimizer
         self.ledger = ledger or Ledger()
         self.selection: Selection | None = None
-        self._runner = Runner(model, self.config, exit_head, exit_optimizer, self.ledger)
+        self._pool_ids: Tensor | None = None  # of the latest pool
+        self._runner = Runner(model, self.config, exit_head, exit_optimizer, self.ledger, memory)
         self._control = self._candidates() if self.config.mode == "auto" else None
         self._progress = progress.start(self.config.kept, steering.start(self._control))
         self._unjudged: Counted | None = None  # scores of the pool before that an accelerator has yet to count
@@ -118,6 +123,13 @@ class Sifter:
         self._progress = dataclasses.replace(self._progress, weights_read=True)
         return self.selection.weights
 
+    @property
+    def ids(self) -> Tensor | None:
+        """Ids of the latest batch's samples, int64 ``(b,)``, on the CPU; None without `SiftConfig.sample_id`."""
+        if self._pool_ids is None or self.selection is None:
+            return None
+        return self._pool_ids[self.selection.indices.cpu()]
+
     def begin(self, micro_step: int = 0) -> None:
         """Open the ledger's row of the next call of `sift`: what comes before it, as waiting for data, is part of it.
 
@@ -146,7 +158,8 @@ class Sifter:
                 of, by the next call (or `judge`), which names their step and returns nothing; call it again to sift the
                 same pool. Steps that wait anyway (probes, an exit_optimizer, global scope) refuse at once.
         """
-        micro_step, candidates = judging.require_micro_step(micro_step), pools.checked(pool)
+        micro_step = judging.require_micro_step(micro_step)
+        candidates = pools.checked(pool, self.config.sample_id)
         before, runner = self._progress, self._runner
         kept = judging.require_kept(candidates.size, self.config.keep, before.kept, first=before.step == 0)
         self.begin(micro_step)
@@ -154,8 +167,9 @@ class Sifter:
         self.judge()
         if self.config.keep == 1:
             step, row = before.place(micro_step)[0], {"candidates": candidates.size}
-            self._commit(pool, stepping.whole_pool(candidates.size, runner.device), step, micro_step, row)
-            return pool
+            self._commit(candidates.data, stepping.whole_pool(candidates.size, runner.device), step, micro_step, row)
+            self._pool_ids = candidates.ids
+            return candidates.data
         judging.require_training(self.model)
         runner.verify(candidates)
         plan = planning.plan(candidates, kept, micro_step, self._progress, self._control, runner)
@@ -170,7 +184,7 @@ class Sifter:
         row = plan.row | (scored.row if scored else {}) | fidelity | {"candidates": candidates.size}
         self._commit(batch, selection, plan.step, micro_step, row, kept=kept, steering=plan.steering)
         runner.note_scoring(candidates, plan.approximation, row)
-        self._unjudged = unjudged
+        self._unjudged, self._pool_ids = unjudged, candidates.ids
         return batch
 
     def judge(self) -> None:
@@ -201,6 +215,45 @@ class Sifter:
         kept = self._progress.kept or max(1, round(self.config.keep * candidates.size))
         return self._runner.record(candidates, self._control or self._candidates(), kept)
 
+    def loss(self, batch: Any, *, weights: Tensor | None = None, items: Tensor | float | None = None) -> Tensor:
+        """Training loss of the latest batch, as `earlysift.scorers.training_loss`; ``score="memory"`` remembers it.
+
+        Args:
+            batch: What `sift` returned.
+            weights: Weight of every sample, ``(b,)``; None weighs every labelled position equally.
+            items: What to divide the sum by, where a step has more batches than this one; None is this batch's number
+                of labelled positions.
+
+        Returns:
+            A float32 scalar.
+        """
+        sums, counts = scorers.sample_losses(self.model, batch, family=self.config.family)
+        if self._runner.memory is not None:
+            self.observe(torch.where(counts > 0, sums / counts, UNLABELLED))
+        if weights is not None:
+            sums = sums * weights
+        return sums.sum() / (counts.sum().clamp(min=1) if items is None else items)
+
+    def observe(self, losses: Tensor) -> None:
+        """Remember the losses of the latest batch's samples, in loops that compute them on their own.
+
+        Args:
+            losses: Mean loss of every sample of the batch that `sift` returned, in its order, ``(b,)``; ``-inf`` for
+                unlabelled ones, nan leaves a sample as it was.
+
+        Raises:
+            ValueError: Without ``score="memory"``, before the first pool, or if there is not one loss per sample.
+        """
+        memory, ids = self._runner.memory, self.ids
+        if memory is None or ids is None:
+            raise ValueError("There is nothing to remember losses by: use score='memory', and call sift first.")
+        if losses.shape != ids.shape:
+            raise ValueError(
+                f"Expected one loss per sample of the latest batch, ({len(ids)},), got {tuple(losses.shape)}. "
+                "Average over a sample's positions, not over samples."
+            )
+        memory.observe(ids, losses, self._progress.step)
+
     def exit_loss(self, batch: Any) -> Tensor:
         """Differentiable loss of the early exit on a batch: add a share of it to your loss to train the exit jointly.
 
@@ -225,7 +278,8 @@ class Sifter:
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs to make the same picks; JSON-like but for the exit head's tensors."""
         state = {"version": STATE_VERSION, "config": self._identity(), **progress.to_json(self._with_counts())}
-        parts = {"exit_head": self.exit_head, "exit_optimizer": self.exit_optimizer}
+        parts: dict[str, Any] = {"exit_head": self.exit_head, "exit_optimizer": self.exit_optimizer}
+        parts |= {"memory": self._runner.memory}
         return state | {name: part.state_dict() for name, part in parts.items() if part is not None}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -235,11 +289,15 @@ class Sifter:
             ValueError: If the state is of another version or configuration, or not what `state_dict` returned; lists
                 what differs or is wrong. Nothing is loaded then.
         """
-        progress.require_loadable(state, self._identity(), self._control, self.exit_head, self.exit_optimizer)
+        progress.require_loadable(
+            state, self._identity(), self._control, self.exit_head, self.exit_optimizer, self._runner.memory
+        )
         if self.exit_head is not None:
             self.exit_head.load_state_dict(state["exit_head"])
         if self.exit_optimizer is not None:
             self.exit_optimizer.load_state_dict(copy.deepcopy(state["exit_optimizer"]))
+        if self._runner.memory is not None:
+            self._runner.memory.load_state_dict(state["memory"])
         self._progress = progress.from_json(state)
         self._unjudged, self._broken_probes = None, 0
 

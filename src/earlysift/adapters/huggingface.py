@@ -186,6 +186,10 @@ class SiftTrainerMixin(_Base):  # type: ignore[misc, valid-type]
                 "Use larger batches or a smaller keep.",
             ),
             (
+                self.sift.score == "memory",
+                "score='memory' needs the loss of every sample, which a Trainer does not give. Use a loop of your own.",
+            ),
+            (
                 self.sift.kept is not None,
                 f"kept={self.sift.kept} is given, but the number kept is the Trainer's per_device_train_batch_size. "
                 "Leave kept out.",

@@ -13,10 +13,12 @@ from earlysift.compare.sifted import (
     EXIT_HEAD_WIDTH,
     HEAD,
     JOINT_WEIGHT,
+    MEMORY,
     PROBE,
     SCORING,
     TRAIN_JOINTLY,
     auto,
+    remembered,
     sifted,
 )
 from earlysift.measures import MEASURES, sift_arm
@@ -108,6 +110,25 @@ ARMS: dict[str, Arm] = {
         score="exact",
         charged=False,
     ),
+    **{
+        name: Arm(
+            label,
+            f"keeps the candidates with the largest loss when they were last trained on, those never trained on "
+            f"first{when}; made greedy by us",
+            steps,
+            "Stale losses: Jiang et al., 2019, arXiv 1910.00762",
+            scoring=MEMORY,
+        )
+        for name, label, when, steps in (
+            ("memory", "memory", "", remembered),
+            (
+                "memory-warm",
+                "memory, warmed up",
+                ", after a first third of the budget with uniform training",
+                partial(remembered, select_after=_WARM),
+            ),
+        )
+    },
     "auto": Arm(
         "auto",
         "measures cost and gain as it trains, and chooses greedy, unbiased or uniform training, exit and keep by them",

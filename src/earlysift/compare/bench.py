@@ -71,6 +71,11 @@ class Bench:
         with self.precision():
             return scorers.training_loss(self.model, batch, weights=weights)
 
+    def remembered_loss(self, batch: Rows, sifter: Sifter) -> Tensor:
+        """Training loss, which the sifter remembers."""
+        with self.precision():
+            return sifter.loss(batch)
+
     def joint_loss(self, batch: Rows, sifter: Sifter, weight: float) -> Tensor:
         """Training loss plus a share of the early exit's."""
         with self.precision():

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 EXIT_HEAD_WIDTH = 64  # of the residual layer of an exit's own head
 JOINT_WEIGHT = 0.3  # of the exit's loss, where it is trained along with the model's
 AUTO_DEPTHS, AUTO_KEEP = (1, 2, 3), 0.25
+_SAMPLE_ID = "sample_id"
 
 
 def sifted(
@@ -53,6 +54,26 @@ def sifted(
     return lambda share: _sift_and_train(bench, selecting if share >= start else plain, loss_of)
 
 
+def remembered(bench: Bench, *, select_after: float | None = None) -> Step:
+    """Pools through a `Sifter` that remembers the losses of what it trained on, from the first uniform step on.
+
+    Args:
+        bench: What to train.
+        select_after: Share of the budget with uniform training; None is the comparison's.
+    """
+    from earlysift.loss_memory import LossMemory
+
+    shared = {"score": "memory", "sample_id": _SAMPLE_ID, "memory": LossMemory()}
+    plain, selecting = bench.sifter(keep=1.0, **shared), bench.sifter(**shared)
+    start = bench.settings.select_after if select_after is None else select_after
+
+    def step(share: float) -> None:
+        sifter = selecting if share >= start else plain
+        _sift_and_train(bench, sifter, lambda batch, _: bench.remembered_loss(batch, sifter))
+
+    return step
+
+
 def auto(bench: Bench) -> Step:
     """Pools through a `Sifter` in auto mode, which trains uniformly until selecting pays."""
     sifter = _auto_sifter(bench)
@@ -60,7 +81,7 @@ def auto(bench: Bench) -> Step:
 
 
 def _sift_and_train(bench: Bench, sifter: Sifter, loss_of: Callable[[Rows, Tensor | None], Tensor]) -> None:
-    pool = bench.read(sifter.wanted)
+    pool = _pool(bench, sifter.wanted, sifter)
     with bench.ledger.timed("sift"):
         batch = sifter.sift(pool)
     row = sifter.ledger.end()
@@ -79,8 +100,17 @@ def _auto_sifter(bench: Bench) -> Sifter:
 
 def sifting(bench: Bench, **options: Any) -> Callable[[], object]:
     """Score a pool, select and gather: what a sifter does. Options are those of `Bench.sifter`."""
-    sifter, pool = bench.sifter(**options), bench.read(bench.settings.pool)
+    sifter = bench.sifter(**options)
+    pool = _pool(bench, bench.settings.pool, sifter)
     return lambda: sifter.sift(pool)
+
+
+def _pool(bench: Bench, size: int, sifter: Sifter) -> Rows:
+    """The next candidates, with their ids if the sifter needs them."""
+    pool = bench.read(size)
+    if sifter.config.sample_id is not None:
+        pool[sifter.config.sample_id] = bench.stream.ids(bench.position - size, size)
+    return pool
 
 
 def _training_jointly(bench: Bench, *, depth: int) -> Callable[[], object]:
@@ -98,6 +128,7 @@ SCORING = {
     name: Operation("score" if name == "loss" else name, "score", partial(sifting, score=name), at_exit=True)
     for name in MEASURES
 }
+MEMORY = Operation("memory", "score", partial(sifting, score="memory", sample_id=_SAMPLE_ID))
 EXACT = Operation("exact", "score", partial(sifting, score="exact"))
 HEAD = Operation("head", "score", partial(sifting, own_head=EXIT_HEAD_WIDTH), at_exit=True)
 TRAIN_JOINTLY = Operation("train_joint", "train", _training_jointly, at_exit=True)

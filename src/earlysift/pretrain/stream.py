@@ -105,8 +105,9 @@ class Stream:
 
     def ids(self, start: int, count: int) -> Tensor:
         """Index of every candidate within the training part, int64 ``(count,)``."""
-        positions = range(start, start + count)
-        return torch.stack([self._order(n // self.epoch)[n % self.epoch] for n in positions])
+        positions = torch.arange(start, start + count)
+        epochs, within = positions // self.epoch, positions % self.epoch
+        return torch.cat([self._order(epoch)[within[epochs == epoch]] for epoch in epochs.unique().tolist()])
 
     def _make_order(self, epoch: int) -> Tensor:
         return torch.randperm(len(self._samples), generator=seeded(self._seed, "order", epoch))[: self.epoch]
