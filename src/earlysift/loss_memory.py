@@ -57,15 +57,16 @@ class LossMemory:
         """Remember losses of samples that were just trained on; nan and inf leave a sample as it was.
 
         Args:
-            ids: int64 ``(b,)``.
+            ids: int64 ``(b,)``; copies of a sample (augmented ones, say) have one id, whose loss is their mean.
             losses: Mean loss of each sample, ``(b,)``; ``-inf`` for unlabelled ones.
             step: The optimizer step.
         """
         rows, values = ids.cpu(), losses.detach().float().cpu()
         usable = torch.isfinite(values) | (values == -torch.inf)
-        rows, values = rows[usable], values[usable]
+        rows, copies = rows[usable].unique(return_inverse=True)
         if len(rows) == 0:
             return
+        values = torch.zeros(len(rows)).scatter_reduce(0, copies, values[usable], "mean", include_self=False)
         missing = int(rows.max()) + 1 - len(self._losses)
         if missing > 0:  # grow by at least a half, so that growing stays cheap
             missing = max(missing, len(self._losses) // 2)

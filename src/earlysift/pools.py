@@ -84,7 +84,7 @@ def checked(pool: Any, id_key: str | None = None) -> Pool:
         id_key: Key of the samples' ids, which are taken out of the data: models do not know it.
 
     Raises:
-        ValueError: As `pool_size`, and if there are no ids under the key, or no ids that tell samples apart.
+        ValueError: As `pool_size`, and if there is no id for every candidate under the key.
 
     Example:
         >>> import torch
@@ -107,13 +107,6 @@ def checked(pool: Any, id_key: str | None = None) -> Pool:
     if size and not 0 <= int(ids.min()) <= int(ids.max()) <= LARGEST_ID:
         raise ValueError(
             f"Expected ids in 0..{LARGEST_ID}, got {int(ids.min())} to {int(ids.max())}. Number the samples 0, 1, ..."
-        )
-    values, counts = ids.unique(return_counts=True)
-    if len(values) < size:
-        twice = int(values[counts > 1][0])
-        raise ValueError(
-            f"Expected every sample once in a pool, got id {twice} {int(counts[counts > 1][0])} times. Sample without "
-            "replacement, or number the samples anew."
         )
     return Pool(_like(pool, {key: value for key, value in pool.items() if key != id_key}), size, ids)
 

@@ -63,7 +63,7 @@ def remembered(bench: Bench, *, select_after: float | None = None) -> Step:
     """
     from earlysift.loss_memory import LossMemory
 
-    shared = {"score": "memory", "sample_id": _SAMPLE_ID, "memory": LossMemory()}
+    shared: dict[str, Any] = {"score": "memory", "sample_id": _SAMPLE_ID, "memory": LossMemory()}
     plain, selecting = bench.sifter(keep=1.0, **shared), bench.sifter(**shared)
     start = bench.settings.select_after if select_after is None else select_after
 

@@ -107,7 +107,7 @@ class Stream:
         """Index of every candidate within the training part, int64 ``(count,)``."""
         positions = torch.arange(start, start + count)
         epochs, within = positions // self.epoch, positions % self.epoch
-        return torch.cat([self._order(epoch)[within[epochs == epoch]] for epoch in epochs.unique().tolist()])
+        return torch.cat([self._order(epoch)[within[epochs == epoch]] for epoch in torch.unique(epochs).tolist()])
 
     def _make_order(self, epoch: int) -> Tensor:
         return torch.randperm(len(self._samples), generator=seeded(self._seed, "order", epoch))[: self.epoch]
