@@ -63,7 +63,7 @@ class LossMemory:
         """
         rows, values = ids.cpu(), losses.detach().float().cpu()
         usable = torch.isfinite(values) | (values == -torch.inf)
-        rows, copies = rows[usable].unique(return_inverse=True)
+        rows, copies = torch.unique(rows[usable], return_inverse=True)
         if len(rows) == 0:
             return
         values = torch.zeros(len(rows)).scatter_reduce(0, copies, values[usable], "mean", include_self=False)
