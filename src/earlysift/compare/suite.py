@@ -42,6 +42,14 @@ _CPU: dict[str, dict[str, Any]] = {
     "mlm-stdlib": {**_MLM, "arms": _MAIN},  # the longest first, so that parallel jobs end together
     "digits": {**_IMAGE, "arms": (*_PEERS, "sift-warm", "sift-joint-1")},
     "digits-long": {**_IMAGE, "arms": _LONG, "budget": 30.0, "evaluations": 25, "select_after": 0.2},
+    "digits-memory": {
+        **_IMAGE,
+        "arms": ("uniform", "memory", "memory-warm", "free"),
+        "budget": 30.0,
+        "evaluations": 25,
+        "select_after": 0.2,
+        "keep": 0.25,
+    },
     "sst2": _CLASSIFY,
     "clm-repeated": {**_CLM, "repeated": 0.8},
     "clm-wikitext-2": {**_CLM, "data": ("wikitext-2",)},
