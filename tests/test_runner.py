@@ -45,7 +45,7 @@ def test_the_approximation_moves_to_another_exit(name):
 def test_flops_of_operations_are_those_of_the_law():
     model = build("bert", "masked_lm")
     runner, pool = runner_of(model), pool_of()
-    runner.compare(pool)
+    runner.verify(pool)
     found = runner.flops(pool, Control(depths=(1, 2)), kept=4)
     labelled = (pool.data["labels"] != -100).sum(dim=1)
 
@@ -65,7 +65,7 @@ def test_a_model_that_cannot_be_taken_apart_works_with_a_scorer_of_ones_own():
     model = torch.nn.Linear(2, 1)
     runner = runner_of(model, score=lambda model, pool: pool["x"][:, 0])
     pool = pools.checked({"x": torch.arange(8.0).reshape(4, 2)})
-    runner.compare(pool)
+    runner.verify(pool)
     assert runner.anatomy is None
     assert runner.score(pool, runner.approximation, kept=2).tolist() == [0, 2, 4, 6]
     runner.note_work(pool.data, "trained")
