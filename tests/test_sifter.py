@@ -36,7 +36,7 @@ from earlysift.exits import find_anatomy
 from earlysift.fidelity import fidelity
 from earlysift.judging import Unusable
 from earlysift.losses import labelled_positions
-from earlysift.measures import ENTROPY, MARGIN, MEASURES
+from earlysift.measures import ENTROPY, MARGIN
 from earlysift.selectors import Selection, greedy, percentile, proportional
 from models import LAYERS, WIDTH, build, loss_of, row_of
 from processes import on_ranks
@@ -1000,7 +1000,7 @@ def test_outlier_share_out_of_range_is_refused(drop):
 
 def test_unknown_score_is_refused_with_the_known_ones():
     model, row = classifier()
-    known = ", ".join([*MEASURES, "exact", "uniform"])
+    known = ", ".join(scorers.SCORES)
     with pytest.raises(ValueError, match=f"score must be one of {known} or a callable, got 'los'"):
         Sifter(model, score="los", family=row)
 
