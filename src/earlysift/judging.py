@@ -165,3 +165,13 @@ def broken_probes(correlation: float, step: int, depth: int, before: int) -> int
             correlation,
         )
     return before + 1
+
+
+def mention_partial(step: int, size: int, kept: int) -> None:
+    """Tell the user of a pool with fewer candidates than are kept."""
+    _LOG.warning(
+        "step %d: the %d candidates of a pool are fewer than the %d kept: all are trained on. Said once.",
+        step,
+        size,
+        kept,
+    )

@@ -60,7 +60,15 @@ class LossMemory:
             ids: int64 ``(b,)``; copies of a sample (augmented ones, say) have one id, whose loss is their mean.
             losses: Mean loss of each sample, ``(b,)``; ``-inf`` for unlabelled ones.
             step: The optimizer step.
+
+        Raises:
+            ValueError: If there is not one loss per sample.
         """
+        if losses.shape != ids.shape:
+            raise ValueError(
+                f"Expected one loss per sample of the latest batch, ({len(ids)},), got {tuple(losses.shape)}. "
+                "Average over a sample's positions, not over samples."
+            )
         rows, values = ids.cpu(), losses.detach().float().cpu()
         usable = torch.isfinite(values) | (values == -torch.inf)
         rows, copies = torch.unique(rows[usable], return_inverse=True)

@@ -173,31 +173,25 @@ def training_loss(
     model: nn.Module,
     batch: Any,
     *,
-    depth: int | None = None,
-    family: Family | None = None,
-    exit_head: nn.Module | None = None,
-    detach_exit: bool = False,
     weights: Tensor | None = None,
     items: Tensor | float | None = None,
-    chunk_tokens: int = 1 << 30,
+    observe: Callable[[Tensor], None] | None = None,
+    **options: Any,
 ) -> Tensor:
     """Differentiable loss of a batch, through the head on labelled positions only.
 
     Equal to the model's own loss (the mean over all labelled positions, or over samples in classification) to rounding,
-    without the logits of positions that carry no label. With ``depth`` it is the loss of the early exit, to be trained
-    jointly. The first call compares it with the model's own loss on two rows (`earlysift.checks.verified`).
+    without the logits of positions that carry no label. The first call compares it with the model's own loss on two
+    rows (`earlysift.checks.verified`).
 
     Args:
         model: The model, wrapped or not, in training mode.
         batch: Batch of b samples with labels.
-        depth: Exit after this many layers; None is the full model.
-        family: A row for a model that `earlysift.exits.FAMILIES` does not know.
-        exit_head: Module after the exit, if any.
-        detach_exit: Whether gradients of the exit stop at the exit head.
         weights: Weight of every sample, ``(b,)`` (unbiased selection); None weighs every labelled position equally.
         items: What to divide the sum by, where a step has more batches than this one (accumulation, several processes);
             None is the number of labelled positions of this batch.
-        chunk_tokens: Positions that pass through the head at once.
+        observe: Takes the mean loss of every sample, ``(b,)``, detached; ``-inf`` for unlabelled samples.
+        options: Those of `sample_losses`; with ``depth`` it is the loss of the early exit, to be trained jointly.
 
     Returns:
         A float32 scalar.
@@ -205,15 +199,9 @@ def training_loss(
     Raises:
         ValueError: If labels are no class ids of this model, or the model's own loss differs.
     """
-    sums, counts = sample_losses(
-        model,
-        batch,
-        depth=depth,
-        family=family,
-        exit_head=exit_head,
-        detach_exit=detach_exit,
-        chunk_tokens=chunk_tokens,
-    )
+    sums, counts = sample_losses(model, batch, **options)
+    if observe is not None:
+        observe(torch.where(counts > 0, sums / counts, losses.UNLABELLED).detach())
     if weights is not None:
         sums = sums * weights
     return sums.sum() / (counts.sum().clamp(min=1) if items is None else items)
@@ -231,7 +219,14 @@ def sample_losses(
 ) -> tuple[Tensor, Tensor]:
     """Differentiable losses of the samples of a batch: what `training_loss` sums up.
 
-    Arguments and errors as in `training_loss`.
+    Args:
+        model: The model, wrapped or not, in training mode.
+        batch: Batch of b samples with labels.
+        depth: Exit after this many layers; None is the full model.
+        family: A row for a model that `earlysift.exits.FAMILIES` does not know.
+        exit_head: Module after the exit, if any.
+        detach_exit: Whether gradients of the exit stop at the exit head.
+        chunk_tokens: Positions that pass through the head at once.
 
     Returns:
         The sum of every sample's losses over its labelled positions, float32 ``(b,)``, 0 for unlabelled samples; and

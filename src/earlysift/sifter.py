@@ -17,7 +17,6 @@ from earlysift.exits import ExitHead
 from earlysift.judging import Counted
 from earlysift.ledger import Ledger
 from earlysift.loss_memory import LossMemory
-from earlysift.losses import UNLABELLED
 from earlysift.planning import Plan
 from earlysift.progress import STATE_VERSION, Progress
 from earlysift.runner import Runner
@@ -131,11 +130,7 @@ class Sifter:
         return self._pool_ids[self.selection.indices.cpu()]
 
     def begin(self, micro_step: int = 0) -> None:
-        """Open the ledger's row of the next call of `sift`: what comes before it, as waiting for data, is part of it.
-
-        Args:
-            micro_step: As `sift` will be given it.
-        """
+        """Open the ledger's row of the next call of `sift`; what precedes it, as waiting for data, is part of it."""
         self.ledger.begin(self._progress.place(micro_step)[0], micro_step)
 
     def sift(self, pool: Any, *, micro_step: int = 0) -> Any:
@@ -215,27 +210,21 @@ class Sifter:
         kept = self._progress.kept or max(1, round(self.config.keep * candidates.size))
         return self._runner.record(candidates, self._control or self._candidates(), kept)
 
-    def loss(self, batch: Any, *, weights: Tensor | None = None, items: Tensor | float | None = None) -> Tensor:
-        """Training loss of the latest batch, as `earlysift.scorers.training_loss`; ``score="memory"`` remembers it.
+    def loss(self, batch: Any, **options: Any) -> Tensor:
+        """Training loss of the latest batch; with ``score="memory"`` its samples' losses are remembered.
 
         Args:
             batch: What `sift` returned.
-            weights: Weight of every sample, ``(b,)``; None weighs every labelled position equally.
-            items: What to divide the sum by, where a step has more batches than this one; None is this batch's number
-                of labelled positions.
+            options: Those of `earlysift.scorers.training_loss`, as ``weights`` and ``items``.
 
         Returns:
             A float32 scalar.
         """
-        sums, counts = scorers.sample_losses(self.model, batch, family=self.config.family)
-        if self._runner.memory is not None:
-            self.observe(torch.where(counts > 0, sums / counts, UNLABELLED))
-        if weights is not None:
-            sums = sums * weights
-        return sums.sum() / (counts.sum().clamp(min=1) if items is None else items)
+        observe = None if self._runner.memory is None else self.observe
+        return scorers.training_loss(self.model, batch, family=self.config.family, observe=observe, **options)
 
     def observe(self, losses: Tensor) -> None:
-        """Remember the losses of the latest batch's samples, in loops that compute them on their own.
+        """Remember the losses of the latest batch's samples, in loops that compute them themselves.
 
         Args:
             losses: Mean loss of every sample of the batch that `sift` returned, in its order, ``(b,)``; ``-inf`` for
@@ -247,11 +236,6 @@ class Sifter:
         memory, ids = self._runner.memory, self.ids
         if memory is None or ids is None:
             raise ValueError("There is nothing to remember losses by: use score='memory', and call sift first.")
-        if losses.shape != ids.shape:
-            raise ValueError(
-                f"Expected one loss per sample of the latest batch, ({len(ids)},), got {tuple(losses.shape)}. "
-                "Average over a sample's positions, not over samples."
-            )
         memory.observe(ids, losses, self._progress.step)
 
     def exit_loss(self, batch: Any) -> Tensor:
@@ -318,9 +302,8 @@ class Sifter:
     def _candidates(self) -> Control:
         """What can be chosen on this model."""
         config, control = self.config, self.config.control or Control()
-        layers = self._runner.layers()  # refused now, not at the first probe
-        one_depth = self.exit_head is not None
-        return steering.candidates(control, depth=config.depth, keep=config.keep, layers=layers, one_depth=one_depth)
+        layers, one = self._runner.layers(), self.exit_head is not None  # refused now, not at the first probe
+        return steering.candidates(control, depth=config.depth, keep=config.keep, layers=layers, one_depth=one)
 
     def _warn(self, plan: Plan, scored: Scored | None, size: int, fidelity: Mapping[str, float]) -> None:
         """Warn of exits that rank at random, and once of a pool that is trained on whole."""
@@ -328,12 +311,7 @@ class Sifter:
             correlation = fidelity.get("rank_correlation", 1.0)
             self._broken_probes = judging.broken_probes(correlation, plan.step, plan.depth, self._broken_probes)
         if plan.is_partial and not (scored and scored.everywhere) and not self._mentioned_partial:
-            _LOG.warning(
-                "step %d: the %d candidates of a pool are fewer than the %d kept: all are trained on. Said once.",
-                plan.step,
-                size,
-                plan.kept,
-            )
+            judging.mention_partial(plan.step, size, plan.kept)
             self._mentioned_partial = True
 
     def _commit(
