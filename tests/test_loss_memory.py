@@ -10,7 +10,7 @@ import torch
 import models
 from earlysift import SiftConfig, Sifter, scorers
 from earlysift.loss_memory import LossMemory, state_problems
-from models import build
+from models import build, row_of
 
 NAN = float("nan")
 SAMPLES, R, B = 40, 16, 4
@@ -204,6 +204,8 @@ def test_what_memory_cannot_do_is_refused_with_the_way_out():
         SiftConfig(score="memory")
     with pytest.raises(ValueError, match=r"each rank's own candidates\. Use scope='local'"):
         SiftConfig(score="memory", sample_id="number", scope="global")
+    with pytest.raises(ValueError, match=r"sample_id works on each rank's own candidates"):
+        SiftConfig(sample_id="number", scope="global")
     with pytest.raises(ValueError, match="Auto mode chooses among early exits"):
         SiftConfig(score="memory", sample_id="number", mode="auto")
     model = build("bert", "masked_lm").train()
@@ -230,6 +232,24 @@ def test_a_broken_memory_is_refused_and_nothing_is_loaded(broken):
     with pytest.raises(ValueError, match="memory must hold losses"):
         sifter.load_state_dict(state | {"memory": broken, "step": 0})
     assert (sifter.step, sifter._runner.memory.seen) == (2, seen)
+
+
+def test_a_loaded_sifter_remembers_nothing_by_the_ids_of_a_pool_before_the_load():
+    model = build("bert", "masked_lm").train()
+    sifter = remembering(model)
+    saved = sifter.state_dict()
+    sifter.sift(next(pools(1)))
+    sifter.load_state_dict(saved)
+    assert sifter.ids is None
+    with pytest.raises(ValueError, match="call sift first"):
+        sifter.observe(torch.zeros(B))
+
+
+def test_a_probe_takes_the_ids_out_too():
+    model = build("plain", "masked_lm").train()  # its forward knows no other keys
+    pool, row = next(pools(1)), row_of(model)
+    without = {name: rows for name, rows in pool.items() if name != "number"}
+    assert Sifter(model, sample_id="number", family=row).probe(pool) == Sifter(model, family=row).probe(without)
 
 
 def test_ids_are_taken_out_for_every_score():

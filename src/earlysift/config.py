@@ -143,8 +143,8 @@ class SiftConfig:
                 sentences.append(
                     "score='memory' needs the samples' ids. Give sample_id, the key of the pool that has them."
                 )
-            if self.score == "memory" and self.scope == "global":
-                sentences.append("score='memory' works on each rank's own candidates. Use scope='local'.")
+            if self.sample_id is not None and self.scope == "global":
+                sentences.append("sample_id works on each rank's own candidates. Use scope='local'.")
             if self.mode == "fixed" and self.control is not None:
                 sentences.append("control was given, but mode='fixed' ignores it. Set mode='auto'.")
         if sentences:

@@ -206,7 +206,7 @@ class Sifter:
         Returns:
             Signal and length of the step of every rule, rank correlation by depth, gain by depth and keep, floor.
         """
-        candidates = pools.checked(pool)
+        candidates = pools.checked(pool, self.config.sample_id)
         kept = self._progress.kept or max(1, round(self.config.keep * candidates.size))
         return self._runner.record(candidates, self._control or self._candidates(), kept)
 
@@ -283,7 +283,7 @@ class Sifter:
         if self._runner.memory is not None:
             self._runner.memory.load_state_dict(state["memory"])
         self._progress = progress.from_json(state)
-        self._unjudged, self._broken_probes = None, 0
+        self._unjudged, self._pool_ids, self._broken_probes = None, None, 0
 
     def _identity(self) -> dict[str, Any]:
         """The configuration as a checkpoint holds it."""
