@@ -26,18 +26,18 @@ def prepared(rows=8, kept=4, *, step=0, **options):
 def test_the_batch_holds_the_rows_with_the_largest_scores():
     pool, plan, runner = prepared(probe_every=0)
     scored = stepping.score(pool, plan, runner)
-    selection, batch = stepping.select(pool, scored, plan, runner)
-    assert batch is None
-    assert torch.equal(selection.indices, selectors.greedy(scored.own, 4).indices)
-    rows = stepping.gather(pool, selection, batch, runner)
-    assert torch.equal(rows["input_ids"], pool.data["input_ids"][selection.indices])
+    chosen = stepping.select(pool, scored, plan, runner)
+    assert chosen.batch is None
+    assert torch.equal(chosen.selection.indices, selectors.greedy(scored.own, 4).indices)
+    rows = stepping.gather(pool, chosen, runner)
+    assert torch.equal(rows["input_ids"], pool.data["input_ids"][chosen.selection.indices])
 
 
 def test_a_step_without_scores_draws_a_uniform_subset_by_its_own_generator():
     pool, plan, runner = prepared(score="uniform")
     assert stepping.score(pool, plan, runner) is None
     assert stepping.judge(None, plan, NOTHING) is None
-    selection, _ = stepping.select(pool, None, plan, runner)
+    selection = stepping.select(pool, None, plan, runner).selection
     again = planning.draw(runner.config, 0, 0).own
     assert torch.equal(selection.indices, selectors.uniform_subset(8, 4, again).indices)
     assert stepping.learn(pool, None, plan, runner) == {}
@@ -45,9 +45,9 @@ def test_a_step_without_scores_draws_a_uniform_subset_by_its_own_generator():
 
 def test_a_rest_is_handed_out_as_it_came():
     pool, plan, runner = prepared(rows=3, step=5)
-    selection, batch = stepping.select(pool, None, plan, runner)
-    assert batch is pool.data
-    assert selection.indices.tolist() == [0, 1, 2]
+    chosen = stepping.select(pool, None, plan, runner)
+    assert chosen.batch is pool.data
+    assert chosen.selection.indices.tolist() == [0, 1, 2]
 
 
 def test_scores_are_judged_at_once_unless_all_rows_are_trained_on():

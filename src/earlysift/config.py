@@ -18,6 +18,7 @@ from earlysift.scorers import SCORES, Scorer
 from earlysift.selectors import Selector
 
 _PLAIN = ("keep", "depth", "mode", "reduction", "max_positions", "drop_outliers", "probe_every", "trim", "scope")
+_BLEND_EXPLORES = 0.1
 _SCHEDULE_SAMPLES = (0, 1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)
 
 
@@ -29,13 +30,20 @@ class SiftConfig:
         keep: b / R, in (0, 1]. The number kept is fixed by the first pool. 1.0 hands pools through untouched.
         kept: b, the number of candidates to keep; None is keep times the rows of the first pool.
         depth: Layers that run for a score, 1 to one less than the model has.
-        score: ``"loss"``, ``"entropy"`` or ``"margin"`` at the exit (`earlysift.measures.MEASURES`), ``"exact"`` (loss
-            of the full model), ``"memory"`` (the loss that a sample had when it was last trained on, see
-            `Sifter.loss`), ``"uniform"``, or a scorer ``(model, pool) -> (R,)``.
-        sample_id: Key of the pool that holds the samples' ids, int64 ``(R,)``, from 0 on; needed by ``"memory"``. It is
-            taken out of the batch, as models do not know it; `Sifter.ids` has it.
+        score: ``"loss"``, ``"entropy"`` or ``"margin"`` at the exit (`earlysift.measures.MEASURES`), ``"probe"`` (the
+            loss by a small model of its own at the exit, `earlysift.exit_probe`), ``"memory"`` (the loss that a sample
+            had when it was last trained on), ``"blend"`` (the exact loss as predicted from both, `earlysift.blend`),
+            ``"exact"`` (loss of the full model), ``"uniform"``, or a scorer ``(model, pool) -> (R,)``. Memory and blend
+            learn from the training losses: train on `Sifter.loss`, or call `Sifter.observe`.
+        sample_id: Key of the pool that holds the samples' ids, int64 ``(R,)``, from 0 on; needed by ``"memory"``, of
+            use to ``"blend"``. It is taken out of the batch, as models do not know it; `Sifter.ids` has it.
+        explore: Share of every batch that is drawn uniformly from the candidates that selection leaves out, in
+            [0, 1); None is 0.1 with ``"blend"``, which needs it, and 0 else. It keeps easy samples from being
+            forgotten, and shows what the loss of whole pools is (`Sifter.stats`).
         select: Selector ``(scores, kept, generator) -> Selection``.
         schedule: Optimizer step to share of steps that select; None selects at every step.
+        keep_schedule: Optimizer step to keep, between ``keep`` and 1; the batch stays the same, and only the first
+            b / keep candidates of the pool are considered (`Sifter.wanted`). None is ``keep`` at every step.
         mode: ``"fixed"`` selects as configured; ``"auto"`` starts uniformly, measures by probes whether selection would
             pay, and chooses rule, depth and keep, or goes back to uniform batches (`earlysift.controller`). The
             unbiased rule is a candidate only in loops that read `Sifter.weights`.
@@ -95,11 +103,20 @@ class SiftConfig:
     sample_id: str | None = option(
         None, lambda value: value is None or (isinstance(value, str) and value != ""), "the name of a key, or None"
     )
+    explore: float | None = option(
+        None,
+        lambda value: value is None or (finite(value) and 0 <= value < 1),
+        "in [0, 1), or None",
+        "It is the share of the batch that is drawn uniformly; 0.1 is usual.",
+    )
     select: Selector = option(selectors.greedy, callable, "a callable (scores, kept, generator) -> Selection")
     schedule: Schedule | None = option(
         None,
         lambda value: value is None or callable(value),
         "a callable from steps to shares of steps that select, or None",
+    )
+    keep_schedule: Schedule | None = option(
+        None, lambda value: value is None or callable(value), "a callable from steps to values of keep, or None"
     )
     mode: Literal["fixed", "auto"] = one_of("fixed", "fixed", "auto")
     control: Control | None = option(
@@ -145,12 +162,19 @@ class SiftConfig:
                 )
             if self.sample_id is not None and self.scope == "global":
                 sentences.append("sample_id works on each rank's own candidates. Use scope='local'.")
+            if self.score == "blend" and self.scope == "global":
+                sentences.append("score='blend' learns on each rank's own candidates. Use scope='local'.")
+            if self.explored and self.select is selectors.proportional:
+                sentences.append("The unbiased rule draws every candidate now and then. Leave explore at 0.")
+            if self.mode == "auto" and self.keep_schedule is not None:
+                sentences.append("Auto mode chooses keep itself. Leave keep_schedule out.")
             if self.mode == "fixed" and self.control is not None:
                 sentences.append("control was given, but mode='fixed' ignores it. Set mode='auto'.")
         if sentences:
             raise ValueError("\n".join(sentences))
-        for name in ("keep", "drop_outliers"):  # plain Python numbers: they go into checkpoints
-            object.__setattr__(self, name, float(getattr(self, name)))
+        for name in ("keep", "drop_outliers", "explore"):  # plain Python numbers: they go into checkpoints
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, float(getattr(self, name)))
         for name in ("kept", "depth", "max_positions", "probe_every", "seed"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, int(getattr(self, name)))
@@ -169,6 +193,27 @@ class SiftConfig:
             )
         return float(share)
 
+    @property
+    def explored(self) -> float:
+        """The share of a batch that is drawn uniformly."""
+        return (_BLEND_EXPLORES if self.score == "blend" else 0.0) if self.explore is None else self.explore
+
+    def keep_at(self, step: int) -> float:
+        """Keep at an optimizer step, by its schedule.
+
+        Raises:
+            ValueError: If the schedule returns something else than a number between ``keep`` and 1.
+        """
+        if self.keep_schedule is None:
+            return self.keep
+        keep = self.keep_schedule(step)
+        if not (finite(keep) and self.keep <= keep <= 1):
+            raise ValueError(
+                f"Expected keep_schedule to return a number in [{self.keep:g}, 1], got {keep!r} at step {step}. Pools "
+                "are only large enough for these."
+            )
+        return float(keep)
+
     def identity(self) -> dict[str, Any]:
         """The options that two runs must share to make the same picks, as JSON; for checkpoints.
 
@@ -180,6 +225,8 @@ class SiftConfig:
             "score": scorers.name_of(self.score),
             "select": scorers.name_of(self.select),
             "schedule": [self.share(step) for step in _SCHEDULE_SAMPLES],
+            "keep_schedule": self.keep_schedule and [self.keep_at(step) for step in _SCHEDULE_SAMPLES],
+            "explore": self.explored,
             "control": control,
             "dtype": str(self.dtype),
         }

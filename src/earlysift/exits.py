@@ -471,6 +471,19 @@ class ExitHead(nn.Module):
         return cast(Tensor, self.norm(states))
 
 
+class Recorder(nn.Module):
+    """Follows the layer at an exit like an `ExitHead`, hands its output on, and keeps it as ``states``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.states: Tensor | None = None
+
+    def forward(self, states: Tensor) -> Tensor:
+        """The states, unchanged."""
+        self.states = states
+        return states
+
+
 def _attribute_of_replaced(module: nn.Module, name: str) -> Any:
     # Models read attributes of their layers and heads (attention type, dtype of weights), so stand-ins forward them.
     try:

@@ -44,10 +44,7 @@ class LossMemory:
             float32 ``(R,)``, on the device of the ids; unseen samples get the largest remembered loss of the pool
             plus 1, unlabelled ones ``-inf``.
         """
-        rows = ids.cpu()
-        losses = torch.full((len(rows),), torch.nan)
-        known = rows < len(self._losses)
-        losses[known] = self._losses[rows[known]]
+        losses = self.look(ids, 0)[0].cpu()
         unseen = losses.isnan()
         finite = losses[torch.isfinite(losses)]
         first = finite.max() + 1 if len(finite) else torch.tensor(1.0)
@@ -83,13 +80,22 @@ class LossMemory:
         self._losses[rows] = values
         self._steps[rows] = step
 
-    def age(self, ids: Tensor, step: int) -> Tensor:
-        """Optimizer steps since each loss was observed, ``(R,)``; nan for unseen samples."""
+    def look(self, ids: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """What is known of samples, nan where they were never trained on.
+
+        Args:
+            ids: int64 ``(R,)``, on any device.
+            step: The present optimizer step.
+
+        Returns:
+            Losses, ``(R,)``, and optimizer steps since each was observed, ``(R,)``.
+        """
         rows = ids.cpu()
-        ages = torch.full((len(rows),), torch.nan)
+        losses, ages = torch.full((2, len(rows)), torch.nan)
         known = rows < len(self._losses)
-        ages[known] = torch.where(self._losses[rows[known]].isnan(), torch.nan, float(step) - self._steps[rows[known]])
-        return ages.to(ids.device)
+        losses[known] = self._losses[rows[known]]
+        ages[known] = torch.where(losses[known].isnan(), torch.nan, float(step) - self._steps[rows[known]])
+        return losses.to(ids.device), ages.to(ids.device)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Losses and steps, as copies."""
@@ -99,9 +105,12 @@ class LossMemory:
         """Continue from what `state_dict` returned; `state_problems` has found nothing wrong with it."""
         self._losses, self._steps = state["losses"].clone(), state["steps"].clone()
 
+    def state_problems(self, state: Any) -> list[str]:
+        """What keeps `load_state_dict` from using something that was saved."""
+        return _problems(state)
 
-def state_problems(state: Any) -> list[str]:
-    """What keeps `LossMemory.load_state_dict` from using something that was saved."""
+
+def _problems(state: Any) -> list[str]:
     kinds = {"losses": torch.float32, "steps": torch.int32}
     if not isinstance(state, Mapping) or state.keys() != kinds.keys():
         return ["memory must hold losses and steps"]

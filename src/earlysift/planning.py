@@ -98,6 +98,9 @@ def plan(pool: Pool, kept: int, micro_step: int, progress: Progress, control: Co
     state, row = (None, {}) if control is None else steer(pool, kept, step, first, progress, control, runner)
     selects, select, depth, approximation = draws.selects, config.select, config.depth, runner.approximation
     rows, considered = max(progress.largest, pool.size), pool.size
+    if config.mode == "fixed":
+        rows = round(kept / config.keep_at(step)) if config.keep_schedule else rows
+        considered = min(pool.size, rows)
     if state is not None:
         selects = selects and state.choice is not None
     if state is not None and state.choice is not None:

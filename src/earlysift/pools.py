@@ -129,6 +129,17 @@ def take(pool: Any, indices: Tensor | slice) -> Any:
     return checked(pool).take(indices).data
 
 
+def mask_of(inputs: Any, shape: torch.Size) -> Tensor | None:
+    """The ``attention_mask`` of inputs, if it has this shape ``(R, T)``; else None.
+
+    Example:
+        >>> mask_of({"attention_mask": torch.ones(2, 3)}, torch.Size((2, 4))) is None
+        True
+    """
+    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+    return mask if isinstance(mask, Tensor) and mask.shape == shape else None
+
+
 def inputs_and_labels(pool: Any) -> tuple[Any, Tensor]:
     """Split a pool into what the model is called with and the labels.
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from earlysift import controller
 from earlysift.config_files import differences
 from earlysift.controller import Control
-from earlysift.loss_memory import LossMemory, state_problems
 from earlysift.options import finite, option, problems, whole
 from earlysift.pending import Pending
 
@@ -127,7 +126,7 @@ def require_loadable(
     control: Control | None,
     exit_head: torch.nn.Module | None,
     exit_optimizer: torch.optim.Optimizer | None,
-    memory: LossMemory | None,
+    learners: Mapping[str, Any],
 ) -> None:
     """Refuse a state that a `Sifter` of this configuration cannot continue from, before anything is loaded.
 
@@ -137,7 +136,7 @@ def require_loadable(
         control: Auto mode's; None in fixed mode.
         exit_head: The exit's own head, if any.
         exit_optimizer: Its optimizer, if any.
-        memory: Remembered losses, if the score needs them.
+        learners: What learns as training goes on, by name; each with ``state_problems``.
 
     Raises:
         ValueError: If the state is of another version or configuration, or damaged; lists all that is wrong.
@@ -161,7 +160,7 @@ def require_loadable(
             "Build the Sifter as it was saved, or start a new one."
         )
     damage = [] if saved is not None else ["config must be the settings of a Sifter"]
-    parts = {"exit_head": exit_head, "exit_optimizer": exit_optimizer, "memory": memory}
+    parts = {"exit_head": exit_head, "exit_optimizer": exit_optimizer, **learners}
     damage += _progress_problems(
         state, {"version", "config", *(name for name, part in parts.items() if part is not None)}
     )
@@ -174,8 +173,8 @@ def require_loadable(
         damage += _tensor_problems(state.get("exit_head"), exit_head.state_dict())
     if exit_optimizer is not None:
         damage += _optimizer_problems(state.get("exit_optimizer"), exit_optimizer)
-    if memory is not None:
-        damage += state_problems(state.get("memory"))
+    for name, learner in learners.items():
+        damage += learner.state_problems(state.get(name))
     if damage:
         raise ValueError(
             f"The Sifter state is damaged: {'; '.join(damage)}. Nothing was loaded. "

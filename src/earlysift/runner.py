@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from earlysift import checks, controller, costs, exits, judging, losses, pools, probes, ranks, scorers
+from earlysift.blend import Blend
 from earlysift.config import SiftConfig
 from earlysift.controller import Control
+from earlysift.exit_probe import ExitProbe
 from earlysift.exits import Anatomy, ExitHead
 from earlysift.fidelity import fidelity
 from earlysift.ledger import Ledger
@@ -20,7 +22,8 @@ from earlysift.loss_memory import LossMemory
 from earlysift.measures import LOSS
 from earlysift.options import whole
 from earlysift.pools import Pool
-from earlysift.scorers import Approximation
+from earlysift.recent import Kept, Recent
+from earlysift.scorers import Approximation, Learnt
 
 _LOG = logging.getLogger("earlysift")
 
@@ -34,7 +37,6 @@ class Runner:
         exit_head: Module after the exit, if any.
         exit_optimizer: Its optimizer, if it is trained here.
         ledger: Where times and FLOPs go.
-        memory: Losses that are remembered, if the score needs them and others share them.
 
     Raises:
         ValueError: With all problems of the model.
@@ -47,12 +49,18 @@ class Runner:
         exit_head: ExitHead | None,
         exit_optimizer: torch.optim.Optimizer | None,
         ledger: Ledger,
-        memory: LossMemory | None = None,
     ) -> None:
         self.model, self.config, self.ledger = model, config, ledger
         self.exit_head, self.exit_optimizer = exit_head, exit_optimizer
         self.approximation = scorers.named(config.score, config.depth)
-        self.memory = (memory or LossMemory()) if config.score == "memory" else None
+        by_memory = config.score == "memory" or (config.score == "blend" and config.sample_id is not None)
+        self.learnt = Learnt(
+            memory=LossMemory() if by_memory else None,
+            probe=ExitProbe(config.seed) if config.score in ("probe", "blend") else None,
+            blend=Blend() if config.score == "blend" else None,
+        )
+        self.recent = Recent()
+        self._observed: list[tuple[Kept, Tensor]] = []
         self.anatomy: Anatomy | None = None
         self._exits = exit_head is not None or (self.approximation is not None and self.approximation.depth is not None)
         self._compared = not (self._exits or (self.approximation and self.approximation.measure))
@@ -82,6 +90,38 @@ class Runner:
     def times_between_ms(self) -> dict[str, float]:
         """Median time between calls as ``train``, as far as is known."""
         return {"train": median(self._between_ms)} if self._between_ms else {}
+
+    @property
+    def observes(self) -> bool:
+        """Whether the losses of trained samples are of use."""
+        learnt = self.learnt
+        return learnt.memory is not None or learnt.blend is not None or self.config.explored > 0
+
+    def observe(self, kept: Kept, losses: Tensor) -> None:
+        """Note the exact losses of a batch, for `absorb`: an accelerator has yet to compute them."""
+        if self.observes:
+            self._observed.append((kept, losses.detach()))
+
+    def absorb(self) -> None:
+        """Learn from the losses noted so far: remember them, fit the blend, keep them among the recent ones."""
+        learnt = self.learnt
+        for kept, exact in self._observed:
+            remembered = None
+            if learnt.memory is not None and kept.ids is not None:
+                remembered = learnt.memory.look(kept.ids, kept.step)[0]
+                learnt.memory.observe(kept.ids, exact, kept.step)
+            if learnt.blend is not None and kept.inputs is not None and kept.stands_for is not None:
+                learnt.blend.fit(kept.inputs, exact, kept.stands_for.to(exact.device))
+            self.recent.add(exact, score=kept.scores, remembered=remembered, stands_for=kept.stands_for)
+        self._observed.clear()
+
+    def forget(self) -> None:
+        """Drop losses that were noted and not yet learnt from."""
+        self._observed.clear()
+
+    def learners(self) -> dict[str, Any]:
+        """What learns as training goes on, by name; each has a state of its own."""
+        return self.learnt.parts() | ({"recent": self.recent} if self.observes else {})
 
     @property
     def device(self) -> torch.device:
@@ -115,7 +155,9 @@ class Runner:
             probes.with_head(self.anatomy)
         self._compared = True
 
-    def score(self, pool: Pool, approximation: Approximation, kept: int, key: tuple[int | str, ...] = ()) -> Tensor:
+    def score(
+        self, pool: Pool, approximation: Approximation, kept: int, key: tuple[int | str, ...] = (), step: int = 0
+    ) -> Tensor:
         """Scores of a pool, ``(R,)``, timed.
 
         Args:
@@ -123,9 +165,10 @@ class Runner:
             approximation: What scores them.
             kept: b, which bounds how many run at once.
             key: What random numbers of a user's scorer depend on.
+            step: The optimizer step.
         """
         with self.ledger.timed("score"):
-            scores = approximation(self.model, pool, **self._options(kept, approximation), key=key)
+            scores = approximation(self.model, pool, **self._options(kept, approximation), key=key, step=step)
         return judging.require_scores(scores, pool.size)
 
     def fidelity(self, pool: Pool, scores: Tensor, kept: int) -> dict[str, float]:
@@ -248,7 +291,7 @@ class Runner:
             "chunk_rows": self.config.chunk_rows or rows,
             "trim": self.config.trim,
             "dtype": self.config.dtype,
-            "memory": self.memory,
+            "learnt": self.learnt,
         }
 
     def _max_positions(self, depth: int | None) -> int | None:

@@ -6,7 +6,8 @@ that models build lazily), in evaluation mode with every module's own flag resto
 bfloat16 where the hardware has it, and draw from no global generator.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -15,19 +16,41 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from earlysift import checks, exits, losses, pools
-from earlysift.exits import Anatomy, Family
+from earlysift import checks, exits, losses, pools, ranks
+from earlysift.blend import Blend
+from earlysift.exit_probe import ADAPTER_SHARE, ExitProbe, features
+from earlysift.exits import Anatomy, Family, Recorder
 from earlysift.loss_memory import LossMemory
 from earlysift.losses import Head, Reduction
-from earlysift.measures import LOSS, MEASURES, Measure
+from earlysift.measures import ENTROPY, LOSS, MEASURES, Measure
 from earlysift.pools import Pool
 from earlysift.seeds import reseeded
 
 Scorer = Callable[[nn.Module, Any], Tensor]
 
 AUTO_DTYPE = "auto"
-SCORES = (*MEASURES, "exact", "memory", "uniform")
+SCORES = (*MEASURES, "probe", "memory", "blend", "exact", "uniform")
 """Scores by name."""
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """What a sifter learns as it goes; None where its score needs none of it.
+
+    Attributes:
+        memory: Losses that samples had when they were last trained on.
+        probe: A model of its own at the exit.
+        blend: Predicts exact losses from what is cheap.
+    """
+
+    memory: LossMemory | None = None
+    probe: ExitProbe | None = None
+    blend: Blend | None = None
+
+    def parts(self) -> dict[str, LossMemory | ExitProbe | Blend]:
+        """Those that there are, by name."""
+        parts = {"memory": self.memory, "probe": self.probe, "blend": self.blend}
+        return {name: part for name, part in parts.items() if part is not None}
 
 
 @dataclass(frozen=True)
@@ -45,7 +68,8 @@ class Scoring:
         dtype: Autocast dtype while scoring; ``"auto"`` is bfloat16 where the hardware computes in it, None leaves
             autocast as it is.
         key: What the random numbers depend on that a scorer of the user's own may draw.
-        memory: Losses that samples had when they were last trained on, for `memory`.
+        learnt: What `probe`, `memory` and `blend` know.
+        step: The optimizer step, by which remembered losses have an age.
     """
 
     family: Family | None = None
@@ -56,7 +80,8 @@ class Scoring:
     trim: bool = False
     dtype: torch.dtype | str | None = AUTO_DTYPE
     key: tuple[int | str, ...] = ()
-    memory: LossMemory | None = None
+    learnt: Learnt = Learnt()
+    step: int = 0
 
     def __post_init__(self) -> None:
         if self.chunk_rows is not None and self.chunk_rows < 1:
@@ -115,6 +140,19 @@ def memory() -> Approximation:
     return Approximation("memory", _remembered)
 
 
+def probe(depth: int) -> Approximation:
+    """The loss by a small model of its own at the exit, which learns from every pool: see `earlysift.exit_probe`."""
+    return Approximation("probe", _probed, LOSS, depth)
+
+
+def blend(depth: int) -> Approximation:
+    """The exact loss as predicted from the probe at an exit and, where samples have ids, from remembered losses.
+
+    See `earlysift.blend`.
+    """
+    return Approximation("blend", _blended, LOSS, depth)
+
+
 def custom(scorer: Scorer) -> Approximation:
     """A scorer of the user's own, run as the others are: no gradients, evaluation mode, no global random state touched.
 
@@ -134,6 +172,9 @@ def named(score: str | Scorer, depth: int) -> Approximation | None:
         return custom(score)
     if score in MEASURES:
         return at_exit(MEASURES[score], depth)
+    at_any_depth = {"probe": probe, "blend": blend}
+    if score in at_any_depth:
+        return at_any_depth[score](depth)
     return {"exact": exact, "memory": memory}.get(score, lambda: None)()
 
 
@@ -335,13 +376,49 @@ def sample_scores(
     return losses.token_scores(measure, states, labels, head, causal=causal, reduction=reduction, positions=positions)
 
 
-def _measured(approximation: Approximation, model: nn.Module, pool: Pool, scoring: Scoring) -> Tensor:
-    measure, depth = approximation.measure, approximation.depth
-    assert measure is not None
-    anatomy = checks.as_compared(exits.find_anatomy(model, scoring.family))
+class _Chunk(NamedTuple):
+    """Rows of a pool that ran at once.
+
+    Attributes:
+        inputs: What the model was called with.
+        labels: Their labels.
+        states: What entered the head; in classification the logits.
+        positions: Labelled positions that are read; None in classification.
+        at_exit: The output of the layer at the exit, where it was asked for.
+    """
+
+    inputs: Any
+    labels: Tensor
+    states: Tensor
+    positions: Tensor | None
+    at_exit: Tensor | None
+
+
+def _run(
+    anatomy: Anatomy,
+    depth: int | None,
+    model: nn.Module,
+    pool: Pool,
+    scoring: Scoring,
+    read: Callable[[_Chunk], Tensor],
+    recorder: Recorder | None = None,
+) -> Tensor:
+    """Run a pool to an exit, a chunk of rows at a time.
+
+    Args:
+        anatomy: The model's.
+        depth: Layers that run; None runs all.
+        model: The model.
+        pool: R candidates.
+        scoring: How they run.
+        read: From a chunk to what is wanted of each of its rows, ``(rows, ...)``.
+        recorder: Takes the output of the layer at the exit.
+
+    Returns:
+        ``(R, ...)``, in the order of the pool.
+    """
     max_positions = None if depth is None else scoring.max_positions
     classifies = anatomy.task == "sequence_classification"
-    head: Head = (lambda logits: logits) if classifies else exits.head_of(anatomy)
     skips = not classifies and depth is not None and exits.skips_unlabelled(model, anatomy, max_positions)
     rows = scoring.chunk_rows or pool.size
     order = pools.by_length(pool.data) if scoring.trim else None
@@ -351,9 +428,9 @@ def _measured(approximation: Approximation, model: nn.Module, pool: Pool, scorin
         stack.enter_context(torch.no_grad())
         stack.enter_context(precision(anatomy, scoring.dtype))
         if depth is not None:
-            stack.enter_context(exits.shortened(anatomy, depth, exit_head=scoring.exit_head))
+            stack.enter_context(exits.shortened(anatomy, depth, exit_head=recorder or scoring.exit_head))
         stack.enter_context(exits.scoring_mode(model))  # of the short model: walking the other layers takes time
-        scores = []
+        parts = []
         for start in range(0, pool.size, rows):
             chunk = pool.take(slice(start, start + rows)).data
             inputs, labels = pools.inputs_and_labels(chunk if order is None else pools.trim_padding(chunk))
@@ -366,17 +443,130 @@ def _measured(approximation: Approximation, model: nn.Module, pool: Pool, scorin
                 if depth is not None and positions is not None and skips:
                     at_head.enter_context(exits.at_positions(anatomy, depth, positions, labels.shape))
                 states = exits.call(model, inputs)
-            scores.append(
-                sample_scores(measure, anatomy, head, states, labels, reduction=scoring.reduction, positions=positions)
-            )
-        found = torch.cat(scores)
+            parts.append(read(_Chunk(inputs, labels, states, positions, None if recorder is None else recorder.states)))
+        found = torch.cat(parts)
         return found if order is None else torch.empty_like(found).index_copy(0, order, found)
 
 
+def _measured(approximation: Approximation, model: nn.Module, pool: Pool, scoring: Scoring) -> Tensor:
+    measure = approximation.measure
+    assert measure is not None
+    anatomy = checks.as_compared(exits.find_anatomy(model, scoring.family))
+    head: Head = (lambda logits: logits) if anatomy.task == "sequence_classification" else exits.head_of(anatomy)
+
+    def read(chunk: _Chunk) -> Tensor:
+        return sample_scores(
+            measure,
+            anatomy,
+            head,
+            chunk.states,
+            chunk.labels,
+            reduction=scoring.reduction,
+            positions=chunk.positions,
+        )
+
+    return _run(anatomy, approximation.depth, model, pool, scoring, read)
+
+
+def _probed(approximation: Approximation, model: nn.Module, pool: Pool, scoring: Scoring) -> Tensor:
+    return _read_by_probe(approximation, model, pool, scoring, LOSS)[:, 0]
+
+
+def _blended(approximation: Approximation, model: nn.Module, pool: Pool, scoring: Scoring) -> Tensor:
+    learnt = scoring.learnt
+    if learnt.blend is None:
+        raise ValueError("A blend belongs to a Sifter with score='blend'. Score by it.")
+    known: tuple[Tensor, ...] = ()
+    if learnt.memory is not None and pool.ids is not None:
+        known = learnt.memory.look(pool.ids, scoring.step)
+    exit_losses, entropies = _read_by_probe(approximation, model, pool, scoring, LOSS, ENTROPY).unbind(dim=1)
+    predicted = learnt.blend.predict(learnt.blend.inputs(exit_losses, entropies, *known))
+    return torch.where(torch.isfinite(exit_losses), predicted, exit_losses)
+
+
+def _read_by_probe(
+    approximation: Approximation, model: nn.Module, pool: Pool, scoring: Scoring, *measures: Measure
+) -> Tensor:
+    """Measures of the probe's predictions, ``(R, measures)``; the loss is the first, and what the probe learns from."""
+    exit_probe = scoring.learnt.probe
+    if exit_probe is None:
+        raise ValueError("A probe belongs to a Sifter with score='probe' or score='blend'. Score by it.")
+    anatomy = checks.as_compared(exits.find_anatomy(model, scoring.family))
+    by_task = _read_by_classifier if anatomy.task == "sequence_classification" else _read_by_adapter
+    return by_task(anatomy, approximation.depth, model, pool, scoring, exit_probe, measures)
+
+
+def _read_by_classifier(
+    anatomy: Anatomy,
+    depth: int | None,
+    model: nn.Module,
+    pool: Pool,
+    scoring: Scoring,
+    exit_probe: ExitProbe,
+    measures: Sequence[Measure],
+) -> Tensor:
+    classes = 0
+
+    def read(chunk: _Chunk) -> Tensor:
+        nonlocal classes
+        classes = chunk.states.size(-1)
+        assert chunk.at_exit is not None
+        return features(chunk.at_exit, pools.mask_of(chunk.inputs, chunk.at_exit.shape[:2]))
+
+    inputs = _run(anatomy, depth, model, pool, scoring, read, Recorder())
+    labels = pools.inputs_and_labels(pool.data)[1]
+    with torch.enable_grad(), torch.autocast(inputs.device.type, enabled=False):
+        logits = exit_probe.classify(inputs, classes=classes)
+        values = [losses.class_scores(each, logits, labels, problem=checks.problem_of(anatomy)) for each in measures]
+        exit_probe.propose(values[0])
+    return torch.stack(values, dim=1).detach()
+
+
+def _read_by_adapter(
+    anatomy: Anatomy,
+    depth: int | None,
+    model: nn.Module,
+    pool: Pool,
+    scoring: Scoring,
+    exit_probe: ExitProbe,
+    measures: Sequence[Measure],
+) -> Tensor:
+    if ranks.sharded(model):
+        raise ValueError(
+            "A probe of a language model learns through the head, whose weights are sharded here. Use score='loss', or "
+            "give the Sifter an exit_head."
+        )
+    shared = exits.head_of(anatomy)
+    trained = []
+
+    def score(measure: Measure, chunk: _Chunk, rows: int) -> Tensor:
+        assert chunk.positions is not None
+        return sample_scores(
+            measure,
+            anatomy,
+            lambda states: shared(exit_probe.adapt(states)),
+            chunk.states[:rows],
+            chunk.labels[:rows],
+            reduction=scoring.reduction,
+            positions=chunk.positions[chunk.positions < rows * chunk.labels.size(1)],
+        )
+
+    def read(chunk: _Chunk) -> Tensor:
+        rows = len(chunk.labels)
+        with torch.enable_grad():
+            trained.append(score(LOSS, chunk, math.ceil(rows / ADAPTER_SHARE)))
+        return torch.stack([score(measure, chunk, rows) for measure in measures], dim=1)
+
+    values = _run(anatomy, depth, model, pool, scoring, read)
+    exit_probe.propose(torch.cat(trained))
+    return values
+
+
 def _remembered(_: Approximation, model: nn.Module, pool: Pool, scoring: Scoring) -> Tensor:
-    if scoring.memory is None or pool.ids is None:
+    memory = scoring.learnt.memory
+    if memory is None or pool.ids is None:
         raise ValueError("Remembered losses belong to a Sifter with score='memory' and sample_id. Score by it.")
-    return scoring.memory.recall(pool.ids).to(next(model.parameters()).device)
+    return memory.recall(pool.ids).to(next(model.parameters()).device)
 
 
 def _guarded(scorer: Scorer, _: Approximation, model: nn.Module, pool: Pool, scoring: Scoring) -> Tensor:

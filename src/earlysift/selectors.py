@@ -257,6 +257,52 @@ def uniform_subset(candidates: int, kept: int, generator: Generator) -> Selectio
     return _unweighted(torch.randperm(candidates, generator=generator, device=generator.device)[:kept])
 
 
+def number_drawn(kept: int, share: float) -> int:
+    """Candidates of a batch that `explored` draws: at least one where there is a share, and never the whole batch.
+
+    Example:
+        >>> number_drawn(32, 0.1), number_drawn(4, 0.1), number_drawn(1, 0.1), number_drawn(32, 0.0)
+        (3, 1, 0, 0)
+    """
+    return min(max(1, round(share * kept)), kept - 1) if share > 0 else 0
+
+
+def explored(chosen: Tensor, drawn: int, scores: Tensor, generator: Generator) -> tuple[Selection, Tensor]:
+    """Add to the chosen candidates some that are drawn uniformly from all others.
+
+    What is drawn keeps easy samples from being forgotten, and what it loses stands for what all others would:
+    ``sum_i stands_for_i x_i / sum_i stands_for_i`` over the kept is an unbiased estimate of the mean of x over all
+    candidates with a finite score, a free look at the whole pool.
+
+    Args:
+        chosen: Candidates that are kept, int64 ``(k,)``.
+        drawn: Number of candidates to add.
+        scores: ``(R,)``; unlabelled and non-finite ones are drawn only if too few others exist.
+        generator: The only source of randomness.
+
+    Returns:
+        The selection of k + drawn candidates, weights 1; and for every candidate how many it stands for, ``(R,)``: 1 if
+        it was chosen, the number of all others over the number drawn if it was drawn, 0 if it is not kept.
+
+    Example:
+        >>> import torch
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> selection, stands_for = explored(torch.tensor([7, 8, 9]), 1, torch.arange(10.0), generator)
+        >>> selection.indices[1:], stands_for.sum(), stands_for.max()
+        (tensor([7, 8, 9]), tensor(10.), tensor(7.))
+
+    Reference:
+        The estimate: Horvitz and Thompson, 1952.
+    """
+    stands_for = torch.zeros(len(scores), device=scores.device).index_fill(0, chosen, 1.0)
+    others = torch.isfinite(scores) & (stands_for == 0)
+    keys = torch.rand(len(scores), generator=generator, device=generator.device).to(scores.device, non_blocking=True)
+    keys = torch.where(others, keys, -torch.inf).index_fill(0, chosen, torch.nan)  # the chosen come last of all
+    lucky = ranking(keys)[:drawn]
+    stands_for = stands_for.index_put((lucky,), (others.sum() / drawn).clamp(min=1.0))
+    return _unweighted(torch.cat([chosen, lucky])), stands_for
+
+
 def _unweighted(indices: Tensor) -> Selection:
     return Selection(indices.sort().values, torch.ones(len(indices), device=indices.device))
 

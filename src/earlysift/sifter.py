@@ -16,9 +16,9 @@ from earlysift.controller import Control
 from earlysift.exits import ExitHead
 from earlysift.judging import Counted
 from earlysift.ledger import Ledger
-from earlysift.loss_memory import LossMemory
 from earlysift.planning import Plan
 from earlysift.progress import STATE_VERSION, Progress
+from earlysift.recent import Kept
 from earlysift.runner import Runner
 from earlysift.selectors import Selection
 from earlysift.stepping import Scored
@@ -42,7 +42,6 @@ class Sifter:
         ledger: Where times and counts go; None keeps them in memory. A row lasts from one call of `sift` to the next,
             so ``step_ms`` holds training and waiting for data, too; time them apart with
             ``sifter.ledger.timed("train")`` and ``timed("wait")``.
-        memory: Losses to remember with ``score="memory"``, if sifters share them; None begins with none.
         options: Options of `SiftConfig` that differ from ``config``, as ``keep=0.25``.
 
     Raises:
@@ -69,7 +68,6 @@ class Sifter:
         exit_head: ExitHead | None = None,
         exit_optimizer: torch.optim.Optimizer | None = None,
         ledger: Ledger | None = None,
-        memory: LossMemory | None = None,
         **options: Any,
     ) -> None:
         parts = {"model": model, "exit_head": exit_head, "exit_optimizer": exit_optimizer}
@@ -79,8 +77,8 @@ class Sifter:
         self.exit_optimizer = exit_optimizer
         self.ledger = ledger or Ledger()
         self.selection: Selection | None = None
-        self._pool_ids: Tensor | None = None  # of the latest pool
-        self._runner = Runner(model, self.config, exit_head, exit_optimizer, self.ledger, memory)
+        self._kept: Kept | None = None  # the latest batch, whose losses are still to come
+        self._runner = Runner(model, self.config, exit_head, exit_optimizer, self.ledger)
         self._control = self._candidates() if self.config.mode == "auto" else None
         self._progress = progress.start(self.config.kept, steering.start(self._control))
         self._unjudged: Counted | None = None  # scores of the pool before that an accelerator has yet to count
@@ -100,7 +98,7 @@ class Sifter:
 
     @property
     def wanted(self) -> int:
-        """Candidates that the next call of `sift` can use: b on a step of auto mode that neither selects nor probes.
+        """Candidates that the next call of `sift` can use: b on a step that neither selects nor probes.
 
         Loops that read on demand need not read what nobody looks at. A uniform step of auto mode trains on the first b
         rows, so that candidates after them may be offered again. The next call is taken for the first of its step:
@@ -109,8 +107,9 @@ class Sifter:
         kept, state = self._progress.kept, self._progress.steering
         if kept is None:
             raise ValueError("How many are kept is known after the first pool. Pass kept= to know it before.")
-        pool = round(kept / self.config.keep)
-        if state is None or self._progress.step >= state.next_probe:
+        step = self._progress.step
+        pool = round(kept / self.config.keep_at(step)) if self.config.share(step) > 0 else kept
+        if state is None or step >= state.next_probe:
             return pool
         return kept if state.choice is None else min(pool, round(kept / state.choice.keep))
 
@@ -125,9 +124,7 @@ class Sifter:
     @property
     def ids(self) -> Tensor | None:
         """Ids of the latest batch's samples, int64 ``(b,)``, on the CPU; None without `SiftConfig.sample_id`."""
-        if self._pool_ids is None or self.selection is None:
-            return None
-        return self._pool_ids[self.selection.indices.cpu()]
+        return None if self._kept is None else self._kept.ids
 
     def begin(self, micro_step: int = 0) -> None:
         """Open the ledger's row of the next call of `sift`; what precedes it, as waiting for data, is part of it."""
@@ -159,11 +156,13 @@ class Sifter:
         kept = judging.require_kept(candidates.size, self.config.keep, before.kept, first=before.step == 0)
         self.begin(micro_step)
         runner.call_begins()
+        runner.absorb()
         self.judge()
         if self.config.keep == 1:
             step, row = before.place(micro_step)[0], {"candidates": candidates.size}
-            self._commit(candidates.data, stepping.whole_pool(candidates.size, runner.device), step, micro_step, row)
-            self._pool_ids = candidates.ids
+            chosen = stepping.whole_pool(candidates, runner.device)
+            self._commit(candidates.data, chosen.selection, step, micro_step, row)
+            self._kept = stepping.remember(candidates, None, chosen, step, runner)
             return candidates.data
         judging.require_training(self.model)
         runner.verify(candidates)
@@ -172,14 +171,14 @@ class Sifter:
             candidates = stepping.padded(candidates, runner)
         scored = stepping.score(candidates, plan, runner)
         unjudged = stepping.judge(scored, plan, self._progress.counts)
-        selection, batch = stepping.select(candidates, scored, plan, runner)
+        chosen = stepping.select(candidates, scored, plan, runner)
         fidelity = stepping.learn(candidates, scored, plan, runner)
-        batch = stepping.gather(candidates, selection, batch, runner)
+        batch = stepping.gather(candidates, chosen, runner)
         self._warn(plan, scored, candidates.size, fidelity)
         row = plan.row | (scored.row if scored else {}) | fidelity | {"candidates": candidates.size}
-        self._commit(batch, selection, plan.step, micro_step, row, kept=kept, steering=plan.steering)
+        self._commit(batch, chosen.selection, plan.step, micro_step, row, kept=kept, steering=plan.steering)
         runner.note_scoring(candidates, plan.approximation, row)
-        self._unjudged, self._pool_ids = unjudged, candidates.ids
+        self._unjudged, self._kept = unjudged, stepping.remember(candidates, scored, chosen, plan.step, runner)
         return batch
 
     def judge(self) -> None:
@@ -211,7 +210,7 @@ class Sifter:
         return self._runner.record(candidates, self._control or self._candidates(), kept)
 
     def loss(self, batch: Any, **options: Any) -> Tensor:
-        """Training loss of the latest batch; with ``score="memory"`` its samples' losses are remembered.
+        """Training loss of the latest batch, from which memory, blend and auto mode learn (`observes`).
 
         Args:
             batch: What `sift` returned.
@@ -220,23 +219,27 @@ class Sifter:
         Returns:
             A float32 scalar.
         """
-        observe = None if self._runner.memory is None else self.observe
+        observe = self.observe if self.observes else None
         return scorers.training_loss(self.model, batch, family=self.config.family, observe=observe, **options)
 
     def observe(self, losses: Tensor) -> None:
-        """Remember the losses of the latest batch's samples, in loops that compute them themselves.
+        """Take in the exact losses of the latest batch's samples, in loops that compute them themselves.
 
         Args:
             losses: Mean loss of every sample of the batch that `sift` returned, in its order, ``(b,)``; ``-inf`` for
                 unlabelled ones, nan leaves a sample as it was.
 
         Raises:
-            ValueError: Without ``score="memory"``, before the first pool, or if there is not one loss per sample.
+            ValueError: Before the first pool, or if there is not one loss per sample.
         """
-        memory, ids = self._runner.memory, self.ids
-        if memory is None or ids is None:
-            raise ValueError("There is nothing to remember losses by: use score='memory', and call sift first.")
-        memory.observe(ids, losses, self._progress.step)
+        if self._kept is None or self.selection is None:
+            raise ValueError("There is no batch yet that these could be the losses of. Call sift first.")
+        self._runner.observe(self._kept, judging.require_losses(losses, len(self.selection.indices)))
+
+    @property
+    def observes(self) -> bool:
+        """Whether the losses of trained samples are of use: the score learns from them, or a share is drawn."""
+        return self._runner.observes
 
     def exit_loss(self, batch: Any) -> Tensor:
         """Differentiable loss of the early exit on a batch: add a share of it to your loss to train the exit jointly.
@@ -255,16 +258,18 @@ class Sifter:
     def stats(self) -> dict[str, float]:
         """Numbers for a logger: counts so far, the latest fidelity probe, and median times in ms."""
         now = self._with_counts()
-        numbers = {"step": now.step, **now.counts, **now.fidelity}
+        self._runner.absorb()
+        numbers = {"step": now.step, **now.counts, **now.fidelity, **self._runner.recent.estimates()}
         times_ms = {f"{name}_ms": value for name, value in self.ledger.medians_ms().items()}
         return {f"sift/{name}": float(value) for name, value in (numbers | times_ms).items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs to make the same picks; JSON-like but for the exit head's tensors."""
+        self._runner.absorb()
         state = {"version": STATE_VERSION, "config": self._identity(), **progress.to_json(self._with_counts())}
         parts: dict[str, Any] = {"exit_head": self.exit_head, "exit_optimizer": self.exit_optimizer}
-        parts |= {"memory": self._runner.memory}
-        return state | {name: part.state_dict() for name, part in parts.items() if part is not None}
+        parts = {name: part for name, part in parts.items() if part is not None} | self._runner.learners()
+        return state | {name: part.state_dict() for name, part in parts.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where another sifter of the same configuration was saved.
@@ -273,17 +278,17 @@ class Sifter:
             ValueError: If the state is of another version or configuration, or not what `state_dict` returned; lists
                 what differs or is wrong. Nothing is loaded then.
         """
-        progress.require_loadable(
-            state, self._identity(), self._control, self.exit_head, self.exit_optimizer, self._runner.memory
-        )
+        learners = self._runner.learners()
+        progress.require_loadable(state, self._identity(), self._control, self.exit_head, self.exit_optimizer, learners)
         if self.exit_head is not None:
             self.exit_head.load_state_dict(state["exit_head"])
         if self.exit_optimizer is not None:
             self.exit_optimizer.load_state_dict(copy.deepcopy(state["exit_optimizer"]))
-        if self._runner.memory is not None:
-            self._runner.memory.load_state_dict(state["memory"])
+        self._runner.forget()
+        for name, learner in learners.items():
+            learner.load_state_dict(state[name])
         self._progress = progress.from_json(state)
-        self._unjudged, self._pool_ids, self._broken_probes = None, None, 0
+        self._unjudged, self._kept, self._broken_probes = None, None, 0
 
     def _identity(self) -> dict[str, Any]:
         """The configuration as a checkpoint holds it."""

@@ -11,8 +11,23 @@ from earlysift.judging import Counted
 from earlysift.planning import Plan
 from earlysift.pools import Pool
 from earlysift.ranks import Gathered
+from earlysift.recent import Kept
 from earlysift.runner import Runner
 from earlysift.selectors import Selection
+
+
+class Chosen(NamedTuple):
+    """The selection of a step.
+
+    Attributes:
+        selection: The kept candidates.
+        batch: Their rows, if they are at hand: the pool itself, or rows that came from other ranks. Else None.
+        stands_for: Candidates that each of the kept stands for, ``(b,)``; None where that is unknown.
+    """
+
+    selection: Selection
+    batch: Any
+    stands_for: Tensor | None
 
 
 class Scored(NamedTuple):
@@ -55,7 +70,7 @@ def score(pool: Pool, plan: Plan, runner: Runner) -> Scored | None:
     candidates = considered(pool, plan)
     key = (runner.config.seed, "score", plan.step, ranks.rank(), *((plan.micro_step,) if plan.micro_step else ()))
     filled = runner.filled_up(candidates, plan.rows)
-    own = runner.score(filled, plan.approximation, plan.kept, key)[: candidates.size]
+    own = runner.score(filled, plan.approximation, plan.kept, key, plan.step)[: candidates.size]
     gathered, everywhere = Gathered(own, [candidates.size]), plan.everywhere
     if everywhere:
         with runner.ledger.timed("gather"):
@@ -89,38 +104,46 @@ def judge(scored: Scored | None, plan: Plan, before: Mapping[str, int]) -> Count
     return None
 
 
-def select(pool: Pool, scored: Scored | None, plan: Plan, runner: Runner) -> tuple[Selection, Any]:
-    """Choose b candidates.
-
-    Returns:
-        The selection; and the batch, if it is the pool itself or its rows came from other ranks, else None.
-    """
+def select(pool: Pool, scored: Scored | None, plan: Plan, runner: Runner) -> Chosen:
+    """Choose b candidates."""
     everywhere = scored is not None and scored.everywhere
     if plan.is_partial and not everywhere:
-        return whole_pool(pool.size, runner.device), pool.data
+        return whole_pool(pool, runner.device)
     if not plan.selects or scored is None:
         # In auto mode the first b, which is uniform if the pool is shuffled: see `Sifter.wanted`.
         offered = plan.kept if runner.config.mode == "auto" else pool.size
         chosen = selectors.uniform_subset(offered, plan.kept, plan.draws.own)
-        return Selection(*(part.to(runner.device, non_blocking=True) for part in chosen)), None
+        selection = Selection(*(part.to(runner.device, non_blocking=True) for part in chosen))
+        return Chosen(selection, None, torch.full((plan.kept,), offered / plan.kept))
     scores, kept = scored.gathered.scores, scored.counted.kept
+    generator = plan.draws.shared if everywhere else plan.draws.own
+    unbiased = plan.select is selectors.proportional
+    drawn = 0 if unbiased else selectors.number_drawn(kept, runner.config.explored)
+    stands_for = None
     with runner.ledger.timed("select"):
         guarded = selectors.drop_outliers(scores, runner.config.drop_outliers, kept)
-        selection = plan.select(guarded, kept, plan.draws.shared if everywhere else plan.draws.own)
-    # To look at the numbers themselves waits for an accelerator: only those of a selector of the user's own.
-    known = plan.select in planning.RULES.values()
-    selectors.require_selection(selection, kept, len(guarded), look=not known)
-    if not everywhere:
-        return selection, None
-    with runner.ledger.timed("gather"):
-        candidates = considered(pool, plan).data
-        batch, selection = ranks.exchange(candidates, selection, scored.gathered.sizes, plan.kept)
-    return selection, batch
+        selection = plan.select(guarded, kept - drawn, generator)
+        # To look at the numbers themselves waits for an accelerator: only those of a selector of the user's own.
+        known = plan.select in planning.RULES.values()
+        selectors.require_selection(selection, kept - drawn, len(guarded), look=not known)
+        if drawn:
+            selection, stands_for = selectors.explored(selection.indices, drawn, guarded, generator)
+    batch = None
+    if everywhere:
+        with runner.ledger.timed("gather"):
+            candidates = considered(pool, plan).data
+            batch, selection = ranks.exchange(candidates, selection, scored.gathered.sizes, plan.kept)
+    if stands_for is not None:
+        stands_for = stands_for[selection.indices]
+    elif unbiased:
+        stands_for = selection.weights * (len(guarded) / kept)
+    return Chosen(selection, batch, stands_for)
 
 
-def whole_pool(size: int, device: torch.device) -> Selection:
-    """The selection of a whole pool, weights 1."""
-    return Selection(torch.arange(size, device=device), torch.ones(size, device=device))
+def whole_pool(pool: Pool, device: torch.device) -> Chosen:
+    """A whole pool, weights 1."""
+    ones = torch.ones(pool.size, device=device)
+    return Chosen(Selection(torch.arange(pool.size, device=device), ones), pool.data, ones)
 
 
 def learn(pool: Pool, scored: Scored | None, plan: Plan, runner: Runner) -> dict[str, float]:
@@ -136,11 +159,27 @@ def learn(pool: Pool, scored: Scored | None, plan: Plan, runner: Runner) -> dict
         row = runner.fidelity(runner.filled_up(pool, plan.rows), scored.own, plan.kept)
     if runner.exit_optimizer is not None:
         runner.train_exit(pool, scored.own, plan.kept)
+    if runner.learnt.probe is not None:
+        with runner.ledger.timed("exit"):
+            runner.learnt.probe.learn()
     return {} if plan.is_partial else row  # a partial pool is too small to learn from
 
 
-def gather(pool: Pool, selection: Selection, batch: Any, runner: Runner) -> Any:
+def gather(pool: Pool, chosen: Chosen, runner: Runner) -> Any:
     """The batch: the selected rows, if they are not at hand, without padding that none of them needs, if it is cut."""
     with runner.ledger.timed("gather"):
-        batch = pool.take(selection.indices).data if batch is None else batch
+        batch = pool.take(chosen.selection.indices).data if chosen.batch is None else chosen.batch
         return pools.trim_padding(batch) if runner.config.trim else batch
+
+
+def remember(pool: Pool, scored: Scored | None, chosen: Chosen, step: int, runner: Runner) -> Kept:
+    """What is known of the batch, to be completed by its losses."""
+    indices = chosen.selection.indices
+    blend = runner.learnt.blend
+    return Kept(
+        step,
+        None if pool.ids is None else pool.ids[indices.cpu()],
+        None if scored is None else scored.gathered.scores[indices],
+        chosen.stands_for,
+        None if scored is None or blend is None or blend.latest is None else blend.latest[indices],
+    )

@@ -1,16 +1,19 @@
 """All arms by name: uniform training, SIFT and its variants, and its peers."""
 
 import pkgutil
+from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from typing import Any
 
 from earlysift.compare import peers
-from earlysift.compare.arm import TRAIN, Arm, Operation
+from earlysift.compare.arm import TRAIN, Arm, Operation, Step
 from earlysift.compare.sifted import (
     AUTO_DEPTHS,
+    BLEND,
     EXACT,
     EXIT_HEAD_WIDTH,
+    EXIT_PROBE,
     HEAD,
     JOINT_WEIGHT,
     MEMORY,
@@ -18,7 +21,7 @@ from earlysift.compare.sifted import (
     SCORING,
     TRAIN_JOINTLY,
     auto,
-    remembered,
+    learning,
     sifted,
 )
 from earlysift.measures import MEASURES, sift_arm
@@ -61,6 +64,15 @@ def _by_score(score: str) -> dict[str, Arm]:
             )
             for depth in ((2, 3, 6) if is_loss else (3,))
         },
+    }
+
+
+def _when(name: str, label: str, description: str, steps: Callable[..., Step], **parts: Any) -> dict[str, Arm]:
+    """An arm from the comparison's own start of selection on, and the same after a first third of the budget."""
+    late = ", after a first third of the budget with uniform training"
+    return {
+        name: Arm(label, description, steps, **parts),
+        f"{name}-warm": Arm(f"{label}, warmed up", description + late, partial(steps, select_after=_WARM), **parts),
     }
 
 
@@ -110,24 +122,31 @@ ARMS: dict[str, Arm] = {
         score="exact",
         charged=False,
     ),
+    **_when(
+        "memory",
+        "memory",
+        "keeps the candidates with the largest loss when they were last trained on, those never trained on first; made "
+        "greedy by us",
+        partial(learning, score="memory"),
+        source="Stale losses: Jiang et al., 2019, arXiv 1910.00762",
+        scoring=MEMORY,
+    ),
     **{
-        name: Arm(
-            label,
-            f"keeps the candidates with the largest loss when they were last trained on, those never trained on "
-            f"first{when}; made greedy by us",
-            steps,
-            "Stale losses: Jiang et al., 2019, arXiv 1910.00762",
-            scoring=MEMORY,
+        name: arm
+        for score, label, operation, what in (
+            ("probe", "probe", EXIT_PROBE, "the largest loss by a small model of its own at an early exit"),
+            ("blend", "blend", BLEND, "the largest loss as predicted from such a probe and from remembered losses"),
         )
-        for name, label, when, steps in (
-            ("memory", "memory", "", remembered),
-            (
-                "memory-warm",
-                "memory, warmed up",
-                ", after a first third of the budget with uniform training",
-                partial(remembered, select_after=_WARM),
-            ),
-        )
+        for depth in (1, 2, 3)
+        for name, arm in _when(
+            f"{score}-{depth}",
+            f"{label}, exit {depth}",
+            f"keeps the candidates with {what} after {depth} layers",
+            partial(learning, score=score, depth=depth),
+            source=_SIFT,
+            scoring=operation,
+            depths=(depth,),
+        ).items()
     },
     "auto": Arm(
         "auto",

@@ -71,8 +71,8 @@ class Bench:
         with self.precision():
             return scorers.training_loss(self.model, batch, weights=weights)
 
-    def remembered_loss(self, batch: Rows, sifter: Sifter) -> Tensor:
-        """Training loss, which the sifter remembers."""
+    def observed_loss(self, batch: Rows, sifter: Sifter) -> Tensor:
+        """Training loss, from which the sifter learns."""
         with self.precision():
             return sifter.loss(batch)
 

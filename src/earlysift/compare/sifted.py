@@ -54,22 +54,23 @@ def sifted(
     return lambda share: _sift_and_train(bench, selecting if share >= start else plain, loss_of)
 
 
-def remembered(bench: Bench, *, select_after: float | None = None) -> Step:
-    """Pools through a `Sifter` that remembers the losses of what it trained on, from the first uniform step on.
+def learning(bench: Bench, *, depth: int | None = None, select_after: float | None = None, **options: Any) -> Step:
+    """Pools through one `Sifter` whose score learns from the training losses, from the first uniform step on.
 
     Args:
         bench: What to train.
+        depth: The exit to score at; None is the comparison's.
         select_after: Share of the budget with uniform training; None is the comparison's.
+        options: Further arguments of `Bench.sifter`.
     """
-    from earlysift.loss_memory import LossMemory
-
-    shared: dict[str, Any] = {"score": "memory", "sample_id": _SAMPLE_ID, "memory": LossMemory()}
-    plain, selecting = bench.sifter(keep=1.0, **shared), bench.sifter(**shared)
     start = bench.settings.select_after if select_after is None else select_after
+    spent = 0.0
+    sifter = bench.sifter(depth, sample_id=_SAMPLE_ID, schedule=lambda _: float(spent >= start), **options)
 
     def step(share: float) -> None:
-        sifter = selecting if share >= start else plain
-        _sift_and_train(bench, sifter, lambda batch, _: bench.remembered_loss(batch, sifter))
+        nonlocal spent
+        spent = share
+        _sift_and_train(bench, sifter, lambda batch, _: bench.observed_loss(batch, sifter))
 
     return step
 
@@ -129,6 +130,8 @@ SCORING = {
     for name in MEASURES
 }
 MEMORY = Operation("memory", "score", partial(sifting, score="memory", sample_id=_SAMPLE_ID))
+EXIT_PROBE = Operation("exit_probe", "score", partial(sifting, score="probe"), at_exit=True)
+BLEND = Operation("blend", "score", partial(sifting, score="blend", sample_id=_SAMPLE_ID), at_exit=True)
 EXACT = Operation("exact", "score", partial(sifting, score="exact"))
 HEAD = Operation("head", "score", partial(sifting, own_head=EXIT_HEAD_WIDTH), at_exit=True)
 TRAIN_JOINTLY = Operation("train_joint", "train", _training_jointly, at_exit=True)
