@@ -143,21 +143,24 @@ def _read_archive(path: Path) -> tuple[Part, Part | None]:
             f"{path}: expected an archive of arrays without Python objects, but {type(error).__name__}: {error}; save "
             "it again with numpy.savez"
         ) from error
-    training, held_out = (
-        next((pair for pair in pairs if not arrays.keys().isdisjoint(pair)), None) for pairs in (_TRAINING, _HELD_OUT)
-    )
-    missing = [name for name in (*(training or _TRAINING[0]), *(held_out or ())) if name not in arrays]
+
+    def first_present(pairs: Sequence[tuple[str, str]]) -> tuple[str, str] | None:
+        return next((pair for pair in pairs if not arrays.keys().isdisjoint(pair)), None)
+
+    training, held_out = first_present(_TRAINING) or _TRAINING[0], first_present(_HELD_OUT)
+    missing = [name for name in (*training, *(held_out or ())) if name not in arrays]
     if missing:
         raise ValueError(
             f"{path}: expected {' and '.join(missing)}, found the arrays {', '.join(found) or 'none'}; the names that "
             f"are read are {'; '.join(' and '.join(pair) for pair in (*_TRAINING, *_HELD_OUT))}"
         )
-    assert training is not None
     train = _part_of(arrays, training, path)
     if held_out is None:
         return train, None
     validation = _part_of(arrays, held_out, path)
-    shapes = [f"{images.dtype} of {tuple(images.shape[1:])}" for images, _ in (train, validation)]
+    shapes = [
+        f"{str(images.dtype).removeprefix('torch.')} of {tuple(images.shape[1:])}" for images, _ in (train, validation)
+    ]
     if shapes[0] != shapes[1]:
         raise ValueError(
             f"{path}: expected {training[0]} and {held_out[0]} of one type and shape, got {shapes[0]} and {shapes[1]} "
@@ -193,7 +196,7 @@ def _part_of(arrays: dict[str, Any], pair: tuple[str, str], path: Path) -> Part:
             f"{path}: expected {pair[1]} as one integer for each of {len(images):,} images, got {labels.dtype} of "
             f"shape {labels.shape}; save the number of every image's class"
         )
-    return torch.tensor(images), [str(label) for label in labels.flatten().tolist()]
+    return torch.tensor(images).contiguous(), [str(label) for label in labels.flatten().tolist()]
 
 
 def _read_folder(folder: Path) -> tuple[Part, Part | None]:
