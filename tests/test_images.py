@@ -140,6 +140,13 @@ def test_labels_are_numbered_from_0_in_rising_order_and_may_be_a_column(tmp_path
     assert workload.facts["classes"] == 3
 
 
+def test_the_digits_are_split_as_in_the_committed_results():
+    pytest.importorskip("sklearn")
+    samples = load().samples
+    assert samples.train["labels"][:8].tolist() == [5, 5, 7, 3, 9, 8, 4, 2]
+    assert samples.validation["labels"][:8].tolist() == [1, 3, 3, 2, 9, 9, 4, 9]
+
+
 # Folders
 
 
