@@ -436,7 +436,10 @@ def test_digits_are_split_into_parts_without_common_images(load):
             f"task must be one of {', '.join(TASKS)}, got 'translation'",
         ),
         ({"task": "classification"}, "needs data: a table with the columns 'label' and 'text'"),
-        ({"task": "image", "data": (Path("x"),)}, r"image does not take data; .* of every task it takes flipped\."),
+        (
+            {"task": "image", "checkpoint": Path("x")},
+            r"image does not take checkpoint; .* task it takes data, flipped\.",
+        ),
         ({"task": "masked_lm", "text_column": "x"}, "Expected data to go with text_column, got none"),
         ({"task": "causal_lm", "text_column": "x", "stream": True}, "to go with text_column and stream, got none"),
         ({"task": "image", "text_column": "x"}, "image does not take text_column; leave that out"),
@@ -463,8 +466,8 @@ def test_settings_that_do_not_fit_are_refused_with_the_way_out(settings, message
 def test_all_problems_of_settings_are_said_at_once():
     with pytest.raises(ValueError, match=r"^flipped must.*\ntrain_samples must[^\n]*$"):
         load_small(task="image", train_samples=-1, flipped=7)
-    with pytest.raises(ValueError, match="image does not take data, label_column, stream, whole_word; leave that out"):
-        load_small(task="image", data="x", label_column="y", stream=True, whole_word=True)
+    with pytest.raises(ValueError, match="image does not take text_column, label_column, stream, whole_word; leave"):
+        load_small(task="image", text_column="x", label_column="y", stream=True, whole_word=True)
 
 
 @pytest.mark.parametrize(

@@ -32,9 +32,10 @@ class WorkloadSettings:
     """What is trained: a BERT for masked, a Llama for causal language modelling, a BERT to classify texts, or a ViT."""
     data: tuple[Path, ...] = ()
     """Files or folders of text, JSON lines, CSV/TSV, parquet or Arrow, plain, .gz or .zst, or folders that
-    datasets.save_to_disk wrote; for classification tables with a column of labels and one of texts. Without it: the
-    standard library of the running Python (language models), scikit-learn's handwritten digits (images). For a suite:
-    the folder that holds the corpora."""
+    datasets.save_to_disk wrote; for classification tables with a column of labels and one of texts; for images one
+    .npz file of images and labels, or one folder with train/<class>/ and validation/<class>/, or <class>/ alone, of
+    .png or .jpg. Without it: the standard library of the running Python (language models), scikit-learn's handwritten
+    digits (images). For a suite: the folder that holds the corpora."""
     text_column: str | None = None
     """Column of tables that holds the text. Without it: text, else the only column of strings."""
     label_column: str | None = None
