@@ -221,7 +221,7 @@ def test_what_memory_cannot_do_is_refused_with_the_way_out():
     with pytest.raises(ValueError, match=r"no batch yet that these could be the losses of\. Call sift first"):
         sifter.observe(torch.zeros(4))
     sifter.sift(next(pools(1)))
-    with pytest.raises(ValueError, match=r"one loss per sample of the latest batch, a tensor \(4,\), got \(\) of torch.float32"):
+    with pytest.raises(ValueError, match=r"one loss per sample of the latest batch, a tensor \(4,\), got \(\) of"):
         sifter.observe(torch.tensor(1.0))
 
 

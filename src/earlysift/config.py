@@ -18,7 +18,7 @@ from earlysift.scorers import SCORES, Scorer
 from earlysift.selectors import Selector
 
 _PLAIN = ("keep", "depth", "mode", "reduction", "max_positions", "drop_outliers", "probe_every", "trim", "scope")
-_BLEND_EXPLORES = 0.1
+_EXPLORED = 0.1
 _SCHEDULE_SAMPLES = (0, 1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)
 
 
@@ -38,15 +38,16 @@ class SiftConfig:
         sample_id: Key of the pool that holds the samples' ids, int64 ``(R,)``, from 0 on; needed by ``"memory"``, of
             use to ``"blend"``. It is taken out of the batch, as models do not know it; `Sifter.ids` has it.
         explore: Share of every batch that is drawn uniformly from the candidates that selection leaves out, in
-            [0, 1); None is 0.1 with ``"blend"``, which needs it, and 0 else. It keeps easy samples from being
-            forgotten, and shows what the loss of whole pools is (`Sifter.stats`).
+            [0, 1); None is 0.1 with ``"blend"`` and in auto mode, which learn from it, and 0 else. It keeps easy
+            samples from being forgotten, and shows what the loss of whole pools is (`Sifter.stats`).
         select: Selector ``(scores, kept, generator) -> Selection``.
         schedule: Optimizer step to share of steps that select; None selects at every step.
         keep_schedule: Optimizer step to keep, between ``keep`` and 1; the batch stays the same, and only the first
             b / keep candidates of the pool are considered (`Sifter.wanted`). None is ``keep`` at every step.
-        mode: ``"fixed"`` selects as configured; ``"auto"`` starts uniformly, measures by probes whether selection would
-            pay, and chooses rule, depth and keep, or goes back to uniform batches (`earlysift.controller`). The
-            unbiased rule is a candidate only in loops that read `Sifter.weights`.
+        mode: ``"fixed"`` selects as configured; ``"auto"`` starts uniformly, measures whether selection would pay, and
+            chooses rule, depth and keep, or goes back to uniform batches (`earlysift.controller`). With ``sample_id``
+            it may choose by remembered losses, too. The unbiased rule is a candidate only in loops that read
+            `Sifter.weights`.
         control: What auto may choose from and spend; None is `earlysift.controller.Control()`. The configured depth and
             keep are always among the candidates.
         family: A row for a model that `earlysift.exits.FAMILIES` does not know.
@@ -150,7 +151,9 @@ class SiftConfig:
         sentences = [*wrong.values()]
         if not wrong.keys() & {"score", "keep", "mode", "control"}:
             approximation = scorers.named(self.score, 1)
-            if self.mode == "auto" and (approximation is None or approximation.depth is None or self.keep == 1):
+            # Probes learn at one exit, and only while they score: they cannot be looked at before they are chosen.
+            fixed = approximation is None or approximation.depth is None or self.score in ("probe", "blend")
+            if self.mode == "auto" and (fixed or self.keep == 1):
                 sentences.append(
                     "Auto mode chooses among early exits and needs keep below 1, got "
                     f"score={scorers.name_of(self.score)!r}, keep={self.keep}. Use score={_listed(MEASURES)}, or "
@@ -164,8 +167,8 @@ class SiftConfig:
                 sentences.append("sample_id works on each rank's own candidates. Use scope='local'.")
             if self.score == "blend" and self.scope == "global":
                 sentences.append("score='blend' learns on each rank's own candidates. Use scope='local'.")
-            if self.explored and self.select is selectors.proportional:
-                sentences.append("The unbiased rule draws every candidate now and then. Leave explore at 0.")
+            if self.explore and self.select is selectors.proportional:
+                sentences.append("The unbiased rule draws every candidate now and then. Leave explore out.")
             if self.mode == "auto" and self.keep_schedule is not None:
                 sentences.append("Auto mode chooses keep itself. Leave keep_schedule out.")
             if self.mode == "fixed" and self.control is not None:
@@ -196,7 +199,8 @@ class SiftConfig:
     @property
     def explored(self) -> float:
         """The share of a batch that is drawn uniformly."""
-        return (_BLEND_EXPLORES if self.score == "blend" else 0.0) if self.explore is None else self.explore
+        learns = self.score == "blend" or self.mode == "auto"
+        return (_EXPLORED if learns else 0.0) if self.explore is None else self.explore
 
     def keep_at(self, step: int) -> float:
         """Keep at an optimizer step, by its schedule.

@@ -1,14 +1,17 @@
-"""The payoff controller: from what probes saw, whether to select, by which rule, at which depth, from how large a pool.
+"""The payoff controller: from what was measured, whether to select, by which score and rule, from how large a pool.
 
 Pure functions of records and costs: the same records give the same choice, on every rank and after every resume. A
 choice of None is uniform training, where every run begins and where it returns to when selection does not pay.
+
+Two sources feed it. Probes compare scores with exact losses and gradients on a whole pool, and are rare because they
+cost. The losses of trained samples (`earlysift.recent.Recent`) are free and always fresh, in loops that hand them over.
 """
 
 import math
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import stdev
+from statistics import median
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -18,18 +21,41 @@ from earlysift import costs, selectors
 from earlysift.fidelity import fidelity
 from earlysift.options import finite, option, problems, several, whole
 from earlysift.probes import Probe
+from earlysift.recent import MEMORY
 
 Rule = Literal["greedy", "unbiased"]
 Record = dict[str, float]
-"""Numbers of one probe, by name; averages over records are what choices are made from."""
+"""Numbers of one probe, by name; medians over records are what choices are made from."""
 
 WINDOW = 6  # records that a choice looks back on
-ENOUGH = 3  # records before the first choice
-MARGIN = 0.1  # required payoff above 1, less two standard errors
-SURE = 2.0  # standard errors
+ENOUGH = 2  # records before the first choice
+SURE = 3.0  # standard errors
 LEAST_CORRELATION = 0.1  # a score that ranks worse than this ranks at random
 EARLY_SHARE, EARLY_PROBES = 0.1, 0.4  # this part of the training gets this part of the probes
+FREE_EVERY = 25  # steps between looks at what is free
+MOVE = 1.1  # a better choice must pay so many times as much as the present one
 _NEAR_END = "the training nears its end, and greedy selection has a floor"
+
+
+class Bounds(NamedTuple):
+    """What the numbers of a choice must be for it to be taken, or to be kept.
+
+    Attributes:
+        correlation: Least rank correlation of its score with exact losses.
+        payoff: Least payoff, by C2 (greedy) and by the concentration of losses.
+        progress: Least progress along the mean gradient, relative to uniform training's.
+        retention: Most that is left of a large loss when its sample comes back: of noise, nearly all.
+    """
+
+    correlation: float
+    payoff: float
+    progress: float
+    retention: float
+
+
+TAKE = Bounds(correlation=0.3, payoff=1.2, progress=0.75, retention=0.85)
+KEEP = Bounds(correlation=LEAST_CORRELATION, payoff=1.0, progress=0.75, retention=0.92)
+"""The gap between both is a hysteresis."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +63,7 @@ class Control:
     """What `Sifter(mode="auto")` may choose from, and what it may spend on finding out.
 
     Attributes:
-        depths: Exits to choose from.
+        depths: Exits to choose from. Where samples have ids, remembered losses are chosen from as well, as depth 0.
         keeps: Values of keep to choose from, none below the sifter's own; a larger keep scores a smaller part of the
             pool, so that the batch stays the same.
         rules: Rules to choose from.
@@ -89,14 +115,14 @@ class Control:
 
 
 class Choice(NamedTuple):
-    """How a step selects: the rule, the depth of the exit, and keep."""
+    """How a step selects: the rule, the depth of the exit (0: by remembered losses), and keep."""
 
     rule: Rule
     depth: int
     keep: float
 
     def __str__(self) -> str:
-        return f"{self.rule}, depth {self.depth}, keep {self.keep:g}"
+        return f"{self.rule}, {score_name(self.depth)}, keep {self.keep:g}"
 
 
 @dataclass(frozen=True)
@@ -133,6 +159,7 @@ def advance(
     step: int,
     weighted: bool = True,
     pools_per_step: int = 1,
+    free: Mapping[str, float] | None = None,
 ) -> Verdict:
     """One probe further: remember its record, choose, and say when the next probe is due.
 
@@ -145,29 +172,43 @@ def advance(
         step: The present step.
         weighted: Whether the loop weighs samples, as the unbiased rule needs.
         pools_per_step: Pools that an optimizer step trains on.
+        free: What the losses of trained samples say, see `earlysift.recent.Recent.signals`.
     """
     usable = all(math.isfinite(value) for value in entry.values())
     records = (*state.records, entry)[-WINDOW:] if usable else state.records
     state = replace(state, records=records, next_probe=next_probe(step, control, prices, pools_per_step))
-    if not records:
+    return look(state, prices, control, pool_keep, step, weighted, free)
+
+
+def look(
+    state: State,
+    prices: Mapping[str, float],
+    control: Control,
+    pool_keep: float,
+    step: int,
+    weighted: bool = True,
+    free: Mapping[str, float] | None = None,
+) -> Verdict:
+    """Choose by the records so far and by what is free; arguments as in `advance`."""
+    if not state.records:
         return Verdict(state, {}, "no probe has seen finite losses yet")
-    numbers = estimates(records, control, prices, pool_keep)
+    numbers = estimates(state.records, control, prices, pool_keep) | known(free or {}, control, prices, pool_keep)
     choice, reason = decide(state, numbers, control, step, weighted)
-    return Verdict(_switched(state, choice), numbers, reason)
+    return Verdict(_switched(state, choice, numbers), numbers, reason)
 
 
 def end(state: State, control: Control, step: int) -> Verdict:
     """End selection if the training is near its own end, whether or not a probe is due."""
     ended = state.choice is not None and _near_end(control, step)
-    return Verdict(_switched(state, None) if ended else state, {}, _NEAR_END)
+    return Verdict(_switched(state, None, {}) if ended else state, {}, _NEAR_END)
 
 
-def _switched(state: State, choice: Choice | None) -> State:
+def _switched(state: State, choice: Choice | None, numbers: Mapping[str, float]) -> State:
     if choice == state.choice:
         return state
-    records = state.records[-1:]  # records under one way of training say little about another
-    before = (records[0]["loss"], records[0]["loss_error"]) if records else state.before
-    return replace(state, choice=choice, records=records, before=before)
+    # The records stay: they tell scores apart under any way of training, and probes are rare.
+    before = (numbers["loss"], numbers["loss_error"]) if numbers else state.before
+    return replace(state, choice=choice, before=before)
 
 
 def _near_end(control: Control, step: int) -> bool:
@@ -195,8 +236,9 @@ def record(probe: Probe, kept: int, control: Control) -> Record:
     Returns:
         ``uniform.signal``, ``uniform.length2``; for each choice ``{choice}.signal`` and ``.length2``, for each depth
         ``correlation.{depth}``, for each depth and keep ``gain...`` and ``second_moment...``; ``floor``, the largest
-        loss over the mean one (an upper estimate of M* / F in T1); and ``loss``, the pool's mean exact loss, with its
-        standard error ``loss_error``. All are nan if fewer than two candidates have a finite loss, or none has a
+        loss over the mean one (an upper estimate of M* / F in T1); ``concentration``, the mean square of the exact
+        losses over their squared mean; and ``loss``, the pool's mean exact loss, with its standard error
+        ``loss_error``. All are nan if fewer than two candidates have a finite loss, or none has a
         gradient.
     """
     finite = torch.isfinite(probe.exact)
@@ -214,6 +256,7 @@ def record(probe: Probe, kept: int, control: Control) -> Record:
         "uniform.signal": signal,
         "uniform.length2": signal * (1 - 1 / kept) + 1 / kept,
         "floor": (exact.max() / exact.mean()).item(),
+        "concentration": 1 / costs.second_moment_ratio(exact.clamp(min=0)),
         "loss": exact.mean().item(),
         "loss_error": exact.std().item() / math.sqrt(total),
     }
@@ -240,6 +283,7 @@ def record_names(control: Control) -> list[str]:
         "uniform.signal",
         "uniform.length2",
         "floor",
+        "concentration",
         "loss",
         "loss_error",
         *(f"correlation.{depth}" for depth in control.depths),
@@ -262,12 +306,12 @@ def _signal_and_length2(
 def estimates(
     records: Sequence[Record], control: Control, prices: Mapping[str, float], pool_keep: float
 ) -> dict[str, float]:
-    r"""What the records say, averaged, for the ledger and for `decide`.
+    r"""What the records say, in their medians, for the ledger and for `decide`.
 
     ``progress = (signal / sqrt(length2)) / (uniform's)``: how much farther a step of the same length goes along the
-    mean gradient than a uniform one's. It is the gain measured instead of presumed: loss-based gain (rho) takes for
-    granted that samples with a larger loss lead downhill (T1's convexity), and near a plateau they do not.
-    ``payoff = progress / c`` decides; ``payoff_C2 = rho_r / c`` and ``payoff_T7 = 1 / (V c)`` stand beside it.
+    mean gradient than a uniform one's. Loss-based gain (rho) takes for granted that samples with a larger loss lead
+    downhill (T1's convexity), and near a plateau, or with many classes, they do not. Progress tells such workloads
+    apart; it cannot order rules, so that ``payoff_C2 = rho_r / c`` and ``payoff_T7 = 1 / (V c)`` do that.
 
     Args:
         records: Of the latest probes, at least one.
@@ -276,31 +320,48 @@ def estimates(
         pool_keep: b / R.
 
     Returns:
-        For each choice ``payoff.{choice}`` and ``payoff_error.{choice}`` (jackknife standard error over the records),
-        for each depth ``correlation``, for each depth and keep ``gain``, ``cost``, ``payoff_C2`` and ``payoff_T7``;
-        ``signal`` (squared length of the mean gradient over the mean squared length) and ``signal_error``,
-        ``noise_scale`` (in samples, McCandlish et al. 2018, arXiv 1812.06162), ``floor``.
+        For each choice ``progress.{choice}``, for each depth ``correlation``, for each depth and keep ``gain``,
+        ``cost``, ``payoff_C2`` and ``payoff_T7``; ``concentration``, ``floor``, ``loss`` and ``loss_error``;
+        ``signal`` (squared length of the mean gradient over the mean squared length) and ``noise_scale`` (in samples,
+        McCandlish et al. 2018, arXiv 1812.06162); ``records``, their number.
     """
-    mean = _means(records)
-    numbers = {
-        name: value for name, value in mean.items() if name.startswith(("correlation.", "gain.", "floor", "loss"))
-    }
-    numbers["signal"] = signal = mean["uniform.signal"]
-    numbers["signal_error"] = _standard_error([entry["uniform.signal"] for entry in records])
+    middle = {name: median(entry[name] for entry in records) for name in records[0]}
+    latest = records[-1]
+    numbers = {name: value for name, value in middle.items() if name.startswith(("correlation.", "gain.", "floor"))}
+    numbers |= {name: latest[name] for name in ("loss", "loss_error")} | {"concentration": middle["concentration"]}
+    numbers["records"] = len(records)
+    numbers["signal"] = signal = middle["uniform.signal"]
     numbers["noise_scale"] = (1 - signal) / signal if signal > 0 else math.inf
     for depth in control.depths:
         for keep in control.keeps:
-            cost = 1 + prices[f"score_{depth}"] / prices["train"] * pool_keep / keep
+            cost = cost_of(depth, keep, prices, pool_keep)
             numbers[f"cost.{depth}.{keep:g}"] = cost
-            numbers[f"payoff_C2.{depth}.{keep:g}"] = costs.payoff(mean[f"gain.{depth}.{keep:g}"], cost)
+            numbers[f"payoff_C2.{depth}.{keep:g}"] = costs.payoff(middle[f"gain.{depth}.{keep:g}"], cost)
             numbers[f"payoff_T7.{depth}.{keep:g}"] = costs.unbiased_payoff(
-                mean[f"second_moment.{depth}.{keep:g}"], cost
+                middle[f"second_moment.{depth}.{keep:g}"], cost
             )
     for choice in choices(control):
-        cost = numbers[f"cost.{choice.depth}.{choice.keep:g}"]
-        numbers[f"payoff.{_name(choice)}"] = _progress(mean, choice) / cost
-        numbers[f"payoff_error.{_name(choice)}"] = _jackknife(records, choice) / cost
+        numbers[f"progress.{_name(choice)}"] = median(_progress(entry, choice) for entry in records)
     return numbers
+
+
+def known(
+    free: Mapping[str, float], control: Control, prices: Mapping[str, float], pool_keep: float
+) -> dict[str, float]:
+    """What is known for nothing, in the names of `estimates`, which it replaces: it is fresher, and of more samples."""
+    numbers = dict(free)
+    for keep in control.keeps:
+        if (gain := free.get(f"gain.{MEMORY}.{keep:g}")) is not None:
+            numbers[f"payoff_C2.{MEMORY}.{keep:g}"] = costs.payoff(gain, cost_of(MEMORY, keep, prices, pool_keep))
+    return numbers
+
+
+def cost_of(depth: int, keep: float, prices: Mapping[str, float], pool_keep: float) -> float:
+    """c: what a step that selects costs, relative to a uniform one. Prices are of scoring whole pools.
+
+    What has no price, as remembering may, is free.
+    """
+    return 1 + prices.get(f"score_{depth}", 0.0) / prices["train"] * pool_keep / keep
 
 
 def decide(
@@ -308,15 +369,16 @@ def decide(
 ) -> tuple[Choice | None, str]:
     """The choice from this step on, and why.
 
-    Off at once: when the score of the present choice ranks at random or backwards in the latest probe, when the loss of
-    whole pools has risen since (greedy selection forgets what it does not train on), when the payoff falls below 1,
-    and towards the end of the training. On: when a choice's payoff exceeds 1 by a margin and two standard errors, over
-    enough probes, with a gain that pays by C2 as well (greedy), and a mean gradient that stands out of the noise (else
-    payoffs are noise, too). The gap between on and off is a hysteresis.
+    A choice is taken if its score ranks, if the losses of pools are concentrated in few samples and the batch holds
+    them (C2), if steps on them go along the mean gradient, and if large losses shrink when their samples are trained
+    on, as noise's do not: by `TAKE`. It is kept by the milder `KEEP`, until the loss of whole pools has risen since
+    (greedy selection forgets what it does not train on), or the training nears its end. Among choices the one that pays
+    most by C2 is taken; the unbiased rule only where no greedy one is fit, by T7. While on, it moves to a clearly
+    better one.
 
     Args:
-        state: With the records that ``numbers`` was made from.
-        numbers: What `estimates` returned.
+        state: The choice now, and how it began.
+        numbers: What `estimates` and `known` returned.
         control: What may be chosen.
         step: The present step.
         weighted: Whether the loop weighs samples; the unbiased rule is never chosen in one that does not.
@@ -326,33 +388,82 @@ def decide(
     """
     if _near_end(control, step):
         return None, _NEAR_END
-    latest = state.records[-1]
     now = state.choice
-    if now is not None:
-        correlation = latest[f"correlation.{now.depth}"]
-        if correlation < LEAST_CORRELATION:
-            return None, f"the exit ranks at random or backwards (rank correlation {correlation:.2f})"
-        loss, error = state.before
-        risen = latest["loss"] - loss
-        if risen > SURE * math.hypot(latest["loss_error"], error):
-            return None, f"the loss of whole pools has risen by {risen:.2g} since: what is not trained on is forgotten"
-        if len(state.records) >= ENOUGH and numbers[f"payoff.{_name(now)}"] < 1:
-            return None, f"selection does not pay (payoff {numbers[f'payoff.{_name(now)}']:.2f})"
-        return now, "selection pays"
-    if len(state.records) < ENOUGH:
-        return None, "too few probes"
-    if numbers["signal"] < SURE * numbers["signal_error"]:
-        return None, "the mean gradient drowns in noise"
-    sure = {
-        choice: numbers[f"payoff.{_name(choice)}"] - SURE * numbers[f"payoff_error.{_name(choice)}"]
+    objections = {
+        choice: objection(choice, numbers, KEEP if choice == now else TAKE)
         for choice in choices(control)
-        if latest[f"correlation.{choice.depth}"] >= LEAST_CORRELATION
-        and (weighted if choice.rule == "unbiased" else numbers[f"payoff_C2.{choice.depth}.{choice.keep:g}"] > 1)
+        if weighted or choice.rule == "greedy"
     }
-    best = max(sure, key=lambda choice: sure[choice], default=None)
-    if best is None or sure[best] < 1 + MARGIN:
-        return None, "selection would not pay"
-    return best, f"selection pays (payoff {numbers[f'payoff.{_name(best)}']:.2f}, surely {sure[best]:.2f})"
+    fit = [choice for choice, reason in objections.items() if not reason]
+    greedy = [choice for choice in fit if choice.rule == "greedy"]
+    best = max(greedy or fit, key=lambda choice: _payoff(choice, numbers), default=None)
+    if now is None:
+        if numbers["records"] < ENOUGH:
+            return None, "too few probes"
+        return best, _best_of(objections, numbers) if best is None else _praise(best, numbers)
+    loss, error = state.before
+    risen = numbers["loss"] - loss
+    if risen > SURE * math.hypot(numbers["loss_error"], error):
+        return None, f"the loss of whole pools has risen by {risen:.2g} since: what is not trained on is forgotten"
+    if best is not None and (now not in fit or _payoff(best, numbers) > MOVE * _payoff(now, numbers)):
+        return best, _praise(best, numbers)
+    return (now, "selection pays") if now in fit else (None, objections.get(now) or "the loop reads no weights")
+
+
+def objection(choice: Choice, numbers: Mapping[str, float], bounds: Bounds) -> str:
+    """Why a choice should not be made, in words; empty if it is fit."""
+    pair, name = f"{choice.depth}.{choice.keep:g}", score_name(choice.depth)
+    correlation, cost = numbers[f"correlation.{choice.depth}"], numbers[f"cost.{pair}"]
+    if correlation < bounds.correlation:
+        ranks = "at random or backwards" if correlation < LEAST_CORRELATION else "poorly"
+        return f"{name} ranks {ranks} (rank correlation {correlation:.2f})"
+    if choice.rule == "unbiased":
+        payoff = numbers[f"payoff_T7.{pair}"]
+        pays = payoff >= bounds.payoff
+        return "" if pays else f"unbiased selection would not pay (T7: {payoff:.2f} at cost {cost:.2f})"
+    payoff, concentration = numbers[f"payoff_C2.{pair}"], numbers["concentration"]
+    if payoff < bounds.payoff:
+        return f"selection does not pay (batches have {payoff * cost:.2f} times the pools' loss, at cost {cost:.2f})"
+    if concentration / cost < bounds.payoff:
+        return f"losses are too much alike to choose from (concentration {concentration:.2f}, at cost {cost:.2f})"
+    progress, retention = numbers[f"progress.{_name(choice)}"], numbers.get("retention", 0.0)
+    if progress < bounds.progress:
+        return f"steps on the largest losses do not go along the mean gradient (progress {progress:.2f})"
+    if retention > bounds.retention:
+        return f"large losses stay when trained on, as noise does ({retention:.0%} is left)"
+    return ""
+
+
+def score_name(depth: int) -> str:
+    """What a choice scores by, in words.
+
+    Example:
+        >>> score_name(0), score_name(2)
+        ('memory', 'depth 2')
+    """
+    return "memory" if depth == MEMORY else f"depth {depth}"
+
+
+def _payoff(choice: Choice, numbers: Mapping[str, float]) -> float:
+    by = "payoff_C2" if choice.rule == "greedy" else "payoff_T7"
+    return numbers[f"{by}.{choice.depth}.{choice.keep:g}"]
+
+
+def _praise(choice: Choice, numbers: Mapping[str, float]) -> str:
+    cost = numbers[f"cost.{choice.depth}.{choice.keep:g}"]
+    if choice.rule == "unbiased":
+        return f"unbiased selection pays (T7: {_payoff(choice, numbers):.2f} at cost {cost:.2f})"
+    times = _payoff(choice, numbers) * cost
+    correlation = numbers[f"correlation.{choice.depth}"]
+    return (
+        f"selection pays (batches have {times:.2f} times the pools' loss, at cost {cost:.2f}, and "
+        f"{score_name(choice.depth)} ranks with correlation {correlation:.2f})"
+    )
+
+
+def _best_of(objections: Mapping[Choice, str], numbers: Mapping[str, float]) -> str:
+    """The objection to the choice that would pay most."""
+    return objections[max(objections, key=lambda choice: _payoff(choice, numbers))]
 
 
 def next_probe(step: int, control: Control, prices: Mapping[str, float], pools_per_step: int = 1) -> int:
@@ -426,25 +537,8 @@ def _name(choice: Choice) -> str:
     return f"{choice.rule}.{choice.depth}.{choice.keep:g}"
 
 
-def _means(records: Sequence[Record]) -> Record:
-    return {name: sum(entry[name] for entry in records) / len(records) for name in records[0]}
-
-
-def _progress(mean: Record, choice: Choice) -> float:
-    uniform = mean["uniform.signal"] / math.sqrt(max(mean["uniform.length2"], 1e-12))
-    along = mean[f"{_name(choice)}.signal"] / math.sqrt(max(mean[f"{_name(choice)}.length2"], 1e-12))
+def _progress(entry: Record, choice: Choice) -> float:
+    uniform = entry["uniform.signal"] / math.sqrt(max(entry["uniform.length2"], 1e-12))
+    along = entry[f"{_name(choice)}.signal"] / math.sqrt(max(entry[f"{_name(choice)}.length2"], 1e-12))
     # Where uniform's own signal drowns in noise, nothing can be called better.
     return along / uniform if uniform > 0 else 0.0
-
-
-def _standard_error(values: Sequence[float]) -> float:
-    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
-
-
-def _jackknife(records: Sequence[Record], choice: Choice) -> float:
-    count = len(records)
-    if count < 2:
-        return math.inf
-    without = [_progress(_means([*records[:i], *records[i + 1 :]]), choice) for i in range(count)]
-    middle = sum(without) / count
-    return math.sqrt((count - 1) / count * sum((value - middle) ** 2 for value in without))

@@ -1,5 +1,6 @@
 """Planning a step: whether it selects, by what, and from which candidates, before anything is scored."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -152,6 +153,10 @@ def steer(
         numbers = ranks.mean({**numbers, "weighted": float(progress.weights_read)}, runner.device)
         return steering.Measured(numbers, weighted=numbers.pop("weighted") == 1)
 
+    def free() -> dict[str, float]:
+        signals = steering.free_of(runner.recent.signals(control.keeps), control)
+        return {name: x for name, x in ranks.mean(signals, runner.device).items() if math.isfinite(x)}
+
     state, row = steering.steer(
         progress.steering,
         control,
@@ -162,5 +167,6 @@ def steer(
         keep=runner.config.keep,
         prices_of=prices,
         probe=probe if pools.has_labels(pool.data) else None,
+        free=free,
     )
     return state, row | ({"probed": pool.size} if "control" in row else {})

@@ -5,14 +5,19 @@ uniformly (`earlysift.selectors.explored`), these losses say what the loss of wh
 how well scores rank, for nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+MEMORY = 0
+"""The depth by which remembered losses stand beside the exits: no layer runs."""
+
 COLUMNS = ("loss", "score", "remembered", "stands_for")
 LENGTH = 2048
+_MOSTLY = 0.5  # share of the samples that must have been seen before, for remembered losses to be of use
+_ENOUGH = 512  # samples to draw conclusions from
 
 
 class Kept(NamedTuple):
@@ -91,6 +96,51 @@ class Recent:
         if int(scored.sum()) > 1:
             scores, losses = (values[scored].clamp(min=0).log1p() for values in (score, loss))
             numbers["live_correlation"] = _correlation(scores, losses, stands_for[scored]).item()
+        return numbers
+
+    def signals(self, keeps: Sequence[float]) -> dict[str, float]:
+        """What these samples tell the controller (`earlysift.controller.decide`) about the pools they come from.
+
+        Args:
+            keeps: Values of keep to look at.
+
+        Returns:
+            ``concentration`` (mean square of the losses over their squared mean), ``loss`` and ``loss_error``; where
+            most samples have a remembered loss ``correlation.0`` of it with the exact loss, ``gain.0.{keep}`` (mean
+            loss of those that it ranks first over that of all, unseen samples first), and ``retention`` (what is left
+            of the largest remembered quarter). Nothing while too few samples are known.
+        """
+        stands_for = self.column("stands_for")
+        usable = torch.isfinite(stands_for) & (stands_for > 0)
+        if int(usable.sum()) < _ENOUGH:
+            return {}
+        loss, remembered, share = (x[usable] for x in (self.column("loss"), self.column("remembered"), stands_for))
+        loss, share = loss.clamp(min=0), share / share.sum()
+        mean = weighted_mean(loss, share)
+        variance = weighted_mean((loss - mean).square(), share)
+        effective = 1 / share.square().sum()
+        if not mean > 0:
+            return {}
+        numbers = {
+            "concentration": (1 + variance / mean.square()).item(),
+            "loss": mean.item(),
+            "loss_error": (variance / effective).sqrt().item(),
+        }
+        seen = torch.isfinite(remembered)
+        if not share[seen].sum() > _MOSTLY:
+            return numbers
+        old, new, weight = remembered[seen].clamp(min=0), loss[seen], share[seen]
+        numbers[f"correlation.{MEMORY}"] = _correlation(old.log1p(), new.log1p(), weight).item()
+        first = torch.where(seen, remembered, torch.inf).argsort(descending=True, stable=True)
+        for keep in keeps:
+            kept = first[share[first].cumsum(0) <= keep]
+            if len(kept):
+                numbers[f"gain.{MEMORY}.{keep:g}"] = (weighted_mean(loss[kept], share[kept]) / mean).item()
+        largest = old.argsort(descending=True, stable=True)
+        largest = largest[weight[largest].cumsum(0) <= weight.sum() / 4]
+        if len(largest) and old[largest].sum() > 0:
+            left = weighted_mean(new[largest], weight[largest]) / weighted_mean(old[largest], weight[largest])
+            numbers["retention"] = left.item()
         return numbers
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from earlysift.loss_memory import LossMemory
 from earlysift.measures import LOSS
 from earlysift.options import whole
 from earlysift.pools import Pool
-from earlysift.recent import Kept, Recent
+from earlysift.recent import MEMORY, Kept, Recent
 from earlysift.scorers import Approximation, Learnt
 
 _LOG = logging.getLogger("earlysift")
@@ -53,7 +53,8 @@ class Runner:
         self.model, self.config, self.ledger = model, config, ledger
         self.exit_head, self.exit_optimizer = exit_head, exit_optimizer
         self.approximation = scorers.named(config.score, config.depth)
-        by_memory = config.score == "memory" or (config.score == "blend" and config.sample_id is not None)
+        of_use = config.score == "blend" or config.mode == "auto"
+        by_memory = config.score == "memory" or (of_use and config.sample_id is not None)
         self.learnt = Learnt(
             memory=LossMemory() if by_memory else None,
             probe=ExitProbe(config.seed) if config.score in ("probe", "blend") else None,
@@ -94,8 +95,8 @@ class Runner:
     @property
     def observes(self) -> bool:
         """Whether the losses of trained samples are of use."""
-        learnt = self.learnt
-        return learnt.memory is not None or learnt.blend is not None or self.config.explored > 0
+        learnt, config = self.learnt, self.config
+        return learnt.memory is not None or learnt.blend is not None or config.explored > 0 or config.mode == "auto"
 
     def observe(self, kept: Kept, losses: Tensor) -> None:
         """Note the exact losses of a batch, for `absorb`: an accelerator has yet to compute them."""
@@ -182,7 +183,10 @@ class Runner:
         """The record of one probe of auto mode."""
         measure = (self.approximation and self.approximation.measure) or LOSS
         options = self._options(kept, scorers.exact()) | {"trim": False}
-        probe = probes.probe(self.model, pool, depths=control.depths, measure=measure, **options)
+        exits_only = [depth for depth in control.depths if depth != MEMORY]
+        probe = probes.probe(self.model, pool, depths=exits_only, measure=measure, **options)
+        if self.learnt.memory is not None and pool.ids is not None:
+            probe.scores[MEMORY] = self.learnt.memory.recall(pool.ids).to(probe.exact.device)
         return controller.record(probe, kept, control)
 
     def steering_record(self, pool: Pool, control: Control, kept: int) -> controller.Record:
@@ -197,7 +201,9 @@ class Runner:
         return record
 
     def at(self, depth: int) -> Approximation | None:
-        """The configured approximation with another exit; as it is, where it has none."""
+        """The configured approximation with another exit, or remembered losses; as it is, where it has no exit."""
+        if depth == MEMORY:
+            return scorers.memory()
         if self.approximation is None or self.approximation.depth is None:
             return self.approximation
         return scorers.named(self.approximation.name, depth)
@@ -249,7 +255,7 @@ class Runner:
         return {
             "train": count(pool.take(slice(0, kept)).data, None, passes=3),
             "probe": count(pool.data, None),
-            **{f"score_{depth}": count(pool.data, depth) for depth in control.depths},
+            **{f"score_{depth}": 0.0 if depth == MEMORY else count(pool.data, depth) for depth in control.depths},
         }
 
     def note_work(self, rows: Any, name: str, depth: int | None = None, *, passes: int = 1) -> None:

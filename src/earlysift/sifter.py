@@ -308,7 +308,14 @@ class Sifter:
         """What can be chosen on this model."""
         config, control = self.config, self.config.control or Control()
         layers, one = self._runner.layers(), self.exit_head is not None  # refused now, not at the first probe
-        return steering.candidates(control, depth=config.depth, keep=config.keep, layers=layers, one_depth=one)
+        return steering.candidates(
+            control,
+            depth=config.depth,
+            keep=config.keep,
+            layers=layers,
+            one_depth=one,
+            remembers=self._runner.learnt.memory is not None,
+        )
 
     def _warn(self, plan: Plan, scored: Scored | None, size: int, fidelity: Mapping[str, float]) -> None:
         """Warn of exits that rank at random, and once of a pool that is trained on whole."""

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from earlysift import controller
 from earlysift.controller import Control, State
+from earlysift.recent import MEMORY
 
 
 class Measured(NamedTuple):
@@ -19,7 +20,9 @@ class Measured(NamedTuple):
     weighted: bool
 
 
-def candidates(control: Control, *, depth: int, keep: float, layers: int, one_depth: bool) -> Control:
+def candidates(
+    control: Control, *, depth: int, keep: float, layers: int, one_depth: bool, remembers: bool = False
+) -> Control:
     """What can be chosen on a model: depths that it has, pools that are large enough, the configured depth and keep.
 
     Args:
@@ -28,6 +31,7 @@ def candidates(control: Control, *, depth: int, keep: float, layers: int, one_de
         keep: The configured keep; pools are this large, so no smaller keep is possible.
         layers: Layers that the model has.
         one_depth: Whether only the configured depth is possible, as an exit head belongs to one.
+        remembers: Whether losses are remembered, so that they can be chosen by, too.
 
     Raises:
         ValueError: If reference costs lack one of these depths.
@@ -35,12 +39,16 @@ def candidates(control: Control, *, depth: int, keep: float, layers: int, one_de
     depths = {depth} if one_depth else {depth, *(d for d in control.depths if d < layers)}
     keeps = {keep, *(k for k in control.keeps if k > keep)}
     needed = {"train", "probe", *(f"score_{d}" for d in depths)}
+    if remembers:
+        depths.add(MEMORY)
     if control.reference_costs is not None and not needed <= control.reference_costs.keys():
         raise ValueError(
             f"Expected reference_costs of {', '.join(sorted(needed))}, got {sorted(control.reference_costs)}. "
             "Give a time for each, or None to measure them."
         )
-    return dataclasses.replace(control, depths=tuple(sorted(depths)), keeps=tuple(sorted(keeps)))
+    found = dataclasses.replace(control, keeps=tuple(sorted(keeps)))
+    object.__setattr__(found, "depths", tuple(sorted(depths)))  # 0 is no exit that a user may ask for
+    return found
 
 
 def start(control: Control | None) -> State | None:
@@ -78,6 +86,7 @@ def steer(
     keep: float,
     prices_of: Callable[[], dict[str, float]],
     probe: Callable[[], Measured] | None,
+    free: Callable[[], dict[str, float]] | None = None,
 ) -> tuple[State, dict[str, Any]]:
     """Probe if a probe is due, and decide what steps do from here on.
 
@@ -91,6 +100,7 @@ def steer(
         keep: b / R.
         prices_of: Finds the prices of operations.
         probe: Probes the pool; None if this pool cannot be probed.
+        free: Finds what the losses of trained samples say; None where no loop hands them over.
 
     Returns:
         The state from here on, and what the ledger is to note: ``mode``, and if there was a probe ``control`` (the
@@ -104,12 +114,16 @@ def steer(
     if probe is not None and first and step >= state.next_probe:
         record, weighted = probe()
         state, row["control"], reason = controller.advance(
-            state, record, prices_of(), control, keep, step, weighted, pools_per_step
+            state, record, prices_of(), control, keep, step, weighted, pools_per_step, free() if free else None
         )
         chosen = state.choice or before
         seen_depth = depth if chosen is None else chosen.depth
         row["rank_correlation"] = record[f"correlation.{seen_depth}"]
         row["gain"] = record[f"gain.{seen_depth}.{keep:g}"]
+    elif free is not None and first and step % controller.FREE_EVERY == 0 and (signals := free()):
+        state, numbers, reason = controller.look(state, prices_of(), control, keep, step, free=signals)
+        if state.choice != before:
+            row["control"] = numbers
     if state.choice is not None:
         state, _, end = controller.end(state, control, step)
         reason = reason if state.choice else end
@@ -120,6 +134,13 @@ def steer(
 
 def _words(choice: controller.Choice | None) -> str:
     return "uniform" if choice is None else str(choice)
+
+
+def free_of(numbers: Mapping[str, float], control: Control) -> dict[str, float]:
+    """Free signals with every name that they may have, nan where one is missing: the same names on every rank."""
+    gains = [f"gain.{MEMORY}.{keep:g}" for keep in control.keeps]
+    names = ("concentration", "loss", "loss_error", f"correlation.{MEMORY}", *gains, "retention")
+    return {name: numbers.get(name, math.nan) for name in names}
 
 
 def record_of(numbers: Mapping[str, float], control: Control) -> dict[str, float]:

@@ -10,6 +10,7 @@ from earlysift.compare import peers
 from earlysift.compare.arm import TRAIN, Arm, Operation, Step
 from earlysift.compare.sifted import (
     AUTO_DEPTHS,
+    AUTO_SCORING,
     BLEND,
     EXACT,
     EXIT_HEAD_WIDTH,
@@ -150,9 +151,10 @@ ARMS: dict[str, Arm] = {
     },
     "auto": Arm(
         "auto",
-        "measures cost and gain as it trains, and chooses greedy, unbiased or uniform training, exit and keep by them",
+        "measures cost and gain as it trains, and chooses greedy, unbiased or uniform training, remembered losses or "
+        "an exit, and keep by them",
         auto,
-        scoring=SCORING["loss"],
+        scoring=AUTO_SCORING,
         probing=PROBE,
         depths=AUTO_DEPTHS,
     ),

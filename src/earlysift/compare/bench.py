@@ -71,10 +71,10 @@ class Bench:
         with self.precision():
             return scorers.training_loss(self.model, batch, weights=weights)
 
-    def observed_loss(self, batch: Rows, sifter: Sifter) -> Tensor:
+    def observed_loss(self, batch: Rows, sifter: Sifter, weights: Tensor | None = None) -> Tensor:
         """Training loss, from which the sifter learns."""
         with self.precision():
-            return sifter.loss(batch)
+            return sifter.loss(batch, weights=weights)
 
     def joint_loss(self, batch: Rows, sifter: Sifter, weight: float) -> Tensor:
         """Training loss plus a share of the early exit's."""
@@ -139,7 +139,7 @@ class Bench:
             keep: Its smallest keep; the comparison's is the other one.
             scoring: What its scoring is charged as.
         """
-        control = Control(depths=exits, keeps=(keep, self.settings.keep))
+        control = Control(depths=tuple(filter(None, exits)), keeps=(keep, self.settings.keep))
         if not self.medians_ms:
             return control
         larger = self.settings.keep / keep  # scoring was timed on pools of the comparison's keep

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 EXIT_HEAD_WIDTH = 64  # of the residual layer of an exit's own head
 JOINT_WEIGHT = 0.3  # of the exit's loss, where it is trained along with the model's
-AUTO_DEPTHS, AUTO_KEEP = (1, 2, 3), 0.25
+AUTO_DEPTHS, AUTO_KEEP = (0, 1, 2, 3), 0.25  # depth 0 are remembered losses
 _SAMPLE_ID = "sample_id"
 
 
@@ -78,7 +78,7 @@ def learning(bench: Bench, *, depth: int | None = None, select_after: float | No
 def auto(bench: Bench) -> Step:
     """Pools through a `Sifter` in auto mode, which trains uniformly until selecting pays."""
     sifter = _auto_sifter(bench)
-    return lambda _: _sift_and_train(bench, sifter, bench.loss)
+    return lambda _: _sift_and_train(bench, sifter, lambda batch, weights: bench.observed_loss(batch, sifter, weights))
 
 
 def _sift_and_train(bench: Bench, sifter: Sifter, loss_of: Callable[[Rows, Tensor | None], Tensor]) -> None:
@@ -94,9 +94,15 @@ def _sift_and_train(bench: Bench, sifter: Sifter, loss_of: Callable[[Rows, Tenso
 
 
 def _auto_sifter(bench: Bench) -> Sifter:
-    exits = usable_exits(AUTO_DEPTHS, bench.settings)
-    control = bench.control(exits, AUTO_KEEP, SCORING["loss"])
-    return bench.sifter(exits[0], mode="auto", keep=AUTO_KEEP, control=control)
+    depths = usable_exits(AUTO_DEPTHS, bench.settings)
+    control = bench.control(depths, AUTO_KEEP, AUTO_SCORING)
+    return bench.sifter(depths[1], mode="auto", keep=AUTO_KEEP, sample_id=_SAMPLE_ID, control=control)
+
+
+def _auto_scoring(bench: Bench, *, depth: int) -> Callable[[], object]:
+    """Sifting as auto mode does it by one of its choices; depth 0 are remembered losses."""
+    score = {"score": "loss", "depth": depth} if depth else {"score": "memory", "sample_id": _SAMPLE_ID}
+    return sifting(bench, **score)
 
 
 def sifting(bench: Bench, **options: Any) -> Callable[[], object]:
@@ -121,7 +127,7 @@ def _training_jointly(bench: Bench, *, depth: int) -> Callable[[], object]:
 
 def _probing(bench: Bench) -> Callable[[], object]:
     sifter = _auto_sifter(bench)
-    pool = bench.read(sifter.wanted)
+    pool = _pool(bench, sifter.wanted, sifter)
     return lambda: sifter.probe(pool)
 
 
@@ -132,6 +138,7 @@ SCORING = {
 MEMORY = Operation("memory", "score", partial(sifting, score="memory", sample_id=_SAMPLE_ID))
 EXIT_PROBE = Operation("exit_probe", "score", partial(sifting, score="probe"), at_exit=True)
 BLEND = Operation("blend", "score", partial(sifting, score="blend", sample_id=_SAMPLE_ID), at_exit=True)
+AUTO_SCORING = Operation("score", "score", _auto_scoring, at_exit=True)
 EXACT = Operation("exact", "score", partial(sifting, score="exact"))
 HEAD = Operation("head", "score", partial(sifting, own_head=EXIT_HEAD_WIDTH), at_exit=True)
 TRAIN_JOINTLY = Operation("train_joint", "train", _training_jointly, at_exit=True)
