@@ -73,6 +73,7 @@ def test_candidates_are_what_the_model_has_and_the_configured_choice():
     control = steering.candidates(Control(depths=(1, 3, 9), keeps=(0.1, 0.5)), **options)
     assert (control.depths, control.keeps) == ((1, 2, 3), (0.25, 0.5))
     assert steering.candidates(Control(), **options | {"one_depth": True}).depths == (2,)
+    assert steering.candidates(Control(), **options, remembers=True).depths == (0, 1, 2, 3)
     with pytest.raises(ValueError, match=r"reference_costs of probe, score_1, .*, train, got \['train'\]"):
         steering.candidates(Control(reference_costs={"train": 1.0}), **options)
 
@@ -82,3 +83,33 @@ def test_a_record_has_all_names_and_nan_where_nothing_was_seen():
     assert list(record) == controller.record_names(CONTROL)
     assert record.pop("loss") == 2.0
     assert all(map(math.isnan, record.values()))
+
+
+def test_what_is_free_is_looked_at_now_and_then_between_probes_and_changes_are_noted():
+    record = dict.fromkeys(controller.record_names(CONTROL), 1.0) | {"correlation.1": 0.5, "gain.1.0.5": 1.6}
+    record |= {"concentration": 2.0, "greedy.1.0.5.signal": 1.0, "greedy.1.0.5.length2": 1.0}
+    state = State(records=(record, record), next_probe=1000)
+    asked = []
+
+    def free():
+        asked.append("free")
+        return {"concentration": 2.0, "loss": 1.0, "loss_error": 0.1, "retention": 0.5}
+
+    options = {"first": True, "pools_per_step": 1, "depth": 1, "keep": 0.5, "probe": None, "prices_of": lambda: PRICES}
+    for step in range(1, 2 * controller.FREE_EVERY):
+        found, row = steering.steer(state, CONTROL, step, free=free, **options)
+        looked = step == controller.FREE_EVERY
+        assert (found.choice is not None) == looked
+        assert ("event" in row, "control" in row) == (looked, looked)
+        assert "rank_correlation" not in row
+    assert asked == ["free"]
+    assert steering.steer(state, CONTROL, controller.FREE_EVERY, free=dict, **options)[0] == state  # nothing is known
+
+
+def test_free_signals_have_all_names_on_every_rank():
+    control = steering.candidates(Control(), depth=1, keep=0.5, layers=4, one_depth=False, remembers=True)
+    signals = steering.free_of({"loss": 2.0}, control)
+    assert list(signals) == [
+        *("concentration", "loss", "loss_error", "correlation.0", "gain.0.0.5", "gain.0.0.67", "retention")
+    ]
+    assert [name for name, value in signals.items() if not math.isnan(value)] == ["loss"]

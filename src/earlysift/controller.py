@@ -206,9 +206,10 @@ def end(state: State, control: Control, step: int) -> Verdict:
 def _switched(state: State, choice: Choice | None, numbers: Mapping[str, float]) -> State:
     if choice == state.choice:
         return state
-    # The records stay: they tell scores apart under any way of training, and probes are rare.
+    # What spoke for a choice that failed must not bring it back at once; else records stay, as probes are rare.
+    records = state.records if choice else state.records[-1:]
     before = (numbers["loss"], numbers["loss_error"]) if numbers else state.before
-    return replace(state, choice=choice, before=before)
+    return replace(state, choice=choice, records=records, before=before)
 
 
 def _near_end(control: Control, step: int) -> bool:
@@ -389,6 +390,9 @@ def decide(
     if _near_end(control, step):
         return None, _NEAR_END
     now = state.choice
+    if now is not None and now.depth != MEMORY:  # a breakdown of ranking shows in the latest probe, not in the median
+        latest = state.records[-1][f"correlation.{now.depth}"]
+        numbers = {**numbers, f"correlation.{now.depth}": min(latest, numbers[f"correlation.{now.depth}"])}
     objections = {
         choice: objection(choice, numbers, KEEP if choice == now else TAKE)
         for choice in choices(control)
