@@ -36,20 +36,44 @@ _CLM = _SMALL | {"task": "causal_lm", "arms": _PEERS, "budget": 15.0, "vocab_siz
 _SST2 = {"task": "classification", "data": ("sst2",), "validation_samples": 872}
 _CLASSIFY = _SMALL | _SST2 | {"arms": _PEERS, "budget": 12.0, "learning_rate": 1e-3}
 _IMAGE = _SMALL | {"task": "image", "arms": _PEERS, "budget": 8.0, "learning_rate": 1e-3}
+# Samples return, and most are learnt: where approximate losses can pay. Every approximation runs, with a small keep.
+_SCORES = ("uniform", "memory", "probe-2", "blend-2", "sift-2", "exact", "free", "auto")
+_EPOCHS = _SMALL | {"arms": _SCORES, "budget": 40.0, "keep": 0.25, "evaluations": 17, "validation_samples": 1500}
+_MNIST = _EPOCHS | {
+    "task": "image",
+    "data": ("mnist/mnist.npz",),
+    "train_samples": 6000,
+    "learning_rate": 1.5e-3,
+    "select_after": 0.25,
+}
+_NOISY = ("uniform", "memory", "free", "auto")
 _PRETRAINING = "mlm-wikipedia-books"
 
 _CPU: dict[str, dict[str, Any]] = {
     "mlm-stdlib": {**_MLM, "arms": _MAIN},  # the longest first, so that parallel jobs end together
     "digits": {**_IMAGE, "arms": (*_PEERS, "sift-warm", "sift-joint-1")},
     "digits-long": {**_IMAGE, "arms": _LONG, "budget": 30.0, "evaluations": 25, "select_after": 0.2},
-    "digits-memory": {
-        **_IMAGE,
-        "arms": ("uniform", "memory", "memory-warm", "free"),
-        "budget": 30.0,
-        "evaluations": 25,
-        "select_after": 0.2,
-        "keep": 0.25,
+    "mnist-epochs": _MNIST,
+    "clinc-epochs": {
+        **_EPOCHS,
+        "task": "classification",
+        "data": ("clinc150",),
+        "length": 20,
+        "vocab_size": 2000,
+        "learning_rate": 1e-3,
+        "select_after": 0.4,
     },
+    "clm-repeated-epochs": {
+        **_EPOCHS,
+        "task": "causal_lm",
+        "repeated": 0.8,
+        "train_samples": 8000,
+        "vocab_size": 512,
+        "learning_rate": 4e-3,
+        "select_after": 0.2,
+    },
+    "mnist-flipped-20": {**_MNIST, "arms": _NOISY, "flipped": 0.2, "budget": 25.0},
+    "mnist-flipped-40": {**_MNIST, "arms": _NOISY, "flipped": 0.4, "budget": 25.0},
     "sst2": _CLASSIFY,
     "clm-repeated": {**_CLM, "repeated": 0.8},
     "clm-wikitext-2": {**_CLM, "data": ("wikitext-2",)},
