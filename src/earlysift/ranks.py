@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
-from earlysift import pools
+from earlysift import loss_memory, pools
+from earlysift.loss_memory import LossMemory
 from earlysift.losses import IGNORED_LABEL
 from earlysift.selectors import Selection
 
@@ -172,6 +173,71 @@ def exchange(pool: Any, selection: Selection, sizes: Sequence[int], kept: int) -
     order = order[torch.where(held, -1, holders)[order].argsort(stable=True)]  # the order in which `swap` concatenates
     order = order.to(selection.indices.device)
     return batch, Selection(selection.indices[order], selection.weights[order])
+
+
+def memory(samples: int | None = None) -> LossMemory:
+    """A memory of which every rank keeps a part.
+
+    Args:
+        samples: Number of samples, where ids are their indices; None is unknown.
+    """
+    return LossMemory(samples, rank=rank(), ranks=world())
+
+
+def recall(memory: LossMemory, ids: Tensor, device: torch.device) -> Tensor:
+    """What `LossMemory.recall` would return of a memory that saw what all ranks observed.
+
+    With a shared memory all ranks must call it together.
+
+    Args:
+        memory: This rank's part.
+        ids: Of this rank's candidates, int64 ``(R,)``; R may differ between ranks.
+        device: Device of the process group's backend.
+
+    Returns:
+        float32 ``(R,)``, on the device of the ids.
+    """
+    if memory.ranks == 1:
+        return memory.recall(ids)
+    everyone, sizes = _together(ids[:, None].to(device))
+    losses = memory.known(everyone[:, 0]).to(device)
+    distributed.all_reduce(losses)  # one rank knows each, all others add 0
+    losses = losses.cpu()
+    memory.note_candidates(losses)
+    own = losses.split(sizes)[memory.rank]
+    return loss_memory.unseen_first(own).to(ids.device)
+
+
+def observe(memory: LossMemory, ids: Tensor, losses: Tensor, step: int, device: torch.device) -> None:
+    """Remember the losses of all ranks' samples, each at its place: see `LossMemory.observe`.
+
+    With a shared memory all ranks must call it together.
+
+    Args:
+        memory: This rank's part.
+        ids: Of the samples that this rank trained on, int64 ``(b,)``; b may differ between ranks.
+        losses: Their mean losses, ``(b,)``.
+        step: The optimizer step.
+        device: Device of the process group's backend.
+
+    Raises:
+        ValueError: If there is not one loss per sample.
+    """
+    loss_memory.require_one_each(ids, losses)
+    if memory.ranks > 1:
+        # Ids have 28 bits and losses are float32: float64 holds both exactly, for one exchange instead of two.
+        pairs = torch.stack([part.detach().to(device, torch.float64) for part in (ids, losses.float())], dim=1)
+        ids, losses = _together(pairs)[0].unbind(dim=1)
+    memory.observe(ids.long(), losses, step)
+
+
+def _together(rows: Tensor) -> tuple[Tensor, list[int]]:
+    """The rows ``(R, ...)`` of all ranks in order of rank, and how many each has."""
+    sizes = _all_gather(torch.tensor([len(rows)], device=rows.device)).tolist()
+    padded = rows.new_zeros((max(sizes), *rows.shape[1:]))
+    padded[: len(rows)] = rows
+    parts = _all_gather(padded).split(max(sizes))
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]), sizes
 
 
 def _layout(pool: Any) -> int:

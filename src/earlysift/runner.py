@@ -52,7 +52,7 @@ class Runner:
         self.model, self.config, self.ledger = model, config, ledger
         self.exit_head, self.exit_optimizer = exit_head, exit_optimizer
         self.approximation = scorers.named(config.score, config.depth)
-        self.memory = (memory or LossMemory()) if config.score == "memory" else None
+        self.memory = (memory or ranks.memory()) if config.score == "memory" else None
         self.anatomy: Anatomy | None = None
         self._exits = exit_head is not None or (self.approximation is not None and self.approximation.depth is not None)
         self._compared = not (self._exits or (self.approximation and self.approximation.measure))

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from earlysift import checks, exits, losses, pools
+from earlysift import checks, exits, losses, pools, ranks
 from earlysift.exits import Anatomy, Family
 from earlysift.loss_memory import LossMemory
 from earlysift.losses import Head, Reduction
@@ -376,7 +376,8 @@ def _measured(approximation: Approximation, model: nn.Module, pool: Pool, scorin
 def _remembered(_: Approximation, model: nn.Module, pool: Pool, scoring: Scoring) -> Tensor:
     if scoring.memory is None or pool.ids is None:
         raise ValueError("Remembered losses belong to a Sifter with score='memory' and sample_id. Score by it.")
-    return scoring.memory.recall(pool.ids).to(next(model.parameters()).device)
+    device = next(model.parameters()).device
+    return ranks.recall(scoring.memory, pool.ids, device).to(device)
 
 
 def _guarded(scorer: Scorer, _: Approximation, model: nn.Module, pool: Pool, scoring: Scoring) -> Tensor:

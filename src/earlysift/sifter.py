@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from earlysift import judging, pending, planning, pools, progress, scorers, steering, stepping
+from earlysift import judging, pending, planning, pools, progress, ranks, scorers, steering, stepping
 from earlysift.config import SiftConfig
 from earlysift.controller import Control
 from earlysift.exits import ExitHead
@@ -129,6 +129,11 @@ class Sifter:
             return None
         return self._pool_ids[self.selection.indices.cpu()]
 
+    @property
+    def observes(self) -> bool:
+        """Whether the losses of trained samples are remembered: then every batch's are wanted, see `observe`."""
+        return self._runner.memory is not None
+
     def begin(self, micro_step: int = 0) -> None:
         """Open the ledger's row of the next call of `sift`; what precedes it, as waiting for data, is part of it."""
         self.ledger.begin(self._progress.place(micro_step)[0], micro_step)
@@ -154,7 +159,7 @@ class Sifter:
                 same pool. Steps that wait anyway (probes, an exit_optimizer, global scope) refuse at once.
         """
         micro_step = judging.require_micro_step(micro_step)
-        candidates = pools.checked(pool, self.config.sample_id)
+        candidates = pools.checked(pool, self.config.sample_id, self._runner.memory and self._runner.memory.samples)
         before, runner = self._progress, self._runner
         kept = judging.require_kept(candidates.size, self.config.keep, before.kept, first=before.step == 0)
         self.begin(micro_step)
@@ -220,23 +225,27 @@ class Sifter:
         Returns:
             A float32 scalar.
         """
-        observe = None if self._runner.memory is None else self.observe
+        observe = self.observe if self.observes else None
         return scorers.training_loss(self.model, batch, family=self.config.family, observe=observe, **options)
 
-    def observe(self, losses: Tensor) -> None:
-        """Remember the losses of the latest batch's samples, in loops that compute them themselves.
+    def observe(self, losses: Tensor, ids: Tensor | None = None) -> None:
+        """Remember the losses of a batch's samples, in loops that compute them themselves.
+
+        With several ranks, all must call it for each of their batches.
 
         Args:
             losses: Mean loss of every sample of the batch that `sift` returned, in its order, ``(b,)``; ``-inf`` for
                 unlabelled ones, nan leaves a sample as it was.
+            ids: What `ids` was after that call of `sift`, in loops that sift further pools before they train; None is
+                the latest batch's.
 
         Raises:
             ValueError: Without ``score="memory"``, before the first pool, or if there is not one loss per sample.
         """
-        memory, ids = self._runner.memory, self.ids
+        memory, ids = self._runner.memory, self.ids if ids is None else ids
         if memory is None or ids is None:
             raise ValueError("There is nothing to remember losses by: use score='memory', and call sift first.")
-        memory.observe(ids, losses, self._progress.step)
+        ranks.observe(memory, ids, losses, self._progress.step, self._runner.device)
 
     def exit_loss(self, batch: Any) -> Tensor:
         """Differentiable loss of the early exit on a batch: add a share of it to your loss to train the exit jointly.
