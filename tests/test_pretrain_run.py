@@ -107,7 +107,7 @@ def test_a_run_on_text_in_passing_and_one_on_stored_text_are_two_trainings(start
     assert (code, "another training (stream: was True, is False)" in err) == (2, True)
 
 
-@pytest.mark.parametrize("arm", ["uniform", "sift-entropy", "exact", "auto"])
+@pytest.mark.parametrize("arm", ["uniform", "sift-entropy", "exact", "sift-memory", "auto"])
 def test_every_arm_resumes_bit_equal_within_accumulation(arm, start, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert start(whole, "--arm", arm)[0] == 0
@@ -557,7 +557,7 @@ def test_settings_are_the_command_line_and_the_config_file(start, uncut, tmp_pat
     assert set(config) == set(PretrainSettings.__dataclass_fields__)
     code, said, err = start(copy, "--config", uncut / "config.json", "--resume")
     assert (code, "Trained 12 steps" in said) == (0, True), err
-    assert set(ARMS) == {"uniform", *map(sift_arm, MEASURES), "exact", "auto"}
+    assert set(ARMS) == {"uniform", *map(sift_arm, MEASURES), "exact", "sift-memory", "auto"}
 
 
 # Several processes

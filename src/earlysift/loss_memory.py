@@ -149,7 +149,7 @@ class LossMemory:
                 f"Resume with {ranks} ranks."
             )
         if rank != self.rank:
-            return f"The saved losses are those of rank {rank}, and this is rank {self.rank}. Load this rank's own file."
+            return f"The saved losses are those of rank {rank}, and this is rank {self.rank}. Load this rank's own."
         seen = (~state["losses"].isnan()).nonzero().flatten()
         largest = int(seen[-1]) * ranks + rank if len(seen) else -1
         if self.samples is not None and largest >= self.samples:
@@ -196,7 +196,7 @@ def state_problems(state: Any) -> list[str]:
         for name, kind in kinds.items()
     )
     if not sound or len(state["losses"]) != len(state["steps"]) or len(state["ranks"]) != 2:
-        return ["memory must hold losses (float32) and steps (int32) of equal length, new (int64) and two ranks (int64)"]
+        return ["memory must hold losses (float32) and steps (int32) of equal length, new and two ranks (int64)"]
     return []
 
 

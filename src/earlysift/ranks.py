@@ -204,7 +204,7 @@ def recall(memory: LossMemory, ids: Tensor, device: torch.device) -> Tensor:
     distributed.all_reduce(losses)  # one rank knows each, all others add 0
     losses = losses.cpu()
     memory.note_candidates(losses)
-    own = losses.split(sizes)[memory.rank]
+    own = torch.split(losses, sizes)[memory.rank]
     return loss_memory.unseen_first(own).to(ids.device)
 
 
@@ -236,7 +236,7 @@ def _together(rows: Tensor) -> tuple[Tensor, list[int]]:
     sizes = _all_gather(torch.tensor([len(rows)], device=rows.device)).tolist()
     padded = rows.new_zeros((max(sizes), *rows.shape[1:]))
     padded[: len(rows)] = rows
-    parts = _all_gather(padded).split(max(sizes))
+    parts = torch.split(_all_gather(padded), max(sizes))
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]), sizes
 
 

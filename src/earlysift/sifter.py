@@ -159,8 +159,8 @@ class Sifter:
                 same pool. Steps that wait anyway (probes, an exit_optimizer, global scope) refuse at once.
         """
         micro_step = judging.require_micro_step(micro_step)
-        candidates = pools.checked(pool, self.config.sample_id, self._runner.memory and self._runner.memory.samples)
         before, runner = self._progress, self._runner
+        candidates = pools.checked(pool, self.config.sample_id, runner.memory.samples if runner.memory else None)
         kept = judging.require_kept(candidates.size, self.config.keep, before.kept, first=before.step == 0)
         self.begin(micro_step)
         runner.call_begins()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -28,7 +28,7 @@ from earlysift.presets import require_preset
 from earlysift.pretrain import checkpoints
 from earlysift.pretrain.models import CONFIG, TOKENIZER, build_preset
 from earlysift.pretrain.optional import optional_package
-from earlysift.pretrain.settings import ARMS, PretrainSettings
+from earlysift.pretrain.settings import ARMS, MEMORY_ARM, PretrainSettings
 from earlysift.pretrain.stream import Rows, Stream
 from earlysift.pretrain.streaming import StreamingCorpus, training_documents
 from earlysift.pretrain.tokens import packed_rows
@@ -150,7 +150,7 @@ def _shape(settings: PretrainSettings) -> Any:
 def _require_sound(settings: PretrainSettings, model: nn.Module, workload: Workload) -> None:
     """Run the model on two rows before a folder is created, to find its problems early."""
     rows = {name: values[:2] for name, values in workload.samples.validation.items()}
-    if settings.arm not in ("uniform", "exact"):
+    if settings.arm not in ("uniform", "exact", MEMORY_ARM):
         inputs, _ = pools.inputs_and_labels(rows)
         problems = checks.dry_run(model, exits.find_anatomy(model), settings.depth, inputs)
         if problems:
@@ -350,6 +350,9 @@ def _trainer(
         )
     else:
         stream = Stream(workload.samples, seed=settings.seed)
+    take, key = stream.take, options.get("sample_id")
+    if key is not None and isinstance(stream, Stream):
+        take = partial(_with_ids, stream, key)
     return Pretrainer(
         settings=settings,
         validation=workload.samples.validation,
@@ -357,10 +360,14 @@ def _trainer(
         signals=signals,
         model=model,
         args=args,
-        train_dataset=Candidates(stream.take, settings.steps * settings.accumulate * pool * args.world_size),
+        train_dataset=Candidates(take, settings.steps * settings.accumulate * pool * args.world_size),
         data_collator=unchanged,
         sift=SiftConfig(**options),
     )
+
+
+def _with_ids(stream: Stream, key: str, positions: Tensor) -> Rows:
+    return {**stream.take(positions), key: stream.ids_of(positions)}
 
 
 def _train(trainer: Pretrainer, checkpoint: Path | None) -> tuple[int, str]:

@@ -122,7 +122,8 @@ class Pretrainer(SiftTrainerMixin, Trainer):
     ) -> Tensor:
         """The contribution of a batch to the step's mean loss over labelled tokens."""
         with self.accelerator.autocast():
-            loss = scorers.training_loss(model, inputs, items=num_items_in_batch)
+            observe = None if self._trained_ids is None else self._remember
+            loss = scorers.training_loss(model, inputs, items=num_items_in_batch, observe=observe)
         processes: int = self.args.world_size
         return loss * processes  # gradients are averaged over processes
 
@@ -205,7 +206,11 @@ class Pretrainer(SiftTrainerMixin, Trainer):
         except Unusable:
             # Other processes may have selected, so the step continues, and ends on all of them before the update.
             self._losses.append(torch.tensor(math.nan, device=self.args.device))
-            return pools.take(self._prepare_inputs(pool), slice(0, self._train_batch_size))
+            candidates = pools.checked(self._prepare_inputs(pool), self.sift.sample_id)
+            batch = candidates.take(slice(0, self._train_batch_size))
+            if self.sifter.observes:  # as other processes do
+                self._waiting_ids.append(batch.ids)
+            return batch.data
         ids = batch["input_ids"].cpu().contiguous().numpy()
         self.sifter.ledger.note(picks=hashlib.sha256(ids.tobytes()).hexdigest()[:16])
         return batch
