@@ -350,9 +350,11 @@ def _trainer(
         )
     else:
         stream = Stream(workload.samples, seed=settings.seed)
-    take, key = stream.take, options.get("sample_id")
-    if key is not None and isinstance(stream, Stream):
-        take = partial(_with_ids, stream, key)
+    candidates = settings.steps * settings.accumulate * pool * args.world_size
+    train_dataset = Candidates(stream.take, candidates)
+    if isinstance(stream, Stream) and "sample_id" in options:
+        take = partial(_with_ids, stream, options["sample_id"])
+        train_dataset = Candidates(take, candidates, len(workload.samples))
     return Pretrainer(
         settings=settings,
         validation=workload.samples.validation,
@@ -360,7 +362,7 @@ def _trainer(
         signals=signals,
         model=model,
         args=args,
-        train_dataset=Candidates(take, settings.steps * settings.accumulate * pool * args.world_size),
+        train_dataset=train_dataset,
         data_collator=unchanged,
         sift=SiftConfig(**options),
     )

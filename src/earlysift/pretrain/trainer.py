@@ -45,11 +45,13 @@ class Candidates(Dataset[Rows]):
     Args:
         take: Maps numbers of candidates, int64 ``(n,)``, to a batch of n rows.
         count: Number of candidates that the whole training reads.
+        samples: Number of samples that they are of, if these have ids; else None.
     """
 
-    def __init__(self, take: Callable[[Tensor], Rows], count: int) -> None:
+    def __init__(self, take: Callable[[Tensor], Rows], count: int, samples: int | None = None) -> None:
         self._take = take
         self._count = count
+        self.samples = samples
 
     def __len__(self) -> int:
         return self._count
@@ -178,6 +180,9 @@ class Pretrainer(SiftTrainerMixin, Trainer):
         """Start the training clock at the time where an earlier run stopped."""
         self._began_s = time.perf_counter() - train_s
         self._time_share = self._spent_share()
+
+    def _sample_count(self) -> int | None:
+        return cast(Candidates, self.train_dataset).samples
 
     def _spent_share(self) -> float:
         return self.train_s / (60 * self.settings.minutes) if self.settings.minutes else 0.0
