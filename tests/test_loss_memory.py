@@ -399,9 +399,8 @@ def test_weights_of_the_unbiased_rule_are_right_for_stale_losses():
     memory, losses = LossMemory(), torch.rand(R, generator=torch.Generator().manual_seed(1)) * 5
     memory.observe(torch.arange(R), losses, 0)
     value = torch.arange(R).double()
-    means = []
+    model, means = build("plain", "masked_lm").train(), []
     for seed in range(400):
-        model = build("plain", "masked_lm").train() if seed == 0 else model
         options = {"select": selectors.proportional, "memory": memory, "family": row_of(model), "seed": seed}
         sifter = remembering(model, probe_every=0, **options)
         sifter.sift(next(pools(1)) | {"number": torch.arange(R)})
