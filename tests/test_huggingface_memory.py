@@ -368,5 +368,5 @@ def test_two_processes_share_one_memory_and_resume_only_as_two(tmp_path):
         assert told["resumed"] == told["told"][5:]
         assert str(told["known, resumed"]) == str(told["known"])
     assert both[0]["told"] != both[1]["told"]
-    with pytest.raises(ValueError, match=r"shared out among 2 ranks, and now there are 1\. Resume with 2 ranks"):
+    with pytest.raises(ValueError, match=r"number of ranks was 2 when they were saved, and is 1 now\. Resume with 2\."):
         trained(tmp_path, sift=MEMORY, data=samples(43), max_steps=10, resume=str(tmp_path / "checkpoint-5"))

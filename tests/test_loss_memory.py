@@ -315,7 +315,7 @@ def test_a_state_of_another_memory_is_refused_with_the_way_out_and_nothing_is_lo
         (LossMemory(largest), rf"reach to sample {largest}, and the data set has {largest} samples now\. Resume with"),
         (
             LossMemory(ranks=3),
-            r"shared out among 1 ranks, and now there are 3\. Resume with 1 ranks\. Nothing was load",
+            r"ranks was 1 when they were saved, and is 3 now\. Resume with 1\. Nothing was loaded",
         ),
     ):
         other = remembering(model, memory=memory)
