@@ -145,8 +145,8 @@ class LossMemory:
         rank, ranks = state["ranks"].tolist()
         if ranks != self.ranks:
             return (
-                f"Every rank remembers a part: the number of ranks was {ranks} when they were saved, and is {self.ranks} "
-                f"now. Resume with {ranks}."
+                "Every rank remembers a part of the losses: "
+                f"the number of ranks was {ranks} when they were saved, and is {self.ranks} now. Resume with {ranks}."
             )
         if rank != self.rank:
             return f"The saved losses are those of rank {rank}, and this is rank {self.rank}. Load this rank's own."

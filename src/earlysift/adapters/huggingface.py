@@ -87,7 +87,7 @@ class SiftTrainerMixin(_Base):  # type: ignore[misc, valid-type]
             if (key := self.sift.sample_id) is not None:
                 self._set_signature_columns_if_needed()
                 self._signature_columns = [*self._signature_columns, key]
-                if is_map_style(self.train_dataset) and samples.columns(self.train_dataset):
+                if is_map_style(self.train_dataset) and hasattr(self.train_dataset, "remove_columns"):
                     # Before they are read, as the Trainer does.
                     self.train_dataset = self._remove_unused_columns(self.train_dataset, "training")
                 self.train_dataset = samples.numbered(self.train_dataset, key)
