@@ -4,6 +4,8 @@ import copy
 import io
 import math
 import pickle
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -292,6 +294,29 @@ def test_a_large_memory_lies_in_a_file_without_a_name_and_is_otherwise_the_same(
     del memory, other, found
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()
     assert saved["losses"][1] == 77
+
+
+FULL = """
+import resource, signal, torch
+from earlysift import loss_memory
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+memory = loss_memory.LossMemory()
+memory.observe(torch.tensor([3]), torch.tensor([0.5]), 0)
+try:
+    memory.observe(torch.tensor([2**26]), torch.tensor([0.5]), 1)
+except OSError as error:
+    print(error)
+print(memory.recall(torch.tensor([3])).tolist())
+"""
+
+
+def test_a_disk_without_room_is_an_error_that_names_the_way_out_and_keeps_what_was_known():
+    done = subprocess.run([sys.executable, "-c", FULL], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "losses of 67108865 samples takes two files of 256 MiB" in done.stdout
+    assert "Set TMPDIR to a folder that has room" in done.stdout
+    assert done.stdout.endswith("[0.5]\n")
 
 
 def test_where_the_number_of_samples_is_known_larger_ids_are_refused_and_nothing_changes():

@@ -5,6 +5,7 @@ stale: a sample that has not been trained on for long may have been learnt, or f
 """
 
 import logging
+import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -115,8 +116,7 @@ class LossMemory:
         needed, stored = int(rows.max()) + 1, len(self._losses)
         if needed > stored:
             length = max(needed, stored + stored // 2)  # at least by a half, so that growing stays cheap
-            self._losses = _lengthened(self._losses, length, torch.nan)
-            self._steps = _lengthened(self._steps, length, 0)
+            self._resize(self._losses, self._steps, length)
         self._losses[rows] = values
         self._steps[rows] = step
 
@@ -135,9 +135,7 @@ class LossMemory:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continue from what `state_dict` returned; `state_problems` and `misfit` have found nothing wrong with it."""
-        length = len(state["losses"])
-        self._losses = _lengthened(state["losses"], length, torch.nan)
-        self._steps = _lengthened(state["steps"], length, 0)
+        self._resize(state["losses"], state["steps"], len(state["losses"]))
         self._new = int(state["new"])
 
     def misfit(self, state: Mapping[str, Tensor]) -> str:
@@ -158,6 +156,10 @@ class LossMemory:
                 "Resume with the data set of before."
             )
         return ""
+
+    def _resize(self, losses: Tensor, steps: Tensor, length: int) -> None:
+        longer = _lengthened(losses, length, torch.nan), _lengthened(steps, length, 0)
+        self._losses, self._steps = longer  # both or neither, should there be no room
 
 
 def unseen_first(losses: Tensor) -> Tensor:
@@ -202,12 +204,27 @@ def state_problems(state: Any) -> list[str]:
 
 def _lengthened(values: Tensor, length: int, fill: float) -> Tensor:
     """A copy with more rows; of a large memory in a temporary file, which has no name and so ends with the process."""
-    if length * _BYTES <= MAPPED_BYTES:
-        longer = torch.empty(length, dtype=values.dtype)
-    else:
-        with tempfile.TemporaryDirectory(prefix="earlysift-", ignore_cleanup_errors=True) as folder:
-            file = str(Path(folder, "losses"))
-            longer = torch.from_file(file, shared=True, size=length, dtype=values.dtype)
+    mapped = length * _BYTES > MAPPED_BYTES
+    longer = _in_file(length, values.dtype) if mapped else torch.empty(length, dtype=values.dtype)
     longer[: len(values)] = values
     longer[len(values) :] = fill
     return longer
+
+
+def _in_file(length: int, dtype: torch.dtype) -> Tensor:
+    """An empty tensor in a temporary file."""
+    size = length * dtype.itemsize
+    with tempfile.TemporaryDirectory(prefix="earlysift-", ignore_cleanup_errors=True) as folder:
+        path = Path(folder, "values")
+        try:
+            with path.open("wb") as file:
+                if hasattr(os, "posix_fallocate"):  # else a disk that is full would kill the process later
+                    os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"Remembering the losses of {length} samples takes two files of {size / 2**20:,.0f} MiB "
+                f"({error.strerror}). Set TMPDIR to a folder that has room for them",
+                tempfile.gettempdir(),
+            ) from error
+        return torch.from_file(str(path), shared=True, size=length, dtype=dtype)
