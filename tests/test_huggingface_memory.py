@@ -213,6 +213,8 @@ def test_evaluation_drops_a_column_of_ids_as_ever(tmp_path):
     data = datasets.Dataset.from_dict(columns)
     run = trained(tmp_path, data=data, sift=MEMORY, trainer={"eval_dataset": data}, eval_strategy="epoch")
     assert any("eval_loss" in entry for entry in run.state.log_history)
+    assert "number" in next(iter(run.get_train_dataloader()))
+    assert set(next(iter(run.get_eval_dataloader()))) == set(rows[0])
 
 
 class Stream(torch.utils.data.IterableDataset):
@@ -251,8 +253,16 @@ def test_a_model_without_logits_or_labels_is_refused(tmp_path):
         def compute_loss(self, model, inputs, *arguments, **options):
             return super().compute_loss(model, dict(inputs) | {"labels": None}, *arguments, **options)
 
-    with pytest.raises(ValueError, match=r"read off the logits that the model returns and the batch's 'labels'"):
-        trained(tmp_path, Headless, sift=MEMORY)
+    class Around(Trainer):
+        def compute_loss(self, model, inputs, *arguments, **options):
+            return model.forward(**inputs).loss  # past what is seen of the model's calls
+
+    class SiftAround(SiftTrainerMixin, Around):
+        pass
+
+    for cls in (Headless, SiftAround):
+        with pytest.raises(ValueError, match=r"read off the logits that the model returns and the batch's 'labels'"):
+            trained(tmp_path, cls, sift=MEMORY)
 
 
 def test_a_training_in_which_no_sample_returns_is_warned_of(tmp_path, caplog):

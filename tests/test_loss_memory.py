@@ -414,6 +414,9 @@ def test_a_loop_that_sifts_ahead_remembers_by_the_ids_it_kept():
         kept.append(sifter.ids)
     for number, ids in enumerate(kept):
         sifter.observe(torch.full((B,), float(number)), ids)
+    for wrong in (torch.tensor([0, 1, 2, -3]), torch.arange(4.0)):
+        with pytest.raises(ValueError, match=r"Expected (ids in 0|the samples' ids, int64 \(4,\), as an argument)"):
+            sifter.observe(torch.zeros(B), wrong)
     both = set(kept[0].tolist()) & set(kept[1].tolist())
     expected = [0.0 if i not in both else 1.0 for i in kept[0].tolist()]
     assert sifter._runner.memory.known(kept[0]).tolist() == expected

@@ -242,10 +242,11 @@ class Sifter:
         Raises:
             ValueError: Without ``score="memory"``, before the first pool, or if there is not one loss per sample.
         """
-        memory, ids = self._runner.memory, self.ids if ids is None else ids
-        if memory is None or ids is None:
+        memory, own = self._runner.memory, self.ids if ids is None else ids
+        if memory is None or own is None:
             raise ValueError("There is nothing to remember losses by: use score='memory', and call sift first.")
-        ranks.observe(memory, ids, losses, self._progress.step, self._runner.device)
+        own = pools.require_ids(own, len(own), memory.samples, "as an argument")
+        ranks.observe(memory, own, losses, self._progress.step, self._runner.device)
 
     def exit_loss(self, batch: Any) -> Tensor:
         """Differentiable loss of the early exit on a batch: add a share of it to your loss to train the exit jointly.
