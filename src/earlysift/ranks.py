@@ -254,9 +254,9 @@ def _layout(pool: Any) -> int:
 
 
 def _all_gather(values: Tensor) -> Tensor:
-    gathered = values.new_empty((world() * len(values), *values.shape[1:]))
-    distributed.all_gather_into_tensor(gathered, values.contiguous())
-    return gathered
+    gathered = values.new_empty((world(), *values.shape))
+    distributed.all_gather(list(gathered.unbind()), values.contiguous())
+    return gathered.flatten(0, 1)
 
 
 def _bytes(rows: Tensor) -> Tensor:
