@@ -182,7 +182,8 @@ class Pretrainer(SiftTrainerMixin, Trainer):
         self._time_share = self._spent_share()
 
     def _sample_count(self) -> int | None:
-        return cast(Candidates, self.train_dataset).samples
+        data = self.train_dataset
+        return data.samples if isinstance(data, Candidates) else super()._sample_count()
 
     def _spent_share(self) -> float:
         return self.train_s / (60 * self.settings.minutes) if self.settings.minutes else 0.0
