@@ -351,6 +351,15 @@ def score_by_labels(model, pool):
     return torch.where(counts > 0, means, -torch.inf)
 
 
+def observed_on_rank(rank, step):
+    """Ids that one of several ranks asks for, and the losses of the first few of them; numbers differ between ranks."""
+    generator = torch.Generator().manual_seed(3000 * step + rank)
+    ids = torch.randint(0, 40 + 5 * step, (7 + (rank + step) % 3,), generator=generator)
+    losses = torch.rand(3 + (rank + 2 * step) % 4, generator=generator)
+    losses[step % 3] = [0.5, float("nan"), float("inf"), -float("inf")][(step + rank) % 4]
+    return ids, losses
+
+
 def ragged_pool_of_rank(rank, step, side, size=6):
     """Candidates of one of several ranks, padded on a side to the longest of them: lengths differ between ranks."""
     generator = torch.Generator().manual_seed(2000 * step + rank)

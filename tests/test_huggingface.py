@@ -831,12 +831,12 @@ def trl():
         return pytest.importorskip("trl")
 
 
-def fine_tuned(trl, folder, sift=HALF, resume=None, seed=0, **arguments):
+def fine_tuned(trl, folder, sift=HALF, resume=None, seed=0, noting=Recording, **arguments):
     """A run of TRL's SFTTrainer on documents of several lengths."""
     import datasets
     import tokenizers
 
-    class SiftSFTTrainer(Recording, SiftTrainerMixin, trl.SFTTrainer):
+    class SiftSFTTrainer(noting, SiftTrainerMixin, trl.SFTTrainer):
         pass
 
     words = tokenizers.models.WordLevel({str(i): i for i in range(models.VOCABULARY)}, unk_token="0")

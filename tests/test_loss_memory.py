@@ -3,12 +3,17 @@
 import copy
 import io
 import math
+import pickle
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 
 import models
-from earlysift import SiftConfig, Sifter, scorers
+from earlysift import SiftConfig, Sifter, loss_memory, scorers, selectors
 from earlysift.loss_memory import LossMemory
 from models import build, row_of
 
@@ -63,9 +68,14 @@ def trained(model, sifter, pools):
     return chosen
 
 
+def memory_of(sifter):
+    sifter.state_dict()  # which takes in what was observed
+    return sifter._runner.learnt.memory
+
+
 def seen(sifter):
     """Samples whose loss is known."""
-    return int(sifter.state_dict()["memory"]["losses"].isfinite().sum())
+    return int((~sifter.state_dict()["memory"]["losses"].isnan()).sum())
 
 
 def test_recall_and_observe_are_those_of_a_dictionary():
@@ -264,3 +274,176 @@ def test_ids_are_taken_out_for_every_score():
     pool = next(pools(1))
     assert "number" not in sifter.sift(pool)
     assert sifter.ids.tolist() == pool["number"][sifter.selection.indices].tolist()
+
+
+# Bounds
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the system does not tell what is mapped")
+def test_a_large_memory_lies_in_a_file_without_a_name_and_is_otherwise_the_same(monkeypatch, tmp_path):
+    monkeypatch.setattr(loss_memory, "MAPPED_BYTES", 8 * 50)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    memory, twin = LossMemory(), Twin()
+    for step in range(30):
+        generator = torch.Generator().manual_seed(step)
+        ids = torch.randperm(10 * (step + 1), generator=generator)[:8]
+        torch.testing.assert_close(memory.recall(ids), twin.recall(ids))
+        losses = torch.rand(8, generator=generator)
+        memory.observe(ids, losses, step)
+        twin.observe(ids, losses)
+        mapped = str(tmp_path) in Path("/proc/self/maps").read_text()
+        assert mapped == (len(memory.state_dict()["losses"]) > 50)
+    assert mapped
+    assert list(tmp_path.iterdir()) == []  # nothing to be left behind, however the process ends
+    other, ids = LossMemory(), torch.arange(300)
+    other.load_state_dict(memory.state_dict())
+    for found in (other, copy.deepcopy(memory), pickle.loads(pickle.dumps(memory))):
+        torch.testing.assert_close(found.look(ids, 0)[0], memory.look(ids, 0)[0], equal_nan=True)
+    memory.observe(torch.tensor([1]), torch.tensor([77.0]), 1)
+    assert other.recall(torch.tensor([1])) != 77
+    saved = memory.state_dict()
+    del memory, other, found
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    assert saved["losses"][1] == 77
+
+
+FULL = """
+import resource, signal, torch
+from earlysift import loss_memory
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+memory = loss_memory.LossMemory()
+memory.observe(torch.tensor([3]), torch.tensor([0.5]), 0)
+try:
+    memory.observe(torch.tensor([2**26]), torch.tensor([0.5]), 1)
+except OSError as error:
+    print(error)
+print(memory.recall(torch.tensor([3])).tolist())
+"""
+
+
+def test_a_disk_without_room_is_an_error_that_names_the_way_out_and_keeps_what_was_known():
+    done = subprocess.run([sys.executable, "-c", FULL], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "losses of 67108865 samples takes two files of 256 MiB" in done.stdout
+    assert "Set TMPDIR to a folder that has room" in done.stdout
+    assert done.stdout.endswith("[0.5]\n")
+
+
+def test_where_the_number_of_samples_is_known_larger_ids_are_refused_and_nothing_changes():
+    sifter = remembering(build("bert", "masked_lm").train(), samples=SAMPLES)
+    (pool,) = pools(1)
+    sifter.sift(pool)
+    wrong = pool["number"].clone()
+    wrong[3] = SAMPLES
+    with pytest.raises(ValueError, match=r"Expected ids in 0\.\.39, got \d to 40\. Number the samples"):
+        sifter.sift(pool | {"number": wrong})
+    assert sifter.step == 1
+
+
+def test_a_state_of_another_memory_is_refused_with_the_way_out_and_nothing_is_loaded():
+    model = build("bert", "masked_lm").train()
+    sifter = remembering(model)
+    trained(model, sifter, pools(3))
+    state = sifter.state_dict()
+    largest = int((~state["memory"]["losses"].isnan()).nonzero().max())
+    for memory, message in (
+        (LossMemory(largest), rf"reach to sample {largest}, and the data set has {largest} samples now\. Resume with"),
+        (
+            LossMemory(ranks=3),
+            r"ranks was 1 when they were saved, and is 3 now\. Resume with 1\. Nothing was loaded",
+        ),
+    ):
+        other = remembering(model)
+        other._runner.learnt = scorers.Learnt(memory=memory)
+        with pytest.raises(ValueError, match=message):
+            other.load_state_dict(state)
+        assert (other.step, memory.seen) == (0, 0)
+    of_second = LossMemory(rank=1, ranks=2)
+    assert "are those of rank 0, and this is rank 1. Load this" in of_second.misfit(LossMemory(ranks=2).state_dict())
+    fitting = remembering(model, samples=largest + 1)
+    fitting.load_state_dict(state)
+    assert fitting.step == 3
+
+
+def new_samples(count, start=0):
+    for number, pool in enumerate(pools(count)):
+        yield pool | {"number": torch.arange(R) + R * (start + number)}
+
+
+def test_where_no_sample_ever_returns_it_says_so_once_and_selects_uniformly_from_then_on(monkeypatch, caplog):
+    monkeypatch.setattr(loss_memory, "NEVER_RETURNED", 3 * R)
+    model = build("bert", "masked_lm").train()
+    sifter = remembering(model, probe_every=0)
+    chosen = [[i % R for i in ids] for ids in trained(model, sifter, new_samples(3))]
+    assert chosen == [[0, 1, 2, 3]] * 3  # all are new: the first ones
+    assert caplog.text.count("None of 48 candidates had been trained on before") == 1
+    before = memory_of(sifter).seen
+    later = [[i % R for i in ids] for ids in trained(model, sifter, new_samples(20, start=3))]
+    assert len({i for ids in later for i in ids}) == R
+    assert memory_of(sifter).seen == before
+    assert "scored" not in sifter.ledger.end()
+    assert caplog.text.count("None of") == 1
+    resumed = remembering(model, probe_every=0)
+    resumed.load_state_dict(sifter.state_dict())
+    assert memory_of(resumed).is_useless
+    # Two epochs are waited for, where their length is known.
+    patient = remembering(model, probe_every=0, samples=4 * R)
+    trained(model, patient, new_samples(3))
+    assert not memory_of(patient).is_useless
+
+
+def test_one_sample_that_returns_is_enough_to_go_on(monkeypatch, caplog):
+    monkeypatch.setattr(loss_memory, "NEVER_RETURNED", 3 * R)
+    model = build("bert", "masked_lm").train()
+    sifter = remembering(model, probe_every=0)
+    trained(model, sifter, new_samples(2))
+    trained(model, sifter, new_samples(1))
+    trained(model, sifter, new_samples(9, start=2))
+    assert "None of" not in caplog.text
+    assert not memory_of(sifter).is_useless
+
+
+# Uses
+
+
+def test_a_pool_may_hold_copies_of_a_sample():
+    model = build("bert", "masked_lm").train()
+    sifter = remembering(model, probe_every=0)
+    (pool,) = pools(1)
+    pool |= {"number": torch.tensor([5, 5, 5, 5, *range(6, 18)])}
+    sifter.sift(pool)
+    sifter.observe(torch.tensor([1.0, 2.0, 3.0, 6.0]))
+    assert memory_of(sifter).recall(torch.tensor([5])).tolist() == [3.0]
+
+
+def test_a_loop_that_sifts_ahead_remembers_by_the_batches_it_kept():
+    model = build("bert", "masked_lm").train()
+    sifter = remembering(model, probe_every=0)
+    kept = []
+    for micro_step, pool in enumerate(pools(2)):
+        sifter.sift(pool, micro_step=micro_step)
+        kept.append(sifter.latest)
+    for number, batch in enumerate(kept):
+        sifter.observe(torch.full((B,), float(number)), batch)
+    kept = [batch.ids for batch in kept]
+    both = set(kept[0].tolist()) & set(kept[1].tolist())
+    expected = [0.0 if i not in both else 1.0 for i in kept[0].tolist()]
+    assert memory_of(sifter).look(kept[0], 0)[0].tolist() == expected
+    assert memory_of(sifter).look(kept[1], 0)[0].tolist() == [1.0] * B
+
+
+def test_weights_of_the_unbiased_rule_are_right_for_stale_losses():
+    memory, losses = LossMemory(), torch.rand(R, generator=torch.Generator().manual_seed(1)) * 5
+    memory.observe(torch.arange(R), losses, 0)
+    model, means = build("plain", "masked_lm").train(), []
+    for seed in range(400):
+        options = {"select": selectors.proportional, "family": row_of(model), "seed": seed}
+        sifter = remembering(model, probe_every=0, **options)
+        sifter._runner.learnt.memory.load_state_dict(memory.state_dict())
+        sifter.sift(next(pools(1)) | {"number": torch.arange(R)})
+        kept = losses[sifter.selection.indices]
+        means.append([float((sifter.weights * kept).mean()), float(kept.mean())])
+    weighted, plain = torch.tensor(means).mean(dim=0).tolist()
+    assert weighted == pytest.approx(float(losses.mean()), rel=0.03)
+    assert plain > 1.1 * float(losses.mean())

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import earlysift
 import ranked
@@ -107,7 +108,7 @@ def test_a_run_on_text_in_passing_and_one_on_stored_text_are_two_trainings(start
     assert (code, "another training (stream: was True, is False)" in err) == (2, True)
 
 
-@pytest.mark.parametrize("arm", ["uniform", "sift-entropy", "exact", "auto"])
+@pytest.mark.parametrize("arm", ["uniform", "sift-entropy", "exact", "sift-memory", "auto"])
 def test_every_arm_resumes_bit_equal_within_accumulation(arm, start, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert start(whole, "--arm", arm)[0] == 0
@@ -120,6 +121,43 @@ def test_every_arm_resumes_bit_equal_within_accumulation(arm, start, tmp_path):
     kept = {row["trained"] / row["candidates"] for row in ledger(whole)}
     assert kept == {1.0 if arm == "uniform" else 0.5}
     assert any("scored" in row for row in ledger(whole)) == (arm not in ("uniform", "auto"))
+
+
+@pytest.fixture(scope="module")
+def few(data):
+    """Text of so few samples that a run sees each several times."""
+    folder, text = data / "few", (data / "text.txt").read_text()
+    folder.mkdir()
+    (folder / "train.txt").write_text(text[:6000])
+    (folder / "validation.txt").write_text(text[6000:9000])
+    return folder
+
+
+def test_a_run_that_remembers_losses_resumes_bit_equal_wherever_it_is_killed(start, few, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    options = ["--arm", "sift-memory", "--data", few, "--validation-samples", 8]
+    assert start(whole, *options)[0] == 0
+    for i, at in enumerate([kill("compute_loss", 2), kill("compute_loss", 14), kill("_save_rng_state", 1)]):
+        resume = ["--resume"] if i else []
+        assert start(cut, *options, *resume, "--workers", i, at=at)[0] == -signal.SIGKILL
+    code, _, err = start(cut, *options, "--resume")
+    assert code == 0, err
+    assert_bit_equal(cut, whole)
+    ours, theirs = (load_file(out / "checkpoint-12" / "sifter_0.safetensors") for out in (cut, whole))
+    assert {name.removeprefix("sifter.memory.") for name in theirs} == {"losses", "steps", "new", "ranks"}
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=0, atol=0, equal_nan=True)
+    known = theirs["sifter.memory.losses"]
+    known = known[~known.isnan()]
+    assert theirs["sifter.memory.new"] == -1  # samples came back
+    assert 20 < len(known) < 12 * ACCUMULATE * 4
+    assert known.isfinite().any()
+
+
+def test_a_training_that_sees_no_sample_twice_is_told_that_nothing_is_gained_by_memory(start, tmp_path):
+    code, _, err = start(tmp_path / "run", "--arm", "sift-memory", "--steps", 3)
+    assert code == 0
+    assert "The training reads 48 candidates of" in err
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -466,6 +504,10 @@ def test_tensorboard_reads_loss_and_accuracy_from_the_run_folder(start, uncut, t
 BAD = {  # options, and what the message says
     "preset": (["--preset", "bert-huge"], r"Unknown preset 'bert-huge'; known are bert-base, bert-small, "),
     "arm": (["--arm", "best"], rf"Unknown arm 'best'; known are {', '.join(ARMS)}"),
+    "memory of a stream": (
+        ["--arm", "sift-memory", "--stream"],
+        r"and those of --stream never return\. Drop --stream, or",
+    ),
     "depth": (["--depth", "2"], r"Expected depth in 1\.\.1.*got 2"),
     "length": (["--length", "64"], r"length must be at most 32 for .*model\.json, got 64"),
     "tokenizer": (["--tokenizer", "{tmp}/vocab.txt"], r"has 1005 tokens, but .* has 300\. Give --vocab-size 1005"),
@@ -557,7 +599,7 @@ def test_settings_are_the_command_line_and_the_config_file(start, uncut, tmp_pat
     assert set(config) == set(PretrainSettings.__dataclass_fields__)
     code, said, err = start(copy, "--config", uncut / "config.json", "--resume")
     assert (code, "Trained 12 steps" in said) == (0, True), err
-    assert set(ARMS) == {"uniform", *map(sift_arm, MEASURES), "exact", "auto"}
+    assert set(ARMS) == {"uniform", *map(sift_arm, MEASURES), "exact", "sift-memory", "auto"}
 
 
 # Several processes

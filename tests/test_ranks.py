@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import models
 from earlysift import Sifter, ranks, selectors
+from earlysift.loss_memory import LossMemory
 from processes import on_ranks
 from scorecard import FULL
 
@@ -219,6 +220,84 @@ def test_a_short_pool_on_one_rank_keeps_no_other_rank_waiting(tmp_path):
         assert [size for size, _, _ in first[f"{kind} global"]] == [3, 3, 3, 1, 3]
         assert [size for size, _, _ in second[f"{kind} global"]] == [3, 3, 3, 3, 3]
         assert all(weighted for told in (first, second) for _, _, weighted in told[f"{kind} global"])
+
+
+REMEMBERED = (
+    SETUP
+    + """
+from earlysift import ranks
+device, told = torch.device("cpu"), []
+memory = ranks.memory()
+for step in range(12):
+    ids, losses = models.observed_on_rank(rank, step)
+    told.append(ranks.recall(memory, ids, device).tolist())
+    ranks.observe(memory, ids[: len(losses)], losses, step, device)
+print(json.dumps([told, len(memory.state_dict()["losses"])]))
+torch.distributed.destroy_process_group()
+"""
+)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_ranks_recall_what_one_memory_that_saw_everything_would(count, tmp_path):
+    by_rank = on_ranks(count, REMEMBERED, tmp_path)
+    one, largest = LossMemory(), 0
+    for step in range(12):
+        parts = [models.observed_on_rank(rank, step) for rank in range(count)]
+        for (ids, _), (told, _) in zip(parts, by_rank, strict=True):
+            assert told[step] == one.recall(ids).tolist()
+            largest = max(largest, int(ids.max()))
+        ids, losses = (torch.cat(both) for both in zip(*((i[: len(x)], x) for i, x in parts), strict=True))
+        one.observe(ids, losses, step)
+    assert one.seen > 30
+    for _, rows in by_rank:  # a part each, and a half more to grow
+        assert rows <= 1.5 * (largest // count + 1)
+
+
+SHARED = (
+    SETUP
+    + """
+from torch.nn.parallel import DistributedDataParallel
+from earlysift import scorers
+model = DistributedDataParallel(models.build("bert", "masked_lm").train())
+optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+sifter = Sifter(model, keep=0.25, score="memory", sample_id="number", probe_every=3, schedule=lambda step: 0.7)
+told = []
+for step, rows in enumerate(((12, 12), (12, 2), (5, 12), (1, 1), (12, 1), (12, 12), (2, 2), (12, 12)) * 2):
+    pool = models.pool_of_rank(rank, step, rows[rank])
+    pool["labels"][0] = 6
+    pool = {name: pool[name] for name in ("input_ids", "labels")}
+    pool["number"] = torch.randint(0, 30, (rows[rank],), generator=torch.Generator().manual_seed(10 * step + rank))
+    batch = sifter.sift(pool)
+    losses = []
+    scorers.training_loss(model, batch, observe=losses.append).backward()
+    sifter.observe(losses[0])
+    optimizer.step()
+    optimizer.zero_grad()
+    scored = "scored" in sifter.ledger.end()
+    told.append([pool["number"].tolist(), sifter.ids.tolist(), scored, losses[0].tolist()])
+print(json.dumps(told))
+torch.distributed.destroy_process_group()
+"""
+)
+
+
+def test_a_short_pool_on_one_rank_keeps_no_other_waiting_for_what_is_remembered(tmp_path):
+    """Ranks that select by memory recall together, whatever they hold, and choose what one memory would."""
+    first, second = on_ranks(2, SHARED, tmp_path)
+    one, selecting = LossMemory(), 0
+    for step, told in enumerate(zip(first, second, strict=True)):
+        assert told[0][2] == told[1][2], "all ranks recall, or none does"
+        for numbers, kept, scored, _ in told:
+            if scored and len(numbers) >= 3:
+                expected = one.recall(torch.tensor(numbers)).argsort(descending=True, stable=True)[:3].sort().values
+                selecting += 1
+                assert kept == torch.tensor(numbers)[expected].tolist()
+            else:
+                assert len(kept) == min(3, len(numbers))
+        ids, losses = ([value for part in told for value in part[place]] for place in (1, 3))
+        one.observe(torch.tensor(ids), torch.tensor(losses), step)
+    assert 8 <= selecting < 32
 
 
 def assign_rows_slowly(holders, kept, world):

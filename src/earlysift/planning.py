@@ -97,7 +97,9 @@ def plan(pool: Pool, kept: int, micro_step: int, progress: Progress, control: Co
     step, first = progress.place(micro_step)
     draws = draw(config, step, micro_step)
     state, row = (None, {}) if control is None else steer(pool, kept, step, first, progress, control, runner)
-    selects, select, depth, approximation = draws.selects, config.select, config.depth, runner.approximation
+    memory = runner.learnt.memory
+    selects = draws.selects and not (config.score == "memory" and memory is not None and memory.is_useless)
+    select, depth, approximation = config.select, config.depth, runner.approximation
     rows, considered = max(progress.largest, pool.size), pool.size
     if config.mode == "fixed":
         rows = round(kept / config.keep_at(step)) if config.keep_schedule else rows
@@ -114,7 +116,9 @@ def plan(pool: Pool, kept: int, micro_step: int, progress: Progress, control: Co
     is_partial = pool.size < kept
     everywhere = selects and config.scope == "global" and approximation is not None and ranks.world() > 1
     # A partial pool is kept whole, so do only the work that other ranks wait for.
-    must_score = (selects or probes) and (not is_partial or everywhere or ranks.sharded(runner.model))
+    recalls = memory is not None and memory.ranks > 1 and approximation is not None and approximation.recalls
+    together = everywhere or ranks.sharded(runner.model) or recalls
+    must_score = (selects or probes) and (not is_partial or together)
     return Plan(
         step=step,
         micro_step=micro_step,

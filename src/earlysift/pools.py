@@ -76,12 +76,14 @@ class Pool:
         return Pool(map_rows(self.data, lambda rows: _take_rows(rows, indices), self.size), count, ids)
 
 
-def checked(pool: Any, id_key: str | None = None) -> Pool:
+def checked(pool: Any, id_key: str | None = None, samples: int | None = None) -> Pool:
     """Check a pool's structure; a `Pool` has been checked and comes back as it is.
 
     Args:
         pool: A pool of R candidates.
-        id_key: Key of the samples' ids, which are taken out of the data: models do not know it.
+        id_key: Key of the samples' ids, which are taken out of the data: models do not know it. Several candidates may
+            have one id.
+        samples: Number of samples, where ids are their indices; None is unknown.
 
     Raises:
         ValueError: As `pool_size`, and if there is no id for every candidate under the key.
@@ -97,18 +99,31 @@ def checked(pool: Any, id_key: str | None = None) -> Pool:
     if id_key is None:
         return Pool(pool, size)
     ids = pool.get(id_key) if isinstance(pool, Mapping) else None
+    ids = require_ids(ids, size, samples, f"under {id_key!r} in the pool")
+    return Pool(_like(pool, {key: value for key, value in pool.items() if key != id_key}), size, ids)
+
+
+def require_ids(ids: object, size: int, samples: int | None, place: str) -> Tensor:
+    """The ids on the CPU; refuses what cannot tell samples apart.
+
+    Args:
+        ids: What is to be int64 ``(size,)``.
+        size: Number of samples.
+        samples: Number of samples of the data set, where ids are their indices; None is unknown.
+        place: Where the ids are from, for the message.
+    """
     if not isinstance(ids, Tensor) or ids.dtype != torch.int64 or ids.shape != (size,):
         received = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
         raise ValueError(
-            f"Expected the samples' ids, int64 ({size},), under {id_key!r} in the pool, got {received}. Number the "
+            f"Expected the samples' ids, int64 ({size},), {place}, got {received}. Number the "
             "samples of the data set (0, 1, ...) and have the loader hand out the numbers."
         )
-    ids = ids.cpu()
-    if size and not 0 <= int(ids.min()) <= int(ids.max()) <= LARGEST_ID:
+    ids, largest = ids.cpu(), LARGEST_ID if samples is None else min(LARGEST_ID, samples - 1)
+    if size and not 0 <= int(ids.min()) <= int(ids.max()) <= largest:
         raise ValueError(
-            f"Expected ids in 0..{LARGEST_ID}, got {int(ids.min())} to {int(ids.max())}. Number the samples 0, 1, ..."
+            f"Expected ids in 0..{largest}, got {int(ids.min())} to {int(ids.max())}. Number the samples 0, 1, ..."
         )
-    return Pool(_like(pool, {key: value for key, value in pool.items() if key != id_key}), size, ids)
+    return ids
 
 
 def take(pool: Any, indices: Tensor | slice) -> Any:

@@ -180,6 +180,8 @@ def require_loadable(
             f"The Sifter state is damaged: {'; '.join(damage)}. Nothing was loaded. "
             "Load another checkpoint, or start a new Sifter."
         )
+    if "memory" in learners and (misfit := learners["memory"].misfit(state["memory"])):
+        raise ValueError(f"{misfit} Nothing was loaded.")
 
 
 def _plain_settings(config: Any) -> dict[str, Any] | None:

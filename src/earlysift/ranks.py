@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
-from earlysift import pools
+from earlysift import loss_memory, pools
+from earlysift.loss_memory import LossMemory
 from earlysift.losses import IGNORED_LABEL
 from earlysift.selectors import Selection
 
@@ -174,6 +175,84 @@ def exchange(pool: Any, selection: Selection, sizes: Sequence[int], kept: int) -
     return batch, Selection(selection.indices[order], selection.weights[order])
 
 
+def memory(samples: int | None = None) -> LossMemory:
+    """A memory of which every rank keeps a part.
+
+    Args:
+        samples: Number of samples, where ids are their indices; None is unknown.
+    """
+    return LossMemory(samples, rank=rank(), ranks=world())
+
+
+def recall(memory: LossMemory, ids: Tensor, device: torch.device) -> Tensor:
+    """What `LossMemory.recall` would return of a memory that saw what all ranks observed.
+
+    With a shared memory all ranks must call it together.
+
+    Args:
+        memory: This rank's part.
+        ids: Of this rank's candidates, int64 ``(R,)``; R may differ between ranks.
+        device: Device of the process group's backend.
+
+    Returns:
+        float32 ``(R,)``, on the device of the ids.
+    """
+    if memory.ranks == 1:
+        return memory.recall(ids)
+    (losses, _), own = _look(memory, ids, 0, device)
+    memory.note_candidates(losses)
+    return loss_memory.unseen_first(losses[own]).to(ids.device)
+
+
+def look(memory: LossMemory, ids: Tensor, step: int, device: torch.device) -> Tensor:
+    """What `LossMemory.look` would return of a memory that saw what all ranks observed; arguments as in `recall`."""
+    if memory.ranks == 1:
+        return memory.look(ids, step)
+    found, own = _look(memory, ids, step, device)
+    return found[:, own]
+
+
+def _look(memory: LossMemory, ids: Tensor, step: int, device: torch.device) -> tuple[Tensor, slice]:
+    """What is known of all ranks' samples, ``(2, all)``, and where this rank's are among them."""
+    everyone, sizes = _together(ids[:, None].to(device))
+    found = memory.look(everyone[:, 0], step).to(device)
+    distributed.all_reduce(found)  # one rank knows each, all others add 0
+    start = sum(sizes[: memory.rank])
+    return found.cpu(), slice(start, start + sizes[memory.rank])
+
+
+def observe(memory: LossMemory, ids: Tensor, losses: Tensor, step: int, device: torch.device) -> None:
+    """Remember the losses of all ranks' samples, each at its place: see `LossMemory.observe`.
+
+    With a shared memory all ranks must call it together.
+
+    Args:
+        memory: This rank's part.
+        ids: Of the samples that this rank trained on, int64 ``(b,)``; b may differ between ranks.
+        losses: Their mean losses, ``(b,)``.
+        step: The optimizer step.
+        device: Device of the process group's backend.
+
+    Raises:
+        ValueError: If there is not one loss per sample.
+    """
+    loss_memory.require_one_each(ids, losses)
+    if memory.ranks > 1:
+        # Ids have 28 bits and losses are float32: float64 holds both exactly, for one exchange instead of two.
+        pairs = torch.stack([part.detach().to(device, torch.float64) for part in (ids, losses.float())], dim=1)
+        ids, losses = _together(pairs)[0].unbind(dim=1)
+    memory.observe(ids.long(), losses, step)
+
+
+def _together(rows: Tensor) -> tuple[Tensor, list[int]]:
+    """The rows ``(R, ...)`` of all ranks in order of rank, and how many each has."""
+    sizes = _all_gather(torch.tensor([len(rows)], device=rows.device)).tolist()
+    padded = rows.new_zeros((max(sizes), *rows.shape[1:]))
+    padded[: len(rows)] = rows
+    parts = torch.split(_all_gather(padded), max(sizes))
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]), sizes
+
+
 def _layout(pool: Any) -> int:
     """A hash that is equal on ranks whose pools differ only in their number of candidates."""
     layouts = []
@@ -188,9 +267,9 @@ def _layout(pool: Any) -> int:
 
 
 def _all_gather(values: Tensor) -> Tensor:
-    gathered = values.new_empty((world() * len(values), *values.shape[1:]))
-    distributed.all_gather_into_tensor(gathered, values.contiguous())
-    return gathered
+    gathered = values.new_empty((world(), *values.shape))
+    distributed.all_gather(list(gathered.unbind()), values.contiguous())
+    return gathered.flatten(0, 1)
 
 
 def _bytes(rows: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ class Kept(NamedTuple):
 
     Attributes:
         step: Its optimizer step.
+        size: b.
         ids: Of its samples, int64 ``(b,)``, on the CPU; None without `SiftConfig.sample_id`.
         scores: That it was chosen by, ``(b,)``; None where nothing was scored.
         stands_for: Candidates that each sample stands for, ``(b,)``; None where that is unknown.
@@ -32,6 +33,7 @@ class Kept(NamedTuple):
     """
 
     step: int
+    size: int
     ids: Tensor | None
     scores: Tensor | None
     stands_for: Tensor | None

@@ -18,7 +18,6 @@ from earlysift.exit_probe import ExitProbe
 from earlysift.exits import Anatomy, ExitHead
 from earlysift.fidelity import fidelity
 from earlysift.ledger import Ledger
-from earlysift.loss_memory import LossMemory
 from earlysift.measures import LOSS
 from earlysift.options import whole
 from earlysift.pools import Pool
@@ -37,6 +36,7 @@ class Runner:
         exit_head: Module after the exit, if any.
         exit_optimizer: Its optimizer, if it is trained here.
         ledger: Where times and FLOPs go.
+        samples: Number of samples, where their ids are their indices; None is unknown.
 
     Raises:
         ValueError: With all problems of the model.
@@ -49,14 +49,15 @@ class Runner:
         exit_head: ExitHead | None,
         exit_optimizer: torch.optim.Optimizer | None,
         ledger: Ledger,
+        samples: int | None = None,
     ) -> None:
-        self.model, self.config, self.ledger = model, config, ledger
+        self.model, self.config, self.ledger, self.samples = model, config, ledger, samples
         self.exit_head, self.exit_optimizer = exit_head, exit_optimizer
         self.approximation = scorers.named(config.score, config.depth)
         of_use = config.score == "blend" or config.mode == "auto"
         by_memory = config.score == "memory" or (of_use and config.sample_id is not None)
         self.learnt = Learnt(
-            memory=LossMemory() if by_memory else None,
+            memory=ranks.memory(samples) if by_memory else None,
             probe=ExitProbe(config.seed) if config.score in ("probe", "blend") else None,
             blend=Blend() if config.score == "blend" else None,
         )
@@ -102,6 +103,8 @@ class Runner:
         """Note the exact losses of a batch, for `absorb`: an accelerator has yet to compute them."""
         if self.observes:
             self._observed.append((kept, losses.detach()))
+        if self.learnt.memory is not None and self.learnt.memory.ranks > 1:
+            self.absorb()  # while all ranks are here, whatever each does next
 
     def absorb(self) -> None:
         """Learn from the losses noted so far: remember them, fit the blend, keep them among the recent ones."""
@@ -109,8 +112,8 @@ class Runner:
         for kept, exact in self._observed:
             remembered = None
             if learnt.memory is not None and kept.ids is not None:
-                remembered = learnt.memory.look(kept.ids, kept.step)[0]
-                learnt.memory.observe(kept.ids, exact, kept.step)
+                remembered = ranks.look(learnt.memory, kept.ids, kept.step, self.device)[0]
+                ranks.observe(learnt.memory, kept.ids, exact, kept.step, self.device)
             if learnt.blend is not None and kept.inputs is not None and kept.stands_for is not None:
                 learnt.blend.fit(kept.inputs, exact, kept.stands_for.to(exact.device))
             self.recent.add(exact, score=kept.scores, remembered=remembered, stands_for=kept.stands_for)
@@ -186,7 +189,7 @@ class Runner:
         exits_only = [depth for depth in control.depths if depth != MEMORY]
         probe = probes.probe(self.model, pool, depths=exits_only, measure=measure, **options)
         if self.learnt.memory is not None and pool.ids is not None:
-            probe.scores[MEMORY] = self.learnt.memory.recall(pool.ids).to(probe.exact.device)
+            probe.scores[MEMORY] = ranks.recall(self.learnt.memory, pool.ids, self.device).to(probe.exact.device)
         return controller.record(probe, kept, control)
 
     def steering_record(self, pool: Pool, control: Control, kept: int) -> controller.Record:

@@ -98,12 +98,14 @@ class Approximation:
             unlabelled samples.
         measure: What it reads off the predictions; None if that is unknown, and so is what scoring costs.
         depth: Layers that run, counted from the first; None runs all of them.
+        recalls: Whether it looks at remembered losses, which several ranks do together.
     """
 
     name: str
     score: Callable[["Approximation", nn.Module, Pool, Scoring], Tensor]
     measure: Measure | None = None
     depth: int | None = None
+    recalls: bool = False
 
     def __call__(self, model: nn.Module, pool: Any, **options: Any) -> Tensor:
         """Score a pool, with options of `Scoring`."""
@@ -137,7 +139,7 @@ def memory() -> Approximation:
     Reference:
         Stale losses: Jiang et al., 2019, arXiv 1910.00762.
     """
-    return Approximation("memory", _remembered)
+    return Approximation("memory", _remembered, recalls=True)
 
 
 def probe(depth: int) -> Approximation:
@@ -150,7 +152,7 @@ def blend(depth: int) -> Approximation:
 
     See `earlysift.blend`.
     """
-    return Approximation("blend", _blended, LOSS, depth)
+    return Approximation("blend", _blended, LOSS, depth, recalls=True)
 
 
 def custom(scorer: Scorer) -> Approximation:
@@ -478,7 +480,8 @@ def _blended(approximation: Approximation, model: nn.Module, pool: Pool, scoring
         raise ValueError("A blend belongs to a Sifter with score='blend'. Score by it.")
     known: tuple[Tensor, ...] = ()
     if learnt.memory is not None and pool.ids is not None:
-        known = learnt.memory.look(pool.ids, scoring.step)
+        device = next(model.parameters()).device
+        known = ranks.look(learnt.memory, pool.ids, scoring.step, device).to(device).unbind()
     exit_losses, entropies = _read_by_probe(approximation, model, pool, scoring, LOSS, ENTROPY).unbind(dim=1)
     predicted = learnt.blend.predict(learnt.blend.inputs(exit_losses, entropies, *known))
     return torch.where(torch.isfinite(exit_losses), predicted, exit_losses)
@@ -566,7 +569,8 @@ def _remembered(_: Approximation, model: nn.Module, pool: Pool, scoring: Scoring
     memory = scoring.learnt.memory
     if memory is None or pool.ids is None:
         raise ValueError("Remembered losses belong to a Sifter with score='memory' and sample_id. Score by it.")
-    return memory.recall(pool.ids).to(next(model.parameters()).device)
+    device = next(model.parameters()).device
+    return ranks.recall(memory, pool.ids, device).to(device)
 
 
 def _guarded(scorer: Scorer, _: Approximation, model: nn.Module, pool: Pool, scoring: Scoring) -> Tensor:

@@ -42,6 +42,7 @@ class Sifter:
         ledger: Where times and counts go; None keeps them in memory. A row lasts from one call of `sift` to the next,
             so ``step_ms`` holds training and waiting for data, too; time them apart with
             ``sifter.ledger.timed("train")`` and ``timed("wait")``.
+        samples: Number of samples, where their ids are their indices; then larger ids are refused. None is unknown.
         options: Options of `SiftConfig` that differ from ``config``, as ``keep=0.25``.
 
     Raises:
@@ -68,6 +69,7 @@ class Sifter:
         exit_head: ExitHead | None = None,
         exit_optimizer: torch.optim.Optimizer | None = None,
         ledger: Ledger | None = None,
+        samples: int | None = None,
         **options: Any,
     ) -> None:
         parts = {"model": model, "exit_head": exit_head, "exit_optimizer": exit_optimizer}
@@ -77,8 +79,8 @@ class Sifter:
         self.exit_optimizer = exit_optimizer
         self.ledger = ledger or Ledger()
         self.selection: Selection | None = None
-        self._kept: Kept | None = None  # the latest batch, whose losses are still to come
-        self._runner = Runner(model, self.config, exit_head, exit_optimizer, self.ledger)
+        self.latest: Kept | None = None
+        self._runner = Runner(model, self.config, exit_head, exit_optimizer, self.ledger, samples)
         self._control = self._candidates() if self.config.mode == "auto" else None
         self._progress = progress.start(self.config.kept, steering.start(self._control))
         self._unjudged: Counted | None = None  # scores of the pool before that an accelerator has yet to count
@@ -124,7 +126,7 @@ class Sifter:
     @property
     def ids(self) -> Tensor | None:
         """Ids of the latest batch's samples, int64 ``(b,)``, on the CPU; None without `SiftConfig.sample_id`."""
-        return None if self._kept is None else self._kept.ids
+        return None if self.latest is None else self.latest.ids
 
     def begin(self, micro_step: int = 0) -> None:
         """Open the ledger's row of the next call of `sift`; what precedes it, as waiting for data, is part of it."""
@@ -151,8 +153,8 @@ class Sifter:
                 same pool. Steps that wait anyway (probes, an exit_optimizer, global scope) refuse at once.
         """
         micro_step = judging.require_micro_step(micro_step)
-        candidates = pools.checked(pool, self.config.sample_id)
         before, runner = self._progress, self._runner
+        candidates = pools.checked(pool, self.config.sample_id, runner.samples)
         kept = judging.require_kept(candidates.size, self.config.keep, before.kept, first=before.step == 0)
         self.begin(micro_step)
         runner.call_begins()
@@ -162,7 +164,7 @@ class Sifter:
             step, row = before.place(micro_step)[0], {"candidates": candidates.size}
             chosen = stepping.whole_pool(candidates, runner.device)
             self._commit(candidates.data, chosen.selection, step, micro_step, row)
-            self._kept = stepping.remember(candidates, None, chosen, step, runner)
+            self.latest = stepping.remember(candidates, None, chosen, step, runner)
             return candidates.data
         judging.require_training(self.model)
         runner.verify(candidates)
@@ -178,7 +180,7 @@ class Sifter:
         row = plan.row | (scored.row if scored else {}) | fidelity | {"candidates": candidates.size}
         self._commit(batch, chosen.selection, plan.step, micro_step, row, kept=kept, steering=plan.steering)
         runner.note_scoring(candidates, plan.approximation, row)
-        self._unjudged, self._kept = unjudged, stepping.remember(candidates, scored, chosen, plan.step, runner)
+        self._unjudged, self.latest = unjudged, stepping.remember(candidates, scored, chosen, plan.step, runner)
         return batch
 
     def judge(self) -> None:
@@ -222,19 +224,23 @@ class Sifter:
         observe = self.observe if self.observes else None
         return scorers.training_loss(self.model, batch, family=self.config.family, observe=observe, **options)
 
-    def observe(self, losses: Tensor) -> None:
-        """Take in the exact losses of the latest batch's samples, in loops that compute them themselves.
+    def observe(self, losses: Tensor, batch: Kept | None = None) -> None:
+        """Take in the exact losses of a batch's samples, in loops that compute them themselves.
+
+        With several ranks, all must call it for each of their batches.
 
         Args:
             losses: Mean loss of every sample of the batch that `sift` returned, in its order, ``(b,)``; ``-inf`` for
                 unlabelled ones, nan leaves a sample as it was.
+            batch: What `latest` was after that call of `sift`, in loops that sift further pools before they train;
+                None is the latest batch.
 
         Raises:
             ValueError: Before the first pool, or if there is not one loss per sample.
         """
-        if self._kept is None or self.selection is None:
+        if (batch := batch or self.latest) is None:
             raise ValueError("There is no batch yet that these could be the losses of. Call sift first.")
-        self._runner.observe(self._kept, judging.require_losses(losses, len(self.selection.indices)))
+        self._runner.observe(batch, judging.require_losses(losses, batch.size))
 
     @property
     def observes(self) -> bool:
@@ -288,7 +294,7 @@ class Sifter:
         for name, learner in learners.items():
             learner.load_state_dict(state[name])
         self._progress = progress.from_json(state)
-        self._unjudged, self._kept, self._broken_probes = None, None, 0
+        self._unjudged, self.latest, self._broken_probes = None, None, 0
 
     def _identity(self) -> dict[str, Any]:
         """The configuration as a checkpoint holds it."""

@@ -178,6 +178,7 @@ def remember(pool: Pool, scored: Scored | None, chosen: Chosen, step: int, runne
     blend = runner.learnt.blend
     return Kept(
         step,
+        len(indices),
         None if pool.ids is None else pool.ids[indices.cpu()],
         None if scored is None else scored.gathered.scores[indices],
         chosen.stands_for,

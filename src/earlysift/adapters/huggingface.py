@@ -5,23 +5,29 @@ Needs ``pip install earlysift[hf]``. For TRL put the mixin in front: ``class MyS
 
 import dataclasses
 import itertools
-import json
 import logging
-from collections.abc import Collection, Iterator
+from collections import deque
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 
-from earlysift import exits, files, pools, selectors
+from earlysift import exits, pools, selectors
 from earlysift.config import SiftConfig as SiftConfig
 from earlysift.controller import Control
+from earlysift.datasets import WithIds, is_map_style
+from earlysift.exits import Anatomy
 from earlysift.ledger import Ledger
-from earlysift.options import whole
+from earlysift.recent import Kept
 from earlysift.sifter import Sifter
 
 try:
     from transformers import Trainer
+
+    from earlysift.adapters import samples, states
 except ImportError as error:
     raise ImportError(
         "earlysift.adapters.huggingface needs transformers and accelerate. Install them: pip install 'earlysift[hf]'"
@@ -43,7 +49,10 @@ class SiftTrainerMixin(_Base):  # type: ignore[misc, valid-type]
     Steps are the Trainer's optimizer steps. Logs of training carry ``candidates_seen`` and ``samples_trained`` (all
     processes), and of this process ``sift/step``, ``sift/gain`` and ``sift/rank_correlation`` (of the latest probe),
     ``sift/score_ms`` and ``sift/train_ms`` (median times of a micro-batch); the rest is in the ledger and in
-    ``sifter.stats()``. Checkpoints carry the state of selection, a file per process.
+    ``sifter.stats()``. Checkpoints carry the state of selection, in files of each process.
+
+    With ``score="memory"`` the losses of single samples are read off the Trainer's own forward pass. Training samples
+    that carry no id under ``sift.sample_id`` get their index.
 
     Args:
         sift: What to keep, and how to score; the other arguments are the Trainer's.
@@ -55,23 +64,40 @@ class SiftTrainerMixin(_Base):  # type: ignore[misc, valid-type]
     ledger_path: Path | None = None
     """Where the rows of the ledger go, to be set before construction; None keeps only their statistics."""
     _train_batch_size: int  # the Trainer's, which changes while it searches for one that fits
+    train_dataset: Any
+    data_collator: Any
+    _signature_columns: Any
 
     def __init__(self, *args: Any, sift: SiftConfig, **kwargs: Any) -> None:
         self.sift = sift
         super().__init__(*args, **kwargs)
         self._refuse_what_cannot_work()
+        self._waiting: deque[Kept] = deque()  # micro-batches that were selected and not yet trained on
+        self._trained: Kept | None = None  # the one that is trained on, where its losses are wanted
+        self._anatomy: Anatomy | None = None
+        self._wants_losses = False
         self._totals = {"candidates_seen": 0, "samples_trained": 0}
         self._trained_before = 0
         self.sifter = self._new_sifter(total_steps=None)
 
     def get_train_dataloader(self) -> Any:
         """The Trainer's own loader, with pools for batches."""
-        batch_size = self._train_batch_size
-        self._train_batch_size = round(batch_size / self.sift.keep)
+        names = ("_train_batch_size", "train_dataset", "data_collator", "_signature_columns")
+        before = {name: getattr(self, name) for name in names}
+        self._train_batch_size = round(self._train_batch_size / self.sift.keep)
         try:
+            if (key := self.sift.sample_id) is not None:
+                self._set_signature_columns_if_needed()
+                self._signature_columns = [*self._signature_columns, key]
+                if is_map_style(self.train_dataset) and hasattr(self.train_dataset, "remove_columns"):
+                    # Before they are read, as the Trainer does.
+                    self.train_dataset = self._remove_unused_columns(self.train_dataset, "training")
+                self.train_dataset = samples.numbered(self.train_dataset, key)
+                self.data_collator = partial(samples.collated, self.data_collator, key)
             return super().get_train_dataloader()
         finally:
-            self._train_batch_size = batch_size
+            for name, value in before.items():
+                setattr(self, name, value)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """Selected micro-batches of one optimizer step, and the number of items in them."""
@@ -84,8 +110,37 @@ class SiftTrainerMixin(_Base):  # type: ignore[misc, valid-type]
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """One micro-batch, timed: the ledger's price of training."""
-        with self.sifter.ledger.timed("train"):
-            return super().training_step(*args, **kwargs)
+        self._trained = self._waiting.popleft() if self._waiting else None
+        try:
+            with self.sifter.ledger.timed("train"):
+                return super().training_step(*args, **kwargs)
+        finally:
+            self._trained = None  # what follows may be an evaluation
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's own loss; where losses of single samples are remembered, they are read off the same pass.
+
+        By a hook, as TRL computes no logits for its loss, and makes a second pass to return some.
+        """
+        if self._trained is None:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        found: list[Tensor] = []
+        labels = inputs.get(pools.LABELS_KEY)  # now, as label smoothing takes them out
+
+        def read(_model: nn.Module, _inputs: Any, outputs: Any) -> None:
+            if not found:  # TRL may run the model again for its metrics
+                found.append(samples.losses_of(outputs, labels, self._anatomy))
+
+        with model.register_forward_hook(read):
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if not found:
+            raise ValueError(samples.NO_LOSSES)
+        self._remember(found[0])
+        return loss
+
+    def _remember(self, losses: Tensor) -> None:
+        """Take in the losses of the micro-batch that is trained on, ``(b,)``."""
+        self.sifter.observe(losses, self._trained)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Logs of training, with what was seen, what was trained on, and the sifter's numbers."""
@@ -101,6 +156,8 @@ class SiftTrainerMixin(_Base):  # type: ignore[misc, valid-type]
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         self._totals = dict.fromkeys(self._totals, 0)
         self.sifter = self._new_sifter(total_steps=max_steps)
+        candidates = round(self._train_batch_size / self.sift.keep) * self.args.gradient_accumulation_steps * max_steps
+        self._warn_of_samples_seen_once(candidates * self.args.world_size)
         if resume_from_checkpoint is not None:
             self._load_selection(Path(resume_from_checkpoint))
         self._trained_before = self._totals["samples_trained"]
@@ -109,17 +166,16 @@ class SiftTrainerMixin(_Base):  # type: ignore[misc, valid-type]
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         state = {"batch_size": self._train_batch_size, "sifter": self.sifter.state_dict(), **self._totals}
-        path = Path(output_dir, _state_name(self.args.process_index))
-        files.write_whole(path, lambda part: part.write_text(json.dumps(state), encoding="utf-8"))
+        states.write(Path(output_dir, states.name_of(self.args.process_index)), state)
 
     def _load_selection(self, checkpoint: Path) -> None:
-        path = checkpoint / _state_name(self.args.process_index)
+        path = checkpoint / states.name_of(self.args.process_index)
         if not path.exists():  # more processes than before; steps and decisions are common to all
-            path = checkpoint / _state_name(0)
+            path = checkpoint / states.name_of(0)
         if not path.exists():
             _LOG.warning("%s holds no state of selection (a plain Trainer's?): selection starts anew.", checkpoint)
             return
-        state = _read_state(path, self._totals)
+        state = states.read(path, self._totals)
         if state["batch_size"] != self._train_batch_size:
             raise ValueError(
                 f"The checkpoint's batches held {state['batch_size']} samples, now they hold {self._train_batch_size}. "
@@ -143,7 +199,30 @@ class SiftTrainerMixin(_Base):  # type: ignore[misc, valid-type]
         # Scoring enters from outside what it knows (compiled code is then used), and goes around other wrappers.
         known = exits.unwrap(self.model_wrapped) is exits.unwrap(self.model)
         model = self.model_wrapped if known else self.model
-        return Sifter(model, dataclasses.replace(config, kept=self._train_batch_size), ledger=ledger)
+        config = dataclasses.replace(config, kept=self._train_batch_size)
+        sifter = Sifter(model, config, ledger=ledger, samples=self._sample_count())
+        # In auto mode they are of use, but not worth a refusal of models whose losses cannot be read.
+        self._wants_losses = sifter.observes and (config.mode == "fixed" or config.sample_id is not None)
+        self._anatomy = exits.find_anatomy(model, config.family) if self._wants_losses else None
+        self._waiting.clear()
+        return sifter
+
+    def _sample_count(self) -> int | None:
+        """Number of training samples, where their ids are their indices."""
+        key = self.sift.sample_id
+        numbered = None if key is None else samples.numbered(self.train_dataset, key)
+        return len(numbered) if isinstance(numbered, WithIds) else None
+
+    def _warn_of_samples_seen_once(self, candidates: int) -> None:
+        """Warn of a training in which no sample comes back, as far as that is known beforehand."""
+        count = self._sample_count()
+        if self._wants_losses and count is not None and candidates <= count:
+            _LOG.warning(
+                "The training reads %d candidates of %d samples: none of them comes back, and no loss that is "
+                "remembered is used. Train for more epochs, or use score='loss'.",
+                candidates,
+                count,
+            )
 
     def _awaited(self, epoch_iterator: Iterator[Any]) -> Iterator[tuple[int, Any]]:
         """Pools of an optimizer step, numbered, and each timed: how long training stands still for data."""
@@ -158,6 +237,8 @@ class SiftTrainerMixin(_Base):  # type: ignore[misc, valid-type]
     def _selected(self, pool: Any, micro_step: int) -> Any:
         pool = self._prepare_inputs(pool)
         batch = self.sifter.sift(pool, micro_step=micro_step)
+        if self._wants_losses and self.sifter.latest is not None:
+            self._waiting.append(self.sifter.latest)
         # Pools are equally large on all processes: accelerate evens them out.
         self._totals["candidates_seen"] += pools.pool_size(pool) * self.args.world_size
         self._totals["samples_trained"] += pools.pool_size(batch) * self.args.world_size
@@ -186,8 +267,11 @@ class SiftTrainerMixin(_Base):  # type: ignore[misc, valid-type]
                 "Use larger batches or a smaller keep.",
             ),
             (
-                self.sift.score == "memory",
-                "score='memory' needs the loss of every sample, which a Trainer does not give. Use a loop of your own.",
+                # Other streams tell their columns only as they are read: see samples.collated.
+                bool(samples.columns(self.train_dataset))
+                and not is_map_style(self.train_dataset)
+                and self.sift.sample_id not in (None, *samples.columns(self.train_dataset)),
+                samples.NO_IDS.format(key=self.sift.sample_id),
             ),
             (
                 self.sift.kept is not None,
@@ -227,29 +311,3 @@ class SiftTrainer(SiftTrainerMixin, Trainer):
     Reference:
         Das et al., SIFT, ICML 2024, arXiv 2402.07052.
     """
-
-
-def _read_state(path: Path, totals: Collection[str]) -> dict[str, Any]:
-    """What a process saved of selection.
-
-    Raises:
-        ValueError: If the file does not hold that; names it.
-    """
-    remedy = "Resume from another checkpoint, or delete the file to start selection anew."
-    try:
-        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"Expected a state of selection, as JSON, in {path}, got no JSON ({error}). {remedy}"
-        ) from error
-    counts = ("batch_size", *totals)
-    sound = isinstance(state, dict) and "sifter" in state and all(whole(state.get(name), 0) for name in counts)
-    if not sound:
-        raise ValueError(
-            f"Expected a state of selection with sifter, {', '.join(counts)} in {path}, got other. {remedy}"
-        )
-    return state
-
-
-def _state_name(process: int) -> str:
-    return f"sifter_{process}.json"

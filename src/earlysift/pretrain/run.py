@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -28,7 +28,7 @@ from earlysift.presets import require_preset
 from earlysift.pretrain import checkpoints
 from earlysift.pretrain.models import CONFIG, TOKENIZER, build_preset
 from earlysift.pretrain.optional import optional_package
-from earlysift.pretrain.settings import ARMS, PretrainSettings
+from earlysift.pretrain.settings import ARMS, MEMORY_ARM, PretrainSettings
 from earlysift.pretrain.stream import Rows, Stream
 from earlysift.pretrain.streaming import StreamingCorpus, training_documents
 from earlysift.pretrain.tokens import packed_rows
@@ -150,7 +150,7 @@ def _shape(settings: PretrainSettings) -> Any:
 def _require_sound(settings: PretrainSettings, model: nn.Module, workload: Workload) -> None:
     """Run the model on two rows before a folder is created, to find its problems early."""
     rows = {name: values[:2] for name, values in workload.samples.validation.items()}
-    if settings.arm not in ("uniform", "exact"):
+    if settings.arm not in ("uniform", "exact", MEMORY_ARM):
         inputs, _ = pools.inputs_and_labels(rows)
         problems = checks.dry_run(model, exits.find_anatomy(model), settings.depth, inputs)
         if problems:
@@ -339,6 +339,8 @@ def _trainer(
 ) -> Pretrainer:
     given = {name: getattr(settings, name) for name in ("keep", "depth", "max_positions", "seed")}
     options = given | ARMS[settings.arm]
+    if settings.stream:
+        options.pop("sample_id", None)  # samples of a stream never return
     pool = round(settings.batch / options["keep"])
     if settings.stream:
         stream: Stream | StreamingCorpus = StreamingCorpus(
@@ -350,6 +352,11 @@ def _trainer(
         )
     else:
         stream = Stream(workload.samples, seed=settings.seed)
+    candidates = settings.steps * settings.accumulate * pool * args.world_size
+    train_dataset = Candidates(stream.take, candidates)
+    if isinstance(stream, Stream) and "sample_id" in options:
+        take = partial(_with_ids, stream, options["sample_id"])
+        train_dataset = Candidates(take, candidates, len(workload.samples))
     return Pretrainer(
         settings=settings,
         validation=workload.samples.validation,
@@ -357,10 +364,14 @@ def _trainer(
         signals=signals,
         model=model,
         args=args,
-        train_dataset=Candidates(stream.take, settings.steps * settings.accumulate * pool * args.world_size),
+        train_dataset=train_dataset,
         data_collator=unchanged,
         sift=SiftConfig(**options),
     )
+
+
+def _with_ids(stream: Stream, key: str, positions: Tensor) -> Rows:
+    return {**stream.take(positions), key: stream.ids_of(positions)}
 
 
 def _train(trainer: Pretrainer, checkpoint: Path | None) -> tuple[int, str]:

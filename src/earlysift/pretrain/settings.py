@@ -12,11 +12,13 @@ from earlysift import schema
 from earlysift.measures import MEASURES, sift_arm
 from earlysift.schema import Above0, Accuracy, Count, Keep, Share
 
+MEMORY_ARM = sift_arm("memory")
 ARMS: dict[str, dict[str, Any]] = {
     "uniform": {"keep": 1.0},
     **{sift_arm(name): {"score": name} for name in MEASURES},
     "exact": {"score": "exact"},
-    "auto": {"mode": "auto"},
+    MEMORY_ARM: {"score": "memory", "sample_id": "sample_id"},
+    "auto": {"mode": "auto", "sample_id": "sample_id"},
 }
 """Arms as rows of data: what each changes in `earlysift.SiftConfig`."""
 
@@ -47,7 +49,7 @@ class PretrainSettings:
     """Held-out samples that every evaluation uses."""
     arm: str = "sift"
     """What is trained on: uniform (all), sift (by the exit's loss), sift-entropy or another measure at the exit, exact
-    (full model's loss), auto."""
+    (full model's loss), sift-memory (the loss that a sample had when it was last trained on), auto."""
     depth: Count = 1
     """Layers that run for an early-exit score."""
     max_positions: Count | None = None
@@ -112,4 +114,17 @@ def _unknown_arm(settings: PretrainSettings) -> str:
     return "" if settings.arm in ARMS else f"Unknown arm {settings.arm!r}; known are {', '.join(ARMS)}."
 
 
-_RULES: tuple[schema.Rule, ...] = ((("arm",), _unknown_arm), schema.POOL_FITS)
+def _memory_of_a_stream(settings: PretrainSettings) -> str:
+    if settings.arm != MEMORY_ARM or not settings.stream:
+        return ""
+    return (
+        f"arm={MEMORY_ARM!r} remembers the losses of samples, and those of --stream never return. Drop --stream, or "
+        "choose another arm."
+    )
+
+
+_RULES: tuple[schema.Rule, ...] = (
+    (("arm",), _unknown_arm),
+    (("arm", "stream"), _memory_of_a_stream),
+    schema.POOL_FITS,
+)

@@ -105,9 +105,15 @@ class Stream:
 
     def ids(self, start: int, count: int) -> Tensor:
         """Index of every candidate within the training part, int64 ``(count,)``."""
-        positions = torch.arange(start, start + count)
+        return self.ids_of(torch.arange(start, start + count))
+
+    def ids_of(self, positions: Tensor) -> Tensor:
+        """The same for the candidates with these numbers, int64 ``(n,)``, in this order."""
         epochs, within = positions // self.epoch, positions % self.epoch
-        return torch.cat([self._order(epoch)[within[epochs == epoch]] for epoch in torch.unique(epochs).tolist()])
+        ids = torch.empty_like(positions)
+        for epoch in torch.unique(epochs).tolist():
+            ids[epochs == epoch] = self._order(epoch)[within[epochs == epoch]]
+        return ids
 
     def _make_order(self, epoch: int) -> Tensor:
         return torch.randperm(len(self._samples), generator=seeded(self._seed, "order", epoch))[: self.epoch]

@@ -25,6 +25,7 @@ from earlysift.losses import IGNORED_LABEL
 from earlysift.pretrain import checkpoints
 from earlysift.pretrain.settings import PretrainSettings
 from earlysift.pretrain.stream import Rows
+from earlysift.recent import Kept
 
 CURVE = ("sift/step", "sift/scored", "sift/rank_correlation", "sift/overlap", "sift/gain")
 """Entries of `earlysift.Sifter.stats` that evaluations log, for the curves."""
@@ -45,11 +46,13 @@ class Candidates(Dataset[Rows]):
     Args:
         take: Maps numbers of candidates, int64 ``(n,)``, to a batch of n rows.
         count: Number of candidates that the whole training reads.
+        samples: Number of samples that they are of, if these have ids; else None.
     """
 
-    def __init__(self, take: Callable[[Tensor], Rows], count: int) -> None:
+    def __init__(self, take: Callable[[Tensor], Rows], count: int, samples: int | None = None) -> None:
         self._take = take
         self._count = count
+        self.samples = samples
 
     def __len__(self) -> int:
         return self._count
@@ -122,7 +125,8 @@ class Pretrainer(SiftTrainerMixin, Trainer):
     ) -> Tensor:
         """The contribution of a batch to the step's mean loss over labelled tokens."""
         with self.accelerator.autocast():
-            loss = scorers.training_loss(model, inputs, items=num_items_in_batch)
+            observe = None if self._trained is None else self._remember
+            loss = scorers.training_loss(model, inputs, items=num_items_in_batch, observe=observe)
         processes: int = self.args.world_size
         return loss * processes  # gradients are averaged over processes
 
@@ -178,6 +182,10 @@ class Pretrainer(SiftTrainerMixin, Trainer):
         self._began_s = time.perf_counter() - train_s
         self._time_share = self._spent_share()
 
+    def _sample_count(self) -> int | None:
+        data = self.train_dataset
+        return data.samples if isinstance(data, Candidates) else super()._sample_count()
+
     def _spent_share(self) -> float:
         return self.train_s / (60 * self.settings.minutes) if self.settings.minutes else 0.0
 
@@ -205,7 +213,11 @@ class Pretrainer(SiftTrainerMixin, Trainer):
         except Unusable:
             # Other processes may have selected, so the step continues, and ends on all of them before the update.
             self._losses.append(torch.tensor(math.nan, device=self.args.device))
-            return pools.take(self._prepare_inputs(pool), slice(0, self._train_batch_size))
+            candidates = pools.checked(self._prepare_inputs(pool), self.sift.sample_id)
+            batch = candidates.take(slice(0, self._train_batch_size))
+            if self._wants_losses:  # as other processes do
+                self._waiting.append(Kept(self.sifter.step, batch.size, batch.ids, None, None, None))
+            return batch.data
         ids = batch["input_ids"].cpu().contiguous().numpy()
         self.sifter.ledger.note(picks=hashlib.sha256(ids.tobytes()).hexdigest()[:16])
         return batch

@@ -1,0 +1,77 @@
+"""Ids and losses of single samples within a Trainer, which knows neither."""
+
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from earlysift import losses, pools, scorers
+from earlysift.datasets import WithIds, is_map_style
+from earlysift.exits import Anatomy
+from earlysift.measures import LOSS
+from earlysift.seeds import reseeded
+
+NO_IDS = (
+    "The samples have no ids under sample_id={key!r}, and those of a stream get none: they never return, so that "
+    "remembering their losses is of no use. Use a map-style data set, or give the samples ids that return."
+)
+NO_LOSSES = (
+    "The losses of single samples are remembered, and read off the logits that the model returns and the batch's "
+    f"{pools.LABELS_KEY!r}. One of them is missing. Use a loop of your own, with Sifter.observe."
+)
+_READ_TOKENS = 4096  # positions whose logits are copied at once
+
+
+def columns(dataset: Any) -> Collection[str]:
+    """The names of what its samples hold, as far as the data set tells them."""
+    return getattr(dataset, "column_names", None) or ()
+
+
+def numbered(dataset: Any, key: str) -> Any:
+    """A data set whose samples have ids under a key: their own, or else their indices."""
+    if not is_map_style(dataset) or len(dataset) == 0:
+        return dataset
+    names = columns(dataset)
+    if not names:
+        with reseeded("sample", device=torch.device("cpu")):  # samples may be drawn
+            sample = dataset[0]
+        names = sample if isinstance(sample, Mapping) else ()
+    return dataset if key in names else WithIds(dataset, key)
+
+
+def collated(collate: Callable[[Any], Any], key: str, samples: Any) -> Any:
+    """A batch with the samples' ids, which collators do not know.
+
+    Raises:
+        ValueError: If samples have none.
+    """
+    if isinstance(samples, Mapping):  # the data set itself has collated them
+        return collate(samples)
+    if not all(isinstance(sample, Mapping) and key in sample for sample in samples):
+        raise ValueError(NO_IDS.format(key=key))
+    batch = collate([{name: value for name, value in sample.items() if name != key} for sample in samples])
+    batch[key] = ids = [sample[key] for sample in samples]
+    with suppress(TypeError, ValueError):  # the sifter refuses what are no numbers, as all wrong ids
+        batch[key] = torch.as_tensor(ids)
+    return batch
+
+
+def losses_of(outputs: Any, labels: Any, anatomy: Anatomy | None) -> Tensor:
+    """The mean loss of every sample ``(b,)`` from the outputs of the forward pass that is trained on."""
+    assert anatomy is not None
+    with torch.no_grad():
+        if isinstance(outputs, Mapping) and outputs.get("log_probs") is not None:  # TRL's, 0 where there is no label
+            counts = outputs["label_mask"].sum(dim=1)
+            means = -outputs["log_probs"].float().sum(dim=1) / counts
+            return torch.where(counts > 0, means, losses.UNLABELLED)
+        if not isinstance(outputs, Mapping) or outputs.get("logits") is None or not isinstance(labels, Tensor):
+            raise ValueError(NO_LOSSES)
+        logits = outputs["logits"]
+        rows = max(1, _READ_TOKENS // pools.length(logits)) if logits.ndim == 3 else len(logits)
+        parts = [
+            scorers.sample_scores(LOSS, anatomy, nn.Identity(), some, of_some, reduction="mean")
+            for some, of_some in zip(torch.split(logits, rows), torch.split(labels, rows), strict=True)
+        ]
+        return torch.cat(parts)
