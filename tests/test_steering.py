@@ -87,13 +87,13 @@ def test_a_record_has_all_names_and_nan_where_nothing_was_seen():
 
 def test_what_is_free_is_looked_at_now_and_then_between_probes_and_changes_are_noted():
     record = dict.fromkeys(controller.record_names(CONTROL), 1.0) | {"correlation.1": 0.5, "gain.1.0.5": 1.6}
-    record |= {"concentration": 2.0, "greedy.1.0.5.signal": 1.0, "greedy.1.0.5.length2": 1.0}
+    record |= {"concentration": 5.0, "greedy.1.0.5.signal": 1.0, "greedy.1.0.5.length2": 1.0}
     state = State(records=(record, record), next_probe=1000)
     asked = []
 
     def free():
         asked.append("free")
-        return {"concentration": 2.0, "loss": 1.0, "loss_error": 0.1, "retention": 0.5}
+        return {"concentration": 5.0, "loss": 1.0, "loss_error": 0.1, "retention": 0.5}
 
     options = {"first": True, "pools_per_step": 1, "depth": 1, "keep": 0.5, "probe": None, "prices_of": lambda: PRICES}
     for step in range(1, 2 * controller.FREE_EVERY):

@@ -42,19 +42,24 @@ class Bounds(NamedTuple):
 
     Attributes:
         correlation: Least rank correlation of its score with exact losses.
-        payoff: Least payoff, by C2 (greedy) and by the concentration of losses.
+        payoff: Least payoff of a greedy choice, by C2.
+        unbiased: Least payoff of an unbiased choice, by T7.
+        concentrated: How many times the samples that carry the loss (the candidates over the concentration of their
+            losses) fit into what a greedy choice keeps.
         progress: Least progress along the mean gradient, relative to uniform training's.
         retention: Most that is left of a large loss when its sample comes back: of noise, nearly all.
     """
 
     correlation: float
     payoff: float
+    unbiased: float
+    concentrated: float
     progress: float
     retention: float
 
 
-TAKE = Bounds(correlation=0.3, payoff=1.2, progress=0.75, retention=0.85)
-KEEP = Bounds(correlation=LEAST_CORRELATION, payoff=1.0, progress=0.75, retention=0.92)
+TAKE = Bounds(correlation=0.3, payoff=1.2, unbiased=1.3, concentrated=2.0, progress=0.75, retention=0.85)
+KEEP = Bounds(correlation=LEAST_CORRELATION, payoff=1.0, unbiased=1.1, concentrated=1.0, progress=0.75, retention=0.92)
 """The gap between both is a hysteresis."""
 
 
@@ -370,12 +375,12 @@ def decide(
 ) -> tuple[Choice | None, str]:
     """The choice from this step on, and why.
 
-    A choice is taken if its score ranks, if the losses of pools are concentrated in few samples and the batch holds
-    them (C2), if steps on them go along the mean gradient, and if large losses shrink when their samples are trained
-    on, as noise's do not: by `TAKE`. It is kept by the milder `KEEP`, until the loss of whole pools has risen since
-    (greedy selection forgets what it does not train on), or the training nears its end. Among choices the one that pays
-    most by C2 is taken; the unbiased rule only where no greedy one is fit, by T7. While on, it moves to a clearly
-    better one.
+    A choice is taken if its score ranks, if the loss of pools is concentrated in so few samples that the batch has room
+    for them, if it holds them (C2), if steps on them go along the mean gradient, and if large losses shrink when their
+    samples are trained on, as noise's do not: by `TAKE`. It is kept by the milder `KEEP`, until the loss of whole pools
+    has risen since (greedy selection forgets what it does not train on), or the training nears its end. Among choices
+    the one that pays most by C2 is taken; the unbiased rule only where no greedy one is fit, by T7. While on, it moves
+    to a clearly better one.
 
     Args:
         state: The choice now, and how it began.
@@ -423,13 +428,13 @@ def objection(choice: Choice, numbers: Mapping[str, float], bounds: Bounds) -> s
         return f"{name} ranks {ranks} (rank correlation {correlation:.2f})"
     if choice.rule == "unbiased":
         payoff = numbers[f"payoff_T7.{pair}"]
-        pays = payoff >= bounds.payoff
+        pays = payoff >= bounds.unbiased
         return "" if pays else f"unbiased selection would not pay (T7: {payoff:.2f} at cost {cost:.2f})"
     payoff, concentration = numbers[f"payoff_C2.{pair}"], numbers["concentration"]
     if payoff < bounds.payoff:
         return f"selection does not pay (batches have {payoff * cost:.2f} times the pools' loss, at cost {cost:.2f})"
-    if concentration / cost < bounds.payoff:
-        return f"losses are too much alike to choose from (concentration {concentration:.2f}, at cost {cost:.2f})"
+    if concentration * choice.keep < bounds.concentrated:
+        return f"the loss is spread over too many samples for keep {choice.keep:g} (concentration {concentration:.2f})"
     progress, retention = numbers[f"progress.{_name(choice)}"], numbers.get("retention", 0.0)
     if progress < bounds.progress:
         return f"steps on the largest losses do not go along the mean gradient (progress {progress:.2f})"
