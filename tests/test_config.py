@@ -74,6 +74,9 @@ def test_a_tenth_is_drawn_where_something_learns_from_it_unless_another_share_is
 
 def test_without_a_schedule_of_its_own_keep_stays():
     assert [SiftConfig(keep=0.25).keep_at(step) for step in (0, 10**6)] == [0.25, 0.25]
-    assert [SiftConfig(keep=0.25, keep_schedule=lambda step: 1 / (step + 1)).keep_at(step) for step in (0, 3)] == [1, 0.25]
+    assert [SiftConfig(keep=0.25, keep_schedule=lambda step: 1 / (step + 1)).keep_at(step) for step in (0, 3)] == [
+        1,
+        0.25,
+    ]
     with pytest.raises(ValueError, match=r"keep_schedule to return a number in \[0.25, 1\], got 0.2 at step 4"):
         SiftConfig(keep=0.25, keep_schedule=lambda step: 1 / (step + 1)).keep_at(4)

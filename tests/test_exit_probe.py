@@ -96,7 +96,11 @@ def twin_classifier(weights, inputs):
 
 def twin_adapter(weights, state):
     """A state as the shared head reads it better."""
-    x = state + weights["down.weight"] @ F.gelu(weights["up.weight"] @ state + weights["up.bias"]) + weights["down.bias"]
+    x = (
+        state
+        + weights["down.weight"] @ F.gelu(weights["up.weight"] @ state + weights["up.bias"])
+        + weights["down.bias"]
+    )
     return (x - x.mean()) / (x.var(unbiased=False) + 1e-5).sqrt() * weights["norm.weight"] + weights["norm.bias"]
 
 
@@ -516,7 +520,10 @@ BROKEN = {
     "nothing": (None, "probe must hold shape, module and optimizer"),
     "text": ("x", "probe must hold"),
     "another key": ({"shape": ["classifier", 4, 3]}, "probe must hold"),
-    "another kind": (lambda: trained_probe().state_dict() | {"shape": ["lazy", 4, 3]}, "probe.shape must be a kind and"),
+    "another kind": (
+        lambda: trained_probe().state_dict() | {"shape": ["lazy", 4, 3]},
+        "probe.shape must be a kind and",
+    ),
     "no size": (lambda: trained_probe().state_dict() | {"shape": ["classifier", 0, 3]}, "probe.shape must be a kind"),
     "another size": (lambda: trained_probe().state_dict() | {"shape": ["classifier", 5, 3]}, "that of its module"),
     "huge": (lambda: broken("huge"), "that of its module"),

@@ -424,7 +424,7 @@ def twin_explored(chosen, drawn, scores, generator):
     others = [i for i in range(len(scores)) if i not in taken]
     others.sort(key=lambda i: (kinds[i], -keys[i] if kinds[i] == 0 else i))
     lucky, finite_others = others[:drawn], sum(kinds[i] == 0 for i in others)
-    stands_for = {i: 1.0 for i in taken} | {i: max(finite_others / drawn, 1.0) for i in lucky}
+    stands_for = dict.fromkeys(taken, 1.0) | {i: max(finite_others / drawn, 1.0) for i in lucky}
     return sorted(taken + lucky), [stands_for.get(i, 0.0) for i in range(len(scores))]
 
 
