@@ -37,7 +37,7 @@ MODELS = [
     ("vit", "sequence_classification"),
 ]
 ALL = [pytest.param(*key, id="-".join(key)) for key in MODELS]
-SCORES = ["loss", "entropy", "exact", "uniform"]
+SCORES = ["loss", "entropy", "probe", "blend", "exact", "uniform"]
 
 
 def dropping(family, task):

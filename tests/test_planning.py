@@ -68,3 +68,11 @@ def test_auto_mode_replaces_rule_exit_and_keep():
     assert (plan.steering.choice, plan.row) == (Choice("unbiased", 3, 0.8), {"mode": "unbiased"})
     off = plan_of(mode="auto")
     assert (off.selects, off.approximation, off.row) == (False, None, {"mode": "off"})
+
+
+@pytest.mark.parametrize(("keep", "considered"), [(0.5, 8), (0.65, 6), (0.8, 5), (1.0, 4)])
+def test_keep_by_a_schedule_limits_the_candidates_and_never_the_batch(keep, considered):
+    plan = plan_of(keep_schedule=lambda step: keep if step == 3 else 0.9, step=3, probe_every=0)
+    assert (plan.kept, plan.considered, plan.rows, plan.selects) == (4, considered, considered, True)
+    short = plan_of(rows=5, keep_schedule=lambda step: keep, probe_every=0)
+    assert short.considered == min(considered, 5)

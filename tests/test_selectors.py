@@ -15,8 +15,10 @@ from earlysift import Sifter, selectors
 from earlysift.selectors import (
     Selection,
     drop_outliers,
+    explored,
     greedy,
     inclusion_probabilities,
+    number_drawn,
     percentile,
     proportional,
     ranking,
@@ -402,3 +404,108 @@ def test_what_is_no_selection_is_refused_with_what_was_expected(returned, messag
     with pytest.raises(ValueError, match=message):
         sifter.sift((torch.zeros(4, 16), torch.zeros(4, dtype=torch.int64)))
     assert sifter.step == 0
+
+
+# A share that is drawn uniformly
+
+
+@st.composite
+def partly_chosen(draw):
+    """Scores, the candidates that a greedy rule chose, a number to draw, and a seed."""
+    scores, kept, seed = draw(pools())
+    drawn = draw(st.integers(0, kept - 1)) if kept > 1 else 0
+    return scores, greedy(scores, kept - drawn).indices, drawn, seed
+
+
+def twin_explored(chosen, drawn, scores, generator):
+    """The others in the order of random numbers, finite ones first, then unlabelled, then non-finite ones."""
+    keys = torch.rand(len(scores), generator=generator).tolist()
+    kinds, taken = classes(scores).tolist(), chosen.tolist()
+    others = [i for i in range(len(scores)) if i not in taken]
+    others.sort(key=lambda i: (kinds[i], -keys[i] if kinds[i] == 0 else i))
+    lucky, finite_others = others[:drawn], sum(kinds[i] == 0 for i in others)
+    stands_for = dict.fromkeys(taken, 1.0) | {i: max(finite_others / drawn, 1.0) for i in lucky}
+    return sorted(taken + lucky), [stands_for.get(i, 0.0) for i in range(len(scores))]
+
+
+@laws
+@given(pool=partly_chosen())
+def test_explored_equals_its_twin_and_keeps_exactly_b_distinct_candidates_with_the_chosen_among_them(pool):
+    scores, chosen, drawn, seed = pool
+    selection, stands_for = explored(chosen, drawn, scores, seeded(seed))
+    indices, shares = twin_explored(chosen, drawn, scores, seeded(seed))
+    assert selection.indices.tolist() == indices
+    assert stands_for.tolist() == pytest.approx(shares)
+    assert (selection.indices.diff() > 0).all()
+    assert len(selection.indices) == len(chosen) + drawn
+    assert set(chosen.tolist()) <= set(selection.indices.tolist())
+    assert selection.weights.tolist() == [1.0] * len(indices)
+
+
+@laws
+@given(pool=partly_chosen())
+def test_the_kept_stand_for_all_candidates_with_a_finite_score(pool):
+    scores, chosen, drawn, seed = pool
+    finite_count = int(torch.isfinite(scores).sum())
+    stands_for = explored(chosen, drawn, scores, seeded(seed))[1]
+    others = finite_count - int(torch.isfinite(scores[chosen]).sum())
+    if drawn and others >= drawn and torch.isfinite(scores[chosen]).all():
+        assert stands_for.sum().item() == pytest.approx(finite_count)
+    assert (stands_for > 0).sum() == len(chosen) + drawn
+
+
+def test_what_is_drawn_is_uniform_among_the_others():
+    scores = torch.cat([torch.linspace(0, 5, 12), torch.tensor([NAN, INF, -INF])])
+    chosen, drawn, draws, counts = torch.tensor([10, 11]), 3, 3000, torch.zeros(15)
+    for seed in range(draws):
+        counts[explored(chosen, drawn, scores, seeded(seed))[0].indices] += 1
+    assert counts[chosen].tolist() == [draws] * 2
+    assert counts[12:].tolist() == [0] * 3
+    expected = draws * drawn / 10
+    # Of each draw three are taken without replacement, so that variances are 7 / 9 of those of independent counts.
+    chi_square = ((counts[:10] - expected).square() / expected).sum() * 9 / 7
+    assert chi_square < 27.9  # 0.1 % of the chi-square distribution with nine degrees of freedom lies above
+
+
+def test_unlabelled_and_then_non_finite_candidates_are_drawn_in_need_alone():
+    scores = torch.tensor([NAN, 3.0, INF, -INF, 1.0, -INF, 2.0])
+    for seed in range(20):
+        kept = [explored(torch.tensor([1]), drawn, scores, seeded(seed))[0].indices.tolist() for drawn in range(2, 7)]
+        assert kept == [[1, 4, 6], [1, 3, 4, 6], [1, 3, 4, 5, 6], [0, 1, 3, 4, 5, 6], [0, 1, 2, 3, 4, 5, 6]]
+
+
+def test_the_estimate_of_a_mean_is_unbiased():
+    scores = torch.randn(12, generator=seeded(3)).exp()
+    x, chosen = scores.double() * torch.linspace(-1, 3, 12, dtype=torch.float64), greedy(scores, 4).indices
+    means = []
+    for seed in range(1000):
+        stands_for = explored(chosen, 2, scores, seeded(seed))[1].double()
+        means.append((stands_for * x).sum() / stands_for.sum())
+    means = torch.stack(means)
+    assert (means.mean() - x.mean()).abs() <= 4 * means.std() / math.sqrt(1000)
+
+
+def test_exploring_draws_from_the_given_generator_alone_and_takes_whole_numbers():
+    generator, state = seeded(0), torch.get_rng_state()
+    chosen = torch.tensor([3, 5], dtype=torch.int32)  # as a selector may return
+    first = explored(chosen, 2, torch.arange(8), generator)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert first[0].indices.dtype == torch.int64
+    assert not torch.equal(generator.get_state(), seeded(0).get_state())
+    assert torch.equal(first[1], explored(chosen, 2, torch.arange(8), seeded(0))[1])
+
+
+@laws
+@given(kept=st.integers(1, 10_000), share=st.floats(0, 0.999))
+def test_the_number_drawn_is_the_share_but_neither_none_nor_all(kept, share):
+    drawn = number_drawn(kept, share)
+    assert 0 <= drawn < kept
+    assert (drawn == 0) == (share == 0 or kept == 1)
+    assert drawn in {0, 1, kept - 1} or abs(drawn - share * kept) <= 0.5
+
+
+def test_a_batch_of_one_is_the_chosen_one():
+    assert number_drawn(1, 0.9) == 0
+    selection, stands_for = explored(torch.tensor([2]), 0, torch.arange(3.0), seeded(0))
+    assert selection.indices.tolist() == [2]
+    assert stands_for.tolist() == [0, 0, 1]

@@ -63,3 +63,46 @@ def test_scores_are_compared_with_exact_losses_when_a_probe_is_due():
     scored = stepping.score(pool, plan, runner)
     assert stepping.learn(pool, scored, plan, runner)["rank_correlation"] == 1.0
     assert stepping.learn(pool, scored, dataclasses.replace(plan, probes=False), runner) == {}
+
+
+def test_candidates_that_the_kept_stand_for_are_known_for_every_way_to_choose():
+    for options, expected in [
+        ({"explore": 0.5}, [1.0, 1.0, 3.0, 3.0]),  # two are chosen, and two of the six others drawn
+        ({"score": "uniform"}, [2.0] * 4),
+        ({}, None),  # of others than the kept nothing is known
+    ]:
+        pool, plan, runner = prepared(probe_every=0, **options)
+        chosen = stepping.select(pool, stepping.score(pool, plan, runner), plan, runner)
+        assert chosen.stands_for is expected or sorted(chosen.stands_for.tolist()) == expected
+    pool, plan, runner = prepared(probe_every=0, select=selectors.proportional)
+    scored = stepping.score(pool, plan, runner)
+    chosen = stepping.select(pool, scored, plan, runner)
+    included = selectors.inclusion_probabilities(scored.own, 4)[chosen.selection.indices]
+    torch.testing.assert_close(chosen.stands_for.double(), 1 / included, rtol=1e-5, atol=0)
+    rest, rest_plan, rest_runner = prepared(rows=3, step=5)
+    assert stepping.select(rest, None, rest_plan, rest_runner).stands_for.tolist() == [1.0] * 3
+
+
+def test_a_batch_is_remembered_with_its_scores_and_ids():
+    pool, plan, runner = prepared(probe_every=0, score="blend")
+    pool = dataclasses.replace(pool, ids=torch.arange(100, 108))
+    scored = stepping.score(pool, plan, runner)
+    chosen = stepping.select(pool, scored, plan, runner)
+    kept, indices = stepping.remember(pool, scored, chosen, 7, runner), chosen.selection.indices
+    assert (kept.step, kept.ids.tolist()) == (7, (indices + 100).tolist())
+    assert torch.equal(kept.scores, scored.own[indices])
+    assert torch.equal(kept.stands_for, chosen.stands_for)
+    assert torch.equal(kept.inputs, runner.learnt.blend.latest[indices])
+    unscored = stepping.remember(pool, None, chosen, 7, runner)
+    assert (unscored.scores, unscored.inputs) == (None, None)
+
+
+def test_a_probe_learns_once_a_step_from_a_batch_that_was_chosen():
+    pool, plan, runner = prepared(probe_every=0, score="probe")
+    scored = stepping.score(pool, plan, runner)
+    before = runner.learnt.probe.state_dict()["module"]["norm.weight"]
+    stepping.learn(pool, scored, plan, runner)
+    after = runner.learnt.probe.state_dict()
+    assert not torch.equal(after["module"]["norm.weight"], before)
+    stepping.learn(pool, scored, plan, runner)  # nothing was scored since
+    assert torch.equal(runner.learnt.probe.state_dict()["module"]["norm.weight"], after["module"]["norm.weight"])

@@ -79,7 +79,7 @@ class Blend:
             stands_for: Candidates of the pool that each sample stands for, ``(b,)``.
         """
         targets = losses.double().clamp(min=0).log1p()
-        usable = torch.isfinite(targets) & torch.isfinite(inputs).all(dim=1)
+        usable = torch.isfinite(losses) & torch.isfinite(inputs).all(dim=1)
         rows = torch.where(usable[:, None], inputs, 0.0)
         both = torch.cat([rows, torch.where(usable, targets, 0.0)[:, None]], dim=1)
         weights = stands_for.double() / stands_for.double().mean()

@@ -48,6 +48,7 @@ class ExitProbe:
         self._module: nn.Module | None = None
         self._optimizer: torch.optim.Optimizer | None = None
         self._gradients: tuple[Tensor, ...] | None = None
+        self._loaded: dict[str, Any] = {}  # a saved state, until a pool shows on which device it goes on
 
     def classify(self, inputs: Tensor, *, classes: int) -> Tensor:
         """Logits ``(R, classes)`` of features ``(R, F)``; differentiable in the probe's own weights."""
@@ -83,20 +84,14 @@ class ExitProbe:
     def state_dict(self) -> dict[str, Any]:
         """Weights and optimizer, as copies; empty before the first pool."""
         if self._module is None or self._optimizer is None or self._shape is None:
-            return {}
+            return copy.deepcopy(self._loaded)
         state = {"module": self._module.state_dict(), "optimizer": self._optimizer.state_dict()}
         return {"shape": list(self._shape), **copy.deepcopy(state)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned; `state_problems` has found nothing wrong with it."""
         self._shape = self._module = self._optimizer = self._gradients = None
-        if state:
-            tensors = state["module"].values()
-            self._at(tuple(state["shape"]), next(iter(tensors)).device)
-            assert self._module is not None
-            assert self._optimizer is not None
-            self._module.load_state_dict(state["module"])
-            self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+        self._loaded = copy.deepcopy(dict(state))
 
     def state_problems(self, state: Any) -> list[str]:
         """What keeps `load_state_dict` from using something that was saved."""
@@ -108,10 +103,19 @@ class ExitProbe:
         sound = isinstance(shape, list | tuple) and len(shape) == 3 and shape[0] in ("classifier", "adapter")
         if not sound or not all(whole(size, 1) for size in shape[1:]):
             return [f"probe.shape must be a kind and two sizes, got {reprlib.repr(shape)}"]
+        trial = ExitProbe(self._seed)
+        trial.load_state_dict(state)
         try:
-            ExitProbe(self._seed).load_state_dict(state)
+            tensors = [*state["module"].values()]
+            if [tensors[0].numel(), tensors[-1].numel()] != list(shape[1:]):
+                return [f"probe.shape {list(shape)} must be that of its module"]
+            module = trial._at(tuple(shape), tensors[0].device)
+            if not trial._moments_fit():  # the optimizer would read past their ends
+                return ["probe.optimizer must hold moments of the shape of the module's weights"]
+            trial._gradients = tuple(map(torch.zeros_like, module.parameters()))
+            trial.learn()
         except Exception as error:  # modules and optimizers refuse in many ways
-            return [f"probe cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0][:100]})"]
+            return [f"probe cannot be loaded ({error!r:.120})"]
         return []
 
     def _at(self, shape: tuple[Kind, int, int], device: torch.device) -> nn.Module:
@@ -123,7 +127,19 @@ class ExitProbe:
                 module = ExitHead(width, hidden=HIDDEN, seed=self._seed)
             self._shape, self._module = shape, module.to(device)
             self._optimizer = torch.optim.AdamW(self._module.parameters(), lr=LEARNING_RATE, fused=True)
+            if self._loaded and tuple(self._loaded["shape"]) == shape:
+                self._module.load_state_dict(self._loaded["module"])
+                self._optimizer.load_state_dict(self._loaded["optimizer"])
+            self._loaded = {}
         return self._module
+
+    def _moments_fit(self) -> bool:
+        assert self._optimizer is not None
+        return all(
+            isinstance(moment, Tensor) and moment.shape == (() if name == "step" else parameter.shape)
+            for parameter, moments in self._optimizer.state.items()
+            for name, moment in moments.items()
+        )
 
 
 def features(states: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -145,10 +161,11 @@ def features(states: Tensor, mask: Tensor | None = None) -> Tensor:
         return states.mean(dim=(2, 3))
     if states.ndim == 2:
         return states
-    first, others = states[:, 0], states[:, 1:]
-    counted = others.new_ones(others.shape[:2]) if mask is None else mask[:, 1:].to(others.dtype)
-    means = (others * counted[..., None]).sum(dim=1) / counted.sum(dim=1, keepdim=True).clamp(min=1)
-    return torch.cat([first, means], dim=1)
+    counted = states.new_ones(states.shape[:2]) if mask is None else mask.to(states.dtype)
+    first = torch.arange(len(states), device=states.device), counted.argmax(dim=1)  # behind padding on the left
+    others = counted.index_put(first, counted.new_zeros(()))
+    means = (states * others[..., None]).sum(dim=1) / others.sum(dim=1, keepdim=True).clamp(min=1)
+    return torch.cat([states[first], means], dim=1)
 
 
 def _classifier(width: int, outputs: int, seed: int) -> nn.Module:

@@ -518,9 +518,17 @@ def _read_by_classifier(
 
     inputs = _run(anatomy, depth, model, pool, scoring, read, Recorder())
     labels = pools.inputs_and_labels(pool.data)[1]
+    sound = torch.isfinite(inputs).all(dim=1)
     with torch.enable_grad(), torch.autocast(inputs.device.type, enabled=False):
-        logits = exit_probe.classify(inputs, classes=classes)
-        values = [losses.class_scores(each, logits, labels, problem=checks.problem_of(anatomy)) for each in measures]
+        logits = exit_probe.classify(torch.where(sound[:, None], inputs, 0.0), classes=classes)
+        problem = checks.problem_of(anatomy) or losses.classification_problem(logits, labels)
+        values = [
+            # A regression predicts no distribution, whose entropy could be told.
+            torch.zeros_like(logits[:, 0])
+            if problem == "regression" and each.of_numbers is None
+            else torch.where(sound, losses.class_scores(each, logits, labels, problem=problem), torch.nan)
+            for each in measures
+        ]
         exit_probe.propose(values[0])
     return torch.stack(values, dim=1).detach()
 

@@ -294,11 +294,12 @@ def explored(chosen: Tensor, drawn: int, scores: Tensor, generator: Generator) -
     Reference:
         The estimate: Horvitz and Thompson, 1952.
     """
+    chosen = chosen.long()
     stands_for = torch.zeros(len(scores), device=scores.device).index_fill(0, chosen, 1.0)
     others = torch.isfinite(scores) & (stands_for == 0)
     keys = torch.rand(len(scores), generator=generator, device=generator.device).to(scores.device, non_blocking=True)
-    keys = torch.where(others, keys, -torch.inf).index_fill(0, chosen, torch.nan)  # the chosen come last of all
-    lucky = ranking(keys)[:drawn]
+    worse = torch.where(scores == -torch.inf, -1.0, -2.0)  # unlabelled before non-finite; the chosen come last of all
+    lucky = ranking(torch.where(others, keys, worse).index_fill(0, chosen, torch.nan))[:drawn]
     stands_for = stands_for.index_put((lucky,), (others.sum() / drawn).clamp(min=1.0))
     return _unweighted(torch.cat([chosen, lucky])), stands_for
 

@@ -362,6 +362,8 @@ def _checked_config(config: SiftConfig | None, options: Mapping[str, Any], parts
         for name, (sound, expected) in kinds.items()
         if not sound
     ]
+    if parts["exit_head"] is not None and options.get("score", config and config.score) in ("probe", "blend"):
+        sentences.append("A probe is a head of its own: leave exit_head out, or use another score.")
     if parts["exit_optimizer"] is not None and parts["exit_head"] is None:
         sentences.append("exit_optimizer was given without exit_head. Pass both, or neither.")
     try:
