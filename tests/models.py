@@ -191,7 +191,7 @@ def ladder() -> nn.Module:
 
 
 def mostly_learnt(generator: Generator, rows: int = 64) -> tuple[Tensor, Tensor]:
-    """Three of five samples are copies of what a ladder knows; in the others the first feature tells the class."""
+    """Six of seven samples are copies of what a ladder knows; in the others the first feature tells the class."""
     labels = torch.randint(2, (rows,), generator=generator)
     sign = 2.0 * labels - 1
     new = torch.randn(rows, 16, generator=generator)
@@ -199,7 +199,7 @@ def mostly_learnt(generator: Generator, rows: int = 64) -> tuple[Tensor, Tensor]
     new[:, -1] = 0
     known = torch.zeros(rows, 16)
     known[:, -1] = 4 * sign
-    return torch.where(torch.rand(rows, 1, generator=generator) < 0.6, known, new), labels
+    return torch.where(torch.rand(rows, 1, generator=generator) < 6 / 7, known, new), labels
 
 
 def unlearnable(generator: Generator, rows: int = 64) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,10 @@ from earlysift.measures import MEASURES
         ({"kept": 0}, "kept must be at least 1, got 0"),
         ({"explore": 1.0}, r"explore must be in \[0, 1\), or None, got 1.0"),
         ({"explore": -0.1}, "explore must be in"),
-        ({"explore": 0.1, "select": selectors.proportional}, "draws every candidate now and then. Leave explore out"),
+        (
+            {"explore": 0.1, "select": selectors.proportional},
+            "would lose the weights of select=proportional. Give explore=0",
+        ),
         ({"keep_schedule": 0.5}, "keep_schedule must be a callable from steps to values of keep, or None, got 0.5"),
         ({"keep_schedule": warmup(5), "mode": "auto"}, "Auto mode chooses keep itself. Leave keep_schedule out"),
         ({"score": "blend", "scope": "global"}, "score='blend' learns on each rank's own candidates"),

@@ -286,15 +286,18 @@ def test_payoffs_are_gains_and_moments_over_cost_in_the_median():
         assert dear[f"payoff_T7.{pair}"] == pytest.approx(1 / (moment * cost))
     for choice in choices(control):
         name = f"{choice.rule}.1.{choice.keep:g}"
-        one_by_one = sorted(estimates([entry], control, CHEAP, 0.5)[f"progress.{name}"] for entry in records)
-        assert dear[f"progress.{name}"] == one_by_one[2]
+        along, uniform = (
+            sum(entry[f"{of}.signal"] / math.sqrt(entry[f"{of}.length2"]) for entry in records)
+            for of in (name, "uniform")
+        )
+        assert dear[f"progress.{name}"] == pytest.approx(along / uniform)
 
 
 def test_one_probe_that_deceives_does_not_decide():
     usual, odd = ([record(easy_heavy(seed), 32, ONE) for seed in range(4)], record(easy_heavy(9), 32, ONE))
     numbers = estimates(usual, ONE, CHEAP, 0.5)
     misled = estimates([*usual, {name: 1e6 * value for name, value in odd.items()}], ONE, CHEAP, 0.5)
-    for name in ("payoff_C2.1.0.5", "progress.greedy.1.0.5", "concentration"):
+    for name in ("payoff_C2.1.0.5", "correlation.1", "concentration"):
         assert misled[name] == pytest.approx(numbers[name], rel=0.5)
 
 

@@ -167,10 +167,11 @@ class SiftConfig:
                 sentences.append("sample_id works on each rank's own candidates. Use scope='local'.")
             if self.score == "blend" and self.scope == "global":
                 sentences.append("score='blend' learns on each rank's own candidates. Use scope='local'.")
-            if self.mode == "fixed" and self.explored and self.select not in (selectors.greedy, selectors.percentile):
+            unweighted = (selectors.greedy, selectors.percentile)
+            if self.mode == "fixed" and self.explored and self.select not in unweighted:
                 sentences.append(
-                    f"explore adds to what greedy or percentile choose, got select={scorers.name_of(self.select)}, whose "
-                    "weights it would lose. Give explore=0.0."
+                    "explore adds to what greedy or percentile choose, and would lose the weights of "
+                    f"select={scorers.name_of(self.select)}. Give explore=0.0."
                 )
             if self.mode == "auto" and self.keep_schedule is not None:
                 sentences.append("Auto mode chooses keep itself. Leave keep_schedule out.")

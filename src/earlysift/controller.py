@@ -34,6 +34,7 @@ LEAST_CORRELATION = 0.1  # a score that ranks worse than this ranks at random
 EARLY_SHARE, EARLY_PROBES = 0.1, 0.4  # this part of the training gets this part of the probes
 FREE_EVERY = 25  # steps between looks at what is free
 MOVE = 1.1  # a better choice must pay so many times as much as the present one
+_UNWEIGHTED = "the loop reads no weights, which the unbiased rule needs"
 _NEAR_END = "the training nears its end, and greedy selection has a floor"
 
 
@@ -347,7 +348,7 @@ def estimates(
                 middle[f"second_moment.{depth}.{keep:g}"], cost
             )
     for choice in choices(control):
-        numbers[f"progress.{_name(choice)}"] = median(_progress(entry, choice) for entry in records)
+        numbers[f"progress.{_name(choice)}"] = _progress(records, choice)
     return numbers
 
 
@@ -409,14 +410,14 @@ def decide(
     if now is None:
         if numbers["records"] < ENOUGH:
             return None, "too few probes"
-        return best, _best_of(objections, numbers) if best is None else _praise(best, numbers)
+        return best, _praise(best, numbers) if best else _first_objection(objections, numbers)
     loss, error = state.before
     risen = numbers["loss"] - loss
     if risen > SURE * math.hypot(numbers["loss_error"], error):
         return None, f"the loss of whole pools has risen by {risen:.2g} since: what is not trained on is forgotten"
     if best is not None and (now not in fit or _payoff(best, numbers) > MOVE * _payoff(now, numbers)):
         return best, _praise(best, numbers)
-    return (now, "selection pays") if now in fit else (None, objections.get(now) or "the loop reads no weights")
+    return (now, "selection pays") if now in fit else (None, objections.get(now, _UNWEIGHTED))
 
 
 def objection(choice: Choice, numbers: Mapping[str, float], bounds: Bounds) -> str:
@@ -470,9 +471,10 @@ def _praise(choice: Choice, numbers: Mapping[str, float]) -> str:
     )
 
 
-def _best_of(objections: Mapping[Choice, str], numbers: Mapping[str, float]) -> str:
+def _first_objection(objections: Mapping[Choice, str], numbers: Mapping[str, float]) -> str:
     """The objection to the choice that would pay most."""
-    return objections[max(objections, key=lambda choice: _payoff(choice, numbers))]
+    first = max(objections, key=lambda choice: _payoff(choice, numbers), default=None)
+    return _UNWEIGHTED if first is None else objections[first]
 
 
 def next_probe(step: int, control: Control, prices: Mapping[str, float], pools_per_step: int = 1) -> int:
@@ -546,8 +548,12 @@ def _name(choice: Choice) -> str:
     return f"{choice.rule}.{choice.depth}.{choice.keep:g}"
 
 
-def _progress(entry: Record, choice: Choice) -> float:
-    uniform = entry["uniform.signal"] / math.sqrt(max(entry["uniform.length2"], 1e-12))
-    along = entry[f"{_name(choice)}.signal"] / math.sqrt(max(entry[f"{_name(choice)}.length2"], 1e-12))
+def _progress(records: Sequence[Record], choice: Choice) -> float:
+    """Ratio of sums: a single probe's ratio has a denominator near zero where gradients are noisy."""
+
+    def along(name: str) -> float:
+        return sum(entry[f"{name}.signal"] / math.sqrt(max(entry[f"{name}.length2"], 1e-12)) for entry in records)
+
+    uniform = along("uniform")
     # Where uniform's own signal drowns in noise, nothing can be called better.
-    return along / uniform if uniform > 0 else 0.0
+    return along(_name(choice)) / uniform if uniform > 0 else 0.0
