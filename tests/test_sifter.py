@@ -533,7 +533,7 @@ def test_state_is_small_and_json_without_an_exit_head():
     state = sifter.state_dict()
     assert through_json(state) == state
     assert len(json.dumps(state)) < 2000
-    assert state["version"] == 3
+    assert state["version"] == 4
     assert state["step"] == 3
 
 
@@ -1125,12 +1125,12 @@ def test_all_differences_of_a_configuration_are_listed_at_once():
         sifter_of(model).load_state_dict(state)
 
 
-@pytest.mark.parametrize("version", [0, 1, 2, None, "3", 3.0, True, [3], torch.tensor([3, 3])])
+@pytest.mark.parametrize("version", [0, 1, 2, 3, None, "4", 4.0, True, [4], torch.tensor([4, 4])])
 def test_state_of_another_version_is_refused(version):
     model, _ = classifier()
     sifter = sifter_of(model)
     before = copy.deepcopy(sifter.state_dict())
-    said = re.escape(f"Expected a Sifter state of version 3, got {version!r}. Use the release that wrote it.")
+    said = re.escape(f"Expected a Sifter state of version 4, got {version!r}. Use the release that wrote it.")
     with pytest.raises(ValueError, match=said):
         sifter.load_state_dict({**before, "version": version, "step": 9})
     assert sifter.state_dict() == before
