@@ -425,13 +425,7 @@ def state_of(choice, *, correlation=0.9):
     ("name", "take", "keep", "falls", "reason"),
     [
         ("gain", TAKE.payoff, KEEP.payoff, True, "selection does not pay"),
-        (
-            "concentration",
-            TAKE.concentrated / 0.5,
-            KEEP.concentrated / 0.5,
-            True,
-            "spread over too many samples for keep",
-        ),
+        ("moment", TAKE.payoff, KEEP.payoff, True, "the loss is spread over too many samples"),
         ("progress", TAKE.progress, KEEP.progress, True, "do not go along the mean gradient"),
         ("correlation", TAKE.correlation, KEEP.correlation, True, "depth 1 ranks"),
         ("retention", TAKE.retention, KEEP.retention, False, "large losses stay when trained on, as noise does"),
@@ -459,6 +453,7 @@ def test_while_on_it_moves_to_what_is_clearly_better_or_what_is_left():
 
     def numbers(gain, **changes):
         second = {"correlation.2": 0.9, "cost.2.0.5": 1.1, "payoff_C2.2.0.5": gain, "progress.greedy.2.0.5": 1.0}
+        second |= {"payoff_T7.2.0.5": 2.0}
         return numbers_of(**changes) | second
 
     other = Choice("greedy", 2, 0.5)

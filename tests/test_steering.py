@@ -87,7 +87,12 @@ def test_a_record_has_all_names_and_nan_where_nothing_was_seen():
 
 def test_what_is_free_is_looked_at_now_and_then_between_probes_and_changes_are_noted():
     record = dict.fromkeys(controller.record_names(CONTROL), 1.0) | {"correlation.1": 0.5, "gain.1.0.5": 1.6}
-    record |= {"concentration": 5.0, "greedy.1.0.5.signal": 1.0, "greedy.1.0.5.length2": 1.0}
+    record |= {
+        "second_moment.1.0.5": 0.5,
+        "concentration": 5.0,
+        "greedy.1.0.5.signal": 1.0,
+        "greedy.1.0.5.length2": 1.0,
+    }
     state = State(records=(record, record), next_probe=1000)
     asked = []
 

@@ -43,10 +43,8 @@ class Bounds(NamedTuple):
 
     Attributes:
         correlation: Least rank correlation of its score with exact losses.
-        payoff: Least payoff of a greedy choice, by C2.
+        payoff: Least payoff of a greedy choice, by T7 (few samples carry the loss) and by C2 (the batch holds them).
         unbiased: Least payoff of an unbiased choice, by T7.
-        concentrated: How many times the samples that carry the loss (the candidates over the concentration of their
-            losses) fit into what a greedy choice keeps.
         progress: Least progress along the mean gradient, relative to uniform training's.
         retention: Most that is left of a large loss when its sample comes back: of noise, nearly all.
     """
@@ -54,13 +52,12 @@ class Bounds(NamedTuple):
     correlation: float
     payoff: float
     unbiased: float
-    concentrated: float
     progress: float
     retention: float
 
 
-TAKE = Bounds(correlation=0.3, payoff=1.2, unbiased=1.3, concentrated=2.0, progress=0.75, retention=0.85)
-KEEP = Bounds(correlation=LEAST_CORRELATION, payoff=1.0, unbiased=1.1, concentrated=1.0, progress=0.75, retention=0.92)
+TAKE = Bounds(correlation=0.3, payoff=1.2, unbiased=1.3, progress=0.75, retention=0.85)
+KEEP = Bounds(correlation=LEAST_CORRELATION, payoff=1.0, unbiased=1.1, progress=0.75, retention=0.92)
 """The gap between both is a hysteresis."""
 
 
@@ -359,7 +356,9 @@ def known(
     numbers = dict(free)
     for keep in control.keeps:
         if (gain := free.get(f"gain.{MEMORY}.{keep:g}")) is not None:
-            numbers[f"payoff_C2.{MEMORY}.{keep:g}"] = costs.payoff(gain, cost_of(MEMORY, keep, prices, pool_keep))
+            cost = cost_of(MEMORY, keep, prices, pool_keep)
+            numbers[f"payoff_C2.{MEMORY}.{keep:g}"] = costs.payoff(gain, cost)
+            numbers[f"payoff_T7.{MEMORY}.{keep:g}"] = costs.unbiased_payoff(1 / free["concentration"], cost)
     return numbers
 
 
@@ -376,9 +375,9 @@ def decide(
 ) -> tuple[Choice | None, str]:
     """The choice from this step on, and why.
 
-    A choice is taken if its score ranks, if the loss of pools is concentrated in so few samples that the batch has room
-    for them, if it holds them (C2), if steps on them go along the mean gradient, and if large losses shrink when their
-    samples are trained on, as noise's do not: by `TAKE`. It is kept by the milder `KEEP`, until the loss of whole pools
+    A choice is taken if its score ranks, if few samples carry the loss of pools (T7) and the batch holds them (C2), if
+    steps on them go along the mean gradient, and if large losses shrink when their samples are trained on, as noise's
+    do not: by `TAKE`. It is kept by the milder `KEEP`, until the loss of whole pools
     has risen since (greedy selection forgets what it does not train on), or the training nears its end. Among choices
     the one that pays most by C2 is taken; the unbiased rule only where no greedy one is fit, by T7. While on, it moves
     to a clearly better one.
@@ -431,11 +430,11 @@ def objection(choice: Choice, numbers: Mapping[str, float], bounds: Bounds) -> s
         payoff = numbers[f"payoff_T7.{pair}"]
         pays = payoff >= bounds.unbiased
         return "" if pays else f"unbiased selection would not pay (T7: {payoff:.2f} at cost {cost:.2f})"
-    payoff, concentration = numbers[f"payoff_C2.{pair}"], numbers["concentration"]
+    payoff, by_variance = numbers[f"payoff_C2.{pair}"], numbers[f"payoff_T7.{pair}"]
     if payoff < bounds.payoff:
         return f"selection does not pay (batches have {payoff * cost:.2f} times the pools' loss, at cost {cost:.2f})"
-    if concentration * choice.keep < bounds.concentrated:
-        return f"the loss is spread over too many samples for keep {choice.keep:g} (concentration {concentration:.2f})"
+    if by_variance < bounds.payoff:
+        return f"the loss is spread over too many samples (T7: {by_variance:.2f} at cost {cost:.2f})"
     progress, retention = numbers[f"progress.{_name(choice)}"], numbers.get("retention", 0.0)
     if progress < bounds.progress:
         return f"steps on the largest losses do not go along the mean gradient (progress {progress:.2f})"
