@@ -53,6 +53,15 @@ _CPU: dict[str, dict[str, Any]] = {
     "mlm-stdlib": {**_MLM, "arms": _MAIN},  # the longest first, so that parallel jobs end together
     "digits": {**_IMAGE, "arms": (*_PEERS, "sift-warm", "sift-joint-1")},
     "digits-long": {**_IMAGE, "arms": _LONG, "budget": 30.0, "evaluations": 25, "select_after": 0.2},
+    "digits-epochs": {
+        **_EPOCHS,
+        "task": "image",
+        "learning_rate": 1e-3,
+        "select_after": 0.2,
+        "budget": 30.0,
+        "evaluations": 25,
+        "validation_samples": 360,
+    },
     "mnist-epochs": _MNIST,
     "clinc-epochs": {
         **_EPOCHS,
