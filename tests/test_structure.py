@@ -28,6 +28,7 @@ FLOORS = {
     "seeds": 0,
     "options": 0,
     "config_files": 0,
+    "coverage": 0,
     "datasets": 0,
     "pending": 0,
     "checks": 1,

@@ -37,6 +37,9 @@ class SiftConfig:
             learn from the training losses: train on `Sifter.loss`, or call `Sifter.observe`.
         sample_id: Key of the pool that holds the samples' ids, int64 ``(R,)``, from 0 on; needed by ``"memory"``, of
             use to ``"blend"``. It is taken out of the batch, as models do not know it; `Sifter.ids` has it.
+        group: Key of the pool that holds the samples' groups (a class, a source, a language), int64 ``(R,)``, numbers
+            0 to 999. It is taken out of the batch, and the ledger's row says how many candidates of each group were
+            offered and kept (`earlysift.coverage`). It changes no choice.
         explore: Share of every batch that is drawn uniformly from the candidates that selection leaves out, in
             [0, 1); None is 0.1 with ``"blend"`` and in auto mode, which learn from it, and 0 else. It keeps easy
             samples from being forgotten, and shows what the loss of whole pools is (`Sifter.stats`).
@@ -104,6 +107,9 @@ class SiftConfig:
     sample_id: str | None = option(
         None, lambda value: value is None or (isinstance(value, str) and value != ""), "the name of a key, or None"
     )
+    group: str | None = option(
+        None, lambda value: value is None or (isinstance(value, str) and value != ""), "the name of a key, or None"
+    )
     explore: float | None = option(
         None,
         lambda value: value is None or (finite(value) and 0 <= value < 1),
@@ -165,6 +171,8 @@ class SiftConfig:
                 )
             if self.sample_id is not None and self.scope == "global":
                 sentences.append("sample_id works on each rank's own candidates. Use scope='local'.")
+            if self.group is not None and self.scope == "global":
+                sentences.append("group counts each rank's own candidates. Use scope='local'.")
             if self.score == "blend" and self.scope == "global":
                 sentences.append("score='blend' learns on each rank's own candidates. Use scope='local'.")
             unweighted = (selectors.greedy, selectors.percentile)

@@ -10,14 +10,14 @@ _AT_ONCE = {"cpu"}  # devices whose numbers can be read without waiting; tests e
 
 
 class Pending:
-    """A number that the device has yet to compute, while the host continues.
+    """A number, or a list of them, that the device has yet to compute, while the host continues.
 
     Args:
-        value: Tensor of one number.
-        then: Applied to the number when it is read.
+        value: Tensor of one number, or of several.
+        then: Applied to the number, or to the list, when it is read.
     """
 
-    def __init__(self, value: Tensor, then: Callable[[Any], float]) -> None:
+    def __init__(self, value: Tensor, then: Callable[[Any], Any]) -> None:
         self._copy = value.to("cpu", non_blocking=True)  # into pinned memory, queued after the work that computes it
         self._then = then
         self._ready: torch.Event | None = None
@@ -25,25 +25,25 @@ class Pending:
             self._ready = torch.Event(value.device)
             self._ready.record(torch.accelerator.current_stream(value.device))
 
-    def read(self) -> float:
-        """The number; waits until it is available."""
+    def read(self) -> Any:
+        """The number, or what was made of it; waits until it is available."""
         if self._ready is not None:
             self._ready.synchronize()  # does not wait for work queued later
-        return self._then(self._copy.item())
+        return self._then(self._copy.tolist())
 
 
-def number(value: Tensor, then: Callable[[Any], float] = lambda value: value) -> float | Pending:
+def number(value: Tensor, then: Callable[[Any], Any] = lambda value: value) -> Any:
     """The number in a tensor: read at once on a CPU, pending on an accelerator.
 
     Args:
-        value: Tensor of one number.
-        then: Applied to the number.
+        value: Tensor of one number; of several, these as a list.
+        then: Applied to the number, or to the list.
 
     Example:
         >>> number(torch.tensor([1, 2]).sum(), lambda value: 2 * value)
         6
     """
-    return then(value.item()) if value.device.type in _AT_ONCE else Pending(value, then)
+    return then(value.tolist()) if value.device.type in _AT_ONCE else Pending(value, then)
 
 
 def arrived(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from torch import Tensor
 LABELS_KEY = "labels"
 LARGEST_ID = 2**28 - 1
 """A memory of so many samples takes 2 GiB; larger ids are taken for a mistake."""
+LARGEST_GROUP = 999
+"""Every row of the ledger names the groups of its pool; larger numbers are taken for a mistake."""
 _PACKED_KEYS = ("cu_seq_lens_q", "cu_seqlens", "cu_seqlens_q", "seq_idx")
 
 
@@ -60,23 +62,27 @@ class Pool:
     """A pool whose structure was checked once, by `checked`: its data, and how many candidates it has.
 
     Attributes:
-        data: What the loader gave, without the samples' ids.
+        data: What the loader gave, without the samples' ids and groups.
         size: R.
         ids: Ids of the samples, int64 ``(R,)``, on the CPU; None where none were asked for.
+        groups: Numbers of their groups, likewise.
     """
 
     data: Any
     size: int
     ids: Tensor | None = None
+    groups: Tensor | None = None
 
     def take(self, indices: Tensor | slice) -> "Pool":
         """The rows ``indices`` of every tensor, in the same structure."""
         count = len(range(self.size)[indices]) if isinstance(indices, slice) else len(indices)
-        ids = None if self.ids is None else _take_rows(self.ids, indices)
-        return Pool(map_rows(self.data, lambda rows: _take_rows(rows, indices), self.size), count, ids)
+        ids, groups = (None if each is None else _take_rows(each, indices) for each in (self.ids, self.groups))
+        return Pool(map_rows(self.data, lambda rows: _take_rows(rows, indices), self.size), count, ids, groups)
 
 
-def checked(pool: Any, id_key: str | None = None, samples: int | None = None) -> Pool:
+def checked(
+    pool: Any, id_key: str | None = None, samples: int | None = None, group_key: str | None = None
+) -> Pool:
     """Check a pool's structure; a `Pool` has been checked and comes back as it is.
 
     Args:
@@ -84,9 +90,10 @@ def checked(pool: Any, id_key: str | None = None, samples: int | None = None) ->
         id_key: Key of the samples' ids, which are taken out of the data: models do not know it. Several candidates may
             have one id.
         samples: Number of samples, where ids are their indices; None is unknown.
+        group_key: Key of the numbers of the samples' groups, which are taken out, too.
 
     Raises:
-        ValueError: As `pool_size`, and if there is no id for every candidate under the key.
+        ValueError: As `pool_size`, and if there is no id, or no group, for every candidate under its key.
 
     Example:
         >>> import torch
@@ -96,11 +103,15 @@ def checked(pool: Any, id_key: str | None = None, samples: int | None = None) ->
     if isinstance(pool, Pool):
         return pool
     size = pool_size(pool)
-    if id_key is None:
+    keys = {key for key in (id_key, group_key) if key is not None}
+    if not keys:
         return Pool(pool, size)
-    ids = pool.get(id_key) if isinstance(pool, Mapping) else None
-    ids = require_ids(ids, size, samples, f"under {id_key!r} in the pool")
-    return Pool(_like(pool, {key: value for key, value in pool.items() if key != id_key}), size, ids)
+    ids, groups = (pool.get(key) if isinstance(pool, Mapping) else None for key in (id_key, group_key))
+    if id_key is not None:
+        ids = require_ids(ids, size, samples, f"under {id_key!r} in the pool")
+    if group_key is not None:
+        groups = require_groups(groups, size, f"under {group_key!r} in the pool")
+    return Pool(_like(pool, {key: value for key, value in pool.items() if key not in keys}), size, ids, groups)
 
 
 def require_ids(ids: object, size: int, samples: int | None, place: str) -> Tensor:
@@ -112,18 +123,29 @@ def require_ids(ids: object, size: int, samples: int | None, place: str) -> Tens
         samples: Number of samples of the data set, where ids are their indices; None is unknown.
         place: Where the ids are from, for the message.
     """
-    if not isinstance(ids, Tensor) or ids.dtype != torch.int64 or ids.shape != (size,):
-        received = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+    largest = LARGEST_ID if samples is None else min(LARGEST_ID, samples - 1)
+    return _require_numbers(ids, "ids", size, largest, place, "samples")
+
+
+def require_groups(groups: object, size: int, place: str) -> Tensor:
+    """The groups' numbers on the CPU; refuses what tells no groups apart, as `require_ids` does of ids."""
+    return _require_numbers(groups, "groups", size, LARGEST_GROUP, place, "groups")
+
+
+def _require_numbers(numbers: object, name: str, size: int, largest: int, place: str, counted: str) -> Tensor:
+    if not isinstance(numbers, Tensor) or numbers.dtype != torch.int64 or numbers.shape != (size,):
+        received = f"{numbers.dtype} {tuple(numbers.shape)}" if isinstance(numbers, Tensor) else type(numbers).__name__
         raise ValueError(
-            f"Expected the samples' ids, int64 ({size},), {place}, got {received}. Number the "
-            "samples of the data set (0, 1, ...) and have the loader hand out the numbers."
+            f"Expected the samples' {name}, int64 ({size},), {place}, got {received}. Number the "
+            f"{counted} of the data set (0, 1, ...) and have the loader hand out the numbers."
         )
-    ids, largest = ids.cpu(), LARGEST_ID if samples is None else min(LARGEST_ID, samples - 1)
-    if size and not 0 <= int(ids.min()) <= int(ids.max()) <= largest:
+    numbers = numbers.cpu()
+    if size and not 0 <= int(numbers.min()) <= int(numbers.max()) <= largest:
         raise ValueError(
-            f"Expected ids in 0..{largest}, got {int(ids.min())} to {int(ids.max())}. Number the samples 0, 1, ..."
+            f"Expected {name} in 0..{largest}, got {int(numbers.min())} to {int(numbers.max())}. Number the {counted} "
+            "0, 1, ..."
         )
-    return ids
+    return numbers
 
 
 def take(pool: Any, indices: Tensor | slice) -> Any:

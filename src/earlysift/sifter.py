@@ -154,15 +154,15 @@ class Sifter:
         """
         micro_step = judging.require_micro_step(micro_step)
         before, runner = self._progress, self._runner
-        candidates = pools.checked(pool, self.config.sample_id, runner.samples)
+        candidates = pools.checked(pool, self.config.sample_id, runner.samples, self.config.group)
         kept = judging.require_kept(candidates.size, self.config.keep, before.kept, first=before.step == 0)
         self.begin(micro_step)
         runner.call_begins()
         runner.absorb()
         self.judge()
         if self.config.keep == 1:
-            step, row = before.place(micro_step)[0], {"candidates": candidates.size}
             chosen = stepping.whole_pool(candidates, runner.device)
+            step, row = before.place(micro_step)[0], stepping.counted(candidates, chosen)
             self._commit(candidates.data, chosen.selection, step, micro_step, row)
             self.latest = stepping.remember(candidates, None, chosen, step, runner)
             return candidates.data
@@ -177,7 +177,7 @@ class Sifter:
         fidelity = stepping.learn(candidates, scored, plan, runner)
         batch = stepping.gather(candidates, chosen, runner)
         self._warn(plan, scored, candidates.size, fidelity)
-        row = plan.row | (scored.row if scored else {}) | fidelity | {"candidates": candidates.size}
+        row = plan.row | (scored.row if scored else {}) | fidelity | stepping.counted(candidates, chosen)
         self._commit(batch, chosen.selection, plan.step, micro_step, row, kept=kept, steering=plan.steering)
         runner.note_scoring(candidates, plan.approximation, row)
         self._unjudged, self.latest = unjudged, stepping.remember(candidates, scored, chosen, plan.step, runner)
@@ -207,7 +207,7 @@ class Sifter:
         Returns:
             Signal and length of the step of every rule, rank correlation by depth, gain by depth and keep, floor.
         """
-        candidates = pools.checked(pool, self.config.sample_id)
+        candidates = pools.checked(pool, self.config.sample_id, group_key=self.config.group)
         kept = self._progress.kept or max(1, round(self.config.keep * candidates.size))
         return self._runner.record(candidates, self._control or self._candidates(), kept)
 

@@ -1,12 +1,13 @@
 """What a step of a `Sifter` does with a pool, as functions of its plan: score, judge, select, learn."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from earlysift import judging, pending, planning, pools, ranks, selectors
+from earlysift import coverage, judging, pending, planning, pools, ranks, selectors
 from earlysift.judging import Counted
 from earlysift.planning import Plan
 from earlysift.pools import Pool
@@ -170,6 +171,14 @@ def gather(pool: Pool, chosen: Chosen, runner: Runner) -> Any:
     with runner.ledger.timed("gather"):
         batch = pool.take(chosen.selection.indices).data if chosen.batch is None else chosen.batch
         return pools.trim_padding(batch) if runner.config.trim else batch
+
+
+def counted(pool: Pool, chosen: Chosen) -> dict[str, Any]:
+    """What the ledger is to note of the pool: its candidates, and those offered and kept of every group."""
+    row: dict[str, Any] = {"candidates": pool.size}
+    if pool.groups is not None:
+        row["groups"] = pending.number(chosen.selection.indices, partial(coverage.counts, pool.groups.tolist()))
+    return row
 
 
 def remember(pool: Pool, scored: Scored | None, chosen: Chosen, step: int, runner: Runner) -> Kept:

@@ -52,7 +52,7 @@ class SiftTrainerMixin(_Base):  # type: ignore[misc, valid-type]
     ``sifter.stats()``. Checkpoints carry the state of selection, in files of each process.
 
     With ``score="memory"`` the losses of single samples are read off the Trainer's own forward pass. Training samples
-    that carry no id under ``sift.sample_id`` get their index.
+    that carry no id under ``sift.sample_id`` get their index. A group under ``sift.group`` they must bring.
 
     Args:
         sift: What to keep, and how to score; the other arguments are the Trainer's.
@@ -86,14 +86,15 @@ class SiftTrainerMixin(_Base):  # type: ignore[misc, valid-type]
         before = {name: getattr(self, name) for name in names}
         self._train_batch_size = round(self._train_batch_size / self.sift.keep)
         try:
-            if (key := self.sift.sample_id) is not None:
+            if problems := samples.problems_of(self.sift):
                 self._set_signature_columns_if_needed()
-                self._signature_columns = [*self._signature_columns, key]
+                self._signature_columns = [*self._signature_columns, *problems]
                 if is_map_style(self.train_dataset) and hasattr(self.train_dataset, "remove_columns"):
                     # Before they are read, as the Trainer does.
                     self.train_dataset = self._remove_unused_columns(self.train_dataset, "training")
-                self.train_dataset = samples.numbered(self.train_dataset, key)
-                self.data_collator = partial(samples.collated, self.data_collator, key)
+                if (key := self.sift.sample_id) is not None:
+                    self.train_dataset = samples.numbered(self.train_dataset, key)
+                self.data_collator = partial(samples.collated, self.data_collator, problems)
             return super().get_train_dataloader()
         finally:
             for name, value in before.items():
@@ -272,6 +273,11 @@ class SiftTrainerMixin(_Base):  # type: ignore[misc, valid-type]
                 and not is_map_style(self.train_dataset)
                 and self.sift.sample_id not in (None, *samples.columns(self.train_dataset)),
                 samples.NO_IDS.format(key=self.sift.sample_id),
+            ),
+            (
+                bool(samples.columns(self.train_dataset))
+                and self.sift.group not in (None, *samples.columns(self.train_dataset)),
+                samples.NO_GROUPS.format(key=self.sift.group),
             ),
             (
                 self.sift.kept is not None,

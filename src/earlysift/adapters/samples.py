@@ -1,4 +1,4 @@
-"""Ids and losses of single samples within a Trainer, which knows neither."""
+"""Ids, groups and losses of single samples within a Trainer, which knows none of them."""
 
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from earlysift import losses, pools, scorers
+from earlysift.config import SiftConfig
 from earlysift.datasets import WithIds, is_map_style
 from earlysift.exits import Anatomy
 from earlysift.measures import LOSS
@@ -16,6 +17,10 @@ from earlysift.seeds import reseeded
 NO_IDS = (
     "The samples have no ids under sample_id={key!r}, and those of a stream get none: they never return, so that "
     "remembering their losses is of no use. Use a map-style data set, or give the samples ids that return."
+)
+NO_GROUPS = (
+    "The samples have no groups under group={key!r}. Give the data set a column of their numbers (0, 1, ...), or leave "
+    "group out."
 )
 NO_LOSSES = (
     "The losses of single samples are remembered, and read off the logits that the model returns and the batch's "
@@ -41,21 +46,34 @@ def numbered(dataset: Any, key: str) -> Any:
     return dataset if key in names else WithIds(dataset, key)
 
 
-def collated(collate: Callable[[Any], Any], key: str, samples: Any) -> Any:
-    """A batch with the samples' ids, which collators do not know.
+def collated(collate: Callable[[Any], Any], problems: Mapping[str, str], samples: Any) -> Any:
+    """A batch with the samples' ids and groups, which collators do not know.
+
+    Args:
+        collate: Makes a batch of the rest.
+        problems: Keys of the numbers to keep, and what is wrong where samples have none: see `problems_of`.
+        samples: The samples.
 
     Raises:
         ValueError: If samples have none.
     """
     if isinstance(samples, Mapping):  # the data set itself has collated them
         return collate(samples)
-    if not all(isinstance(sample, Mapping) and key in sample for sample in samples):
-        raise ValueError(NO_IDS.format(key=key))
-    batch = collate([{name: value for name, value in sample.items() if name != key} for sample in samples])
-    batch[key] = ids = [sample[key] for sample in samples]
-    with suppress(TypeError, ValueError):  # the sifter refuses what are no numbers, as all wrong ids
-        batch[key] = torch.as_tensor(ids)
+    for key, problem in problems.items():
+        if not all(isinstance(sample, Mapping) and key in sample for sample in samples):
+            raise ValueError(problem)
+    batch = collate([{name: value for name, value in sample.items() if name not in problems} for sample in samples])
+    for key in problems:
+        batch[key] = numbers = [sample[key] for sample in samples]
+        with suppress(TypeError, ValueError):  # the sifter refuses what are no numbers, as all wrong ids
+            batch[key] = torch.as_tensor(numbers)
     return batch
+
+
+def problems_of(config: SiftConfig) -> dict[str, str]:
+    """The keys of the samples' ids and groups, as far as there are any, and what is wrong where samples have none."""
+    told = {config.group: NO_GROUPS, config.sample_id: NO_IDS}
+    return {key: problem.format(key=key) for key, problem in told.items() if key is not None}
 
 
 def losses_of(outputs: Any, labels: Any, anatomy: Anatomy | None) -> Tensor:
