@@ -19,8 +19,12 @@ from torch.utils.flop_counter import flop_registry
 import measuring
 import shapes
 from earlysift import exits, losses, pools, scorers
+from earlysift.blend import Blend
+from earlysift.exit_probe import ExitProbe
 from earlysift.exits import Anatomy
+from earlysift.loss_memory import LossMemory
 from earlysift.measures import LOSS
+from earlysift.scorers import Approximation, Learnt
 from shapes import Shape
 
 TITLE = "Cost of scoring"
@@ -30,7 +34,10 @@ the model, its norms and activations. "Stock, hidden states": the model's own fo
 its head on all positions of one hidden state; it costs the same for every depth. "Stock / ours" and "dense exact /
 ours" are the times of that and of "exact loss, dense head" over ours. "Compiled": through `torch.compile(model)`.
 "Whole layer": the layer at the exit at all positions, as others run it.
-"N positions": no more labelled positions of a sample (`max_positions`). FLOP/s count what `costs.py` counts."""
+"N positions": no more labelled positions of a sample (`max_positions`). FLOP/s count what `costs.py` counts, without
+the probe's own. "Probe", "blend" and "memory" (of a million samples) are timed with what they learn: the probe's
+training on the pool, and taking in the losses of b. "Above its exit" is that time less the one of "score, depth 1";
+"training" the probe's training over its scoring, of the same calls."""
 TABLES: dict[str, measuring.Columns] = {
     "rows": {
         "operation": ("operation", "{}"),
@@ -43,6 +50,8 @@ TABLES: dict[str, measuring.Columns] = {
         "to_roof": ("over its roof", "{:.2f}"),
         "stock_ratio": ("stock / ours", "{:.2f}"),
         "dense_exact_ratio": ("dense exact / ours", "{:.2f}"),
+        "above_exit": ("above its exit, of a step", "{:.4f}"),
+        "training": ("training", "{:.3f}"),
     }
 }
 # What torch's own FLOP counter counts; it does not know attention on a CPU.
@@ -50,6 +59,7 @@ _PRODUCTS = {*flop_registry, torch.ops.aten._scaled_dot_product_flash_attention_
 _WHOLE = "depth 1, whole layer"
 _OF_POSITIONS = 16  # one in so many is labelled where few are read
 STEP, STOCK, DENSE_EXACT = "train step", "stock, hidden states", "exact loss, dense head"
+EXIT, PROBE, BLEND, MEMORY = "score, depth 1", "score, depth 1, probe", "score, depth 1, blend", "score, memory"
 
 
 def plan(given: Namespace) -> dict[str, partial[dict[str, Any]]]:
@@ -109,6 +119,13 @@ def measure(shape: Shape, dtype: str, rounds: int) -> dict[str, Any]:
         "exact loss": (partial(scorers.exact_loss, model, pool, **options), flops()),
         DENSE_EXACT: (partial(dense, logits_of=_own_logits), flops(dense=True)),
     }
+    scorings = {
+        PROBE: Learning(model, scorers.probe(1), pool, shape.batch, options),
+        BLEND: Learning(model, scorers.blend(1), pool, shape.batch, options),
+        MEMORY: Learning(model, scorers.memory(), pool, shape.batch, options),
+    }
+    at_first = timed[EXIT][1]
+    timed |= {name: (scoring, 0.0 if name == MEMORY else at_first) for name, scoring in scorings.items()}
     times_ms = measuring.interleaved({name: operation for name, (operation, _) in timed.items()}, rounds, "score")
     results: list[dict[str, Any]] = []
     for name, (_, count) in timed.items():
@@ -124,8 +141,75 @@ def measure(shape: Shape, dtype: str, rounds: int) -> dict[str, Any]:
             row["to_roof"] = measuring.ratio(times_ms[name], times_ms[roof_of[name]])
             row["stock_ratio"] = measuring.ratio(times_ms[STOCK], times_ms[name])
             row["dense_exact_ratio"] = measuring.ratio(times_ms[DENSE_EXACT], times_ms[name])
+        if name in (PROBE, BLEND):
+            above_ms = [ms - exit_ms for ms, exit_ms in zip(times_ms[name], times_ms[EXIT], strict=True)]
+            row["above_exit"] = measuring.ratio(above_ms, times_ms[STEP])
+        if name == PROBE:
+            training_ms = scorings[name].training_ms[1:]  # without the warm-up
+            scoring_ms = [ms - trained_ms for ms, trained_ms in zip(times_ms[name], training_ms, strict=True)]
+            row["training"] = measuring.ratio(training_ms, scoring_ms)
         results.append(row)
     return {"rows": results}
+
+
+class Learning:
+    """Scoring a pool by what learns, and its learning, as a `Sifter` does both; notes how long its probe trains.
+
+    Args:
+        model: The model.
+        approximation: What scores.
+        pool: R candidates.
+        kept: b, of which losses are taken in.
+        options: How the pool runs.
+    """
+
+    def __init__(
+        self, model: nn.Module, approximation: Approximation, pool: Mapping[str, Tensor], kept: int, options: Any
+    ) -> None:
+        self.model, self.approximation, self.options = model, approximation, options
+        self.pool = pools.checked(measuring.with_ids(pool), measuring.SAMPLE_ID)
+        self.losses = torch.rand(kept, device=measuring.device(), generator=torch.Generator(measuring.device()))
+        self.probe, self.memory = TimedProbe(), LossMemory(measuring.SAMPLES)
+        self.memory.observe(torch.arange(measuring.SAMPLES), torch.ones(measuring.SAMPLES), 0)
+        self.learnt = Learnt(self.memory, self.probe, Blend())
+        self.training_ms: list[float] = []
+
+    def __call__(self) -> None:
+        """One pool."""
+        self.probe.training_ms, kept = 0.0, slice(0, len(self.losses))
+        self.approximation(self.model, self.pool, **self.options, learnt=self.learnt, step=1)
+        self.probe.learn()
+        if self.approximation.recalls:
+            assert self.pool.ids is not None
+            self.memory.observe(self.pool.ids[kept], self.losses, 1)
+        if self.learnt.blend is not None and self.learnt.blend.latest is not None:
+            self.learnt.blend.fit(self.learnt.blend.latest[kept], self.losses, torch.ones_like(self.losses))
+        self.training_ms.append(self.probe.training_ms)
+
+
+class TimedProbe(ExitProbe):
+    """Notes how long it trains: its gradient and its step, and of an adapter the pass that has a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.training_ms = 0.0
+        self._began_ms: float | None = None
+
+    def adapt(self, states: Tensor) -> Tensor:
+        """As `ExitProbe`; the pass with a gradient lasts from its call to that of the next pass, which scores."""
+        now_ms = measuring.now_ms()
+        if self._began_ms is not None:
+            self.training_ms += now_ms - self._began_ms
+        self._began_ms = now_ms if torch.is_grad_enabled() else None
+        return super().adapt(states)
+
+    def propose(self, losses: Tensor) -> None:
+        """As `ExitProbe`."""
+        self.training_ms += measuring.timed_ms(partial(super().propose, losses))
+
+    def learn(self) -> None:
+        """As `ExitProbe`."""
+        self.training_ms += measuring.timed_ms(super().learn)
 
 
 class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -23,18 +23,22 @@ from shapes import Shape
 
 TITLE = "Cost of selecting"
 ABOUT = """One call of `Sifter.sift` on a pool of 2b, its row of the ledger written to a file, less the scoring in it,
-over a training step of b: ranking, gathering rows, counting and bookkeeping. Then every operation in one such call
-whose answer the host needs (or, as an index by a mask, whose size it needs): on an accelerator each makes the host
-wait."""
+over a training step of b: ranking, gathering rows, counting and bookkeeping. For every score that learns likewise, with
+what it learns: "training" its probe, and, in the rest, taking in the losses of the batch before (of a million samples,
+where they are remembered). Then every operation in one such call by `score="loss"` whose answer the host needs (or, as
+an index by a mask, whose size it needs): on an accelerator each makes the host wait."""
 TABLES: dict[str, measuring.Columns] = {
     "rows": {
+        "score": ("score", "{}"),
         "sift_ms": ("sift, ms", "{:.2f}"),
         "score_ms": ("of it scoring", "{:.2f}"),
+        "exit_ms": ("training", "{:.3f}"),
         "selection_ms": ("the rest", "{:.2f}"),
         "select_ms": ("ranking", "{:.3f}"),
         "gather_ms": ("gathering", "{:.3f}"),
         "step_ms": ("step, ms", "{:.1f}"),
         "to_step": ("rest / step", "{:.5f}"),
+        "sift_to_step": ("sift / step", "{:.5f}"),
         "waits": ("waits per call", "{}"),
     },
     "waits": {
@@ -55,6 +59,7 @@ _WAITING = {
     "aten::unique_consecutive",
     "aten::repeat_interleave.Tensor",
 }
+SCORES = ("loss", "probe", "memory", "blend")
 _INDEXING = {"aten::index", "aten::index_put", "aten::index_put_"}  # by a mask they look for its true entries
 _SOURCES = {Path(str(package.__file__)).parent: package.__name__ for package in (earlysift, transformers)}
 
@@ -71,33 +76,62 @@ def measure(shape: Shape, dtype: str, rounds: int) -> dict[str, Any]:
     pool = shapes.pool(model, shape, round(shape.batch / measuring.KEEP), place)
     rows = pools.take(pool, slice(0, shape.batch))
     with tempfile.TemporaryDirectory() as folder:
-        ledger = Ledger(Path(folder) / "ledger.jsonl", device=place)
-        sifter = Sifter(model, keep=measuring.KEEP, probe_every=0, dtype=precision.score, ledger=ledger)
-        parts: list[dict[str, Any]] = []
-
-        def sift() -> None:
-            sifter.sift(pool)
-            parts.append(ledger.end())
-
+        sifts = {score: Sift(model, score, pool, precision.score, Path(folder, score)) for score in SCORES}
         step = measuring.step(model, lambda: scorers.training_loss(model, rows), precision.train)
-        times_ms = measuring.interleaved({"step": step, "sift": sift}, rounds, "select")
+        times_ms = measuring.interleaved({"step": step, **sifts}, rounds, "select")
         with Waits(place) as waits, Lists(waits):
-            sift()
+            sifts[SCORES[0]]()
     # Numbers that a CPU reads at once come from an accelerator without a wait, and are read a step later.
     asked = {key: n for key, n in waits.found.items() if not key[1].startswith("earlysift/pending.py")}
-    of_rounds = parts[1:-1]  # without the warm-up, and the call that was watched
-    # Of the same call: scoring times of two calls differ by more than selecting takes.
-    rest_ms = [sift_ms - part["score_ms"] for sift_ms, part in zip(times_ms["sift"], of_rounds, strict=True)]
-    row = {
-        "sift_ms": median(times_ms["sift"]),
-        "step_ms": median(times_ms["step"]),
-        "selection_ms": median(rest_ms),
-        **{name: median(part[name] for part in of_rounds) for name in ("score_ms", "select_ms", "gather_ms")},
-        "to_step": measuring.ratio(rest_ms, times_ms["step"]),
-        "waits": sum(asked.values()),
-    }
+    row_of = {score: _row(sift, times_ms[score], times_ms["step"]) for score, sift in sifts.items()}
+    row_of[SCORES[0]]["waits"] = sum(asked.values())
     found = [dict(zip(("op", "line", "asked_by"), key, strict=True), count=n) for key, n in asked.items()]
-    return {"rows": [row], "waits": found}
+    return {"rows": list(row_of.values()), "waits": found}
+
+
+class Sift:
+    """Sifting a pool by a score; every call leaves a row of the ledger, and losses that the next one learns from.
+
+    Args:
+        model: The model.
+        score: What scores.
+        pool: A pool of R candidates.
+        dtype: Autocast dtype of scoring.
+        path: Where the ledger goes.
+    """
+
+    def __init__(self, model: nn.Module, score: str, pool: dict[str, Tensor], dtype: Any, path: Path) -> None:
+        self.ledger = Ledger(path, device=measuring.device())
+        options: dict[str, Any] = {"probe_every": 0, "dtype": dtype, "ledger": self.ledger}
+        self.pool = pool
+        if score in ("memory", "blend"):
+            self.pool = measuring.with_ids(pool)
+            options |= {"sample_id": measuring.SAMPLE_ID, "samples": measuring.SAMPLES}
+        self.sifter = Sifter(model, keep=measuring.KEEP, score=score, **options)
+        self.losses = torch.ones(round(measuring.KEEP * len(pool["labels"])), device=measuring.device())
+        self.rows: list[dict[str, Any]] = []
+
+    def __call__(self) -> None:
+        """One pool."""
+        self.sifter.sift(self.pool)
+        self.sifter.observe(self.losses)
+        self.rows.append({"score": self.sifter.config.score, "exit_ms": 0.0, **self.ledger.end()})
+
+
+def _row(sift: Sift, sift_ms: list[float], step_ms: list[float]) -> dict[str, Any]:
+    """Medians over the timed calls, the warm-up and the watched one left out."""
+    parts = sift.rows[1 : 1 + len(sift_ms)]
+    # Of the same call: scoring times of two calls differ by more than selecting takes.
+    rest_ms = [ms - part["score_ms"] - part["exit_ms"] for ms, part in zip(sift_ms, parts, strict=True)]
+    return {
+        "score": parts[0]["score"],
+        "sift_ms": median(sift_ms),
+        "step_ms": median(step_ms),
+        "selection_ms": median(rest_ms),
+        **{name: median(part[name] for part in parts) for name in ("score_ms", "exit_ms", "select_ms", "gather_ms")},
+        "to_step": measuring.ratio(rest_ms, step_ms),
+        "sift_to_step": measuring.ratio(sift_ms, step_ms),
+    }
 
 
 class Waits(TorchDispatchMode):  # type: ignore[no-untyped-call]

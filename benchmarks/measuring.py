@@ -17,6 +17,8 @@ from earlysift.compare.calibrate import summary
 from earlysift.exits import Anatomy
 
 KEEP = 0.5
+SAMPLE_ID = "sample_id"
+SAMPLES = 1_000_000  # of a data set whose losses are remembered: too many for the processor's caches
 DEPTHS = (1, 2, 3, 6)
 
 
@@ -55,6 +57,12 @@ def about() -> dict[str, Any]:
         "versions": environment.versions(),
         "commit": environment.commit(),
     }
+
+
+def with_ids(pool: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The pool with ids of samples from anywhere in a large data set, no two alike."""
+    rows = len(pool["labels"])
+    return {**pool, SAMPLE_ID: torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(0))[:rows]}
 
 
 def autocast(dtype: torch.dtype | None) -> AbstractContextManager[Any]:
@@ -106,11 +114,15 @@ def interleaved(
 
 def timed_ms(operation: Callable[[], Any]) -> float:
     """Time of one call, the accelerator waited for."""
-    _synchronize()
-    started = time.perf_counter()
+    started_ms = now_ms()
     operation()
+    return now_ms() - started_ms
+
+
+def now_ms() -> float:
+    """The clock, after the accelerator has finished its work."""
     _synchronize()
-    return (time.perf_counter() - started) * 1e3
+    return time.perf_counter() * 1e3
 
 
 def spread(times_ms: list[float]) -> dict[str, float]:
@@ -158,6 +170,8 @@ def tables(columns_of: Mapping[str, Columns], entries: Mapping[str, Mapping[str,
     """
     parts = []
     for key, columns in columns_of.items():
+        found = {name for entry in entries.values() for row in entry[key] for name in row}
+        columns = {name: column for name, column in columns.items() if name in found}  # of older results, too
         headings = [heading for heading, _ in columns.values()]
         rows_of = {name: [_cells(row, columns) for row in entry[key]] for name, entry in entries.items() if entry[key]}
         if not rows_of:

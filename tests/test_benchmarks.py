@@ -82,6 +82,59 @@ def test_scoring_stands_beside_its_roof_and_what_others_do(measured):
             assert ours["predicted"] == rows[f"roof, depth {depth}"]["predicted"] < rows["exact loss"]["predicted"]
 
 
+def test_scores_that_learn_are_timed_with_what_they_learn(measured):
+    for entry in result(measured, "score")["entries"].values():
+        rows = {row["operation"]: row for row in entry["rows"]}
+        probe, blend, memory = (rows[f"score, {name}"] for name in ("depth 1, probe", "depth 1, blend", "memory"))
+        assert probe["predicted"] == blend["predicted"] == rows["score, depth 1"]["predicted"] > memory["predicted"] == 0
+        assert probe["training"] > 0
+        assert "above_exit" in blend
+    for name in ("select", "memory"):
+        for entry in result(measured, name)["entries"].values():
+            assert [row["score"] for row in entry["rows"]] == ["loss", "probe", "memory", "blend"]
+    for entry in result(measured, "select")["entries"].values():
+        assert [row["exit_ms"] > 0 for row in entry["rows"]] == [False, True, False, True]
+        for row in entry["rows"]:
+            assert row["selection_ms"] < row["sift_ms"]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_timed_probe_learns_what_a_probe_learns(modules, name):
+    shapes, bench = modules("shapes"), modules("bench_score")
+    shape = shapes.tiny(shapes.SHAPES[name])
+    model = shapes.build(shape)
+    pool = shapes.pool(model, shape, 8, torch.device("cpu"))
+    timed = bench.Learning(model, scorers.probe(1), pool, 4, {"dtype": None})
+    sifter = Sifter(model, keep=0.5, score="probe", probe_every=0, dtype=None)
+    for number in range(2):
+        spent_ms = bench.measuring.timed_ms(timed)
+        sifter.sift(pool)
+        ours, theirs = timed.probe.state_dict()["module"], sifter.state_dict()["probe"]["module"]
+        assert all(torch.equal(ours[part], theirs[part]) for part in theirs)
+        assert len(timed.training_ms) == number + 1
+        assert 0 < timed.training_ms[-1] < spent_ms
+
+
+def test_targets_are_judged_by_every_result_that_has_their_number(modules, measured, tmp_path):
+    targets = modules("targets")
+    section = targets.targets_section(measured)
+    assert section.count("\n| blend above its exit, of a step | cpu | at most 0.01 | ") == 1
+    older = result(measured, "score")
+    for entry in older["entries"].values():
+        entry["rows"] = [row for row in entry["rows"] if not row["operation"].endswith(("probe", "blend", "memory"))]
+    (tmp_path / "score_cpu.json").write_text(json.dumps(older))
+    assert [line for line in targets.targets_section(tmp_path).splitlines() if "blend" in line] == []
+    assert "scoring 2b at depth 1" not in section  # of bert-base alone, which was not measured
+
+
+def test_a_table_has_no_column_that_nothing_was_measured_for(modules):
+    tables = modules("measuring").tables
+    columns = {"rows": {"score": ("score", "{}"), "ms": ("ms", "{:.1f}")}}
+    older, newer = {"rows": [{"ms": 1.0}]}, {"rows": [{"score": "blend", "ms": 2.0}]}
+    assert tables(columns, {"old": older}).splitlines() == ["| shape | ms |", "| --- | --- |", "| old | 1.0 |"]
+    assert tables(columns, {"old": older, "new": newer}).splitlines()[2:] == ["| old |  | 1.0 |", "| new | blend | 2.0 |"]
+
+
 def test_every_result_becomes_a_section_with_its_picture(modules, measured, tmp_path):
     sections = modules("sections").benchmark_sections(measured, tmp_path)
     assert len(sections) == 4

@@ -80,9 +80,7 @@ class Pool:
         return Pool(map_rows(self.data, lambda rows: _take_rows(rows, indices), self.size), count, ids, groups)
 
 
-def checked(
-    pool: Any, id_key: str | None = None, samples: int | None = None, group_key: str | None = None
-) -> Pool:
+def checked(pool: Any, id_key: str | None = None, samples: int | None = None, group_key: str | None = None) -> Pool:
     """Check a pool's structure; a `Pool` has been checked and comes back as it is.
 
     Args:

@@ -72,8 +72,8 @@ def collated(collate: Callable[[Any], Any], problems: Mapping[str, str], samples
 
 def problems_of(config: SiftConfig) -> dict[str, str]:
     """The keys of the samples' ids and groups, as far as there are any, and what is wrong where samples have none."""
-    told = {config.group: NO_GROUPS, config.sample_id: NO_IDS}
-    return {key: problem.format(key=key) for key, problem in told.items() if key is not None}
+    messages = {config.group: NO_GROUPS, config.sample_id: NO_IDS}
+    return {key: problem.format(key=key) for key, problem in messages.items() if key is not None}
 
 
 def losses_of(outputs: Any, labels: Any, anatomy: Anatomy | None) -> Tensor:
