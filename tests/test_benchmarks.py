@@ -86,7 +86,9 @@ def test_scores_that_learn_are_timed_with_what_they_learn(measured):
     for entry in result(measured, "score")["entries"].values():
         rows = {row["operation"]: row for row in entry["rows"]}
         probe, blend, memory = (rows[f"score, {name}"] for name in ("depth 1, probe", "depth 1, blend", "memory"))
-        assert probe["predicted"] == blend["predicted"] == rows["score, depth 1"]["predicted"] > memory["predicted"] == 0
+        assert (
+            probe["predicted"] == blend["predicted"] == rows["score, depth 1"]["predicted"] > memory["predicted"] == 0
+        )
         assert probe["training"] > 0
         assert "above_exit" in blend
     for name in ("select", "memory"):
@@ -132,7 +134,10 @@ def test_a_table_has_no_column_that_nothing_was_measured_for(modules):
     columns = {"rows": {"score": ("score", "{}"), "ms": ("ms", "{:.1f}")}}
     older, newer = {"rows": [{"ms": 1.0}]}, {"rows": [{"score": "blend", "ms": 2.0}]}
     assert tables(columns, {"old": older}).splitlines() == ["| shape | ms |", "| --- | --- |", "| old | 1.0 |"]
-    assert tables(columns, {"old": older, "new": newer}).splitlines()[2:] == ["| old |  | 1.0 |", "| new | blend | 2.0 |"]
+    assert tables(columns, {"old": older, "new": newer}).splitlines()[2:] == [
+        "| old |  | 1.0 |",
+        "| new | blend | 2.0 |",
+    ]
 
 
 def test_every_result_becomes_a_section_with_its_picture(modules, measured, tmp_path):
