@@ -46,14 +46,14 @@ class Watching:
     """Notes for every micro-batch what it holds, its losses by a pass of their own, and what is remembered of it."""
 
     def compute_loss(self, model, inputs, *arguments, **options):
-        if self._trained_ids is not None:
+        if self._trained is not None:
             with torch.random.fork_rng():
                 exact = models.sample_losses(self.accelerator.unwrap_model(self.model), dict(inputs))
             self.exact = [*getattr(self, "exact", []), (inputs["input_ids"].tolist(), exact)]
         return super().compute_loss(model, inputs, *arguments, **options)
 
     def _remember(self, losses):
-        self.told = [*getattr(self, "told", []), (self._trained_ids.tolist(), losses)]
+        self.told = [*getattr(self, "told", []), (self._trained.ids.tolist(), losses)]
         super()._remember(losses)
 
 

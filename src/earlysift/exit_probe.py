@@ -21,7 +21,7 @@ Kind = Literal["classifier", "adapter"]
 
 HIDDEN = 64  # width of the hidden layer
 LEARNING_RATE = 2e-3  # constant: a probe follows a model that changes
-ADAPTER_SHARE = 16  # an adapter is trained on one row of so many, as its gradient passes through the shared head
+ADAPTER_SHARE = 32  # an adapter is trained on one row of so many, as its gradient passes through the shared head
 
 
 class ExitProbe:

