@@ -48,7 +48,9 @@ held-out data in its own distribution: of masked or next tokens, of sentences, o
 to the target over the arm's, a geometric mean over seeds; in brackets 95 % intervals of comparisons by Student's t
 (for ratios on their logarithms), and the smallest and largest seed of everything else. Verdicts are made from the runs
 when this page is written. "Never acted": every step of the arm was uniform training's own, on every seed. "Could not
-decide": auto had fewer probes than it needs to switch on. Wall time tells little here: runs were made at different
+decide": auto had fewer probes than it needs to switch on. Runs of auto are by the
+controller of their commit; the present one, which decides by other conditions and from two probes on, was not run on
+these workloads. Wall time tells little here: runs were made at different
 hours, on cores that did other work beside; auto, which takes uniform's very steps, shows how little. In masked language
 modelling a tenth of the labelled tokens stays visible and is predicted by copying; "on hidden tokens" are the points
 from uniform on the others, and the arm "visible labels" is a control without a model that prefers candidates with many

@@ -266,7 +266,7 @@ def test_steps_of_a_classifier_are_those_of_adamw_on_the_features(steps):
 
 
 @pytest.mark.parametrize(("family", "task"), LANGUAGE)
-def test_steps_of_a_language_models_probe_are_those_of_adamw_on_one_row_of_sixteen(family, task):
+def test_steps_of_a_language_models_probe_are_those_of_adamw_on_one_row_of_thirty_two(family, task):
     model = build(family, task)
     pools = [pool_for(model, rows=20, length=6, seed=seed) for seed in range(2)]
     new = ExitProbe()
