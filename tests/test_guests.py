@@ -90,7 +90,8 @@ def assert_same(before, after):
 @pytest.mark.parametrize(("family", "task"), ALL)
 def test_sift_leaves_everything_as_it_found_it(family, task, score):
     model = dropping(family, task)
-    sifter = Sifter(model, keep=0.5, depth=2, score=score, family=row_of(model), probe_every=1, select=proportional)
+    options = {"score": score, "family": row_of(model), "select": proportional, "explore": 0.0}
+    sifter = Sifter(model, keep=0.5, depth=2, probe_every=1, **options)
     warm, *pools = pools_for(model, 3)
     loss_of(model, warm).backward()  # gradients of the user's step, and caches that models build themselves
     next(iter(model.parameters())).requires_grad_(False)
@@ -262,7 +263,8 @@ def test_sifting_between_two_passes_leaves_their_dropout_as_without(family, task
     pools = pools_for(dropping(family, task), 3)
     plain = train(dropping(family, task), pools)
     model = dropping(family, task)
-    sifter = Sifter(model, keep=0.5, depth=2, score=score, family=row_of(model), probe_every=2, select=proportional)
+    options = {"score": score, "family": row_of(model), "select": proportional, "explore": 0.0}
+    sifter = Sifter(model, keep=0.5, depth=2, probe_every=2, **options)
     assert train(model, pools, sift=lambda pool: sifter.sift(pool) and pool, between=sifter.sift) == plain
     assert sifter.step == 6
 
