@@ -75,7 +75,7 @@ def test_nothing_is_fastest_where_no_other_arm_acted(results_page, results):
 
 def test_auto_with_too_few_probes_is_said_to_have_had_too_few(results_page, results):
     assert results_page.decisions(results).splitlines()[0] == (
-        "  - seed 0 (1 probe, 1.0 % of the time): uniform throughout, as a decision needs 3 probes"
+        "  - seed 0 (1 probe, 1.0 % of the time): uniform throughout, as a decision needs 2 probes"
     )
     for one in results["arms"]["auto"]["runs"]:
         one["control"] = [{"step": step, "reference_s": step / 10} for step in (10, 20, 30)]

@@ -299,18 +299,18 @@ def auto_run(seed, *steps_of_probes, switched=False):
 
 
 def test_auto_with_fewer_probes_than_a_decision_needs_could_not_decide():
-    entry = with_arm("auto", [auto_run(seed, 3, 8) for seed in range(3)], probe_ms=50.0)
+    entry = with_arm("auto", [auto_run(seed, 3) for seed in range(3)], probe_ms=50.0)
     assert outcome(entry).word == "could not decide"
     assert entry["verdict"] == (
-        f"Could not decide: the auto trained uniformly on 3 seeds, with 2 of the {ENOUGH} probes that a decision "
+        f"Could not decide: the auto trained uniformly on 3 seeds, with 1 of the {ENOUGH} probes that a decision "
         f"needs; give at least {budget_to_decide(50.0):g} s."
     )
     assert "at least" not in with_arm("auto", [auto_run(seed) for seed in range(3)])["verdict"]
 
 
 def test_probes_near_the_end_cannot_decide_anything():
-    late = [auto_run(seed, 3, 8, 14) for seed in range(3)]
-    assert probes_that_count(late[0], 15) == 2
+    late = [auto_run(seed, 3, 14) for seed in range(3)]
+    assert probes_that_count(late[0], 15) == 1
     assert outcome(with_arm("auto", late)).word == "could not decide"
 
 

@@ -246,7 +246,7 @@ def budget_to_decide(probe_ms: float) -> float:
 
     Example:
         >>> budget_to_decide(100.0)
-        34.0
+        23.0
     """
     before_end = EARLY_PROBES + (1 - EARLY_PROBES) * (Control.end_share - EARLY_SHARE) / (1 - EARLY_SHARE)
     return _rounded_up(ENOUGH * probe_ms / 1e3 / (Control.probe_share * before_end))
