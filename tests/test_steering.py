@@ -12,6 +12,10 @@ PRICES = {"train": 60.0, "probe": 30.0, "score_1": 6.0}
 CONTROL = Control(depths=(1,), keeps=(0.5,), rules=("greedy",))
 
 
+def nothing():
+    return Measured({}, weighted=False)
+
+
 def steered(state, step, *, record=None, **changes):
     calls = []
 
@@ -23,7 +27,7 @@ def steered(state, step, *, record=None, **changes):
         calls.append("prices")
         return PRICES
 
-    options = {"first": True, "pools_per_step": 1, "depth": 1, "keep": 0.5} | changes
+    options = {"first": True, "pools_per_step": 1, "depth": 1, "keep": 0.5, "free": nothing} | changes
     found = steering.steer(state, CONTROL, step, prices_of=prices, probe=probe if record else None, **options)
     return *found, calls
 
@@ -58,7 +62,7 @@ def test_a_due_probe_is_made_at_the_first_pool_of_a_step_alone():
 def test_selection_ends_with_the_training_whether_a_probe_is_due_or_not():
     control = Control(depths=(1,), keeps=(0.5,), total_steps=100)
     on = State(Choice("greedy", 1, 0.5), next_probe=1000)
-    options = {"first": True, "pools_per_step": 1, "depth": 1, "keep": 0.5, "probe": None}
+    options = {"first": True, "pools_per_step": 1, "depth": 1, "keep": 0.5, "probe": None, "free": nothing}
     kept, row = steering.steer(on, control, 84, prices_of=dict, **options)
     assert (kept, row) == (on, {"mode": "greedy"})
     ended, row = steering.steer(on, control, 85, prices_of=dict, **options)
@@ -98,7 +102,7 @@ def test_what_is_free_is_looked_at_now_and_then_between_probes_and_changes_are_n
 
     def free():
         asked.append("free")
-        return {"concentration": 5.0, "loss": 1.0, "loss_error": 0.1, "retention": 0.5}
+        return Measured({"concentration": 5.0, "loss": 1.0, "loss_error": 0.1, "retention": 0.5}, weighted=False)
 
     options = {"first": True, "pools_per_step": 1, "depth": 1, "keep": 0.5, "probe": None, "prices_of": lambda: PRICES}
     for step in range(1, 2 * controller.FREE_EVERY):
@@ -108,7 +112,18 @@ def test_what_is_free_is_looked_at_now_and_then_between_probes_and_changes_are_n
         assert ("event" in row, "control" in row) == (looked, looked)
         assert "rank_correlation" not in row
     assert asked == ["free"]
-    assert steering.steer(state, CONTROL, controller.FREE_EVERY, free=dict, **options)[0] == state  # nothing is known
+    assert steering.steer(state, CONTROL, controller.FREE_EVERY, free=nothing, **options)[0] == state
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_free_look_gives_the_unbiased_rule_to_loops_that_weigh_samples_alone(weighted):
+    control = Control(depths=(1,), keeps=(0.5,), rules=("unbiased",))
+    record = dict.fromkeys(controller.record_names(control), 1.0) | {"second_moment.1.0.5": 0.2}
+    state = State(records=(record, record), next_probe=1000)
+    options = {"first": True, "pools_per_step": 1, "depth": 1, "keep": 0.5, "probe": None, "prices_of": lambda: PRICES}
+    measured = Measured({"concentration": 5.0, "loss": 1.0, "loss_error": 0.1}, weighted)
+    found, _ = steering.steer(state, control, controller.FREE_EVERY, free=lambda: measured, **options)
+    assert found.choice == (Choice("unbiased", 1, 0.5) if weighted else None)
 
 
 def test_free_signals_have_all_names_on_every_rank():

@@ -150,16 +150,18 @@ def steer(
         times_ms = runner.times_between_ms() | runner.ledger.medians_ms()
         return ranks.mean(steering.prices(runner.flops(pool, control, kept), times_ms), runner.device)
 
-    def probe() -> steering.Measured:
-        record = runner.steering_record(runner.filled_up(pool, progress.largest), control, kept)
-        # A partial pool is too small to learn from: the controller forgets it, on all ranks.
-        numbers = steering.record_of({} if pool.size < kept else record, control)
+    def together(numbers: dict[str, float]) -> steering.Measured:
         numbers = ranks.mean({**numbers, "weighted": float(progress.weights_read)}, runner.device)
         return steering.Measured(numbers, weighted=numbers.pop("weighted") == 1)
 
-    def free() -> dict[str, float]:
-        signals = steering.free_of(runner.recent.signals(control.keeps), control)
-        return {name: x for name, x in ranks.mean(signals, runner.device).items() if math.isfinite(x)}
+    def probe() -> steering.Measured:
+        record = runner.steering_record(runner.filled_up(pool, progress.largest), control, kept)
+        # A partial pool is too small to learn from: the controller forgets it, on all ranks.
+        return together(steering.record_of({} if pool.size < kept else record, control))
+
+    def free() -> steering.Measured:
+        numbers, weighted = together(steering.free_of(runner.recent.signals(control.keeps), control))
+        return steering.Measured({name: x for name, x in numbers.items() if math.isfinite(x)}, weighted)
 
     state, row = steering.steer(
         progress.steering,

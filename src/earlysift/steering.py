@@ -14,9 +14,9 @@ from earlysift.recent import MEMORY
 
 
 class Measured(NamedTuple):
-    """What all ranks know after a probe: its record, and whether the loop on every rank reads the weights."""
+    """What all ranks know: numbers of a probe or of trained samples, and whether every loop reads the weights."""
 
-    record: controller.Record
+    numbers: dict[str, float]
     weighted: bool
 
 
@@ -86,7 +86,7 @@ def steer(
     keep: float,
     prices_of: Callable[[], dict[str, float]],
     probe: Callable[[], Measured] | None,
-    free: Callable[[], dict[str, float]] | None = None,
+    free: Callable[[], Measured],
 ) -> tuple[State, dict[str, Any]]:
     """Probe if a probe is due, and decide what steps do from here on.
 
@@ -100,7 +100,7 @@ def steer(
         keep: b / R.
         prices_of: Finds the prices of operations.
         probe: Probes the pool; None if this pool cannot be probed.
-        free: Finds what the losses of trained samples say; None where no loop hands them over.
+        free: Finds what the losses of trained samples say; nothing where no loop hands them over.
 
     Returns:
         The state from here on, and what the ledger is to note: ``mode``, and if there was a probe ``control`` (the
@@ -114,14 +114,14 @@ def steer(
     if probe is not None and first and step >= state.next_probe:
         record, weighted = probe()
         state, row["control"], reason = controller.advance(
-            state, record, prices_of(), control, keep, step, weighted, pools_per_step, free() if free else None
+            state, record, prices_of(), control, keep, step, weighted, pools_per_step, free().numbers
         )
         chosen = state.choice or before
         seen_depth = depth if chosen is None else chosen.depth
         row["rank_correlation"] = record[f"correlation.{seen_depth}"]
         row["gain"] = record[f"gain.{seen_depth}.{keep:g}"]
-    elif free is not None and first and step % controller.FREE_EVERY == 0 and (signals := free()):
-        state, numbers, reason = controller.look(state, prices_of(), control, keep, step, free=signals)
+    elif first and step % controller.FREE_EVERY == 0 and (seen := free()).numbers:
+        state, numbers, reason = controller.look(state, prices_of(), control, keep, step, seen.weighted, seen.numbers)
         if state.choice != before:
             row["control"] = numbers
     if state.choice is not None:
