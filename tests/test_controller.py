@@ -483,8 +483,7 @@ def test_a_loss_of_whole_pools_that_has_surely_risen_switches_off_at_once(times)
 
 
 def test_what_is_free_replaces_what_probes_said_and_brings_in_remembered_losses():
-    control = Control(depths=(1,), keeps=(0.5,), rules=("greedy",))
-    object.__setattr__(control, "depths", (0, 1))  # as `earlysift.steering.candidates` does
+    control = Control(depths=(1,), memory=True, keeps=(0.5,), rules=("greedy",))
     entry = record(easy_heavy(0)._replace(scores={0: torch.rand(64), 1: torch.rand(64)}), 32, control)
     state = State(None, (entry, entry), before=(0.0, 0.0))
     free = {"concentration": 5.0, "loss": 0.5, "loss_error": 0.1, "correlation.0": 0.6, "gain.0.0.5": 1.8}

@@ -77,7 +77,7 @@ def test_candidates_are_what_the_model_has_and_the_configured_choice():
     control = steering.candidates(Control(depths=(1, 3, 9), keeps=(0.1, 0.5)), **options)
     assert (control.depths, control.keeps) == ((1, 2, 3), (0.25, 0.5))
     assert steering.candidates(Control(), **options | {"one_depth": True}).depths == (2,)
-    assert steering.candidates(Control(), **options, remembers=True).depths == (0, 1, 2, 3)
+    assert controller.scored_depths(steering.candidates(Control(), **options, remembers=True)) == (0, 1, 2, 3)
     with pytest.raises(ValueError, match=r"reference_costs of probe, score_1, .*, train, got \['train'\]"):
         steering.candidates(Control(reference_costs={"train": 1.0}), **options)
 

@@ -66,7 +66,8 @@ class Control:
     """What `Sifter(mode="auto")` may choose from, and what it may spend on finding out.
 
     Attributes:
-        depths: Exits to choose from. Where samples have ids, remembered losses are chosen from as well, as depth 0.
+        depths: Exits to choose from.
+        memory: Whether remembered losses are chosen from as well; a `Sifter` sets it where samples have ids.
         keeps: Values of keep to choose from, none below the sifter's own; a larger keep scores a smaller part of the
             pool, so that the batch stays the same.
         rules: Rules to choose from.
@@ -84,6 +85,7 @@ class Control:
         "positive",
         "They are whole numbers of layers.",
     )
+    memory: bool = option(False, lambda value: isinstance(value, bool), "True or False")
     keeps: tuple[float, ...] = option(
         (0.5, 0.67), lambda keeps: several(keeps, lambda k: finite(k) and 0 < k < 1), "in (0, 1)"
     )
@@ -134,7 +136,7 @@ class State:
 
     Attributes:
         choice: What steps do now; None is uniform.
-        records: The latest records under this choice, and the one that led to it.
+        records: The latest records; after a choice failed, the one that showed it and those since.
         next_probe: Step of the next probe.
         before: Mean loss of whole pools when the choice was made, and its standard error.
     """
@@ -219,9 +221,15 @@ def _near_end(control: Control, step: int) -> bool:
     return control.total_steps is not None and step >= control.end_share * control.total_steps
 
 
+def scored_depths(control: Control) -> tuple[int, ...]:
+    """The exits that may be chosen, behind depth 0 if remembered losses may be."""
+    return (MEMORY, *control.depths) if control.memory else control.depths
+
+
 def choices(control: Control) -> list[Choice]:
     """Everything that may be chosen besides uniform training."""
-    return [Choice(rule, depth, keep) for rule in control.rules for depth in control.depths for keep in control.keeps]
+    depths = scored_depths(control)
+    return [Choice(rule, depth, keep) for rule in control.rules for depth in depths for keep in control.keeps]
 
 
 def record(probe: Probe, kept: int, control: Control) -> Record:
@@ -282,7 +290,8 @@ def record(probe: Probe, kept: int, control: Control) -> Record:
 
 def record_names(control: Control) -> list[str]:
     """The names of a record's numbers: the same on every rank, whatever its pool."""
-    pairs = [f"{depth}.{keep:g}" for depth in control.depths for keep in control.keeps]
+    depths = scored_depths(control)
+    pairs = [f"{depth}.{keep:g}" for depth in depths for keep in control.keeps]
     return [
         "uniform.signal",
         "uniform.length2",
@@ -290,7 +299,7 @@ def record_names(control: Control) -> list[str]:
         "concentration",
         "loss",
         "loss_error",
-        *(f"correlation.{depth}" for depth in control.depths),
+        *(f"correlation.{depth}" for depth in depths),
         *(f"{name}.{pair}" for name in ("gain", "second_moment") for pair in pairs),
         *(f"{_name(choice)}.{part}" for choice in choices(control) for part in ("signal", "length2")),
     ]
@@ -336,7 +345,7 @@ def estimates(
     numbers["records"] = len(records)
     numbers["signal"] = signal = middle["uniform.signal"]
     numbers["noise_scale"] = (1 - signal) / signal if signal > 0 else math.inf
-    for depth in control.depths:
+    for depth in scored_depths(control):
         for keep in control.keeps:
             cost = cost_of(depth, keep, prices, pool_keep)
             numbers[f"cost.{depth}.{keep:g}"] = cost
@@ -377,10 +386,9 @@ def decide(
 
     A choice is taken if its score ranks, if few samples carry the loss of pools (T7) and the batch holds them (C2), if
     steps on them go along the mean gradient, and if large losses shrink when their samples are trained on, as noise's
-    do not: by `TAKE`. It is kept by the milder `KEEP`, until the loss of whole pools
-    has risen since (greedy selection forgets what it does not train on), or the training nears its end. Among choices
-    the one that pays most by C2 is taken; the unbiased rule only where no greedy one is fit, by T7. While on, it moves
-    to a clearly better one.
+    do not: by `TAKE`. It is kept by the milder `KEEP`, until the loss of whole pools has risen since (greedy selection
+    forgets what it does not train on), or the training nears its end. Among choices the one that pays most by C2 is
+    taken; the unbiased rule only where no greedy one is fit, by T7. While on, it moves to a clearly better one.
 
     Args:
         state: The choice now, and how it began.

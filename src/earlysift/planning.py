@@ -101,8 +101,8 @@ def plan(pool: Pool, kept: int, micro_step: int, progress: Progress, control: Co
     selects = draws.selects and not (config.score == "memory" and memory is not None and memory.is_useless)
     select, depth, approximation = config.select, config.depth, runner.approximation
     rows, considered = max(progress.largest, pool.size), pool.size
-    if config.mode == "fixed":
-        rows = round(kept / config.keep_at(step)) if config.keep_schedule else rows
+    if config.keep_schedule is not None:
+        rows = round(kept / config.keep_at(step))
         considered = min(pool.size, rows)
     if state is not None:
         selects = selects and state.choice is not None

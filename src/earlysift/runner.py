@@ -186,15 +186,15 @@ class Runner:
         """The record of one probe of auto mode."""
         measure = (self.approximation and self.approximation.measure) or LOSS
         options = self._options(kept, scorers.exact()) | {"trim": False}
-        exits_only = [depth for depth in control.depths if depth != MEMORY]
-        probe = probes.probe(self.model, pool, depths=exits_only, measure=measure, **options)
-        if self.learnt.memory is not None and pool.ids is not None:
+        probe = probes.probe(self.model, pool, depths=control.depths, measure=measure, **options)
+        if control.memory and self.learnt.memory is not None and pool.ids is not None:
             probe.scores[MEMORY] = ranks.recall(self.learnt.memory, pool.ids, self.device).to(probe.exact.device)
         return controller.record(probe, kept, control)
 
     def steering_record(self, pool: Pool, control: Control, kept: int) -> controller.Record:
         """The record of a probe within a step, timed; times scoring at one of the depths, too, where times decide."""
-        timed_depth = control.depths[len(self.ledger.times_ms("probe")) % len(control.depths)]
+        depths = controller.scored_depths(control)
+        timed_depth = depths[len(self.ledger.times_ms("probe")) % len(depths)]
         with self.ledger.timed("probe"):
             record = self.record(pool, control, kept)
             approximation = self.at(timed_depth)
@@ -258,7 +258,8 @@ class Runner:
         return {
             "train": count(pool.take(slice(0, kept)).data, None, passes=3),
             "probe": count(pool.data, None),
-            **{f"score_{depth}": 0.0 if depth == MEMORY else count(pool.data, depth) for depth in control.depths},
+            **{f"score_{depth}": count(pool.data, depth) for depth in control.depths},
+            **({f"score_{MEMORY}": 0.0} if control.memory else {}),  # until it is timed
         }
 
     def note_work(self, rows: Any, name: str, depth: int | None = None, *, passes: int = 1) -> None:

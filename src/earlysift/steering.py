@@ -39,16 +39,12 @@ def candidates(
     depths = {depth} if one_depth else {depth, *(d for d in control.depths if d < layers)}
     keeps = {keep, *(k for k in control.keeps if k > keep)}
     needed = {"train", "probe", *(f"score_{d}" for d in depths)}
-    if remembers:
-        depths.add(MEMORY)
     if control.reference_costs is not None and not needed <= control.reference_costs.keys():
         raise ValueError(
             f"Expected reference_costs of {', '.join(sorted(needed))}, got {sorted(control.reference_costs)}. "
             "Give a time for each, or None to measure them."
         )
-    found = dataclasses.replace(control, keeps=tuple(sorted(keeps)))
-    object.__setattr__(found, "depths", tuple(sorted(depths)))  # 0 is no exit that a user may ask for
-    return found
+    return dataclasses.replace(control, depths=tuple(sorted(depths)), memory=remembers, keeps=tuple(sorted(keeps)))
 
 
 def start(control: Control | None) -> State | None:

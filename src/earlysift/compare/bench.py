@@ -15,6 +15,7 @@ from earlysift.exits import ExitHead
 from earlysift.ledger import Ledger
 from earlysift.pretrain.stream import Rows, Stream
 from earlysift.pretrain.workloads import Workload
+from earlysift.recent import MEMORY
 from earlysift.scorers import Predictions
 from earlysift.sifter import Sifter
 
@@ -139,11 +140,12 @@ class Bench:
             keep: Its smallest keep; the comparison's is the other one.
             scoring: What its scoring is charged as.
         """
-        control = Control(depths=tuple(filter(None, exits)), keeps=(keep, self.settings.keep))
+        control = Control(depths=exits, keeps=(keep, self.settings.keep))
         if not self.medians_ms:
             return control
         larger = self.settings.keep / keep  # scoring was timed on pools of the comparison's keep
-        costs = {name: self.medians_ms[name] * larger for name in (scoring.at(depth).name for depth in exits)}
+        names = [scoring.at(depth).name for depth in (MEMORY, *exits)]
+        costs = {name: self.medians_ms[name] * larger for name in names}
         costs |= {name: self.medians_ms[name] for name in ("train", "probe")}
         steps = max(1, round(self.settings.budget * 1e3 / self.step_ms()))
         return replace(control, total_steps=steps, reference_costs=costs)

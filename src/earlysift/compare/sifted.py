@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 EXIT_HEAD_WIDTH = 64  # of the residual layer of an exit's own head
 JOINT_WEIGHT = 0.3  # of the exit's loss, where it is trained along with the model's
-AUTO_DEPTHS, AUTO_KEEP = (0, 1, 2, 3), 0.25  # depth 0 are remembered losses
+AUTO_EXITS, AUTO_KEEP = (1, 2, 3), 0.25
+AUTO_DEPTHS = (0, *AUTO_EXITS)  # depth 0 are remembered losses
 _SAMPLE_ID = "sample_id"
 
 
@@ -94,9 +95,9 @@ def _sift_and_train(bench: Bench, sifter: Sifter, loss_of: Callable[[Rows, Tenso
 
 
 def _auto_sifter(bench: Bench) -> Sifter:
-    depths = usable_exits(AUTO_DEPTHS, bench.settings)
-    control = bench.control(depths, AUTO_KEEP, AUTO_SCORING)
-    return bench.sifter(depths[1], mode="auto", keep=AUTO_KEEP, sample_id=_SAMPLE_ID, control=control)
+    exits = usable_exits(AUTO_EXITS, bench.settings)
+    control = bench.control(exits, AUTO_KEEP, AUTO_SCORING)
+    return bench.sifter(exits[0], mode="auto", keep=AUTO_KEEP, sample_id=_SAMPLE_ID, control=control)
 
 
 def _auto_scoring(bench: Bench, *, depth: int) -> Callable[[], object]:
