@@ -105,21 +105,6 @@ def require_scores(scores: object, size: int) -> Tensor:
     )
 
 
-def require_losses(losses: object, size: int) -> Tensor:
-    """Refuse losses of a batch that are not one real number per sample.
-
-    Raises:
-        ValueError: Says what came instead.
-    """
-    if isinstance(losses, Tensor) and losses.shape == (size,) and losses.is_floating_point():
-        return losses
-    received = f"{tuple(losses.shape)} of {losses.dtype}" if isinstance(losses, Tensor) else type(losses).__name__
-    raise ValueError(
-        f"Expected one loss per sample of the latest batch, a tensor ({size},), got {received}. Average over a "
-        "sample's positions, not over samples."
-    )
-
-
 def require_usable(counted: Counted, before: Mapping[str, int], *, late: bool = False) -> None:
     """Raise if too few scores are usable; warn of those that say that something is wrong.
 

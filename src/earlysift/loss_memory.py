@@ -115,7 +115,7 @@ class LossMemory:
         Raises:
             ValueError: If there is not one loss per sample.
         """
-        require_one_each(ids, losses)
+        losses = require_one_each(losses, len(ids))
         ids, values = ids.cpu(), losses.detach().float().cpu()
         usable = (torch.isfinite(values) | (values == -torch.inf)) & (ids % self.ranks == self.rank)
         rows, copies = torch.unique(ids[usable] // self.ranks, return_inverse=True)
@@ -160,7 +160,21 @@ class LossMemory:
 
     def state_problems(self, state: Any) -> list[str]:
         """What keeps `load_state_dict` from using something that was saved."""
-        return _problems(state)
+        kinds = {
+            "losses": (torch.float32, 1),
+            "steps": (torch.int32, 1),
+            "new": (torch.int64, 0),
+            "ranks": (torch.int64, 1),
+        }
+        if not isinstance(state, Mapping) or state.keys() != kinds.keys():
+            return [f"memory must hold losses and steps, as well as {', '.join(list(kinds)[2:])}"]
+        sound = all(
+            isinstance(state[name], Tensor) and (state[name].dtype, state[name].ndim) == kind
+            for name, kind in kinds.items()
+        )
+        if not sound or len(state["losses"]) != len(state["steps"]) or len(state["ranks"]) != 2:
+            return ["memory must hold losses (float32) and steps (int32) of equal length, new and two ranks (int64)"]
+        return []
 
     def _resize(self, losses: Tensor, steps: Tensor, length: int) -> None:
         longer = _lengthened(losses, length, torch.nan), _lengthened(steps, length, 0)
@@ -179,31 +193,19 @@ def unseen_first(losses: Tensor) -> Tensor:
     return torch.where(losses.isnan(), first, losses)
 
 
-def require_one_each(ids: Tensor, losses: Tensor) -> None:
-    """Raise unless there is one loss per sample."""
-    if losses.shape != ids.shape:
-        raise ValueError(
-            f"Expected one loss per sample of the latest batch, ({len(ids)},), got {tuple(losses.shape)}. "
-            "Average over a sample's positions, not over samples."
-        )
+def require_one_each(losses: object, size: int) -> Tensor:
+    """Refuse losses of a batch that are not one real number per sample.
 
-
-def _problems(state: Any) -> list[str]:
-    kinds = {
-        "losses": (torch.float32, 1),
-        "steps": (torch.int32, 1),
-        "new": (torch.int64, 0),
-        "ranks": (torch.int64, 1),
-    }
-    if not isinstance(state, Mapping) or state.keys() != kinds.keys():
-        return [f"memory must hold losses and steps, as well as {', '.join(list(kinds)[2:])}"]
-    sound = all(
-        isinstance(state[name], Tensor) and (state[name].dtype, state[name].ndim) == kind
-        for name, kind in kinds.items()
+    Raises:
+        ValueError: Says what came instead.
+    """
+    if isinstance(losses, Tensor) and losses.shape == (size,) and losses.is_floating_point():
+        return losses
+    received = f"{tuple(losses.shape)} of {losses.dtype}" if isinstance(losses, Tensor) else type(losses).__name__
+    raise ValueError(
+        f"Expected one loss per sample of the latest batch, a tensor ({size},), got {received}. Average over a "
+        "sample's positions, not over samples."
     )
-    if not sound or len(state["losses"]) != len(state["steps"]) or len(state["ranks"]) != 2:
-        return ["memory must hold losses (float32) and steps (int32) of equal length, new and two ranks (int64)"]
-    return []
 
 
 def _lengthened(values: Tensor, length: int, fill: float) -> Tensor:

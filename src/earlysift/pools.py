@@ -164,15 +164,16 @@ def take(pool: Any, indices: Tensor | slice) -> Any:
     return checked(pool).take(indices).data
 
 
-def mask_of(inputs: Any, shape: torch.Size) -> Tensor | None:
-    """The ``attention_mask`` of inputs, if it has this shape ``(R, T)``; else None.
+def mask_of(batch: Any) -> Tensor | None:
+    """The ``attention_mask`` ``(R, T)`` of a pool, batch or inputs; None without a two-dimensional one.
 
     Example:
-        >>> mask_of({"attention_mask": torch.ones(2, 3)}, torch.Size((2, 4))) is None
-        True
+        >>> import torch
+        >>> mask_of({"attention_mask": torch.ones(2, 3)}).shape, mask_of(torch.ones(2, 3))
+        (torch.Size([2, 3]), None)
     """
-    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
-    return mask if isinstance(mask, Tensor) and mask.shape == shape else None
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
 def inputs_and_labels(pool: Any) -> tuple[Any, Tensor]:
@@ -236,8 +237,8 @@ def by_length(pool: Any) -> Tensor | None:
         >>> by_length({"attention_mask": torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0]])})
         tensor([1, 2, 0])
     """
-    mask = pool.get("attention_mask") if isinstance(pool, Mapping) else None
-    return mask.sum(dim=1).argsort(stable=True) if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    mask = mask_of(pool)
+    return None if mask is None else mask.sum(dim=1).argsort(stable=True)
 
 
 def trim_padding(batch: Any) -> Any:
@@ -252,8 +253,8 @@ def trim_padding(batch: Any) -> Any:
         >>> trim_padding({"input_ids": torch.ones(2, 4).long(), "attention_mask": mask})["input_ids"].shape
         torch.Size([2, 2])
     """
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if not isinstance(mask, Tensor) or mask.ndim != 2:
+    mask = mask_of(batch)
+    if mask is None:
         return batch
     used = mask.any(dim=0).nonzero()
     if len(used) == 0:

@@ -64,9 +64,9 @@ def pad_together(pool: Any, token: int, device: torch.device) -> Any:
     Returns:
         The padded pool; unchanged if the pool of any rank is no mapping with a two-dimensional ``attention_mask``.
     """
-    mask = pool.get("attention_mask") if isinstance(pool, Mapping) else None
+    mask = pools.mask_of(pool)
     layout = torch.zeros(3, dtype=torch.int64, device=device)
-    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.size(1) > 0:
+    if mask is not None and mask.size(1) > 0:
         left, right = ((mask[:, end] == 0).any().long().to(device) for end in (0, -1))
         layout = torch.stack([torch.tensor(mask.size(1), device=device), left, right])
     lengths, lefts, rights = _all_gather(layout).reshape(-1, 3).T.tolist()
@@ -236,7 +236,7 @@ def observe(memory: LossMemory, ids: Tensor, losses: Tensor, step: int, device: 
     Raises:
         ValueError: If there is not one loss per sample.
     """
-    loss_memory.require_one_each(ids, losses)
+    losses = loss_memory.require_one_each(losses, len(ids))
     if memory.ranks > 1:
         # Ids have 28 bits and losses are float32: float64 holds both exactly, for one exchange instead of two.
         pairs = torch.stack([part.detach().to(device, torch.float64) for part in (ids, losses.float())], dim=1)

@@ -71,10 +71,6 @@ class Recent:
         )
         self._rows = torch.cat([self._rows, rows[torch.isfinite(rows[:, 0])]])[-LENGTH:]
 
-    def clear(self) -> None:
-        """Forget all, as what was seen under one way of training says little about another."""
-        self._rows = self._rows[:0]
-
     def column(self, name: str) -> Tensor:
         """One of `COLUMNS`, float64 ``(n,)``."""
         return self._rows[:, COLUMNS.index(name)].double()

@@ -7,7 +7,7 @@ bfloat16 where the hardware has it, and draw from no global generator.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -471,7 +471,7 @@ def _measured(approximation: Approximation, model: nn.Module, pool: Pool, scorin
 
 
 def _probed(approximation: Approximation, model: nn.Module, pool: Pool, scoring: Scoring) -> Tensor:
-    return _read_by_probe(approximation, model, pool, scoring, LOSS)[:, 0]
+    return _read_by_probe(approximation, model, pool, scoring)[:, 0]
 
 
 def _blended(approximation: Approximation, model: nn.Module, pool: Pool, scoring: Scoring) -> Tensor:
@@ -482,31 +482,31 @@ def _blended(approximation: Approximation, model: nn.Module, pool: Pool, scoring
     if learnt.memory is not None and pool.ids is not None:
         device = next(model.parameters()).device
         known = ranks.look(learnt.memory, pool.ids, scoring.step, device).to(device).unbind()
-    exit_losses, entropies = _read_by_probe(approximation, model, pool, scoring, LOSS, ENTROPY).unbind(dim=1)
+    exit_losses, entropies = _read_by_probe(approximation, model, pool, scoring).unbind(dim=1)
     predicted = learnt.blend.predict(learnt.blend.inputs(exit_losses, entropies, *known))
     return torch.where(torch.isfinite(exit_losses), predicted, exit_losses)
 
 
-def _read_by_probe(
-    approximation: Approximation, model: nn.Module, pool: Pool, scoring: Scoring, *measures: Measure
-) -> Tensor:
-    """Measures of the probe's predictions, ``(R, measures)``; the loss is the first, and what the probe learns from."""
+def _read_by_probe(approximation: Approximation, model: nn.Module, pool: Pool, scoring: Scoring) -> Tensor:
+    """Loss and entropy of the probe's predictions, ``(R, 2)``, from whose loss it is to learn; entropy 0 if unknown."""
     exit_probe = scoring.learnt.probe
     if exit_probe is None:
         raise ValueError("A probe belongs to a Sifter with score='probe' or score='blend'. Score by it.")
     anatomy = checks.as_compared(exits.find_anatomy(model, scoring.family))
-    by_task = _read_by_classifier if anatomy.task == "sequence_classification" else _read_by_adapter
-    return by_task(anatomy, approximation.depth, model, pool, scoring, exit_probe, measures)
+    run = partial(_run, anatomy, approximation.depth, model, pool, scoring)
+    if anatomy.task == "sequence_classification":
+        labels = pools.inputs_and_labels(pool.data)[1]
+        return _read_by_classifier(run, labels, exit_probe, checks.problem_of(anatomy))
+    if ranks.sharded(model):
+        raise ValueError(
+            "A probe of a language model learns through the head, whose weights are sharded here. Use score='loss', or "
+            "give the Sifter an exit_head."
+        )
+    return _read_by_adapter(run, anatomy, exit_probe, scoring.reduction)
 
 
 def _read_by_classifier(
-    anatomy: Anatomy,
-    depth: int | None,
-    model: nn.Module,
-    pool: Pool,
-    scoring: Scoring,
-    exit_probe: ExitProbe,
-    measures: Sequence[Measure],
+    run: Callable[..., Tensor], labels: Tensor, exit_probe: ExitProbe, problem: losses.Problem | None
 ) -> Tensor:
     classes = 0
 
@@ -514,39 +514,30 @@ def _read_by_classifier(
         nonlocal classes
         classes = chunk.states.size(-1)
         assert chunk.at_exit is not None
-        return features(chunk.at_exit, pools.mask_of(chunk.inputs, chunk.at_exit.shape[:2]))
+        mask = pools.mask_of(chunk.inputs)
+        # Models may put positions of their own before those of the mask; then all count.
+        fits = mask is not None and mask.shape == chunk.at_exit.shape[:2]
+        return features(chunk.at_exit, mask if fits else None)
 
-    inputs = _run(anatomy, depth, model, pool, scoring, read, Recorder())
-    labels = pools.inputs_and_labels(pool.data)[1]
+    inputs = run(read, Recorder())
     sound = torch.isfinite(inputs).all(dim=1)
     with torch.enable_grad(), torch.autocast(inputs.device.type, enabled=False):
         logits = exit_probe.classify(torch.where(sound[:, None], inputs, 0.0), classes=classes)
-        problem = checks.problem_of(anatomy) or losses.classification_problem(logits, labels)
+        problem = problem or losses.classification_problem(logits, labels)
         values = [
             # A regression predicts no distribution, whose entropy could be told.
             torch.zeros_like(logits[:, 0])
             if problem == "regression" and each.of_numbers is None
             else torch.where(sound, losses.class_scores(each, logits, labels, problem=problem), torch.nan)
-            for each in measures
+            for each in (LOSS, ENTROPY)
         ]
         exit_probe.propose(values[0])
     return torch.stack(values, dim=1).detach()
 
 
 def _read_by_adapter(
-    anatomy: Anatomy,
-    depth: int | None,
-    model: nn.Module,
-    pool: Pool,
-    scoring: Scoring,
-    exit_probe: ExitProbe,
-    measures: Sequence[Measure],
+    run: Callable[..., Tensor], anatomy: Anatomy, exit_probe: ExitProbe, reduction: Reduction
 ) -> Tensor:
-    if ranks.sharded(model):
-        raise ValueError(
-            "A probe of a language model learns through the head, whose weights are sharded here. Use score='loss', or "
-            "give the Sifter an exit_head."
-        )
     shared = exits.head_of(anatomy)
     trained = []
 
@@ -558,7 +549,7 @@ def _read_by_adapter(
             lambda states: shared(exit_probe.adapt(states)),
             chunk.states[:rows],
             chunk.labels[:rows],
-            reduction=scoring.reduction,
+            reduction=reduction,
             positions=chunk.positions[chunk.positions < rows * chunk.labels.size(1)],
         )
 
@@ -568,10 +559,10 @@ def _read_by_adapter(
             trained.append(score(chunk, math.ceil(rows / ADAPTER_SHARE)))
         return score(chunk, rows)
 
-    values = _run(anatomy, depth, model, pool, scoring, read)
+    values = run(read)
     exit_probe.propose(torch.cat(trained))
-    # Over a vocabulary any other measure costs nearly as much as the loss itself: it is left out, as 0.
-    return torch.stack([values, *[torch.zeros_like(values)] * (len(measures) - 1)], dim=1)
+    # The entropy over a vocabulary costs nearly as much as the loss itself.
+    return torch.stack([values, torch.zeros_like(values)], dim=1)
 
 
 def _remembered(_: Approximation, model: nn.Module, pool: Pool, scoring: Scoring) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from earlysift import judging, pending, planning, pools, progress, scorers, steering, stepping
+from earlysift import judging, loss_memory, pending, planning, pools, progress, scorers, steering, stepping
 from earlysift.config import SiftConfig
 from earlysift.controller import Control
 from earlysift.exits import ExitHead
@@ -240,7 +240,7 @@ class Sifter:
         """
         if (batch := batch or self.latest) is None:
             raise ValueError("There is no batch yet that these could be the losses of. Call sift first.")
-        self._runner.observe(batch, judging.require_losses(losses, batch.size))
+        self._runner.observe(batch, loss_memory.require_one_each(losses, batch.size))
 
     @property
     def observes(self) -> bool:
