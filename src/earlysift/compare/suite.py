@@ -37,16 +37,16 @@ _SST2 = {"task": "classification", "data": ("sst2",), "validation_samples": 872}
 _CLASSIFY = _SMALL | _SST2 | {"arms": _PEERS, "budget": 12.0, "learning_rate": 1e-3}
 _IMAGE = _SMALL | {"task": "image", "arms": _PEERS, "budget": 8.0, "learning_rate": 1e-3}
 # Samples return, and most are learnt: where approximate losses can pay. Every approximation runs, with a small keep.
-_SCORES = ("uniform", "memory", "probe-2", "blend-2", "sift-2", "exact", "free", "auto")
-_EPOCHS = _SMALL | {"arms": _SCORES, "budget": 40.0, "keep": 0.25, "evaluations": 17, "validation_samples": 1500}
+_SCORES = ("uniform", "memory", "probe-2", "blend-2", "sift-2", "free", "auto")
+_EPOCHS = _SMALL | {"arms": _SCORES, "budget": 60.0, "keep": 0.25, "evaluations": 31, "validation_samples": 2000}
 _MNIST = _EPOCHS | {
     "task": "image",
     "data": ("mnist/mnist.npz",),
-    "train_samples": 6000,
+    "train_samples": 20_000,
     "learning_rate": 1.5e-3,
-    "select_after": 0.25,
+    "select_after": 0.3,
 }
-_NOISY = ("uniform", "memory", "free", "auto")
+_NOISY = ("uniform", "memory", "auto")
 _PRETRAINING = "mlm-wikipedia-books"
 
 _CPU: dict[str, dict[str, Any]] = {
@@ -56,10 +56,9 @@ _CPU: dict[str, dict[str, Any]] = {
     "digits-epochs": {
         **_EPOCHS,
         "task": "image",
-        "learning_rate": 1e-3,
+        "learning_rate": 7e-4,
         "select_after": 0.2,
         "budget": 30.0,
-        "evaluations": 25,
         "validation_samples": 360,
     },
     "mnist-epochs": _MNIST,
@@ -69,7 +68,7 @@ _CPU: dict[str, dict[str, Any]] = {
         "data": ("clinc150",),
         "length": 20,
         "vocab_size": 2000,
-        "learning_rate": 1e-3,
+        "learning_rate": 2e-3,
         "select_after": 0.4,
     },
     "clm-repeated-epochs": {
@@ -81,8 +80,8 @@ _CPU: dict[str, dict[str, Any]] = {
         "learning_rate": 4e-3,
         "select_after": 0.2,
     },
-    "mnist-flipped-20": {**_MNIST, "arms": _NOISY, "flipped": 0.2, "budget": 25.0},
-    "mnist-flipped-40": {**_MNIST, "arms": _NOISY, "flipped": 0.4, "budget": 25.0},
+    "mnist-flipped-20": {**_MNIST, "arms": _NOISY, "flipped": 0.2, "budget": 40.0},
+    "mnist-flipped-40": {**_MNIST, "arms": _NOISY, "flipped": 0.4, "budget": 40.0},
     "sst2": _CLASSIFY,
     "clm-repeated": {**_CLM, "repeated": 0.8},
     "clm-wikitext-2": {**_CLM, "data": ("wikitext-2",)},
