@@ -171,7 +171,7 @@ class Learning:
         self.losses = torch.rand(kept, device=measuring.device(), generator=torch.Generator(measuring.device()))
         self.probe, self.memory = TimedProbe(), LossMemory(measuring.SAMPLES)
         self.memory.observe(torch.arange(measuring.SAMPLES), torch.ones(measuring.SAMPLES), 0)
-        self.learnt = Learnt(self.memory, self.probe, Blend())
+        self.learnt = Learnt(self.memory, {approximation.depth or 0: self.probe}, Blend())
         self.training_ms: list[float] = []
 
     def __call__(self) -> None:

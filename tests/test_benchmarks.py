@@ -111,7 +111,7 @@ def test_a_timed_probe_learns_what_a_probe_learns(modules, name):
     for number in range(2):
         spent_ms = bench.measuring.timed_ms(timed)
         sifter.sift(pool)
-        ours, theirs = timed.probe.state_dict()["module"], sifter.state_dict()["probe"]["module"]
+        ours, theirs = timed.probe.state_dict()["module"], sifter.state_dict()["probe_1"]["module"]
         assert all(torch.equal(ours[part], theirs[part]) for part in theirs)
         assert len(timed.training_ms) == number + 1
         assert 0 < timed.training_ms[-1] < spent_ms

@@ -154,7 +154,7 @@ def test_a_new_blend_scores_by_the_loss_of_the_probe():
     for task in ("sequence_classification", "masked_lm"):
         model = build("bert", task)
         pool = pool_for(model)
-        learnt = Learnt(probe=ExitProbe(), blend=Blend())
+        learnt = Learnt(probes={2: ExitProbe()}, blend=Blend())
         scores = scorers.blend(2)(model, pool, learnt=learnt, dtype=None)
         torch.testing.assert_close(scores, scores_of(model, pool, ExitProbe()))
 
@@ -163,7 +163,7 @@ def test_unlabelled_samples_stay_unlabelled():
     model = build("bert", "masked_lm")
     pool = pool_for(model)
     pool["labels"][3] = -100
-    scores = scorers.blend(2)(model, pool, learnt=Learnt(probe=ExitProbe(), blend=Blend()), dtype=None)
+    scores = scorers.blend(2)(model, pool, learnt=Learnt(probes={2: ExitProbe()}, blend=Blend()), dtype=None)
     assert (scores == -INF).tolist() == [row == 3 for row in range(7)]
 
 
@@ -181,7 +181,7 @@ def test_a_regression_is_blended_without_an_entropy():
 def test_a_blend_belongs_to_a_sifter():
     model = build("bert", "masked_lm")
     with pytest.raises(ValueError, match=r"A blend belongs to a Sifter with score='blend'\. Score by it"):
-        scorers.blend(1)(model, pool_for(model), learnt=Learnt(probe=ExitProbe()))
+        scorers.blend(1)(model, pool_for(model), learnt=Learnt(probes={1: ExitProbe()}))
 
 
 def numbered(model, step):
@@ -206,9 +206,9 @@ def test_a_sifter_scores_and_fits_as_its_twin(by_number):
         number = pool["number"]
         data = pool if by_number else {name: rows for name, rows in pool.items() if name != "number"}
         state = sifter.state_dict()
-        probe = loaded(ExitProbe(), state["probe"])
+        probe = loaded(ExitProbe(), state["probe_2"])
         candidates = pools.checked(data, key)
-        learnt = Learnt(loaded(LossMemory(), state["memory"]) if by_number else None, probe, Blend())
+        learnt = Learnt(loaded(LossMemory(), state["memory"]) if by_number else None, {2: probe}, Blend())
         learnt.blend.load_state_dict(state["blend"])
         scores = scorers.blend(2)(model, candidates, learnt=learnt, step=step, dtype=None)
         inputs = {name: rows for name, rows in pool.items() if name != "number"}

@@ -10,9 +10,10 @@ from torch import Generator, nn
 
 import models
 import reference
-from earlysift import Family, Sifter, exits, scorers
+from earlysift import Family, Sifter, exits, probes, scorers
 from earlysift.exit_probe import ADAPTER_SHARE, LEARNING_RATE, ExitProbe, features
 from earlysift.fidelity import fidelity
+from earlysift.ledger import Ledger
 from earlysift.measures import LOSS
 from earlysift.scorers import Learnt
 from models import WIDTH, build, row_of, shorter
@@ -40,7 +41,7 @@ def pool_for(model, rows=7, length=12, seed=1):
 
 def scores_of(model, pool, probe, depth=2, **options):
     options = {"family": row_of(model), "dtype": None} | options
-    return scorers.probe(depth)(model, pool, learnt=Learnt(probe=probe), **options)
+    return scorers.probe(depth)(model, pool, learnt=Learnt(probes={depth: probe}), **options)
 
 
 def taught(model, *pools, **options):
@@ -214,9 +215,9 @@ def test_a_plain_model_on_vectors_needs_its_row_alone():
     model = sequential()
     pool = torch.randn(7, 6, generator=Generator().manual_seed(0)), torch.arange(7).remainder(3)
     probe = ExitProbe()
-    scorers.probe(1)(model, pool, family=VECTORS, dtype=None, learnt=Learnt(probe=probe))
+    scorers.probe(1)(model, pool, family=VECTORS, dtype=None, learnt=Learnt(probes={1: probe}))
     probe.learn()
-    scores = scorers.probe(1)(model, pool, family=VECTORS, dtype=None, learnt=Learnt(probe=probe))
+    scores = scorers.probe(1)(model, pool, family=VECTORS, dtype=None, learnt=Learnt(probes={1: probe}))
     logits = twin_classifier(weights_of(probe), model[0][0](pool[0]))
     close(scores, F.cross_entropy(logits, pool[1], reduction="none").detach())
 
@@ -544,3 +545,112 @@ def test_a_broken_state_is_refused_in_one_sentence(name):
     assert len(problems) == 1
     assert re.search(message, problems[0])
     assert "\n" not in problems[0]
+
+
+# Lessons: learning from the forward pass of training
+
+
+def lessons(model, probes, batch, ledger=None):
+    """Losses of a training pass, within a lesson."""
+    with scorers.lesson(model, batch, probes, row_of(model), ledger or Ledger()):
+        return scorers.training_loss(model, batch, family=row_of(model))
+
+
+@pytest.mark.parametrize("family", CLASSIFIERS)
+def test_a_lesson_teaches_what_scoring_the_batch_would_have_taught_at_every_depth(family):
+    model = build(family, "sequence_classification")
+    batches = [pool_for(model, seed=seed) for seed in range(3)]
+    probes = {depth: ExitProbe() for depth in (1, 2)}
+    for batch in batches:
+        lessons(model, probes, batch)
+    for depth, probe in probes.items():
+        expected = weights_of(taught(model, *batches, depth=depth))
+        for name, weight in weights_of(probe).items():
+            close(weight, expected[name])
+
+
+def test_a_lesson_changes_nothing_about_training_and_leaves_no_hook():
+    model, twin = (build("bert", "sequence_classification", dropout=0.1) for _ in range(2))
+    batch = pool_for(model)
+    torch.manual_seed(3)
+    loss = scorers.training_loss(twin, batch)
+    loss.backward()
+    torch.manual_seed(3)
+    within = lessons(model, {1: ExitProbe(), 2: ExitProbe()}, batch)
+    within.backward()
+    assert torch.equal(within, loss)
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_compiled_model_is_not_looked_into(recorded):
+    backend, graphs = recorded
+    model = torch.compile(build("bert", "sequence_classification"), backend=backend, dynamic=False)
+    probe, batch = ExitProbe(), pool_for(model._orig_mod)
+    scorers.training_loss(model, batch)
+    before = len(graphs)
+    with scorers.lesson(model, batch, {1: probe}, None, Ledger()):
+        scorers.training_loss(model, batch)
+    assert not probe.is_taught
+    assert len(graphs) == before
+
+
+def test_a_forward_pass_that_fails_teaches_nothing_and_its_error_is_the_users():
+    model, probe = build("bert", "sequence_classification"), ExitProbe()
+    batch = pool_for(model)
+    with pytest.raises(RuntimeError, match="of the loop"), scorers.lesson(model, batch, {1: probe}, None, Ledger()):
+        raise RuntimeError("of the loop")
+    assert not probe.is_taught
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_probes_of_auto_mode_learn_at_every_second_step_at_first_and_only_from_uniform_batches():
+    model = build("bert", "sequence_classification")
+    sifter = Sifter(model, keep=0.5, mode="auto", dtype=None)
+    taught_at, before = [], {}
+    for step in range(6):
+        sifter.loss(sifter.sift(pool_for(model, rows=8, seed=step)))
+        state = values({name: part for name, part in sifter.state_dict().items() if name.startswith("probe_")})
+        taught_at += [step] if state != before else []
+        before = state
+    assert taught_at == [0, 2, 4]
+    assert set(before) == {"probe_1", "probe_2", "probe_3"} & {
+        f"probe_{d}" for d in range(1, len(exits.find_anatomy(model).layers))
+    }
+    sifter.sift(pool_for(model, rows=8, seed=9))
+    sifter.latest = sifter.latest._replace(scores=torch.ones(4))  # as if it had been chosen by scores
+    sifter.loss(pool_for(model, rows=4))
+    assert values({name: part for name, part in sifter.state_dict().items() if name.startswith("probe_")}) == before
+
+
+def test_a_loop_of_ones_own_teaches_by_its_own_forward_pass():
+    model = build("bert", "sequence_classification")
+    by_loss, by_hand = (Sifter(model, keep=0.5, mode="auto", dtype=None) for _ in range(2))
+    for step in range(3):
+        pool = pool_for(model, rows=8, seed=step)
+        by_loss.loss(by_loss.sift(pool))
+        batch = by_hand.sift(pool)
+        with by_hand.lesson(batch):
+            model(**batch)
+    assert values(by_loss.state_dict()["probe_1"]) == values(by_hand.state_dict()["probe_1"])
+
+
+def test_language_models_and_other_scores_have_exits_read_by_their_own_head():
+    for model, options in (
+        (build("bert", "masked_lm"), {}),
+        (build("bert", "sequence_classification"), {"score": "entropy"}),
+    ):
+        sifter = Sifter(model, keep=0.5, mode="auto", dtype=None, **options)
+        sifter.loss(sifter.sift(pool_for(model, rows=8)))
+        assert not any(name.startswith("probe_") for name in sifter.state_dict())
+
+
+def test_a_probe_of_auto_mode_tells_what_the_taught_probes_tell_and_the_head_where_none_is_taught():
+    model = build("bert", "sequence_classification")
+    pool = pool_for(model, rows=8)
+    learnt = Learnt(probes={1: taught(model, pool, depth=1), 2: ExitProbe()})
+    seen = probes.probe(model, pool, depths=[1, 2], learnt=learnt, dtype=None)
+    close(seen.scores[1], scores_of(model, pool, learnt.probes[1], depth=1))
+    close(seen.scores[2], scorers.early_exit_loss(model, pool, depth=2, dtype=None))
+    assert not learnt.probes[2].is_taught

@@ -724,17 +724,17 @@ def test_what_was_learnt_is_saved_with_the_sifter_and_determines_its_picks(score
     assert train_on(second, pools[7:]) == expected[7:]
     assert values(second.state_dict()) == values(unbroken.state_dict())
     forgetful = learning_sifter(model, score)
-    forgetful.load_state_dict(state | {name: part for name, part in forgetful.state_dict().items() if name == "probe"})
+    forgetful.load_state_dict(state | {name: part for name, part in forgetful.state_dict().items() if name == "probe_1"})
     assert train_on(forgetful, pools[7:]) != expected[7:]
     other = sifter_of(model, score=score, explore=0.25, sample_id=unbroken.config.sample_id, seed=1)
     assert train_on(other, pools) != expected
 
 
 BROKEN_LEARNERS = {
-    "probe is absent": ("probe", ..., "it has no probe"),
-    "probe is text": ("probe", "x", "probe must hold shape, module and optimizer"),
+    "probe is absent": ("probe_1", ..., "it has no probe_1"),
+    "probe is text": ("probe_1", "x", "probe must hold shape, module and optimizer"),
     "probe has other weights": (
-        "probe",
+        "probe_1",
         {"shape": ["classifier", 3, 3], "module": {}, "optimizer": {}},
         "probe cannot",
     ),

@@ -100,9 +100,9 @@ def test_a_batch_is_remembered_with_its_scores_and_ids():
 def test_a_probe_learns_once_a_step_from_a_batch_that_was_chosen():
     pool, plan, runner = prepared(probe_every=0, score="probe")
     scored = stepping.score(pool, plan, runner)
-    before = runner.learnt.probe.state_dict()["module"]["norm.weight"]
+    before = runner.learnt.probes[1].state_dict()["module"]["norm.weight"]
     stepping.learn(pool, scored, plan, runner)
-    after = runner.learnt.probe.state_dict()
+    after = runner.learnt.probes[1].state_dict()
     assert not torch.equal(after["module"]["norm.weight"], before)
     stepping.learn(pool, scored, plan, runner)  # nothing was scored since
-    assert torch.equal(runner.learnt.probe.state_dict()["module"]["norm.weight"], after["module"]["norm.weight"])
+    assert torch.equal(runner.learnt.probes[1].state_dict()["module"]["norm.weight"], after["module"]["norm.weight"])

@@ -15,7 +15,6 @@ from statistics import median
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from torch import Tensor
 
 from earlysift import costs, selectors
 from earlysift.fidelity import fidelity
@@ -28,14 +27,18 @@ Record = dict[str, float]
 """Numbers of one probe, by name; medians over records are what choices are made from."""
 
 WINDOW = 6  # records that a choice looks back on
+LATEST = 3  # of them that medians are taken of, as training goes on; sums need all
 ENOUGH = 2  # records before the first choice
 SURE = 3.0  # standard errors
 LEAST_CORRELATION = 0.1  # a score that ranks worse than this ranks at random
 EARLY_SHARE, EARLY_PROBES = 0.1, 0.4  # this part of the training gets this part of the probes
 FREE_EVERY = 25  # steps between looks at what is free
-MOVE = 1.1  # a better choice must pay so many times as much as the present one
+LEARNABLE = 1.1  # progress from which samples of large loss surely teach more than others
+MOVE = 1.05  # a better choice must pay so many times as much as the present one
 _UNWEIGHTED = "the loop reads no weights, which the unbiased rule needs"
 _NEAR_END = "the training nears its end, and greedy selection has a floor"
+_HAS_RISEN = "the loss of whole pools has risen by {:.2g} since: what is not trained on is forgotten"
+_HARMED = "greedy selection has made the loss of whole pools rise before"
 
 
 class Bounds(NamedTuple):
@@ -43,21 +46,21 @@ class Bounds(NamedTuple):
 
     Attributes:
         correlation: Least rank correlation of its score with exact losses.
-        payoff: Least payoff of a greedy choice, by T7 (few samples carry the loss) and by C2 (the batch holds them).
-        unbiased: Least payoff of an unbiased choice, by T7.
+        payoff: Least payoff of a greedy choice by C2: the batch holds the loss.
+        variance: Least payoff of any choice by T7: what scores say of gradients makes steps less noisy.
         progress: Least progress along the mean gradient, relative to uniform training's.
         retention: Most that is left of a large loss when its sample comes back: of noise, nearly all.
     """
 
     correlation: float
     payoff: float
-    unbiased: float
+    variance: float
     progress: float
     retention: float
 
 
-TAKE = Bounds(correlation=0.3, payoff=1.2, unbiased=1.3, progress=0.75, retention=0.85)
-KEEP = Bounds(correlation=LEAST_CORRELATION, payoff=1.0, unbiased=1.1, progress=0.75, retention=0.92)
+TAKE = Bounds(correlation=0.3, payoff=1.2, variance=1.04, progress=0.75, retention=0.85)
+KEEP = Bounds(correlation=LEAST_CORRELATION, payoff=1.0, variance=0.98, progress=0.75, retention=0.92)
 """The gap between both is a hysteresis."""
 
 
@@ -71,9 +74,9 @@ class Control:
         keeps: Values of keep to choose from, none below the sifter's own; a larger keep scores a smaller part of the
             pool, so that the batch stays the same.
         rules: Rules to choose from.
-        total_steps: Optimizer steps of the training, if known: selection ends at ``end_share`` of them, as greedy has a
-            floor.
-        end_share: Share of the training after which selection ends, at once and not at the next probe.
+        total_steps: Optimizer steps of the training, if known: greedy selection ends at ``end_share`` of them, as it
+            has a floor.
+        end_share: Share of the training after which greedy selection ends, at once and not at the next probe.
         probe_share: Most that probes may cost, as a share of the time of training.
         reference_costs: Times in any one unit that make choices reproducible, instead of measured ones: ``train``
             (training on b samples), ``probe``, and ``score_1``, ``score_2``, ... (the whole pool, by depth).
@@ -139,12 +142,14 @@ class State:
         records: The latest records; after a choice failed, the one that showed it and those since.
         next_probe: Step of the next probe.
         before: Mean loss of whole pools when the choice was made, and its standard error.
+        harmed: Whether greedy selection has made that loss rise: it is not tried again.
     """
 
     choice: Choice | None = None
     records: tuple[Record, ...] = ()
     next_probe: int = 0
     before: tuple[float, float] = (0.0, 0.0)
+    harmed: bool = False
 
 
 class Verdict(NamedTuple):
@@ -199,12 +204,13 @@ def look(
         return Verdict(state, {}, "no probe has seen finite losses yet")
     numbers = estimates(state.records, control, prices, pool_keep) | known(free or {}, control, prices, pool_keep)
     choice, reason = decide(state, numbers, control, step, weighted)
-    return Verdict(_switched(state, choice, numbers), numbers, reason)
+    harmed = state.harmed or _has_risen(state, numbers)
+    return Verdict(replace(_switched(state, choice, numbers), harmed=harmed), numbers, reason)
 
 
 def end(state: State, control: Control, step: int) -> Verdict:
-    """End selection if the training is near its own end, whether or not a probe is due."""
-    ended = state.choice is not None and _near_end(control, step)
+    """End greedy selection if the training is near its own end, whether or not a probe is due."""
+    ended = state.choice is not None and state.choice.rule == "greedy" and _near_end(control, step)
     return Verdict(_switched(state, None, {}) if ended else state, {}, _NEAR_END)
 
 
@@ -237,8 +243,8 @@ def record(probe: Probe, kept: int, control: Control) -> Record:
 
     For a rule with weights w over the candidates (sum 1) and gradients g: ``signal = sum_i w_i <g_i, mean of the other
     candidates' g>``, the part of the step that goes along the mean gradient, and ``length2 = |sum_i w_i g_i|^2``; both
-    relative to the mean ``|g_i|^2``. Uniform batches have them in closed form, and so has the unbiased rule, whose mean
-    is uniform's.
+    relative to the mean ``|g_i|^2``. Uniform batches have them in closed form, and so has the unbiased rule, whose
+    signal is uniform's.
 
     Args:
         probe: What the probe measured.
@@ -246,12 +252,11 @@ def record(probe: Probe, kept: int, control: Control) -> Record:
         control: What may be chosen.
 
     Returns:
-        ``uniform.signal``, ``uniform.length2``; for each choice ``{choice}.signal`` and ``.length2``, for each depth
-        ``correlation.{depth}``, for each depth and keep ``gain...`` and ``second_moment...``; ``floor``, the largest
-        loss over the mean one (an upper estimate of M* / F in T1); ``concentration``, the mean square of the exact
-        losses over their squared mean; and ``loss``, the pool's mean exact loss, with its standard error
-        ``loss_error``. All are nan if fewer than two candidates have a finite loss, or none has a
-        gradient.
+        ``uniform.signal``, ``uniform.length2``; for each depth ``correlation.{depth}``, for each depth and keep
+        ``gain.{depth}.{keep}``, ``greedy...signal``, ``greedy...length2`` and ``unbiased...length2``; ``floor``, the
+        largest loss over the mean one (an upper estimate of M* / F in T1); ``concentration``, the mean square of the
+        exact losses over their squared mean; and ``loss``, the pool's mean exact loss, with its standard error
+        ``loss_error``. All are nan if fewer than two candidates have a finite loss, or none has a gradient.
     """
     finite = torch.isfinite(probe.exact)
     for scores in probe.scores.values():
@@ -278,12 +283,13 @@ def record(probe: Probe, kept: int, control: Control) -> Record:
             rows = min(total, round(kept / keep))
             ranking = fidelity(scores[:rows], exact[:rows], kept)
             numbers[f"gain.{depth}.{keep:g}"] = ranking["gain"]
-            numbers[f"second_moment.{depth}.{keep:g}"] = costs.second_moment_ratio(scores[:rows].clamp(min=0))
-            for rule in control.rules:
-                name = _name(Choice(rule, depth, keep))
-                numbers[f"{name}.signal"], numbers[f"{name}.length2"] = _signal_and_length2(
-                    rule, scores[:rows], min(kept, rows), gram[:rows, :rows], others[:rows], signal
-                )
+            best = selectors.greedy(scores[:rows], min(kept, rows)).indices
+            name = f"{depth}.{keep:g}"
+            numbers[f"greedy.{name}.signal"] = others[best].mean().item()
+            numbers[f"greedy.{name}.length2"] = gram[best][:, best].mean().item()
+            included = selectors.inclusion_probabilities(scores[:rows].clamp(min=0), min(kept, rows))
+            noise = (squares[:rows] / squares[:rows].mean().clamp(min=1e-12) / included).sum().item() / rows**2
+            numbers[f"unbiased.{name}.length2"] = signal * (1 - 1 / kept) + noise
         numbers[f"correlation.{depth}"] = fidelity(scores, exact, kept)["rank_correlation"]
     return numbers
 
@@ -292,6 +298,7 @@ def record_names(control: Control) -> list[str]:
     """The names of a record's numbers: the same on every rank, whatever its pool."""
     depths = scored_depths(control)
     pairs = [f"{depth}.{keep:g}" for depth in depths for keep in control.keeps]
+    parts = ("greedy.{}.signal", "greedy.{}.length2", "unbiased.{}.length2")
     return [
         "uniform.signal",
         "uniform.length2",
@@ -300,20 +307,8 @@ def record_names(control: Control) -> list[str]:
         "loss",
         "loss_error",
         *(f"correlation.{depth}" for depth in depths),
-        *(f"{name}.{pair}" for name in ("gain", "second_moment") for pair in pairs),
-        *(f"{_name(choice)}.{part}" for choice in choices(control) for part in ("signal", "length2")),
+        *(part.format(pair) for part in ("gain.{}", *parts) for pair in pairs),
     ]
-
-
-def _signal_and_length2(
-    rule: Rule, scores: Tensor, kept: int, gram: Tensor, others: Tensor, signal: float
-) -> tuple[float, float]:
-    if rule == "greedy":
-        best = selectors.greedy(scores, kept).indices
-        return others[best].mean().item(), gram[best][:, best].mean().item()
-    included = selectors.inclusion_probabilities(scores.clamp(min=0), kept)
-    noise = (gram.diagonal() / included).sum().item() / len(scores) ** 2
-    return signal, signal * (1 - 1 / kept) + noise
 
 
 def estimates(
@@ -321,10 +316,13 @@ def estimates(
 ) -> dict[str, float]:
     r"""What the records say, in their medians, for the ledger and for `decide`.
 
-    ``progress = (signal / sqrt(length2)) / (uniform's)``: how much farther a step of the same length goes along the
-    mean gradient than a uniform one's. Loss-based gain (rho) takes for granted that samples with a larger loss lead
-    downhill (T1's convexity), and near a plateau, or with many classes, they do not. Progress tells such workloads
-    apart; it cannot order rules, so that ``payoff_C2 = rho_r / c`` and ``payoff_T7 = 1 / (V c)`` do that.
+    For greedy selection ``payoff_C2 = rho_r / c`` and ``progress = (signal / sqrt(length2)) / (uniform's)``: how much
+    farther a step of the same length goes along the mean gradient than a uniform one's. Loss-based gain (rho) takes for
+    granted that samples with a larger loss lead downhill (T1's convexity), and near a plateau, on noise, or with many
+    classes, they do not.
+
+    For unbiased selection ``payoff_T7 = 1 / (V c)``, V the length2 of its steps over uniform's: the second moment of
+    the gradients themselves, and not what losses would let one expect of it. Noise has large losses, too.
 
     Args:
         records: Of the latest probes, at least one.
@@ -333,13 +331,13 @@ def estimates(
         pool_keep: b / R.
 
     Returns:
-        For each choice ``progress.{choice}``, for each depth ``correlation``, for each depth and keep ``gain``,
-        ``cost``, ``payoff_C2`` and ``payoff_T7``; ``concentration``, ``floor``, ``loss`` and ``loss_error``;
+        For each depth ``correlation``, for each depth and keep ``gain``, ``cost``, ``progress``, ``payoff_C2`` and
+        ``payoff_T7``; ``concentration``, ``floor``, ``loss`` and ``loss_error``;
         ``signal`` (squared length of the mean gradient over the mean squared length) and ``noise_scale`` (in samples,
         McCandlish et al. 2018, arXiv 1812.06162); ``records``, their number.
     """
-    middle = {name: median(entry[name] for entry in records) for name in records[0]}
-    latest = records[-1]
+    fresh, latest = records[-LATEST:], records[-1]
+    middle = {name: median(entry[name] for entry in fresh) for name in latest}
     numbers = {name: value for name, value in middle.items() if name.startswith(("correlation.", "gain.", "floor"))}
     numbers |= {name: latest[name] for name in ("loss", "loss_error")} | {"concentration": middle["concentration"]}
     numbers["records"] = len(records)
@@ -347,14 +345,12 @@ def estimates(
     numbers["noise_scale"] = (1 - signal) / signal if signal > 0 else math.inf
     for depth in scored_depths(control):
         for keep in control.keeps:
-            cost = cost_of(depth, keep, prices, pool_keep)
-            numbers[f"cost.{depth}.{keep:g}"] = cost
-            numbers[f"payoff_C2.{depth}.{keep:g}"] = costs.payoff(middle[f"gain.{depth}.{keep:g}"], cost)
-            numbers[f"payoff_T7.{depth}.{keep:g}"] = costs.unbiased_payoff(
-                middle[f"second_moment.{depth}.{keep:g}"], cost
-            )
-    for choice in choices(control):
-        numbers[f"progress.{_name(choice)}"] = _progress(records, choice)
+            cost, pair = cost_of(depth, keep, prices, pool_keep), f"{depth}.{keep:g}"
+            moment = median(entry[f"unbiased.{pair}.length2"] / entry["uniform.length2"] for entry in fresh)
+            numbers[f"cost.{pair}"] = cost
+            numbers[f"payoff_C2.{pair}"] = costs.payoff(middle[f"gain.{pair}"], cost)
+            numbers[f"payoff_T7.{pair}"] = costs.unbiased_payoff(moment, cost)
+            numbers[f"progress.{pair}"] = _progress(records, pair)
     return numbers
 
 
@@ -367,7 +363,6 @@ def known(
         if (gain := free.get(f"gain.{MEMORY}.{keep:g}")) is not None:
             cost = cost_of(MEMORY, keep, prices, pool_keep)
             numbers[f"payoff_C2.{MEMORY}.{keep:g}"] = costs.payoff(gain, cost)
-            numbers[f"payoff_T7.{MEMORY}.{keep:g}"] = costs.unbiased_payoff(1 / free["concentration"], cost)
     return numbers
 
 
@@ -384,11 +379,16 @@ def decide(
 ) -> tuple[Choice | None, str]:
     """The choice from this step on, and why.
 
-    A choice is taken if its score ranks, if few samples carry the loss of pools (T7) and the batch holds them (C2), if
-    steps on them go along the mean gradient, and if large losses shrink when their samples are trained on, as noise's
-    do not: by `TAKE`. It is kept by the milder `KEEP`, until the loss of whole pools has risen since (greedy selection
-    forgets what it does not train on), or the training nears its end. Among choices the one that pays most by C2 is
-    taken; the unbiased rule only where no greedy one is fit, by T7. While on, it moves to a clearly better one.
+    An unbiased choice is fit if it makes steps less noisy than it costs (T7): its mean is that of uniform training, so
+    that it cannot lead astray. A greedy one is fit if its score ranks, if the batch holds the loss of the pool (C2) and
+    gradients bear that out (T7), if steps on it go along the mean gradient, and if large losses shrink when their
+    samples are trained on, as noise's do not. All this by `TAKE`; a choice is kept by the milder `KEEP`, a greedy one
+    until the training nears its end, or the loss of whole pools has risen since (greedy selection forgets what it does
+    not train on): then no greedy one is taken again.
+
+    Greedy choices gain more where large losses are surely those of samples that are yet to be learnt, as remembered
+    losses tell; else unbiased ones go first. Among choices of a rule the one that pays most is taken, and while on, it
+    moves to a clearly better one.
 
     Args:
         state: The choice now, and how it began.
@@ -400,50 +400,66 @@ def decide(
     Returns:
         The choice, and the reason in words.
     """
-    if _near_end(control, step):
-        return None, _NEAR_END
     now = state.choice
     if now is not None and now.depth != MEMORY:  # a breakdown of ranking shows in the latest probe, not in the median
         latest = state.records[-1][f"correlation.{now.depth}"]
         numbers = {**numbers, f"correlation.{now.depth}": min(latest, numbers[f"correlation.{now.depth}"])}
+    risen = _has_risen(state, numbers)
+    vetoes = {
+        _NEAR_END: _near_end(control, step),
+        _HAS_RISEN.format(numbers["loss"] - state.before[0]): risen,
+        _HARMED: state.harmed,
+    }
+    veto = next((reason for reason, applies in vetoes.items() if applies), "")
     objections = {
-        choice: objection(choice, numbers, KEEP if choice == now else TAKE)
+        choice: (choice.rule == "greedy" and veto) or objection(choice, numbers, KEEP if choice == now else TAKE)
         for choice in choices(control)
         if weighted or choice.rule == "greedy"
     }
     fit = [choice for choice, reason in objections.items() if not reason]
-    greedy = [choice for choice in fit if choice.rule == "greedy"]
-    best = max(greedy or fit, key=lambda choice: _payoff(choice, numbers), default=None)
+    learnable = [choice for choice in fit if _learnable(choice, numbers)]
+    unbiased = [choice for choice in fit if choice.rule == "unbiased"]
+    best = max(learnable or unbiased or fit, key=lambda choice: _payoff(choice, numbers), default=None)
     if now is None:
         if numbers["records"] < ENOUGH:
             return None, "too few probes"
         return best, _praise(best, numbers) if best else _first_objection(objections, numbers)
+    if now not in fit:
+        return best, _praise(best, numbers) if best else objections.get(now, _UNWEIGHTED)
+    assert best is not None
+    better = best.rule != now.rule or _payoff(best, numbers) > MOVE * _payoff(now, numbers)
+    return (best, _praise(best, numbers)) if best != now and better else (now, "selection pays")
+
+
+def _learnable(choice: Choice, numbers: Mapping[str, float]) -> bool:
+    """Whether what a greedy choice trains on is known to be learnt by that, and to teach more than other samples."""
+    progress = numbers[f"progress.{choice.depth}.{choice.keep:g}"]
+    return choice.rule == "greedy" and "retention" in numbers and progress >= LEARNABLE
+
+
+def _has_risen(state: State, numbers: Mapping[str, float]) -> bool:
+    """Whether the loss of whole pools has surely risen since a greedy choice was made."""
     loss, error = state.before
-    risen = numbers["loss"] - loss
-    if risen > SURE * math.hypot(numbers["loss_error"], error):
-        return None, f"the loss of whole pools has risen by {risen:.2g} since: what is not trained on is forgotten"
-    if best is not None and (now not in fit or _payoff(best, numbers) > MOVE * _payoff(now, numbers)):
-        return best, _praise(best, numbers)
-    return (now, "selection pays") if now in fit else (None, objections.get(now, _UNWEIGHTED))
+    sure = SURE * math.hypot(numbers["loss_error"], error)
+    return state.choice is not None and state.choice.rule == "greedy" and numbers["loss"] - loss > sure
 
 
 def objection(choice: Choice, numbers: Mapping[str, float], bounds: Bounds) -> str:
     """Why a choice should not be made, in words; empty if it is fit."""
     pair, name = f"{choice.depth}.{choice.keep:g}", score_name(choice.depth)
     correlation, cost = numbers[f"correlation.{choice.depth}"], numbers[f"cost.{pair}"]
-    if correlation < bounds.correlation:
+    less_noise = numbers[f"payoff_T7.{pair}"] * cost
+    if choice.rule == "greedy" and correlation < bounds.correlation:
         ranks = "at random or backwards" if correlation < LEAST_CORRELATION else "poorly"
         return f"{name} ranks {ranks} (rank correlation {correlation:.2f})"
+    if less_noise < bounds.variance * cost:
+        return f"drawing by {name} makes steps {less_noise:.2f} times less noisy, at cost {cost:.2f} (T7)"
     if choice.rule == "unbiased":
-        payoff = numbers[f"payoff_T7.{pair}"]
-        pays = payoff >= bounds.unbiased
-        return "" if pays else f"unbiased selection would not pay (T7: {payoff:.2f} at cost {cost:.2f})"
-    payoff, by_variance = numbers[f"payoff_C2.{pair}"], numbers[f"payoff_T7.{pair}"]
+        return ""
+    payoff = numbers[f"payoff_C2.{pair}"]
     if payoff < bounds.payoff:
         return f"selection does not pay (batches have {payoff * cost:.2f} times the pools' loss, at cost {cost:.2f})"
-    if by_variance < bounds.payoff:
-        return f"the loss is spread over too many samples (T7: {by_variance:.2f} at cost {cost:.2f})"
-    progress, retention = numbers[f"progress.{_name(choice)}"], numbers.get("retention", 0.0)
+    progress, retention = numbers[f"progress.{pair}"], numbers.get("retention", 0.0)
     if progress < bounds.progress:
         return f"steps on the largest losses do not go along the mean gradient (progress {progress:.2f})"
     if retention > bounds.retention:
@@ -469,7 +485,11 @@ def _payoff(choice: Choice, numbers: Mapping[str, float]) -> float:
 def _praise(choice: Choice, numbers: Mapping[str, float]) -> str:
     cost = numbers[f"cost.{choice.depth}.{choice.keep:g}"]
     if choice.rule == "unbiased":
-        return f"unbiased selection pays (T7: {_payoff(choice, numbers):.2f} at cost {cost:.2f})"
+        times = _payoff(choice, numbers) * cost
+        return (
+            f"unbiased selection pays (drawing by {score_name(choice.depth)} makes steps {times:.2f} times less noisy, "
+            f"at cost {cost:.2f})"
+        )
     times = _payoff(choice, numbers) * cost
     correlation = numbers[f"correlation.{choice.depth}"]
     return (
@@ -505,13 +525,15 @@ def to_json(state: State) -> dict[str, Any]:
         "records": list(state.records),
         "next_probe": state.next_probe,
         "before": list(state.before),
+        "harmed": state.harmed,
     }
 
 
 def from_json(saved: Mapping[str, Any]) -> State:
     """The state that `to_json` saved."""
     choice, (loss, error) = saved["choice"], saved["before"]
-    return State(choice and Choice(*choice), tuple(saved["records"]), int(saved["next_probe"]), (loss, error))
+    records, due = tuple(saved["records"]), int(saved["next_probe"])
+    return State(choice and Choice(*choice), records, due, (loss, error), saved["harmed"])
 
 
 def state_problems(saved: Any, control: Control) -> list[str]:
@@ -547,15 +569,15 @@ def state_problems(saved: Any, control: Control) -> list[str]:
             isinstance(before, list | tuple) and len(before) == 2 and all(map(finite, before)),
             f"steering.before must be two finite numbers, got {reprlib.repr(before)}",
         ),
+        (
+            isinstance(saved.get("harmed"), bool),
+            f"steering.harmed must be True or False, got {reprlib.repr(saved.get('harmed'))}",
+        ),
     ]
     return [message for sound, message in rows if not sound]
 
 
-def _name(choice: Choice) -> str:
-    return f"{choice.rule}.{choice.depth}.{choice.keep:g}"
-
-
-def _progress(records: Sequence[Record], choice: Choice) -> float:
+def _progress(records: Sequence[Record], pair: str) -> float:
     """Ratio of sums: a single probe's ratio has a denominator near zero where gradients are noisy."""
 
     def along(name: str) -> float:
@@ -563,4 +585,4 @@ def _progress(records: Sequence[Record], choice: Choice) -> float:
 
     uniform = along("uniform")
     # Where uniform's own signal drowns in noise, nothing can be called better.
-    return along(_name(choice)) / uniform if uniform > 0 else 0.0
+    return along(f"greedy.{pair}") / uniform if uniform > 0 else 0.0

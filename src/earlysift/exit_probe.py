@@ -50,6 +50,11 @@ class ExitProbe:
         self._gradients: tuple[Tensor, ...] | None = None
         self._loaded: dict[str, Any] = {}  # a saved state, until a pool shows on which device it goes on
 
+    @property
+    def is_taught(self) -> bool:
+        """Whether it has seen any pool."""
+        return self._module is not None or bool(self._loaded)
+
     def classify(self, inputs: Tensor, *, classes: int) -> Tensor:
         """Logits ``(R, classes)`` of features ``(R, F)``; differentiable in the probe's own weights."""
         logits: Tensor = self._at(("classifier", inputs.size(-1), classes), inputs.device)(inputs.float())

@@ -15,7 +15,7 @@ A transformers config may contain its row, under ``earlysift_family``:
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast, get_args
@@ -277,15 +277,25 @@ def captured(anatomy: Anatomy, depth: int) -> Iterator[list[Any]]:
     Yields:
         The outputs in the order of layers; the next forward pass fills it.
     """
+    with called(*list(anatomy.layers)[:depth]) as outputs:
+        yield outputs
+
+
+@contextmanager
+def called(*modules: nn.Module) -> Iterator[list[Any]]:
+    """Record what these modules return within this context, call by call."""
     outputs: list[Any] = []
-    handles = [
-        layer.register_forward_hook(lambda *call: outputs.append(call[-1])) for layer in list(anatomy.layers)[:depth]
-    ]
+    handles = [module.register_forward_hook(lambda *call: outputs.append(call[-1])) for module in modules]
     try:
         yield outputs
     finally:
         for handle in handles:
             handle.remove()
+
+
+def states_of(output: Any) -> Tensor:
+    """The states in the output of a layer, which some models put in front of a tuple."""
+    return cast(Tensor, output[0] if isinstance(output, tuple) else output)
 
 
 @contextmanager
@@ -338,11 +348,16 @@ def skips_unlabelled(model: nn.Module, anatomy: Anatomy, max_positions: int | No
 
     Compiled models do so only if all pools have the same number of positions; each new number would be a recompilation.
     """
-    compiled = any(
-        hasattr(wrapped, "_orig_mod") or wrapped._compiled_call_impl is not None
-        for wrapped in _layers_of_wrapping(model)
-    )
-    return bool(anatomy.positionwise) and not (compiled and max_positions is None)
+    return bool(anatomy.positionwise) and not (_compiled(_layers_of_wrapping(model)) and max_positions is None)
+
+
+def is_compiled(model: nn.Module, anatomy: Anatomy) -> bool:
+    """Whether the model or one of its layers is compiled."""
+    return _compiled([*_layers_of_wrapping(model), *anatomy.layers])
+
+
+def _compiled(modules: Iterable[nn.Module]) -> bool:
+    return any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in modules)
 
 
 @contextmanager
@@ -406,7 +421,15 @@ def call(model: nn.Module, inputs: Any, *, synchronized: bool = False) -> Tensor
     Raises:
         ValueError: If there is no such tensor.
     """
-    output = run(model, inputs, synchronized=synchronized)
+    return logits_of(run(model, inputs, synchronized=synchronized))
+
+
+def logits_of(output: Any) -> Tensor:
+    """The ``logits`` of a model's output with names, else its first tensor.
+
+    Raises:
+        ValueError: If there is no such tensor.
+    """
     unnamed = output[0] if isinstance(output, tuple | list) and output else output
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", unnamed)
     if not isinstance(logits, Tensor):
@@ -565,8 +588,9 @@ class _ExitLayer(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = self.replaced(*args, **kwargs)
-        states, *rest = output if isinstance(output, tuple) else (output,)
+        states = states_of(output)
         states = self.exit_head(states.detach() if self.detach else states)
+        rest = output[1:] if isinstance(output, tuple) else ()
         return (states, *rest) if isinstance(output, tuple) else states
 
 

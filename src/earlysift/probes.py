@@ -90,11 +90,18 @@ def probe(
             stack.enter_context(exits.scoring_mode(scoring.exit_head))
         stack.enter_context(exits.headless(anatomy))
         for start in range(0, pool.size, rows):
-            inputs, labels = pools.inputs_and_labels(pool.take(slice(start, start + rows)).data)
+            candidates = pool.take(slice(start, start + rows)).data
+            inputs, labels = pools.inputs_and_labels(candidates)
             with torch.no_grad():
                 with exits.captured(anatomy, max(depths)) as outputs:
                     states = exits.call(model, inputs)
                 for depth in depths:
+                    by_probe = scoring.learnt.probes.get(depth)
+                    if by_probe is not None and by_probe.is_taught:
+                        classes = head(states[:1]).size(-1)
+                        told = scorers.losses_by_probe(anatomy, by_probe, outputs[depth - 1], candidates, classes)
+                        scores[depth].append(told)
+                        continue
                     with exits.replayed(anatomy, outputs[:depth], exit_head=scoring.exit_head):
                         at_exit = exits.call(model, inputs)
                     scores[depth].append(

@@ -2,15 +2,15 @@
 
 import logging
 from collections import deque
-from collections.abc import Mapping
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from earlysift import checks, controller, costs, exits, judging, losses, pools, probes, ranks, scorers
+from earlysift import checks, controller, costs, exits, judging, losses, pools, probes, ranks, scorers, steering
 from earlysift.blend import Blend
 from earlysift.config import SiftConfig
 from earlysift.controller import Control
@@ -25,6 +25,7 @@ from earlysift.recent import MEMORY, Kept, Recent
 from earlysift.scorers import Approximation, Learnt
 
 _LOG = logging.getLogger("earlysift")
+_EARLY_STEPS, _EARLY_EVERY, _LATE_EVERY = 256, 2, 8  # lessons of auto mode's probes, which first have all to learn
 
 
 class Runner:
@@ -55,12 +56,7 @@ class Runner:
         self.exit_head, self.exit_optimizer = exit_head, exit_optimizer
         self.approximation = scorers.named(config.score, config.depth)
         of_use = config.score == "blend" or config.mode == "auto"
-        by_memory = config.score == "memory" or (of_use and config.sample_id is not None)
-        self.learnt = Learnt(
-            memory=ranks.memory(samples) if by_memory else None,
-            probe=ExitProbe(config.seed) if config.score in ("probe", "blend") else None,
-            blend=Blend() if config.score == "blend" else None,
-        )
+        self.remembers = config.score == "memory" or (of_use and config.sample_id is not None)
         self.recent = Recent()
         self._observed: list[tuple[Kept, Tensor]] = []
         self.anatomy: Anatomy | None = None
@@ -72,6 +68,12 @@ class Runner:
         optional = self._compared and config.family is None
         with suppress(ValueError) if optional else nullcontext():
             self.anatomy = exits.find_anatomy(model, config.family)
+        self.control = self.candidates() if config.mode == "auto" else None
+        self.learnt = Learnt(
+            memory=ranks.memory(samples) if self.remembers else None,
+            probes={depth: ExitProbe(config.seed) for depth in self._probed_depths()},
+            blend=Blend() if config.score == "blend" else None,
+        )
         self._laws: dict[int | None, costs.FlopsLaw] = {}
         self._flops_failed = False
         self._left_ms: float | None = None
@@ -132,13 +134,44 @@ class Runner:
         """Where the model is."""
         return next(self.model.parameters()).device
 
-    def layers(self) -> int:
-        """Number of layers of a model that can be probed.
+    def candidates(self) -> Control:
+        """What auto mode can choose on this model.
 
         Raises:
             ValueError: If its head has no name.
         """
-        return len(probes.with_head(exits.find_anatomy(self.model, self.config.family)).layers)
+        layers = probes.with_head(exits.find_anatomy(self.model, self.config.family)).layers
+        return steering.candidates(
+            self.config.control or Control(),
+            depth=self.config.depth,
+            keep=self.config.keep,
+            layers=len(layers),
+            one_depth=self.exit_head is not None,
+            remembers=self.remembers,
+        )
+
+    def _probed_depths(self) -> tuple[int, ...]:
+        """Exits that are read by a probe: in auto mode all of a classifier's, whose own head knows little of them."""
+        if self.config.score in ("probe", "blend"):
+            return (self.config.depth,)
+        if self.control is None or self.exit_head is not None or self.config.score != "loss":
+            return ()
+        return self.control.depths if self.anatomy and self.anatomy.task == "sequence_classification" else ()
+
+    @contextmanager
+    def lesson(self, batch: Any, kept: Kept | None) -> Iterator[None]:
+        """Teach the probes of auto mode by the training pass within this context, if its batch was drawn uniformly.
+
+        Args:
+            batch: What is trained on, with labels.
+            kept: What is known of it.
+        """
+        due = kept is not None and kept.step % (_EARLY_EVERY if kept.step < _EARLY_STEPS else _LATE_EVERY) == 0
+        if self.control is None or not self.learnt.probes or not due or kept is None or kept.scores is not None:
+            yield
+            return
+        with scorers.lesson(self.model, batch, self.learnt.probes, self.config.family, self.ledger):
+            yield
 
     def verify(self, pool: Pool) -> None:
         """Compare the model with what is known about it, on the first pool: see `earlysift.checks.verified`.
@@ -209,6 +242,8 @@ class Runner:
             return scorers.memory()
         if self.approximation is None or self.approximation.depth is None:
             return self.approximation
+        if depth in self.learnt.probes and self.learnt.probes[depth].is_taught:
+            return scorers.probe(depth)
         return scorers.named(self.approximation.name, depth)
 
     def train_exit(self, pool: Pool, scores: Tensor, kept: int) -> None:

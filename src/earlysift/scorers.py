@@ -7,9 +7,9 @@ bfloat16 where the hardware has it, and draw from no global generator.
 """
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from earlysift import checks, exits, losses, pools, ranks
 from earlysift.blend import Blend
 from earlysift.exit_probe import ADAPTER_SHARE, ExitProbe, features
 from earlysift.exits import Anatomy, Family, Recorder
+from earlysift.ledger import Ledger
 from earlysift.loss_memory import LossMemory
 from earlysift.losses import Head, Reduction
 from earlysift.measures import ENTROPY, LOSS, MEASURES, Measure
@@ -39,17 +40,18 @@ class Learnt:
 
     Attributes:
         memory: Losses that samples had when they were last trained on.
-        probe: A model of its own at the exit.
+        probes: Models of their own at exits, by depth.
         blend: Predicts exact losses from what is cheap.
     """
 
     memory: LossMemory | None = None
-    probe: ExitProbe | None = None
+    probes: Mapping[int, ExitProbe] = field(default_factory=dict)
     blend: Blend | None = None
 
     def parts(self) -> dict[str, LossMemory | ExitProbe | Blend]:
         """Those that there are, by name."""
-        parts = {"memory": self.memory, "probe": self.probe, "blend": self.blend}
+        probes = {f"probe_{depth}": probe for depth, probe in self.probes.items()}
+        parts = {"memory": self.memory, **probes, "blend": self.blend}
         return {name: part for name, part in parts.items() if part is not None}
 
 
@@ -489,9 +491,12 @@ def _blended(approximation: Approximation, model: nn.Module, pool: Pool, scoring
 
 def _read_by_probe(approximation: Approximation, model: nn.Module, pool: Pool, scoring: Scoring) -> Tensor:
     """Loss and entropy of the probe's predictions, ``(R, 2)``, from whose loss it is to learn; entropy 0 if unknown."""
-    exit_probe = scoring.learnt.probe
+    exit_probe = scoring.learnt.probes.get(approximation.depth or 0)
     if exit_probe is None:
-        raise ValueError("A probe belongs to a Sifter with score='probe' or score='blend'. Score by it.")
+        raise ValueError(
+            "A probe belongs to a Sifter with score='probe' or score='blend' that scores at its depth, "
+            f"{approximation.depth}. Score by it."
+        )
     anatomy = checks.as_compared(exits.find_anatomy(model, scoring.family))
     run = partial(_run, anatomy, approximation.depth, model, pool, scoring)
     if anatomy.task == "sequence_classification":
@@ -514,14 +519,32 @@ def _read_by_classifier(
         nonlocal classes
         classes = chunk.states.size(-1)
         assert chunk.at_exit is not None
-        mask = pools.mask_of(chunk.inputs)
-        # Models may put positions of their own before those of the mask; then all count.
-        fits = mask is not None and mask.shape == chunk.at_exit.shape[:2]
-        return features(chunk.at_exit, mask if fits else None)
+        return _features_of(chunk.at_exit, chunk.inputs)
 
     inputs = run(read, Recorder())
+    with torch.enable_grad():
+        values = _by_classifier(exit_probe, inputs, labels, classes, problem, (LOSS, ENTROPY))
+        exit_probe.propose(values[:, 0])
+    return values.detach()
+
+
+def _features_of(states: Tensor, inputs: Any) -> Tensor:
+    mask = pools.mask_of(inputs)
+    # Models may put positions of their own before those of the mask; then all count.
+    return features(states, mask if mask is not None and mask.shape == states.shape[:2] else None)
+
+
+def _by_classifier(
+    exit_probe: ExitProbe,
+    inputs: Tensor,
+    labels: Tensor,
+    classes: int,
+    problem: losses.Problem | None,
+    measures: Sequence[Measure],
+) -> Tensor:
+    """Measures of a probe's predictions from features ``(R, F)``, ``(R, measures)``; nan where features are."""
     sound = torch.isfinite(inputs).all(dim=1)
-    with torch.enable_grad(), torch.autocast(inputs.device.type, enabled=False):
+    with torch.autocast(inputs.device.type, enabled=False):
         logits = exit_probe.classify(torch.where(sound[:, None], inputs, 0.0), classes=classes)
         problem = problem or losses.classification_problem(logits, labels)
         values = [
@@ -529,10 +552,56 @@ def _read_by_classifier(
             torch.zeros_like(logits[:, 0])
             if problem == "regression" and each.of_numbers is None
             else torch.where(sound, losses.class_scores(each, logits, labels, problem=problem), torch.nan)
-            for each in (LOSS, ENTROPY)
+            for each in measures
         ]
-        exit_probe.propose(values[0])
-    return torch.stack(values, dim=1).detach()
+    return torch.stack(values, dim=1)
+
+
+def losses_by_probe(anatomy: Anatomy, exit_probe: ExitProbe, output: Any, pool: Any, classes: int) -> Tensor:
+    """Losses ``(R,)`` that a probe tells a pool from the output of the layer at its exit, in classification.
+
+    Args:
+        anatomy: The model's.
+        exit_probe: The probe at that exit.
+        output: Of the layer there.
+        pool: The pool that ran.
+        classes: Number of the model's outputs.
+    """
+    inputs, labels = pools.inputs_and_labels(pool)
+    at_exit = _features_of(exits.states_of(output).detach(), inputs)
+    return _by_classifier(exit_probe, at_exit, labels, classes, checks.problem_of(anatomy), (LOSS,))[:, 0]
+
+
+@contextmanager
+def lesson(
+    model: nn.Module, batch: Any, probes: Mapping[int, ExitProbe], family: Family | None, ledger: Ledger
+) -> Iterator[None]:
+    """Teach probes of a classifier by the forward pass within this context: no pass of their own.
+
+    Compiled models are left alone: to look into them would compile them once more.
+
+    Args:
+        model: The model, wrapped or not.
+        batch: What it is run on, drawn uniformly.
+        probes: By depth.
+        family: A row for a model that `earlysift.exits.FAMILIES` does not know.
+        ledger: Where its time goes.
+    """
+    anatomy = exits.find_anatomy(model, family)
+    if exits.is_compiled(model, anatomy):
+        yield
+        return
+    with exits.captured(anatomy, max(probes)) as outputs, exits.called(anatomy.core) as answers:
+        yield
+    # The last pass, as the first one may have been a check of two rows; none, if the loop did something else.
+    outputs, rows = outputs[-max(probes) :], len(pools.inputs_and_labels(batch)[1])
+    if not answers or len(exits.states_of(outputs[-1])) != rows:
+        return
+    classes = exits.logits_of(answers[-1]).size(-1)
+    with ledger.timed("lesson"), torch.enable_grad():
+        for depth, exit_probe in probes.items():
+            exit_probe.propose(losses_by_probe(anatomy, exit_probe, outputs[depth - 1], batch, classes))
+            exit_probe.learn()
 
 
 def _read_by_adapter(

@@ -5,6 +5,7 @@ import dataclasses
 import logging
 import reprlib
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -12,7 +13,6 @@ from torch import Tensor, nn
 
 from earlysift import judging, loss_memory, pending, planning, pools, progress, scorers, steering, stepping
 from earlysift.config import SiftConfig
-from earlysift.controller import Control
 from earlysift.exits import ExitHead
 from earlysift.judging import Counted
 from earlysift.ledger import Ledger
@@ -81,7 +81,7 @@ class Sifter:
         self.selection: Selection | None = None
         self.latest: Kept | None = None
         self._runner = Runner(model, self.config, exit_head, exit_optimizer, self.ledger, samples)
-        self._control = self._candidates() if self.config.mode == "auto" else None
+        self._control = self._runner.control
         self._progress = progress.start(self.config.kept, steering.start(self._control))
         self._unjudged: Counted | None = None  # scores of the pool before that an accelerator has yet to count
         self._broken_probes = 0  # in a row
@@ -209,7 +209,7 @@ class Sifter:
         """
         candidates = pools.checked(pool, self.config.sample_id, group_key=self.config.group)
         kept = self._progress.kept or max(1, round(self.config.keep * candidates.size))
-        return self._runner.record(candidates, self._control or self._candidates(), kept)
+        return self._runner.record(candidates, self._control or self._runner.candidates(), kept)
 
     def loss(self, batch: Any, **options: Any) -> Tensor:
         """Training loss of the latest batch, from which memory, blend and auto mode learn (`observes`).
@@ -222,7 +222,18 @@ class Sifter:
             A float32 scalar.
         """
         observe = self.observe if self.observes else None
-        return scorers.training_loss(self.model, batch, family=self.config.family, observe=observe, **options)
+        with self.lesson(batch):
+            return scorers.training_loss(self.model, batch, family=self.config.family, observe=observe, **options)
+
+    def lesson(self, batch: Any) -> AbstractContextManager[None]:
+        """Let the probes that auto mode reads a classifier's exits by learn from the forward pass within this context.
+
+        `loss` does it. In loops that compute the loss themselves, run the model within it.
+
+        Args:
+            batch: What `sift` returned.
+        """
+        return self._runner.lesson(batch, self.latest)
 
     def observe(self, losses: Tensor, batch: Kept | None = None) -> None:
         """Take in the exact losses of a batch's samples, in loops that compute them themselves.
@@ -309,19 +320,6 @@ class Sifter:
         late = pending.arrived(self._unjudged.counts)
         counts = {name: count + late.get(name, 0) for name, count in self._progress.counts.items()}
         return dataclasses.replace(self._progress, counts=counts)
-
-    def _candidates(self) -> Control:
-        """What can be chosen on this model."""
-        config, control = self.config, self.config.control or Control()
-        layers, one = self._runner.layers(), self.exit_head is not None  # refused now, not at the first probe
-        return steering.candidates(
-            control,
-            depth=config.depth,
-            keep=config.keep,
-            layers=layers,
-            one_depth=one,
-            remembers=self._runner.learnt.memory is not None,
-        )
 
     def _warn(self, plan: Plan, scored: Scored | None, size: int, fidelity: Mapping[str, float]) -> None:
         """Warn of exits that rank at random, and once of a pool that is trained on whole."""

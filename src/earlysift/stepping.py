@@ -148,7 +148,7 @@ def whole_pool(pool: Pool, device: torch.device) -> Chosen:
 
 
 def learn(pool: Pool, scored: Scored | None, plan: Plan, runner: Runner) -> dict[str, float]:
-    """Compare the scores with exact losses if that is due, and train the exit head if there is one.
+    """Compare the scores with exact losses if that is due, and train the exit head or the probes if there are any.
 
     Returns:
         What `earlysift.fidelity.fidelity` returns, if scores were compared.
@@ -160,9 +160,9 @@ def learn(pool: Pool, scored: Scored | None, plan: Plan, runner: Runner) -> dict
         row = runner.fidelity(runner.filled_up(pool, plan.rows), scored.own, plan.kept)
     if runner.exit_optimizer is not None:
         runner.train_exit(pool, scored.own, plan.kept)
-    if runner.learnt.probe is not None:
+    if plan.depth in runner.learnt.probes:
         with runner.ledger.timed("exit"):
-            runner.learnt.probe.learn()
+            runner.learnt.probes[plan.depth].learn()
     return {} if plan.is_partial else row  # a partial pool is too small to learn from
 
 

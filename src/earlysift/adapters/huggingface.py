@@ -8,6 +8,7 @@ import itertools
 import logging
 from collections import deque
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,6 +76,7 @@ class SiftTrainerMixin(_Base):  # type: ignore[misc, valid-type]
         self._waiting: deque[Kept] = deque()  # micro-batches that were selected and not yet trained on
         self._trained: Kept | None = None  # the one that is trained on, where its losses are wanted
         self._anatomy: Anatomy | None = None
+        self._trains = False
         self._wants_losses = False
         self._totals = {"candidates_seen": 0, "samples_trained": 0}
         self._trained_before = 0
@@ -112,21 +114,27 @@ class SiftTrainerMixin(_Base):  # type: ignore[misc, valid-type]
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """One micro-batch, timed: the ledger's price of training."""
         self._trained = self._waiting.popleft() if self._waiting else None
+        self._trains = True
         try:
             with self.sifter.ledger.timed("train"):
                 return super().training_step(*args, **kwargs)
         finally:
-            self._trained = None  # what follows may be an evaluation
+            self._trained, self._trains = None, False  # what follows may be an evaluation
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's own loss; where losses of single samples are remembered, they are read off the same pass.
 
         By a hook, as TRL computes no logits for its loss, and makes a second pass to return some.
         """
-        if self._trained is None:
-            return super().compute_loss(model, inputs, *args, **kwargs)
+        # Copied now, as label smoothing takes the labels out.
+        with self.sifter.lesson(dict(inputs)) if self._trains else nullcontext():
+            if self._trained is None:
+                return super().compute_loss(model, inputs, *args, **kwargs)
+            return self._observed_loss(model, inputs, *args, **kwargs)
+
+    def _observed_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         found: list[Tensor] = []
-        labels = inputs.get(pools.LABELS_KEY)  # now, as label smoothing takes them out
+        labels = inputs.get(pools.LABELS_KEY)
 
         def read(_model: nn.Module, _inputs: Any, outputs: Any) -> None:
             if not found:  # TRL may run the model again for its metrics

@@ -24,7 +24,8 @@ class Operation:
 
     Attributes:
         name: Its name in results.json; at an exit, the exit's depth is appended.
-        kind: What its time adds to: ``"read"``, ``"train"``, ``"score"``, ``"probe"`` or ``"reference model"``.
+        kind: What its time adds to: ``"read"``, ``"train"``, ``"score"``, ``"probe"``, ``"lesson"`` or ``"reference
+            model"``.
         prepare: Gets it ready on a bench; calling what it returns does the work once. At an exit it also takes
             ``depth``.
         at_exit: Whether its price depends on the exit.
@@ -77,6 +78,7 @@ class Arm:
         training: What a training step is charged as.
         scoring: What scoring a pool is charged as; None if nothing is scored.
         probing: What a probe is charged as; None if nothing is probed.
+        teaching: What a lesson for the probes at exits is charged as; None if there are none.
         depths: Exits that it uses; without any the comparison's depth.
         charged: False only for an upper bound: then a step is charged like a uniform one, whatever it did.
         idle: Why all of its steps may have been those of uniform training, in words.
@@ -89,6 +91,7 @@ class Arm:
     training: Operation = TRAIN
     scoring: Operation | None = None
     probing: Operation | None = None
+    teaching: Operation | None = None
     depths: tuple[int, ...] = ()
     charged: bool = True
     idle: str = ""
@@ -99,7 +102,7 @@ class Arm:
         operations = [self.training.at(depth) for depth in exits]
         if self.scoring:
             operations += [READ_POOL, *(self.scoring.at(depth) for depth in exits)]
-        return [*operations, self.probing] if self.probing else operations
+        return operations + [operation for operation in (self.probing, self.teaching) if operation]
 
 
 def usable_exits(depths: Iterable[int], settings: Settings) -> tuple[int, ...]:

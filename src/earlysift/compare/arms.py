@@ -17,6 +17,7 @@ from earlysift.compare.sifted import (
     EXIT_PROBE,
     HEAD,
     JOINT_WEIGHT,
+    LESSON,
     MEMORY,
     PROBE,
     SCORING,
@@ -69,11 +70,20 @@ def _by_score(score: str) -> dict[str, Arm]:
 
 
 def _when(name: str, label: str, description: str, steps: Callable[..., Step], **parts: Any) -> dict[str, Arm]:
-    """An arm from the comparison's own start of selection on, and the same after a first third of the budget."""
+    """An arm from the comparison's own start of selection on, one after a first third of the budget, one unbiased."""
     late = ", after a first third of the budget with uniform training"
+    in_proportion = "draws candidates in proportion to " + description.removeprefix(
+        "keeps the candidates with the largest "
+    )
     return {
         name: Arm(label, description, steps, **parts),
         f"{name}-warm": Arm(f"{label}, warmed up", description + late, partial(steps, select_after=_WARM), **parts),
+        f"{name}-unbiased": Arm(
+            f"{label}, unbiased",
+            f"{in_proportion}, with weights that keep the mean gradient unbiased (T7)",
+            partial(steps, select="proportional", explore=0.0),
+            **parts,
+        ),
     }
 
 
@@ -135,14 +145,14 @@ ARMS: dict[str, Arm] = {
     **{
         name: arm
         for score, label, operation, what in (
-            ("probe", "probe", EXIT_PROBE, "the largest loss by a small model of its own at an early exit"),
-            ("blend", "blend", BLEND, "the largest loss as predicted from such a probe and from remembered losses"),
+            ("probe", "probe", EXIT_PROBE, "loss by a small model of its own at an early exit"),
+            ("blend", "blend", BLEND, "loss as predicted from such a probe and from remembered losses"),
         )
         for depth in (1, 2, 3)
         for name, arm in _when(
             f"{score}-{depth}",
             f"{label}, exit {depth}",
-            f"keeps the candidates with {what} after {depth} layers",
+            f"keeps the candidates with the largest {what} after {depth} layers",
             partial(learning, score=score, depth=depth),
             source=_SIFT,
             scoring=operation,
@@ -156,6 +166,7 @@ ARMS: dict[str, Arm] = {
         auto,
         scoring=AUTO_SCORING,
         probing=PROBE,
+        teaching=LESSON,
         depths=AUTO_DEPTHS,
     ),
     **{

@@ -137,10 +137,10 @@ class Bench:
 
         Args:
             exits: Where it may score.
-            keep: Its smallest keep; the comparison's is the other one.
+            keep: Its smallest keep; a half and the comparison's are the others.
             scoring: What its scoring is charged as.
         """
-        control = Control(depths=exits, keeps=(keep, self.settings.keep))
+        control = Control(depths=exits, keeps=tuple(sorted({keep, 0.5, self.settings.keep})))
         if not self.medians_ms:
             return control
         larger = self.settings.keep / keep  # scoring was timed on pools of the comparison's keep

@@ -85,7 +85,7 @@ def work_of(row: Row, arm: Arm, settings: Settings) -> list[Work]:
 
     Args:
         row: ``candidates`` read; ``scored`` and ``depth`` of the exit, if any; ``reference_scored``. What was measured
-            of ``wait_ms``, ``train_ms``, ``sift_ms`` (else ``score_ms``) and ``probe_ms``.
+            of ``wait_ms``, ``train_ms``, ``sift_ms`` (else ``score_ms``), ``probe_ms`` and ``lesson_ms``.
         arm: The arm.
         settings: The comparison.
     """
@@ -93,7 +93,12 @@ def work_of(row: Row, arm: Arm, settings: Settings) -> list[Work]:
     candidates, scored, reference_scored = row["candidates"], row.get("scored"), row.get("reference_scored")
     pools_read = candidates / settings.pool
     read, amount = (READ_POOL, pools_read) if candidates > settings.batch else (READ_BATCH, 1.0)
-    work = [Work(arm.training.at(depth), 1.0, row.get("train_ms")), Work(read, amount, row.get("wait_ms"))]
+    train_ms, lesson_ms = (
+        row.get("train_ms"),
+        row.get("lesson_ms", 0.0),
+    )  # a lesson is given while a batch is trained on
+    training_ms = None if train_ms is None else train_ms - lesson_ms
+    work = [Work(arm.training.at(depth), 1.0, training_ms), Work(read, amount, row.get("wait_ms"))]
     if scored and arm.scoring is None:
         raise ValueError(f"The arm {arm.label!r} scores candidates, but its row has no scoring to charge them as.")
     if arm.scoring and scored:
@@ -106,6 +111,8 @@ def work_of(row: Row, arm: Arm, settings: Settings) -> list[Work]:
         work.append(Work(scoring, reference_scored / scoring.pool(settings)))
     if arm.probing and "probe_ms" in row:
         work.append(Work(arm.probing, 1.0, row["probe_ms"]))
+    if arm.teaching and "lesson_ms" in row:
+        work.append(Work(arm.teaching, 1.0, row["lesson_ms"]))
     return work
 
 

@@ -71,7 +71,7 @@ def learning(bench: Bench, *, depth: int | None = None, select_after: float | No
     def step(share: float) -> None:
         nonlocal spent
         spent = share
-        _sift_and_train(bench, sifter, lambda batch, _: bench.observed_loss(batch, sifter))
+        _sift_and_train(bench, sifter, lambda batch, weights: bench.observed_loss(batch, sifter, weights))
 
     return step
 
@@ -86,12 +86,12 @@ def _sift_and_train(bench: Bench, sifter: Sifter, loss_of: Callable[[Rows, Tenso
     pool = _pool(bench, sifter.wanted, sifter)
     with bench.ledger.timed("sift"):
         batch = sifter.sift(pool)
+    with bench.ledger.timed("train"):
+        bench.update(loss_of(batch, None if sifter.config.keep == 1 else sifter.weights))
     row = sifter.ledger.end()
     if row.get("mode") == "off":
         bench.position -= row["candidates"] - row["trained"]  # read for a probe only; offered again
     bench.ledger.note(**{name: value for name, value in row.items() if name not in ("step", "step_ms")})
-    with bench.ledger.timed("train"):
-        bench.update(loss_of(batch, None if sifter.config.keep == 1 else sifter.weights))
 
 
 def _auto_sifter(bench: Bench) -> Sifter:
@@ -126,6 +126,26 @@ def _training_jointly(bench: Bench, *, depth: int) -> Callable[[], object]:
     return lambda: bench.update(bench.joint_loss(batch, sifter, JOINT_WEIGHT))
 
 
+def _teaching(bench: Bench) -> Callable[[], object]:
+    """A lesson for the probes at the exits of auto mode, as `earlysift.scorers.lesson` gives it."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    from earlysift.exit_probe import ExitProbe, features
+
+    settings = bench.settings
+    probes = [ExitProbe() for _ in usable_exits(AUTO_EXITS, settings)]
+    states, labels = torch.zeros(settings.batch, settings.length, settings.width), torch.arange(settings.batch) % 2
+
+    def teach() -> None:
+        for probe in probes:
+            logits = probe.classify(features(states.to(bench.device)), classes=10)
+            probe.propose(cross_entropy(logits, labels.to(bench.device), reduction="none"))
+            probe.learn()
+
+    return teach
+
+
 def _probing(bench: Bench) -> Callable[[], object]:
     sifter = _auto_sifter(bench)
     pool = _pool(bench, sifter.wanted, sifter)
@@ -144,3 +164,4 @@ EXACT = Operation("exact", "score", partial(sifting, score="exact"))
 HEAD = Operation("head", "score", partial(sifting, own_head=EXIT_HEAD_WIDTH), at_exit=True)
 TRAIN_JOINTLY = Operation("train_joint", "train", _training_jointly, at_exit=True)
 PROBE = Operation("probe", "probe", _probing)
+LESSON = Operation("lesson", "lesson", _teaching)

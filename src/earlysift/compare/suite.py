@@ -37,7 +37,9 @@ _SST2 = {"task": "classification", "data": ("sst2",), "validation_samples": 872}
 _CLASSIFY = _SMALL | _SST2 | {"arms": _PEERS, "budget": 12.0, "learning_rate": 1e-3}
 _IMAGE = _SMALL | {"task": "image", "arms": _PEERS, "budget": 8.0, "learning_rate": 1e-3}
 # Samples return, and most are learnt: where approximate losses can pay. Every approximation runs, with a small keep.
-_SCORES = ("uniform", "memory", "probe-2", "blend-2", "sift-2", "free", "auto")
+_SCORES = (
+    *("uniform", "memory", "memory-unbiased", "probe-2", "probe-2-unbiased", "blend-2", "sift-2", "free", "auto"),
+)
 _EPOCHS = _SMALL | {"arms": _SCORES, "budget": 60.0, "keep": 0.25, "evaluations": 31, "validation_samples": 2000}
 _MNIST = _EPOCHS | {
     "task": "image",
@@ -46,7 +48,7 @@ _MNIST = _EPOCHS | {
     "learning_rate": 1.5e-3,
     "select_after": 0.3,
 }
-_NOISY = ("uniform", "memory", "auto")
+_NOISY = ("uniform", "memory", "memory-unbiased", "auto")
 _PRETRAINING = "mlm-wikipedia-books"
 
 _CPU: dict[str, dict[str, Any]] = {

@@ -27,7 +27,7 @@ from earlysift.pretrain.workloads import Workload
 
 Point = dict[str, float]
 Run = dict[str, Any]
-_KINDS = ("read", "score", "probe", "train", "reference model")
+_KINDS = ("read", "score", "probe", "lesson", "train", "reference model")
 
 
 def rehearse(settings: Settings, workload: Workload, *, choose_threads: bool) -> None:

@@ -46,6 +46,7 @@ KINDS = {
     "train": "#2f7fd6",
     "score": "#d9581f",
     "probe": "#9166d6",
+    "lesson": "#c2528b",
     "reference model": "#159a6c",
     "read": "#8f8420",
 }

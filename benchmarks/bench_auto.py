@@ -1,0 +1,260 @@
+"""`auto`: what auto mode saves of what the best fixed score saves, on streams that train in seconds.
+
+Nothing is timed: a step is charged by its matrix products, so that the same commit gives the same figures anywhere.
+"""
+
+import itertools
+import math
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from functools import partial
+from statistics import mean
+from typing import Any, NamedTuple
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import measuring
+import streams
+from earlysift import Sifter, selectors
+from earlysift.controller import Control
+from earlysift.exits import Family
+from earlysift.seeds import seeded
+from streams import Stream
+
+LAYERS, WIDTH, BATCH, KEEP = 12, 64, 32, 0.25
+RATE, WARMUP = 2e-3, 0.05
+STEPS, EVALUATIONS, SEEDS = 1500, 60, 3
+HELD_OUT = 4000
+EXITS = (1, 2, 3)
+SELECT_AFTER = 0.15  # of the budget, in arms with a fixed score
+MARGIN = 1.1  # the target: so many times the best loss of uniform training
+FAMILY = Family("blocks", (("norm", "head"),), "sequence_classification")
+
+TITLE = "What auto mode collects"
+ABOUT = f"""A residual network of {LAYERS} layers on generated streams (benchmarks/streams.py), {SEEDS} seeds, a budget of
+{STEPS} uniform steps, the learning rate decayed to zero in every arm. Charged by matrix products are scoring, probes
+and training, but not exact losses that are for free. Speed-up: budget spent to {MARGIN} times uniform training's best
+held-out loss, uniform's over the arm's, geometric mean; 0 if an arm never gets there. End: held-out loss at the end
+over uniform's."""
+TABLES: dict[str, measuring.Columns] = {
+    "arms": {
+        "arm": ("arm", "{}"),
+        "speed_up": ("speed-up", "{:.2f}"),
+        "end": ("loss at the end", "{:.3f}"),
+        "accuracy": ("accuracy at the end", "{:.2%}"),
+        "selecting": ("steps that select", "{:.0%}"),
+    }
+}
+
+
+class Residual(nn.Module):
+    """Twelve residual layers between a linear stem and a normalised head."""
+
+    def __init__(self, convex: bool) -> None:
+        super().__init__()
+        self.stem = nn.Identity() if convex else nn.Linear(streams.INPUTS, WIDTH)
+        self.blocks = nn.Sequential(*(nn.Identity() if convex else Block() for _ in range(LAYERS)))
+        self.norm: nn.Module = nn.Identity() if convex else nn.LayerNorm(WIDTH)
+        self.head = nn.Linear(streams.INPUTS if convex else WIDTH, streams.CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``(n, CLASSES)`` of inputs."""
+        logits: Tensor = self.head(self.norm(self.blocks(self.stem(x))))
+        return logits
+
+
+class Block(nn.Module):
+    """``x + W2 gelu(W1 norm(x))``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """States of the same shape."""
+        out: Tensor = x + self.down(torch.nn.functional.gelu(self.up(self.norm(x))))
+        return out
+
+
+class Arm(NamedTuple):
+    """Options of its sifter, and whether scoring is charged."""
+
+    options: dict[str, Any]
+    charged: bool = True
+
+
+def arms(stored: bool) -> dict[str, Arm]:
+    """The arms of a case; remembered losses where samples return."""
+    ids = {"sample_id": "id"} if stored else {}
+    fixed: dict[str, Any] = {"keep": KEEP, "schedule": lambda share: float(share >= SELECT_AFTER)}
+    control = Control(depths=EXITS, keeps=(KEEP, 0.5), total_steps=STEPS, reference_costs=prices())
+    return {
+        "uniform": Arm({"keep": 1.0}),
+        **{f"exit {depth}": Arm(fixed | {"depth": depth}) for depth in EXITS},
+        **{f"probe {depth}": Arm(fixed | {"depth": depth, "score": "probe"}) for depth in EXITS},
+        **({"memory": Arm(fixed | ids | {"score": "memory"})} if stored else {}),
+        "unbiased exit 1": Arm(fixed | {"depth": 1, "select": selectors.proportional}),
+        **{
+            f"unbiased probe {depth}": Arm(fixed | {"depth": depth, "score": "probe", "select": selectors.proportional})
+            for depth in EXITS
+        },
+        "exact, free": Arm(fixed | {"score": "exact"}, charged=False),
+        "auto": Arm(ids | {"keep": KEEP, "mode": "auto", "depth": EXITS[0], "control": control}),
+    }
+
+
+def prices() -> dict[str, float]:
+    """Charges in steps of uniform training: a pass forward is a third of one, and a head a quarter of a layer."""
+    pool = 1 / KEEP / 3
+    return {
+        "train": 1.0,
+        "probe": pool * (1 + 0.25 * (len(EXITS) + 2) / LAYERS),
+        "score_0": 0.0,
+        **{f"score_{depth}": pool * (depth + 0.25) / LAYERS for depth in EXITS},
+    }
+
+
+def plan(given: Namespace) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Entries of this benchmark, by name, and how to measure them."""
+    groups = {"tuned on": streams.TUNED, "confirmed on": streams.CONFIRMED}
+    return {
+        f"{group}: {name}": partial(measure, name, case, given.smoke)
+        for group, cases in groups.items()
+        for name, case in cases.items()
+        if not (given.smoke and name != "copies")
+    }
+
+
+def measure(name: str, case: Callable[[Generator], Stream], smoke: bool = False) -> dict[str, Any]:
+    """All arms on all seeds of a case."""
+    torch.set_num_threads(1)  # products as small as these
+    seeds, steps = (1, 20) if smoke else (SEEDS, STEPS)
+    curves = [
+        {arm: train(case, arm, seed, steps, name) for arm in arms(case(seeded(seed, name)).stored is not None)}
+        for seed in range(seeds)
+    ]
+    uniform = [by_arm["uniform"] for by_arm in curves]
+    return {"arms": [_summary(arm, [by_arm[arm] for by_arm in curves], uniform) for arm in curves[0]]}
+
+
+class Curve(NamedTuple):
+    """Of one run: budget spent in uniform steps and held-out loss at every evaluation, and how it ended."""
+
+    spent: list[float]
+    losses: list[float]
+    accuracy: float
+    selecting: float
+
+
+def train(case: Callable[[Generator], Stream], arm: str, seed: int, steps: int, name: str) -> Curve:
+    """One arm on one seed, until its budget is spent."""
+    draws = seeded(seed, name)
+    stream = case(draws)
+    held_out = stream.draw(HELD_OUT, draws)
+    data = _pools(stream, draws)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Residual(stream.convex)
+    options, charged = arms(stream.stored is not None)[arm]
+    if "schedule" in options:
+        options |= {"schedule": lambda step: float(step >= SELECT_AFTER * steps)}
+    sifter = Sifter(model, family=FAMILY, kept=BATCH, seed=seed, probe_every=0, ledger=None, **options)
+    optimizer = torch.optim.AdamW(model.parameters(), RATE)
+    spent, due, selecting, taken, curve = 0.0, 0.0, 0, 0, []
+    while spent < steps:
+        if spent >= due:
+            curve.append((spent, *evaluate(model, held_out)))
+            due += steps / EVALUATIONS
+        share = spent / steps
+        optimizer.param_groups[0]["lr"] = RATE * min(1.0, share / WARMUP + 0.01, (1 - share) / (1 - WARMUP))
+        batch = sifter.sift(data(_wanted(sifter)))
+        loss = sifter.loss(batch, weights=None if sifter.config.keep == 1 else sifter.weights)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        cost, selects = _charge(sifter, charged)
+        spent, selecting, taken = spent + cost, selecting + selects, taken + 1
+    curve.append((spent, *evaluate(model, held_out)))
+    times, losses, accuracies = map(list, zip(*curve, strict=True))
+    return Curve(times, losses, accuracies[-1], selecting / taken)
+
+
+def _charge(sifter: Sifter, charged: bool) -> tuple[float, bool]:
+    """What the latest step cost, and whether it selected."""
+    row = sifter.ledger.end()
+    cost = 1.0
+    if charged and "scored" in row:
+        by_depth = prices()[f"score_{0 if sifter.config.score == 'memory' else row['depth']}"]
+        cost += by_depth * row["scored"] * KEEP / BATCH
+    if "control" in row and "rank_correlation" in row:
+        cost += prices()["probe"]
+    if False:
+        cost += max(EXITS) / LAYERS / 3
+    return cost, "scored" in row
+
+
+def _pools(stream: Stream, generator: Generator) -> Callable[[int], dict[str, Tensor]]:
+    """Hands out so many candidates, new ones or epoch by epoch."""
+
+    def spoilt(count: int) -> tuple[Tensor, Tensor]:
+        inputs, labels = stream.draw(count, generator)
+        return inputs, labels if stream.spoil is None else stream.spoil(labels, generator)
+
+    if stream.stored is None:
+
+        def fresh(count: int) -> dict[str, Tensor]:
+            inputs, labels = spoilt(count)
+            return {"x": inputs, "labels": labels}
+
+        return fresh
+    inputs, labels = spoilt(stream.stored)
+    order: Iterator[int] = itertools.chain.from_iterable(
+        torch.randperm(len(labels), generator=generator).tolist() for _ in itertools.count()
+    )
+
+    def stored(count: int) -> dict[str, Tensor]:
+        ids = torch.tensor(list(itertools.islice(order, count)))
+        return {"x": inputs[ids], "labels": labels[ids], "id": ids}
+
+    return stored
+
+
+def evaluate(model: nn.Module, samples: tuple[Tensor, Tensor]) -> tuple[float, float]:
+    """Mean loss and accuracy."""
+    with torch.no_grad():
+        logits = model(samples[0])
+    return cross_entropy(logits, samples[1]).item(), (logits.argmax(dim=1) == samples[1]).float().mean().item()
+
+
+def _summary(arm: str, runs: list[Curve], uniform: list[Curve]) -> dict[str, Any]:
+    ratios, ends = [], []
+    for run, plain in zip(runs, uniform, strict=True):
+        target = MARGIN * min(plain.losses)
+        ends.append(run.losses[-1] / plain.losses[-1])
+        if target < plain.losses[0]:
+            ratios.append(_first(plain, target) / _first(run, target))
+    return {
+        "arm": arm,
+        "speed_up": math.exp(mean(map(math.log, ratios))) if ratios and min(ratios) > 0 else 0.0,
+        "ratios": ratios,
+        "end": math.exp(mean(map(math.log, ends))),
+        "accuracy": mean(run.accuracy for run in runs),
+        "selecting": mean(run.selecting for run in runs),
+    }
+
+
+def _first(run: Curve, target: float) -> float:
+    """Budget spent when the loss first fell to the target, between two evaluations in proportion; inf if never."""
+    for i, loss in enumerate(run.losses):
+        if loss <= target:
+            if i == 0:
+                return run.spent[0]
+            before = run.losses[i - 1]
+            return run.spent[i - 1] + (before - target) / (before - loss) * (run.spent[i] - run.spent[i - 1])
+    return math.inf
+
+
+def _wanted(sifter: Sifter) -> int:
+    return sifter.wanted if sifter.config.keep < 1 else BATCH
