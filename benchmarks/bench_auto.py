@@ -33,11 +33,11 @@ MARGIN = 1.1  # the target: so many times the best loss of uniform training
 FAMILY = Family("blocks", (("norm", "head"),), "sequence_classification")
 
 TITLE = "What auto mode collects"
-ABOUT = f"""A residual network of {LAYERS} layers on generated streams (benchmarks/streams.py), {SEEDS} seeds, a budget of
-{STEPS} uniform steps, the learning rate decayed to zero in every arm. Charged by matrix products are scoring, probes
-and training, but not exact losses that are for free. Speed-up: budget spent to {MARGIN} times uniform training's best
-held-out loss, uniform's over the arm's, geometric mean; 0 if an arm never gets there. End: held-out loss at the end
-over uniform's."""
+ABOUT = f"""A residual network of {LAYERS} layers on generated streams (benchmarks/streams.py), {SEEDS} seeds, a budget
+of {STEPS} uniform steps, the learning rate decayed to zero in every arm. Scoring, probes and training are charged by
+matrix products, exact losses that are for free are not. Speed-up: budget spent to {MARGIN} times uniform training's
+best held-out loss, uniform's over the arm's, geometric mean; 0 if an arm never gets there. End: held-out loss at the
+end over uniform's."""
 TABLES: dict[str, measuring.Columns] = {
     "arms": {
         "arm": ("arm", "{}"),

@@ -1,9 +1,12 @@
 """The controller: measures what selection would gain, chooses only what pays, and spends little on finding out."""
 
 import copy
+import dataclasses
+import functools
 import itertools
 import json
 import math
+from statistics import median
 
 import pytest
 import torch
@@ -11,12 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Generator
 
-from earlysift import controller, costs, selectors
+from earlysift import controller, selectors
 from earlysift.controller import (
     EARLY_PROBES,
     EARLY_SHARE,
     ENOUGH,
     KEEP,
+    LATEST,
     LEAST_CORRELATION,
     MOVE,
     SURE,
@@ -41,9 +45,12 @@ laws = settings(deadline=None, derandomize=True, database=None, max_examples=200
 NAN, INF = float("nan"), float("inf")
 ONE = Control(depths=(1,), keeps=(0.5,))
 GREEDY = Control(depths=(1,), keeps=(0.5,), rules=("greedy",))
+BOTH = Control(depths=(1,), memory=True, keeps=(0.5,))
 CHEAP = {"train": 100.0, "probe": 60.0, "score_1": 5.0, "score_2": 8.0, "score_3": 11.0}
 FREE = {**CHEAP, "score_1": 0.0}
 CHOICE = Choice("greedy", 1, 0.5)
+UNBIASED = Choice("unbiased", 1, 0.5)
+REMEMBERED = Choice("greedy", 0, 0.5)
 
 
 def seeded(seed):
@@ -80,13 +87,18 @@ def pure_noise(seed, rows=64):
     return probe_of(gradients, 0.5 + torch.rand(rows, generator=generator))
 
 
-def plateau(seed, rows=64):
-    """The larger half of the losses pulls away from where the mean gradient leads."""
+def plateau(seed, rows=64, *, size=1.0):
+    """The larger half of the losses, which are of that size, pulls away from where the mean gradient leads."""
     generator = seeded(seed)
     hard = torch.arange(rows) % 2 == 1
     gradients = noisy(rows, generator, along=0.0, noise=1.0)
     gradients[:, 0] += torch.where(hard, -1.0, 3.0)
-    return probe_of(gradients, torch.where(hard, 2.0, 1.0) + 0.1 * torch.rand(rows, generator=generator))
+    return probe_of(gradients, size * (torch.where(hard, 2.0, 1.0) + 0.1 * torch.rand(rows, generator=generator)))
+
+
+def forgotten(_):
+    """A loss that has risen everywhere, and gradients that agree on nothing."""
+    return probe_of(torch.eye(64, dtype=torch.float64), easy_heavy(99).exact + 1)
 
 
 def run(make, probes=8, *, control=ONE, prices=CHEAP, state=None, first=0):
@@ -149,8 +161,6 @@ def test_uniform_and_greedy_steps_are_those_of_a_loop_over_pairs_and_subsets(see
         for keep, rows in ((0.5, 10), (0.8, 6)):
             gain = fidelity(of_depth[:rows], losses[:rows], 5)["gain"]
             assert numbers[f"gain.{depth}.{keep:g}"] == pytest.approx(gain)
-            ratio = costs.second_moment_ratio(of_depth[:rows])
-            assert numbers[f"second_moment.{depth}.{keep:g}"] == pytest.approx(ratio)
 
 
 def drawn(gradients, draw, count=2000):
@@ -193,9 +203,18 @@ def test_unbiased_steps_are_those_of_drawn_batches(kind, along):
     (signal, signal_error), (length2, length_error) = drawn(
         gradients, lambda: selectors.proportional(scores, 32, generator)
     )
-    assert abs(numbers["unbiased.1.0.5.signal"] - signal) <= 4 * signal_error
+    assert abs(numbers["uniform.signal"] - signal) <= 4 * signal_error
     # Joint inclusion is taken as that of independent draws, which is off by little.
     assert abs(numbers["unbiased.1.0.5.length2"] - length2) <= 4 * length_error + 0.015 * length2
+
+
+def test_drawing_by_scores_that_are_all_alike_is_uniform_training_whatever_the_keep():
+    generator = seeded(0)
+    gradients = noisy(30, generator) * torch.rand(30, 1, generator=generator, dtype=torch.float64)
+    control = Control(depths=(1,), keeps=(0.5, 0.75))
+    numbers = record(probe_of(gradients, torch.rand(30, generator=generator), torch.ones(30)), 15, control)
+    for keep in control.keeps:
+        assert numbers[f"unbiased.1.{keep:g}.length2"] == pytest.approx(numbers["uniform.length2"])
 
 
 def test_a_larger_keep_looks_at_the_first_part_of_the_pool():
@@ -207,9 +226,10 @@ def test_a_larger_keep_looks_at_the_first_part_of_the_pool():
     later[20:] = losses[20:].flip(0)  # behind the part that keep = 0.75 scores
     after = record(probe_of(gradients, losses, later), 15, control)
     of_larger = [name for name in before if ".0.75" in name]
-    assert len(of_larger) == 6
+    assert len(of_larger) == 4
     assert all(before[name] == after[name] for name in of_larger)
     assert before["greedy.1.0.5.signal"] != after["greedy.1.0.5.signal"]
+    assert before["unbiased.1.0.5.length2"] != after["unbiased.1.0.5.length2"]
 
 
 @laws
@@ -260,6 +280,7 @@ def test_names_of_a_record_are_known_whatever_the_pool(kept):
             numbers = record(Probe(seen, scores, torch.eye(8, dtype=torch.float64)), kept, control)
             assert sorted(numbers) == sorted(names)
             assert all(isinstance(value, float) for value in numbers.values())
+    assert record_names(ONE) == record_names(GREEDY)  # whatever may be chosen
 
 
 # Estimates
@@ -268,9 +289,8 @@ def test_names_of_a_record_are_known_whatever_the_pool(kept):
 def test_identical_gradients_leave_nothing_to_gain():
     gradients = torch.ones(16, 4, dtype=torch.float64)
     numbers = run(lambda seed: probe_of(gradients, torch.rand(16, generator=seeded(seed))), 3, prices=FREE)[-1].numbers
-    for choice in choices(ONE):
-        assert numbers[f"progress.{choice.rule}.1.0.5"] == pytest.approx(1, abs=0.05)
-    assert numbers["progress.greedy.1.0.5"] == pytest.approx(1)
+    assert numbers["progress.1.0.5"] == pytest.approx(1)
+    assert 0.95 < numbers["payoff_T7.1.0.5"] < 1
     assert numbers["noise_scale"] == pytest.approx(0)
 
 
@@ -281,16 +301,37 @@ def test_payoffs_are_gains_and_moments_over_cost_in_the_median():
     for keep in control.keeps:
         cost, pair = dear[f"cost.1.{keep:g}"], f"1.{keep:g}"
         assert cost == pytest.approx(1 + 40 / 100 * 0.5 / keep)  # a larger keep scores a smaller part of the pool
-        gain, moment = (sorted(entry[f"{name}.{pair}"] for entry in records)[2] for name in ("gain", "second_moment"))
+        latest = records[-LATEST:]
+        gain = median(entry[f"gain.{pair}"] for entry in latest)
+        moment = median(entry[f"unbiased.{pair}.length2"] / entry["uniform.length2"] for entry in latest)
         assert dear[f"payoff_C2.{pair}"] == pytest.approx(gain / cost)
         assert dear[f"payoff_T7.{pair}"] == pytest.approx(1 / (moment * cost))
-    for choice in choices(control):
-        name = f"{choice.rule}.1.{choice.keep:g}"
         along, uniform = (
             sum(entry[f"{of}.signal"] / math.sqrt(entry[f"{of}.length2"]) for entry in records)
-            for of in (name, "uniform")
+            for of in (f"greedy.{pair}", "uniform")
         )
-        assert dear[f"progress.{name}"] == pytest.approx(along / uniform)
+        assert dear[f"progress.{pair}"] == pytest.approx(along / uniform)
+
+
+def test_of_records_before_the_latest_three_only_progress_and_their_number_are_left():
+    latest = [record(easy_heavy(seed), 32, ONE) for seed in range(LATEST)]
+    early = [record(plateau(seed), 32, ONE) for seed in range(LATEST)]
+    alone, after = (estimates(records, ONE, CHEAP, 0.5) for records in (latest, [*early, *latest]))
+    assert LATEST == 3
+    assert {name for name in alone if alone[name] != after[name]} == {"progress.1.0.5", "records"}
+    assert after["progress.1.0.5"] < alone["progress.1.0.5"]
+
+
+@pytest.mark.parametrize("prices", [FREE, CHEAP])
+def test_payoff_by_variance_is_of_gradients_and_not_of_losses(prices):
+    heavy = torch.full((64,), 0.01)
+    heavy[::8] = 2.0
+    same = torch.eye(64, dtype=torch.float64)  # noise: what is large is the loss, no gradient is
+    carrying = same * heavy.unsqueeze(1)
+    noise, learnt = (run(lambda _, g=g: probe_of(g, heavy), 3, prices=prices)[-1] for g in (same, carrying))
+    assert noise.numbers["concentration"] == learnt.numbers["concentration"] > 7
+    assert noise.numbers["payoff_T7.1.0.5"] < 1 < TAKE.variance < learnt.numbers["payoff_T7.1.0.5"]
+    assert (noise.state.choice, learnt.state.choice) == (None, UNBIASED)
 
 
 def test_one_probe_that_deceives_does_not_decide():
@@ -308,7 +349,7 @@ def test_progress_is_how_far_a_step_of_given_length_goes_along_the_mean_gradient
     hard, share = rows / 8, 1 / 8
     greedy = (hard / kept) / math.sqrt((hard / kept) ** 2 + 36 * hard / kept**2)
     uniform = share / math.sqrt(share**2 + (37 * share - share**2) / kept)
-    assert numbers["progress.greedy.1.0.5"] == pytest.approx(greedy / uniform, rel=0.05)
+    assert numbers["progress.1.0.5"] == pytest.approx(greedy / uniform, rel=0.05)
 
 
 def test_noise_scale_is_that_of_the_gradients():
@@ -320,7 +361,7 @@ def test_noise_scale_is_that_of_the_gradients():
 def test_what_a_uniform_step_cannot_see_no_choice_is_said_to_do_better():
     gradients = torch.tensor([[1.0], [-1.0], [1.0], [-1.0]], dtype=torch.float64)  # the mean of the others points back
     numbers = run(lambda _: probe_of(gradients, torch.tensor([4.0, 1.0, 3.0, 2.0])), 3)[-1].numbers
-    assert [numbers[f"progress.{rule}.1.0.5"] for rule in ("greedy", "unbiased")] == [0, 0]
+    assert numbers["progress.1.0.5"] == 0
     assert numbers["noise_scale"] == INF
 
 
@@ -342,15 +383,30 @@ def test_the_same_probes_give_the_same_verdicts_and_inputs_stay_as_they_were():
     assert (state, entry, prices) == before
 
 
-def test_training_starts_uniform_and_a_workload_of_learnt_samples_switches_greedy_on_after_enough_probes():
-    verdicts = run(easy_heavy)
+@pytest.mark.parametrize(
+    ("control", "choice", "reason"),
+    [
+        (
+            GREEDY,
+            CHOICE,
+            "selection pays (batches have 1.93 times the pools' loss, at cost 1.05, and depth 1 ranks with correlation "
+            "1.00)",
+        ),
+        (
+            ONE,
+            UNBIASED,
+            "unbiased selection pays (drawing by depth 1 makes steps 1.75 times less noisy, at cost 1.05)",
+        ),
+    ],
+)
+def test_training_starts_uniform_and_a_workload_of_learnt_samples_switches_selection_on_after_enough_probes(
+    control, choice, reason
+):
+    verdicts = run(easy_heavy, control=control)
     assert [verdict.state.choice for verdict in verdicts[: ENOUGH - 1]] == [None] * (ENOUGH - 1)
     assert {verdict.reason for verdict in verdicts[: ENOUGH - 1]} == {"too few probes"}
-    assert {verdict.state.choice for verdict in verdicts[ENOUGH - 1 :]} == {CHOICE}
-    assert verdicts[ENOUGH - 1].reason == (
-        "selection pays (batches have 1.93 times the pools' loss, at cost 1.05, and depth 1 ranks with correlation "
-        "1.00)"
-    )
+    assert {verdict.state.choice for verdict in verdicts[ENOUGH - 1 :]} == {choice}
+    assert verdicts[ENOUGH - 1].reason == reason
 
 
 def test_nothing_is_chosen_before_enough_probes_however_well_it_pays():
@@ -375,7 +431,7 @@ def test_a_plateau_is_left_alone_although_its_gain_in_loss_would_pay():
     for verdict in run(plateau, prices=FREE):
         assert verdict.state.choice is None
         assert verdict.numbers["payoff_C2.1.0.5"] > 1.2
-        assert verdict.numbers["progress.greedy.1.0.5"] < 0
+        assert verdict.numbers["progress.1.0.5"] < 0
 
 
 def test_what_pays_when_it_is_free_is_left_alone_when_scoring_costs_too_much():
@@ -386,8 +442,9 @@ def test_what_pays_when_it_is_free_is_left_alone_when_scoring_costs_too_much():
     assert verdicts[-1].reason == "selection does not pay (batches have 1.93 times the pools' loss, at cost 2.00)"
 
 
-def test_the_choice_is_the_one_that_pays_most():
-    control = Control(depths=(1, 2, 3), keeps=(0.5, 0.67))
+@pytest.mark.parametrize(("rule", "payoff"), [("greedy", "payoff_C2"), ("unbiased", "payoff_T7")])
+def test_the_choice_is_the_one_that_pays_most(rule, payoff):
+    control = Control(depths=(1, 2, 3), keeps=(0.5, 0.67), rules=(rule,))
     generator = seeded(1)
 
     def make(seed):
@@ -398,9 +455,8 @@ def test_the_choice_is_the_one_that_pays_most():
 
     verdicts = run(make, WINDOW, control=control, prices={**CHEAP, "score_3": 60.0})
     switched = next(verdict for verdict in verdicts if verdict.state.choice)
-    greedy = [choice for choice in choices(control) if choice.rule == "greedy"]
-    assert switched.state.choice == max(greedy, key=lambda c: switched.numbers[f"payoff_C2.{c.depth}.{c.keep:g}"])
-    assert switched.state.choice == Choice("greedy", 2, 0.5)
+    paying = max(choices(control), key=lambda c: switched.numbers[f"{payoff}.{c.depth}.{c.keep:g}"])
+    assert switched.state.choice == paying == Choice(rule, 2, 0.5)
 
 
 def test_records_outlive_switching_on_as_they_tell_scores_apart_under_any_way_of_training():
@@ -410,28 +466,40 @@ def test_records_outlive_switching_on_as_they_tell_scores_apart_under_any_way_of
     assert len(verdicts[at + 1].state.records) == at + 2
 
 
-def numbers_of(*, gain=2.0, moment=2.0, concentration=5.0, progress=1.0, correlation=0.9, retention=0.5, **more):
-    """Numbers of a choice that is fit, but for what is given."""
+def numbers_of(*, gain=2.0, variance=2.0, concentration=5.0, progress=1.0, correlation=0.9, retention=0.5, **more):
+    """Numbers of choices that are fit, by memory and at depth 1, but for what is given."""
     names = {"records": ENOUGH, "loss": 1.0, "loss_error": 0.1, "concentration": concentration, "retention": retention}
-    names |= {"correlation.1": correlation, "cost.1.0.5": 1.0, "payoff_C2.1.0.5": gain, "payoff_T7.1.0.5": moment}
-    return names | {f"progress.{choice.rule}.1.0.5": progress for choice in choices(ONE)} | more
+    for depth in (0, 1):
+        pair = f"{depth}.0.5"
+        names |= {f"correlation.{depth}": correlation, f"cost.{pair}": 1.0, f"progress.{pair}": progress}
+        names |= {f"payoff_C2.{pair}": gain, f"payoff_T7.{pair}": variance}
+    return names | more
 
 
-def state_of(choice, *, correlation=0.9):
-    return State(choice, ({"correlation.1": correlation},), before=(1.0, 0.1))
+def without_retention(numbers):
+    return {name: value for name, value in numbers.items() if name != "retention"}
+
+
+def state_of(choice, *, correlation=0.9, harmed=False):
+    return State(choice, ({"correlation.1": correlation},), before=(1.0, 0.1), harmed=harmed)
+
+
+def risen_by(times, **changes):
+    """Numbers of a loss of whole pools that has risen by so many times what is sure, since `state_of`."""
+    return numbers_of(loss=1 + times * SURE * math.hypot(0.1, 0.1), **changes)
 
 
 @pytest.mark.parametrize(
     ("name", "take", "keep", "falls", "reason"),
     [
         ("gain", TAKE.payoff, KEEP.payoff, True, "selection does not pay"),
-        ("moment", TAKE.payoff, KEEP.payoff, True, "the loss is spread over too many samples"),
+        ("variance", TAKE.variance, KEEP.variance, True, "times less noisy, at cost 1.00 (T7)"),
         ("progress", TAKE.progress, KEEP.progress, True, "do not go along the mean gradient"),
         ("correlation", TAKE.correlation, KEEP.correlation, True, "depth 1 ranks"),
         ("retention", TAKE.retention, KEEP.retention, False, "large losses stay when trained on, as noise does"),
     ],
 )
-def test_a_choice_is_taken_by_one_bound_and_kept_by_a_milder_one(name, take, keep, falls, reason):
+def test_a_greedy_choice_is_taken_by_one_bound_and_kept_by_a_milder_one(name, take, keep, falls, reason):
     better, worse = (1e-6, -1e-6) if falls else (-1e-6, 1e-6)
     for bound, now in ((take, None), (keep, CHOICE)):
         assert decide(state_of(now), numbers_of(**{name: bound + better}), GREEDY, 0)[0] == CHOICE
@@ -440,19 +508,86 @@ def test_a_choice_is_taken_by_one_bound_and_kept_by_a_milder_one(name, take, kee
         assert reason in why
 
 
-def test_the_unbiased_rule_is_taken_where_no_greedy_choice_is_fit_and_samples_are_weighed():
+def test_an_unbiased_choice_is_taken_by_one_bound_of_its_variance_and_kept_by_a_milder_one():
+    for bound, now in ((TAKE.variance, None), (KEEP.variance, UNBIASED)):
+        assert decide(state_of(now), numbers_of(variance=bound + 1e-6), ONE, 0)[0] == UNBIASED
+        choice, why = decide(state_of(now), numbers_of(variance=bound - 1e-6), ONE, 0)
+        assert choice is None
+        assert "times less noisy, at cost 1.00 (T7)" in why
+
+
+@pytest.mark.parametrize("now", [None, UNBIASED])
+@pytest.mark.parametrize("bad", [{"correlation": -0.9}, {"retention": 1.5}, {"progress": -1.0}, {"gain": 0.5}], ids=str)
+def test_an_unbiased_choice_needs_no_correlation_no_retention_no_progress_and_no_gain(bad, now):
+    state, numbers = state_of(now, correlation=bad.get("correlation", 0.9)), numbers_of(**bad)
+    assert decide(state, numbers, ONE, 0)[0] == UNBIASED
+    assert decide(state_of(None), numbers, GREEDY, 0)[0] is None
+
+
+def test_the_unbiased_rule_is_taken_and_kept_where_samples_are_weighed_alone():
     stuck = numbers_of(progress=0.1)
-    assert decide(state_of(None), stuck, ONE, 0)[0] == Choice("unbiased", 1, 0.5)
-    assert decide(state_of(None), stuck, ONE, 0, weighted=False)[0] is None
-    assert decide(state_of(None), stuck | {"payoff_T7.1.0.5": TAKE.unbiased - 0.01}, ONE, 0)[0] is None
-    assert decide(state_of(None), numbers_of(moment=9.0), ONE, 0)[0] == CHOICE
+    for now in (None, UNBIASED):
+        assert decide(state_of(now), stuck, ONE, 0)[0] == UNBIASED
+        assert decide(state_of(now), stuck, ONE, 0, weighted=False)[0] is None
+        assert decide(state_of(now), numbers_of(), ONE, 0, weighted=False)[0] == CHOICE
+    reason = decide(state_of(UNBIASED), stuck, ONE, 0, weighted=False)[1]
+    assert reason == "the loop reads no weights, which the unbiased rule needs"
+
+
+@pytest.mark.parametrize("now", [None, CHOICE, UNBIASED])
+def test_unbiased_choices_go_before_greedy_ones_by_exits_whatever_these_pay(now):
+    best = numbers_of(progress=9.0, gain=9.0, variance=TAKE.variance)
+    for numbers in (numbers_of(), best, without_retention(best)):
+        choice, reason = decide(state_of(now), numbers, ONE, 0)
+        assert choice == UNBIASED
+        assert reason.startswith("selection pays" if now == UNBIASED else "unbiased selection pays")
+        assert decide(state_of(now), numbers, GREEDY, 0)[0] == CHOICE
+
+
+@pytest.mark.parametrize("now", [None, CHOICE, UNBIASED, REMEMBERED])
+def test_greedy_selection_by_memory_goes_first_whatever_others_pay(now):
+    for numbers in (numbers_of(), numbers_of(variance=9.0) | {"payoff_C2.1.0.5": 9.0}):
+        assert decide(state_of(now), numbers, BOTH, 0)[0] == REMEMBERED
+    noise = numbers_of(retention=KEEP.retention + 0.01)  # but it must be fit
+    for numbers in (noise, without_retention(numbers_of())):
+        assert decide(state_of(now), numbers, BOTH, 0)[0].rule == "unbiased"
+
+
+@pytest.mark.parametrize(
+    ("name", "take", "keep", "falls", "reason"),
+    [
+        ("gain", TAKE.payoff, KEEP.payoff, True, "selection does not pay"),
+        ("correlation", TAKE.correlation, KEEP.correlation, True, "memory ranks"),
+        ("retention", TAKE.retention, KEEP.retention, False, "large losses stay when trained on, as noise does"),
+    ],
+)
+def test_greedy_selection_by_memory_is_taken_by_one_bound_and_kept_by_a_milder_one(name, take, keep, falls, reason):
+    control = dataclasses.replace(BOTH, rules=("greedy",))
+    better, worse = (1e-6, -1e-6) if falls else (-1e-6, 1e-6)
+    for bound, now in ((take, None), (keep, REMEMBERED)):
+        assert decide(state_of(now), numbers_of(**{name: bound + better}), control, 0)[0] == REMEMBERED
+        choice, why = decide(state_of(now), numbers_of(**{name: bound + worse}), control, 0)
+        assert choice is None
+        assert reason in why
+
+
+@pytest.mark.parametrize("now", [None, REMEMBERED])
+def test_greedy_selection_by_memory_needs_a_known_retention_but_neither_variance_nor_progress(now):
+    control = dataclasses.replace(BOTH, rules=("greedy",))
+    numbers = numbers_of(variance=0.5, progress=-1.0)
+    assert decide(state_of(now), numbers, control, 0)[0] == REMEMBERED
+    unknown, reason = decide(state_of(now), without_retention(numbers), control, 0)
+    assert unknown is None
+    assert "large losses" in reason
+    # An exit asks for no memory.
+    assert decide(state_of(now), without_retention(numbers_of()), control, 0)[0] == CHOICE
 
 
 def test_while_on_it_moves_to_what_is_clearly_better_or_what_is_left():
     control = Control(depths=(1, 2), keeps=(0.5,), rules=("greedy",))
 
     def numbers(gain, **changes):
-        second = {"correlation.2": 0.9, "cost.2.0.5": 1.1, "payoff_C2.2.0.5": gain, "progress.greedy.2.0.5": 1.0}
+        second = {"correlation.2": 0.9, "cost.2.0.5": 1.1, "payoff_C2.2.0.5": gain, "progress.2.0.5": 1.0}
         second |= {"payoff_T7.2.0.5": 2.0}
         return numbers_of(**changes) | second
 
@@ -461,7 +596,7 @@ def test_while_on_it_moves_to_what_is_clearly_better_or_what_is_left():
     assert decide(state, numbers(2.0 * MOVE - 0.01), control, 0)[0] == CHOICE
     moved, reason = decide(state, numbers(2.0 * MOVE + 0.01), control, 0)
     assert moved == other
-    assert reason.startswith("selection pays (batches have 2.4")
+    assert reason.startswith("selection pays (batches have 2.32")
     assert decide(state, numbers(1.3, correlation=0.0), control, 0)[0] == other
     assert decide(state, numbers(1.1, correlation=0.0), control, 0)[0] is None
 
@@ -475,43 +610,78 @@ def test_a_score_that_ranks_at_random_or_backwards_in_the_latest_probe_switches_
 
 @pytest.mark.parametrize("times", [0.9, 1.1])
 def test_a_loss_of_whole_pools_that_has_surely_risen_switches_off_at_once(times):
-    risen = numbers_of(loss=1 + times * SURE * math.hypot(0.1, 0.1))
-    choice, reason = decide(state_of(CHOICE), risen, ONE, 0)
+    choice, reason = decide(state_of(CHOICE), risen_by(times), GREEDY, 0)
     assert (choice is None) == (times > 1)
     assert ("what is not trained on is forgotten" in reason) == (times > 1)
-    assert decide(state_of(None), risen, ONE, 0)[0] == CHOICE
+    assert decide(state_of(None), risen_by(times), GREEDY, 0)[0] == CHOICE
+
+
+@pytest.mark.parametrize(("times", "rule"), [(0.9, "greedy"), (1.1, "unbiased")])
+def test_a_loss_that_has_surely_risen_leaves_the_unbiased_rule_where_it_is_fit(times, rule):
+    assert decide(state_of(REMEMBERED), risen_by(times), BOTH, 0)[0].rule == rule
+    unweighted, _ = decide(state_of(REMEMBERED), risen_by(times), BOTH, 0, weighted=False)
+    assert unweighted == (REMEMBERED if rule == "greedy" else None)
+
+
+def test_an_unbiased_choice_stays_however_far_the_loss_has_risen():
+    for times in (1.1, 100):
+        assert decide(state_of(UNBIASED), risen_by(times), ONE, 0) == (UNBIASED, "selection pays")
+
+
+def test_after_greedy_selection_has_done_harm_no_greedy_choice_is_taken_before_a_full_window_of_records():
+    harmed = state_of(None, harmed=True)
+    reason = "greedy selection has made the loss of whole pools rise before, and too few probes have been made since"
+    for count in (1, WINDOW - 1, WINDOW):
+        seen = dataclasses.replace(harmed, records=harmed.records * count)
+        assert decide(seen, numbers_of(), GREEDY, 0)[0] == (CHOICE if count == WINDOW else None)
+    for control in (GREEDY, dataclasses.replace(BOTH, rules=("greedy",))):
+        assert decide(harmed, numbers_of(), control, 0) == (None, reason)
+    for state in (harmed, state_of(UNBIASED, harmed=True)):
+        for control in (ONE, BOTH):
+            assert decide(state, numbers_of(), control, 0)[0].rule == "unbiased"
+            assert decide(state, numbers_of(), control, 0, weighted=False)[0] is None
 
 
 def test_what_is_free_replaces_what_probes_said_and_brings_in_remembered_losses():
     control = Control(depths=(1,), memory=True, keeps=(0.5,), rules=("greedy",))
-    entry = record(easy_heavy(0)._replace(scores={0: torch.rand(64), 1: torch.rand(64)}), 32, control)
+    seen = easy_heavy(0)
+    entry = record(seen._replace(scores={0: seen.exact, 1: torch.rand(64, generator=seeded(1))}), 32, control)
     state = State(None, (entry, entry), before=(0.0, 0.0))
     free = {"concentration": 5.0, "loss": 0.5, "loss_error": 0.1, "correlation.0": 0.6, "gain.0.0.5": 1.8}
     prices = {**CHEAP, "score_0": 2.0}
-    entry["progress.greedy.0.0.5"] = 1.0
-    taken = controller.look(state, prices, control, 0.5, 7, free=free | {"retention": 0.6})
+    taken = controller.look(state, prices, control, 0.5, 7, free=free | {"retention": 0.5})
     assert taken.numbers["payoff_C2.0.0.5"] == pytest.approx(1.8 / 1.02)
     assert (taken.numbers["correlation.0"], taken.numbers["concentration"]) == (0.6, 5.0)
-    if taken.numbers["progress.greedy.0.0.5"] >= TAKE.progress:
-        assert taken.state.choice == Choice("greedy", 0, 0.5)
-        assert "memory ranks with correlation 0.60" in taken.reason
+    probed = estimates(state.records, control, prices, 0.5)
+    assert taken.numbers["payoff_T7.0.0.5"] == probed["payoff_T7.0.0.5"]  # what losses do not tell
+    assert taken.state.choice == Choice("greedy", 0, 0.5)
+    assert "memory ranks with correlation 0.60" in taken.reason
     noise = controller.look(state, prices, control, 0.5, 7, free=free | {"retention": 0.95})
     assert noise.state.choice is None
     assert controller.look(State(), prices, control, 0.5, 7, free=free).reason == "no probe has seen finite losses yet"
 
 
 @pytest.mark.parametrize(("step", "chosen"), [(0, CHOICE), (849, CHOICE), (850, None), (2000, None)])
-def test_selection_ends_with_the_training(step, chosen):
-    control = Control(depths=(1,), keeps=(0.5,), total_steps=1000)
+def test_greedy_selection_ends_with_the_training(step, chosen):
+    control = Control(depths=(1,), keeps=(0.5,), rules=("greedy",), total_steps=1000)
     for now in (None, CHOICE):
         choice, reason = decide(state_of(now), numbers_of(), control, step)
         assert choice == chosen
         assert ("nears its end" in reason) == (chosen is None)
 
 
+@pytest.mark.parametrize(("step", "rule"), [(849, "greedy"), (850, "unbiased"), (2000, "unbiased")])
+def test_the_unbiased_rule_is_what_is_left_and_what_stays_when_the_training_nears_its_end(step, rule):
+    control = dataclasses.replace(BOTH, total_steps=1000)
+    for now in (None, REMEMBERED, UNBIASED):
+        assert decide(state_of(now), numbers_of(), control, step)[0].rule == rule
+    assert decide(state_of(UNBIASED), numbers_of(), dataclasses.replace(ONE, total_steps=1000), step)[0] == UNBIASED
+
+
 def test_a_run_goes_off_when_its_workload_turns_into_a_plateau_and_on_again_afterwards():
     on = run(easy_heavy, 8, control=GREEDY)
-    off = run(plateau, 8, control=GREEDY, state=on[-1].state, first=8)
+    quiet = functools.partial(plateau, size=0.1)  # its loss has not risen
+    off = run(quiet, 8, control=GREEDY, state=on[-1].state, first=8)
     again = run(easy_heavy, 12, control=GREEDY, state=off[-1].state, first=16)
     assert on[-1].state.choice is not None
     assert off[-1].state.choice is None
@@ -520,21 +690,34 @@ def test_a_run_goes_off_when_its_workload_turns_into_a_plateau_and_on_again_afte
     assert changes == 3
 
 
-def test_forgetting_switches_a_run_off_within_one_probe():
-    on = run(easy_heavy, 5)
-    forgotten = easy_heavy(99)
-    forgotten = probe_of(torch.eye(64, dtype=torch.float64), forgotten.exact + 1)
-    (verdict,) = run(lambda _: forgotten, 1, state=on[-1].state, first=5)
+def test_forgetting_switches_a_greedy_run_off_within_one_probe_and_for_a_window_of_probes():
+    on = run(easy_heavy, 5, control=GREEDY)
+    (verdict,) = run(forgotten, 1, control=GREEDY, state=on[-1].state, first=5)
     assert on[-1].state.choice is not None
+    assert not any(earlier.state.harmed for earlier in on)
     assert verdict.state.choice is None
     assert "the loss of whole pools has risen by 1" in verdict.reason
+    later = run(easy_heavy, WINDOW, control=GREEDY, state=verdict.state, first=6)
+    assert [probe.state.choice for probe in later] == [None] * (WINDOW - 1) + [CHOICE]
+    assert all(probe.state.harmed for probe in later)
+    assert later[0].reason.startswith("greedy selection has made the loss of whole pools rise before, and too few")
+    unbiased = run(easy_heavy, 8, control=ONE, state=verdict.state, first=6)[-1].state
+    assert (unbiased.choice, unbiased.harmed) == (UNBIASED, True)
+
+
+def test_a_loss_that_rises_under_the_unbiased_rule_is_not_laid_to_greedy_selection():
+    on = run(easy_heavy, 5)
+    (verdict,) = run(forgotten, 1, state=on[-1].state, first=5)
+    assert verdict.numbers["loss"] > on[-1].numbers["loss"] + 1
+    for state in (on[-1].state, verdict.state):
+        assert (state.choice, state.harmed) == (UNBIASED, False)
 
 
 def test_a_breakdown_of_fidelity_switches_a_run_off_within_one_probe():
-    on = run(easy_heavy, 8)
+    on = run(easy_heavy, 8, control=GREEDY)
     backwards = easy_heavy(99)
     backwards = backwards._replace(scores={1: -backwards.exact})
-    (verdict,) = run(lambda _: backwards, 1, state=on[-1].state, first=8)
+    (verdict,) = run(lambda _: backwards, 1, control=GREEDY, state=on[-1].state, first=8)
     assert verdict.state.choice is None
     assert "ranks at random or backwards (rank correlation -1.00)" in verdict.reason
 
@@ -571,8 +754,23 @@ def test_a_state_goes_on_from_json_as_if_it_had_stayed(cut):
     restored = controller.from_json(saved)
     assert restored == state
     assert isinstance(restored.choice, Choice | None)
+    assert restored.harmed is (cut > 6)  # the loss of the plateau is larger
     assert run(make, 14 - cut, control=GREEDY, state=restored, first=cut) == whole[cut:]
     assert len({verdict.state.choice for verdict in whole}) == 2
+
+
+@pytest.mark.parametrize("harmed", [False, True])
+def test_harm_goes_through_json_and_is_a_bool(harmed):
+    entry = record(easy_heavy(0), 32, ONE)
+    state = State(UNBIASED, (entry,), 7, (1.0, 0.1), harmed)
+    saved = json.loads(json.dumps(controller.to_json(state), allow_nan=False))
+    assert controller.state_problems(saved, ONE) == []
+    assert controller.from_json(saved) == state
+    for wrong in (int(harmed), "no", None):
+        (problem,) = controller.state_problems(saved | {"harmed": wrong}, ONE)
+        assert problem == f"steering.harmed must be True or False, got {wrong!r}"
+    del saved["harmed"]
+    assert controller.state_problems(saved, ONE) == ["steering.harmed must be True or False, got None"]
 
 
 # What probes cost
@@ -616,16 +814,20 @@ def test_pools_that_share_a_step_pay_for_its_probes_together(pools_per_step):
         assert together == math.ceil(alone / pools_per_step)
 
 
-def test_selection_ends_at_its_share_of_the_training_and_keeps_the_latest_record():
-    control = Control(depths=(1,), keeps=(0.5,), total_steps=100, end_share=0.5)
-    state = State(CHOICE, ({"loss": 1.0}, {"loss": 3.0}), next_probe=90, before=(1.0, 0.1))
-    assert controller.end(state, control, 49).state == state
-    ended = controller.end(state, control, 50)
-    assert ended.state == State(None, (state.records[1],), 90, (1.0, 0.1))
-    assert ended.reason == decide(state, numbers_of(), control, 50)[1]
+def test_greedy_selection_ends_at_its_share_of_the_training_and_keeps_the_latest_record():
+    control = Control(depths=(1,), keeps=(0.5,), rules=("greedy",), total_steps=100, end_share=0.5)
+    records = ({"loss": 1.0, "correlation.1": 0.9}, {"loss": 3.0, "correlation.1": 0.9})
+    for harmed in (False, True):
+        state = State(CHOICE, records, next_probe=90, before=(1.0, 0.1), harmed=harmed)
+        assert controller.end(state, control, 49).state == state
+        ended = controller.end(state, control, 50)
+        assert ended.state == State(None, (state.records[1],), 90, (1.0, 0.1), harmed)
+        assert ended.reason == decide(state, numbers_of(), control, 50)[1]
     off = State(None, state.records, 90)
     assert controller.end(off, control, 60).state == off
-    assert controller.end(state, ONE, 10**6).state == state  # of unknown length
+    assert controller.end(state, GREEDY, 10**6).state == state  # of unknown length
+    unbiased = state_of(UNBIASED)
+    assert controller.end(unbiased, control, 60).state == unbiased
 
 
 # What may be chosen

@@ -37,6 +37,7 @@ from earlysift.fidelity import fidelity
 from earlysift.judging import Unusable
 from earlysift.losses import labelled_positions
 from earlysift.measures import ENTROPY, MARGIN
+from earlysift.progress import STATE_VERSION
 from earlysift.selectors import Selection, greedy, percentile, proportional
 from models import LAYERS, WIDTH, build, loss_of, row_of
 from processes import on_ranks
@@ -533,7 +534,7 @@ def test_state_is_small_and_json_without_an_exit_head():
     state = sifter.state_dict()
     assert through_json(state) == state
     assert len(json.dumps(state)) < 2000
-    assert state["version"] == 4
+    assert state["version"] == STATE_VERSION
     assert state["step"] == 3
 
 
@@ -724,7 +725,9 @@ def test_what_was_learnt_is_saved_with_the_sifter_and_determines_its_picks(score
     assert train_on(second, pools[7:]) == expected[7:]
     assert values(second.state_dict()) == values(unbroken.state_dict())
     forgetful = learning_sifter(model, score)
-    forgetful.load_state_dict(state | {name: part for name, part in forgetful.state_dict().items() if name == "probe_1"})
+    forgetful.load_state_dict(
+        state | {name: part for name, part in forgetful.state_dict().items() if name == "probe_1"}
+    )
     assert train_on(forgetful, pools[7:]) != expected[7:]
     other = sifter_of(model, score=score, explore=0.25, sample_id=unbroken.config.sample_id, seed=1)
     assert train_on(other, pools) != expected
@@ -1125,12 +1128,12 @@ def test_all_differences_of_a_configuration_are_listed_at_once():
         sifter_of(model).load_state_dict(state)
 
 
-@pytest.mark.parametrize("version", [0, 1, 2, 3, None, "4", 4.0, True, [4], torch.tensor([4, 4])])
+@pytest.mark.parametrize("version", [0, 1, 2, 3, 4, None, "5", 5.0, True, [5], torch.tensor([5, 5])])
 def test_state_of_another_version_is_refused(version):
     model, _ = classifier()
     sifter = sifter_of(model)
     before = copy.deepcopy(sifter.state_dict())
-    said = re.escape(f"Expected a Sifter state of version 4, got {version!r}. Use the release that wrote it.")
+    said = re.escape(f"Expected a Sifter state of version 5, got {version!r}. Use the release that wrote it.")
     with pytest.raises(ValueError, match=said):
         sifter.load_state_dict({**before, "version": version, "step": 9})
     assert sifter.state_dict() == before
@@ -1635,7 +1638,7 @@ def test_auto_goes_off_when_selection_stops_to_pay_and_on_again_when_it_pays():
     steps = [step for step, _ in run.events]
     assert steps[0] < 20 <= steps[1] <= 23  # at the first probe of the noise
     assert run.modes[steps[1] : steps[2]] == ["off"] * (steps[2] - steps[1])
-    assert run.modes[-1] == "greedy"
+    assert run.modes[steps[2]] == "greedy"
 
 
 def test_auto_with_reference_costs_makes_the_same_choices_and_picks_in_every_run():
@@ -1652,7 +1655,7 @@ def test_an_auto_run_cut_anywhere_goes_on_as_if_it_had_not_been(cut, weights):
     pools = sequence(TURNING)
     rules = ("unbiased",) if weights else ("greedy", "unbiased")
     unbroken = Auto(weights=weights, rules=rules).go(pools)
-    assert len(unbroken.events) >= 3
+    assert len(unbroken.events) >= (1 if weights else 3)  # drawing in proportion pays on noise, too
     first = Auto(weights=weights, rules=rules).go(pools[:cut])
     second = Auto(weights=weights, rules=rules).load(first.save()).go(pools[cut:])
     assert first.picks + second.picks == unbroken.picks
@@ -1664,7 +1667,13 @@ def test_an_auto_run_cut_anywhere_goes_on_as_if_it_had_not_been(cut, weights):
 def told_to(run, *choice):
     """A run that selects by this choice, as if it had come to it by itself."""
     state = run.save()[0]
-    state["steering"] = {"choice": list(choice), "records": [], "next_probe": 10_000, "before": [1.0, 0.1]}
+    state["steering"] = {
+        "choice": list(choice),
+        "records": [],
+        "next_probe": 10_000,
+        "before": [1.0, 0.1],
+        "harmed": False,
+    }
     run.sifter.load_state_dict(state)
     return run
 

@@ -1,5 +1,6 @@
 """Steering: prices from times where there are any, probes only when they are due, the configured choice among all."""
 
+import dataclasses
 import math
 
 import pytest
@@ -59,7 +60,7 @@ def test_a_due_probe_is_made_at_the_first_pool_of_a_step_alone():
     assert (row["rank_correlation"], row["gain"]) == (0.5, 1.2)
 
 
-def test_selection_ends_with_the_training_whether_a_probe_is_due_or_not():
+def test_greedy_selection_ends_with_the_training_whether_a_probe_is_due_or_not():
     control = Control(depths=(1,), keeps=(0.5,), total_steps=100)
     on = State(Choice("greedy", 1, 0.5), next_probe=1000)
     options = {"first": True, "pools_per_step": 1, "depth": 1, "keep": 0.5, "probe": None, "free": nothing}
@@ -70,6 +71,8 @@ def test_selection_ends_with_the_training_whether_a_probe_is_due_or_not():
     assert row["mode"] == "off"
     assert row["event"]["from"] == "greedy, depth 1, keep 0.5"
     assert row["event"]["to"] == "uniform"
+    unbiased = State(Choice("unbiased", 1, 0.5), next_probe=1000)
+    assert steering.steer(unbiased, control, 85, prices_of=dict, **options) == (unbiased, {"mode": "unbiased"})
 
 
 def test_candidates_are_what_the_model_has_and_the_configured_choice():
@@ -92,7 +95,7 @@ def test_a_record_has_all_names_and_nan_where_nothing_was_seen():
 def test_what_is_free_is_looked_at_now_and_then_between_probes_and_changes_are_noted():
     record = dict.fromkeys(controller.record_names(CONTROL), 1.0) | {"correlation.1": 0.5, "gain.1.0.5": 1.6}
     record |= {
-        "second_moment.1.0.5": 0.5,
+        "unbiased.1.0.5.length2": 0.5,
         "concentration": 5.0,
         "greedy.1.0.5.signal": 1.0,
         "greedy.1.0.5.length2": 1.0,
@@ -118,12 +121,29 @@ def test_what_is_free_is_looked_at_now_and_then_between_probes_and_changes_are_n
 @pytest.mark.parametrize("weighted", [False, True])
 def test_a_free_look_gives_the_unbiased_rule_to_loops_that_weigh_samples_alone(weighted):
     control = Control(depths=(1,), keeps=(0.5,), rules=("unbiased",))
-    record = dict.fromkeys(controller.record_names(control), 1.0) | {"second_moment.1.0.5": 0.2}
+    record = dict.fromkeys(controller.record_names(control), 1.0) | {"unbiased.1.0.5.length2": 0.2}
     state = State(records=(record, record), next_probe=1000)
     options = {"first": True, "pools_per_step": 1, "depth": 1, "keep": 0.5, "probe": None, "prices_of": lambda: PRICES}
     measured = Measured({"concentration": 5.0, "loss": 1.0, "loss_error": 0.1}, weighted)
     found, _ = steering.steer(state, control, controller.FREE_EVERY, free=lambda: measured, **options)
     assert found.choice == (Choice("unbiased", 1, 0.5) if weighted else None)
+
+
+def test_a_free_look_at_a_loss_that_has_risen_ends_greedy_selection_for_good():
+    record = dict.fromkeys(controller.record_names(CONTROL), 1.0) | {"gain.1.0.5": 1.6, "unbiased.1.0.5.length2": 0.5}
+    on = State(Choice("greedy", 1, 0.5), (record, record), next_probe=1000, before=(1.0, 0.1))
+    options = {"first": True, "pools_per_step": 1, "depth": 1, "keep": 0.5, "probe": None, "prices_of": lambda: PRICES}
+
+    def look(state, loss):
+        measured = Measured({"loss": loss, "loss_error": 0.1, "retention": 0.5}, weighted=False)
+        return steering.steer(state, CONTROL, controller.FREE_EVERY, free=lambda: measured, **options)
+
+    assert look(on, 1.0) == (on, {"mode": "greedy"})
+    ended, row = look(on, 2.0)
+    assert (ended.choice, ended.harmed) == (None, True)
+    assert row["event"]["reason"].startswith("the loss of whole pools has risen by 1 since")
+    again, row = look(dataclasses.replace(ended, records=(record, record)), 1.0)
+    assert (again.choice, again.harmed, row) == (None, True, {"mode": "off"})
 
 
 def test_free_signals_have_all_names_on_every_rank():

@@ -33,12 +33,11 @@ SURE = 3.0  # standard errors
 LEAST_CORRELATION = 0.1  # a score that ranks worse than this ranks at random
 EARLY_SHARE, EARLY_PROBES = 0.1, 0.4  # this part of the training gets this part of the probes
 FREE_EVERY = 25  # steps between looks at what is free
-LEARNABLE = 1.1  # progress from which samples of large loss surely teach more than others
 MOVE = 1.05  # a better choice must pay so many times as much as the present one
 _UNWEIGHTED = "the loop reads no weights, which the unbiased rule needs"
 _NEAR_END = "the training nears its end, and greedy selection has a floor"
 _HAS_RISEN = "the loss of whole pools has risen by {:.2g} since: what is not trained on is forgotten"
-_HARMED = "greedy selection has made the loss of whole pools rise before"
+_HARMED = "greedy selection has made the loss of whole pools rise before, and too few probes have been made since"
 
 
 class Bounds(NamedTuple):
@@ -59,8 +58,8 @@ class Bounds(NamedTuple):
     retention: float
 
 
-TAKE = Bounds(correlation=0.3, payoff=1.2, variance=1.04, progress=0.75, retention=0.85)
-KEEP = Bounds(correlation=LEAST_CORRELATION, payoff=1.0, variance=0.98, progress=0.75, retention=0.92)
+TAKE = Bounds(correlation=0.3, payoff=1.2, variance=1.04, progress=0.75, retention=0.6)
+KEEP = Bounds(correlation=LEAST_CORRELATION, payoff=1.0, variance=0.98, progress=0.75, retention=0.85)
 """The gap between both is a hysteresis."""
 
 
@@ -142,7 +141,7 @@ class State:
         records: The latest records; after a choice failed, the one that showed it and those since.
         next_probe: Step of the next probe.
         before: Mean loss of whole pools when the choice was made, and its standard error.
-        harmed: Whether greedy selection has made that loss rise: it is not tried again.
+        harmed: Whether greedy selection has made that loss rise: it takes a full window of records to try it again.
     """
 
     choice: Choice | None = None
@@ -204,8 +203,11 @@ def look(
         return Verdict(state, {}, "no probe has seen finite losses yet")
     numbers = estimates(state.records, control, prices, pool_keep) | known(free or {}, control, prices, pool_keep)
     choice, reason = decide(state, numbers, control, step, weighted)
-    harmed = state.harmed or _has_risen(state, numbers)
-    return Verdict(replace(_switched(state, choice, numbers), harmed=harmed), numbers, reason)
+    risen = _has_risen(state, numbers)
+    after = _switched(state, choice, numbers)
+    if risen:
+        after = replace(after, records=after.records[-1:])
+    return Verdict(replace(after, harmed=state.harmed or risen), numbers, reason)
 
 
 def end(state: State, control: Control, step: int) -> Verdict:
@@ -265,6 +267,7 @@ def record(probe: Probe, kept: int, control: Control) -> Record:
     total = len(exact)
     if total < 2 or not float(gram.diagonal().sum()) > 0:
         return dict.fromkeys(record_names(control), math.nan)
+    kept = min(kept, total)
     gram = gram / gram.diagonal().mean()
     squares = gram.diagonal()
     others = (gram.sum(dim=1) - squares) / (total - 1)
@@ -346,7 +349,7 @@ def estimates(
     for depth in scored_depths(control):
         for keep in control.keeps:
             cost, pair = cost_of(depth, keep, prices, pool_keep), f"{depth}.{keep:g}"
-            moment = median(entry[f"unbiased.{pair}.length2"] / entry["uniform.length2"] for entry in fresh)
+            moment = median(_ratio(entry[f"unbiased.{pair}.length2"], entry["uniform.length2"]) for entry in fresh)
             numbers[f"cost.{pair}"] = cost
             numbers[f"payoff_C2.{pair}"] = costs.payoff(middle[f"gain.{pair}"], cost)
             numbers[f"payoff_T7.{pair}"] = costs.unbiased_payoff(moment, cost)
@@ -380,15 +383,15 @@ def decide(
     """The choice from this step on, and why.
 
     An unbiased choice is fit if it makes steps less noisy than it costs (T7): its mean is that of uniform training, so
-    that it cannot lead astray. A greedy one is fit if its score ranks, if the batch holds the loss of the pool (C2) and
-    gradients bear that out (T7), if steps on it go along the mean gradient, and if large losses shrink when their
-    samples are trained on, as noise's do not. All this by `TAKE`; a choice is kept by the milder `KEEP`, a greedy one
-    until the training nears its end, or the loss of whole pools has risen since (greedy selection forgets what it does
-    not train on): then no greedy one is taken again.
+    that it cannot lead astray. A greedy one is fit if its score ranks, if the batch holds the loss of the pool (C2),
+    and if large losses shrink when their samples are trained on, as noise's do not; by an exit also if gradients bear
+    that out (T7), and steps on it go along the mean gradient. All this by `TAKE`; a choice is kept by the milder
+    `KEEP`, a greedy one until the training nears its end, or the loss of whole pools has risen since (greedy selection
+    forgets what it does not train on): then no greedy one is taken until a full window of records speaks for it.
 
-    Greedy choices gain more where large losses are surely those of samples that are yet to be learnt, as remembered
-    losses tell; else unbiased ones go first. Among choices of a rule the one that pays most is taken, and while on, it
-    moves to a clearly better one.
+    Greedy selection by remembered losses goes first, as it gains most and is known to be of what can be learnt; then
+    unbiased choices; then greedy ones by exits. Among those the one that pays most is taken, and while on, it moves to
+    a clearly better one.
 
     Args:
         state: The choice now, and how it began.
@@ -408,7 +411,7 @@ def decide(
     vetoes = {
         _NEAR_END: _near_end(control, step),
         _HAS_RISEN.format(numbers["loss"] - state.before[0]): risen,
-        _HARMED: state.harmed,
+        _HARMED: state.harmed and len(state.records) < WINDOW,
     }
     veto = next((reason for reason, applies in vetoes.items() if applies), "")
     objections = {
@@ -417,9 +420,7 @@ def decide(
         if weighted or choice.rule == "greedy"
     }
     fit = [choice for choice, reason in objections.items() if not reason]
-    learnable = [choice for choice in fit if _learnable(choice, numbers)]
-    unbiased = [choice for choice in fit if choice.rule == "unbiased"]
-    best = max(learnable or unbiased or fit, key=lambda choice: _payoff(choice, numbers), default=None)
+    best = max(fit, key=lambda choice: (_precedence(choice), _payoff(choice, numbers)), default=None)
     if now is None:
         if numbers["records"] < ENOUGH:
             return None, "too few probes"
@@ -427,14 +428,12 @@ def decide(
     if now not in fit:
         return best, _praise(best, numbers) if best else objections.get(now, _UNWEIGHTED)
     assert best is not None
-    better = best.rule != now.rule or _payoff(best, numbers) > MOVE * _payoff(now, numbers)
+    better = _precedence(best) > _precedence(now) or _payoff(best, numbers) > MOVE * _payoff(now, numbers)
     return (best, _praise(best, numbers)) if best != now and better else (now, "selection pays")
 
 
-def _learnable(choice: Choice, numbers: Mapping[str, float]) -> bool:
-    """Whether what a greedy choice trains on is known to be learnt by that, and to teach more than other samples."""
-    progress = numbers[f"progress.{choice.depth}.{choice.keep:g}"]
-    return choice.rule == "greedy" and "retention" in numbers and progress >= LEARNABLE
+def _precedence(choice: Choice) -> int:
+    return 2 if choice.rule == "greedy" and choice.depth == MEMORY else int(choice.rule == "unbiased")
 
 
 def _has_risen(state: State, numbers: Mapping[str, float]) -> bool:
@@ -448,22 +447,26 @@ def objection(choice: Choice, numbers: Mapping[str, float], bounds: Bounds) -> s
     """Why a choice should not be made, in words; empty if it is fit."""
     pair, name = f"{choice.depth}.{choice.keep:g}", score_name(choice.depth)
     correlation, cost = numbers[f"correlation.{choice.depth}"], numbers[f"cost.{pair}"]
-    less_noise = numbers[f"payoff_T7.{pair}"] * cost
-    if choice.rule == "greedy" and correlation < bounds.correlation:
+    gain, less_noise = (numbers[f"payoff_{by}.{pair}"] * cost for by in ("C2", "T7"))
+    noisy = f"drawing by {name} makes steps {less_noise:.2f} times less noisy, at cost {cost:.2f} (T7)"
+    if choice.rule == "unbiased":
+        return "" if less_noise >= bounds.variance * cost else noisy
+    if correlation < bounds.correlation:
         ranks = "at random or backwards" if correlation < LEAST_CORRELATION else "poorly"
         return f"{name} ranks {ranks} (rank correlation {correlation:.2f})"
-    if less_noise < bounds.variance * cost:
-        return f"drawing by {name} makes steps {less_noise:.2f} times less noisy, at cost {cost:.2f} (T7)"
-    if choice.rule == "unbiased":
+    if gain < bounds.payoff * cost:
+        return f"selection does not pay (batches have {gain:.2f} times the pools' loss, at cost {cost:.2f})"
+    if choice.depth == MEMORY and "retention" not in numbers:
+        return "too few samples have come back to know what becomes of large losses"
+    if (retention := numbers.get("retention", 0.0)) > bounds.retention:
+        return f"large losses stay when trained on, as noise does ({retention:.0%} is left)"
+    if choice.depth == MEMORY:
         return ""
-    payoff = numbers[f"payoff_C2.{pair}"]
-    if payoff < bounds.payoff:
-        return f"selection does not pay (batches have {payoff * cost:.2f} times the pools' loss, at cost {cost:.2f})"
-    progress, retention = numbers[f"progress.{pair}"], numbers.get("retention", 0.0)
+    if less_noise < bounds.variance * cost:
+        return noisy
+    progress = numbers[f"progress.{pair}"]
     if progress < bounds.progress:
         return f"steps on the largest losses do not go along the mean gradient (progress {progress:.2f})"
-    if retention > bounds.retention:
-        return f"large losses stay when trained on, as noise does ({retention:.0%} is left)"
     return ""
 
 
@@ -575,6 +578,11 @@ def state_problems(saved: Any, control: Control) -> list[str]:
         ),
     ]
     return [message for sound, message in rows if not sound]
+
+
+def _ratio(length2: float, uniform: float) -> float:
+    """The former over the latter; inf where steps of either have no length, so that nothing is promised."""
+    return length2 / uniform if length2 > 0 and uniform > 0 else math.inf
 
 
 def _progress(records: Sequence[Record], pair: str) -> float:
