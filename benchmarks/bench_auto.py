@@ -90,16 +90,14 @@ def arms(stored: bool) -> dict[str, Arm]:
     ids = {"sample_id": "id"} if stored else {}
     fixed: dict[str, Any] = {"keep": KEEP, "schedule": lambda share: float(share >= SELECT_AFTER)}
     control = Control(depths=EXITS, keeps=(KEEP, 0.5), total_steps=STEPS, reference_costs=prices())
+    unbiased = {"select": selectors.proportional}
+    probe, memory = fixed | {"depth": 2, "score": "probe"}, fixed | ids | {"score": "memory"}
     return {
         "uniform": Arm({"keep": 1.0}),
-        **{f"exit {depth}": Arm(fixed | {"depth": depth}) for depth in EXITS},
-        **{f"probe {depth}": Arm(fixed | {"depth": depth, "score": "probe"}) for depth in EXITS},
-        **({"memory": Arm(fixed | ids | {"score": "memory"})} if stored else {}),
-        "unbiased exit 1": Arm(fixed | {"depth": 1, "select": selectors.proportional}),
-        **{
-            f"unbiased probe {depth}": Arm(fixed | {"depth": depth, "score": "probe", "select": selectors.proportional})
-            for depth in EXITS
-        },
+        "exit 1": Arm(fixed | {"depth": 1}),
+        "probe 2": Arm(probe),
+        "probe 2, unbiased": Arm(probe | unbiased),
+        **({"memory": Arm(memory), "memory, unbiased": Arm(memory | unbiased)} if stored else {}),
         "exact, free": Arm(fixed | {"score": "exact"}, charged=False),
         "auto": Arm(ids | {"keep": KEEP, "mode": "auto", "depth": EXITS[0], "control": control}),
     }

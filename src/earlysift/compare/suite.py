@@ -68,12 +68,14 @@ _CPU: dict[str, dict[str, Any]] = {
         "task": "image",
         "learning_rate": 7e-4,
         "select_after": 0.2,
+        "target_share": 0.99,  # of all but one in a hundred, beyond which it is a matter of single samples
         "budget": 30.0,
         "validation_samples": 360,
     },
     "mnist-epochs": _MNIST,
     "clinc-epochs": {
         **_EPOCHS,
+        "arms": ("uniform", "memory", "memory-unbiased", "probe-2-unbiased", "free", "auto"),
         "task": "classification",
         "data": ("clinc150",),
         "length": 20,
