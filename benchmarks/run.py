@@ -7,6 +7,7 @@
 - pages: what a step and scoring gain on a CPU where freed memory is kept
 - memory: peak memory of sifting and training beside a plain step
 - scale: how the overhead of scoring grows with depth, keep, pool, length, vocabulary, batch and processes
+- auto: what auto mode saves of what the best fixed score saves, on streams that train in seconds, charged by FLOPs
 - train: `earlysift pretrain` uniformly, sifting and with exact losses, on the same data and budget
 
 Results go into benchmarks/results/NAME_DEVICE.json, an entry per shape with hardware, versions and commit. An entry
@@ -21,6 +22,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import bench_auto
 import bench_memory
 import bench_pages
 import bench_positions
@@ -42,9 +44,10 @@ BENCHMARKS: dict[str, tuple[Any, list[str]]] = {
     "pages": (bench_pages, ["bert-base-128", "gpt2-small-512"]),
     "memory": (bench_memory, list(SHAPES)),
     "scale": (bench_scale, ["bert-mini-128"]),
+    "auto": (bench_auto, []),
     "train": (bench_train, []),
 }
-"""Name to module and the shapes that are measured unless others are asked for; positions and train have their own."""
+"""Name to module and the shapes that are measured unless others are asked for; the last ones have their own."""
 RESULTS = Path(__file__).parent / "results"
 
 

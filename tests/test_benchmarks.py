@@ -319,3 +319,59 @@ def test_the_command_line_measures_no_shape_that_it_was_not_asked_for(modules):
     asked = Namespace(shape=["vit-small-224"], batch=64, smoke=False)
     (shape,) = shapes.chosen(asked).values()
     assert (shape.batch, shape.length) == (64, None)
+
+
+# Auto on generated streams
+
+
+def test_auto_is_compared_with_fixed_scores_on_the_same_stream(tmp_path):
+    run(tmp_path, "auto")
+    entries = result(tmp_path, "auto")["entries"]
+    assert list(entries) == ["tuned on: copies"]
+    rows = {row["arm"]: row for row in entries["tuned on: copies"]["arms"]}
+    assert {"uniform", "probe 2, unbiased", "exact, free", "auto"} <= set(rows)
+    assert (rows["uniform"]["end"], rows["uniform"]["selecting"]) == (1.0, 0.0)
+    assert rows["exit 1"]["selecting"] > 0.5
+
+
+def test_a_step_is_charged_for_what_it_scored_and_probed(modules):
+    bench = modules("bench_auto")
+    prices = bench.prices()
+
+    def charge(arm, **row):
+        options, charged = bench.arms(stored=True)[arm]
+        sifter = Namespace(ledger=Namespace(end=lambda: row), config=Namespace(score=options.get("score", "loss")))
+        return bench._charge(sifter, charged)
+
+    assert charge("uniform") == (1.0, False)
+    assert charge("exit 1", scored=128, depth=1) == (1 + prices["score_1"], True)
+    assert charge("exit 1", scored=64, depth=1) == (1 + prices["score_1"] / 2, True)
+    assert charge("memory", scored=128, depth=1) == (1.0, True)
+    assert charge("exact, free", scored=128, depth=1) == (1.0, True)
+    assert charge("auto", control={}, rank_correlation=0.5) == (1 + prices["probe"], False)
+    assert charge("auto", control={}) == (1.0, False)  # a look at what is free
+
+
+def test_the_budget_to_a_target_is_read_between_evaluations(modules):
+    bench = modules("bench_auto")
+    curve = bench.Curve([0.0, 10.0, 20.0], [2.0, 1.0, 0.5], 0.0, 0.0)
+    assert [bench._first(curve, target) for target in (3.0, 1.5, 0.75)] == [0.0, 5.0, 15.0]
+    assert bench._first(curve, 0.4) == float("inf")
+
+
+@pytest.mark.parametrize("name", ["copies", "flipped", "imbalanced"])
+def test_streams_are_what_they_are_called(modules, name):
+    streams = modules("streams")
+    generator = torch.Generator().manual_seed(0)
+    stream = (streams.TUNED | streams.CONFIRMED)[name](generator)
+    inputs, labels = stream.draw(4000, generator)
+    assert (inputs.shape, labels.shape) == ((4000, streams.INPUTS), (4000,))
+    if name == "copies":
+        counts = inputs.unique(dim=0, return_counts=True)[1]
+        assert int((counts > 1).sum()) == 64
+        assert counts[counts > 1].sum() / 4000 == pytest.approx(0.9, abs=0.02)
+    elif name == "flipped":
+        assert (stream.spoil(labels, generator) != labels).float().mean() == pytest.approx(0.2 * 0.9, abs=0.02)
+    else:
+        drawn = [int((labels == label).sum()) for label in range(streams.CLASSES)]
+        assert drawn[0] > 2 * drawn[5] > 0

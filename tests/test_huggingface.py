@@ -434,6 +434,40 @@ def test_auto_mode_knows_the_length_of_the_training_in_optimizer_steps(tmp_path)
     assert run.sifter.state_dict()["config"]["control"]["total_steps"] == 5 == run.state.global_step
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_exits_of_a_classifier_learn_from_the_trainers_own_pass_and_from_no_evaluation(tmp_path, smoothing):
+    def classifier():
+        return models.build("bert", "sequence_classification")
+
+    data = samples(40, "bert", "sequence_classification")
+    config = dataclasses.replace(HALF, mode="auto")
+    options = {"model": classifier(), "data": data, "sift": config, "label_smoothing_factor": smoothing}
+    options |= {"max_grad_norm": 0.0, "train_sampling_strategy": "sequential"}
+    run = trained(tmp_path, **options)
+
+    # The same steps by hand.
+    model, pools = classifier().train(), [data[first : first + 2 * BATCH] for first in range(0, 40, 2 * BATCH)]
+    sifter = Sifter(model, config, kept=BATCH)
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    for pool in pools[: run.state.global_step]:
+        batch = sifter.sift({key: torch.stack([row[key] for row in pool]) for key in pool[0]})
+        with sifter.lesson(batch):
+            outputs = model(**batch)
+        loss = outputs.loss
+        if smoothing:
+            loss = nn.functional.cross_entropy(outputs.logits, batch["labels"], label_smoothing=smoothing)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    ours, theirs = (sifter.state_dict()["probe_1"]["module"] for sifter in (run.sifter, sifter))
+    for name, weight in theirs.items():
+        torch.testing.assert_close(ours[name], weight, rtol=1e-4, atol=1e-5)
+    before = json.dumps({name: weight.tolist() for name, weight in ours.items()})
+    run.evaluate(data[:BATCH])
+    after = run.sifter.state_dict()["probe_1"]["module"]
+    assert json.dumps({name: weight.tolist() for name, weight in after.items()}) == before
+
+
 def test_logs_carry_five_numbers_of_selection_and_the_sifter_has_the_rest(tmp_path):
     run = trained(tmp_path, sift=dataclasses.replace(HALF, probe_every=2))
     numbers = {"sift/step", "sift/gain", "sift/rank_correlation", "sift/score_ms", "sift/train_ms"}

@@ -30,6 +30,7 @@ from earlysift.measures import MEASURES, sift_arm
 
 _SIFT = "Das et al., 2024, arXiv 2402.07052"
 _WARM = 1 / 3  # share of the budget that warmed-up arms train uniformly for
+_DROPPED = 0.2  # of the candidates, by the guard against outliers
 
 
 def _sift(
@@ -139,6 +140,13 @@ ARMS: dict[str, Arm] = {
         "keeps the candidates with the largest loss when they were last trained on, those never trained on first; made "
         "greedy by us",
         partial(learning, score="memory"),
+        source="Stale losses: Jiang et al., 2019, arXiv 1910.00762",
+        scoring=MEMORY,
+    ),
+    "memory-guarded": Arm(
+        "memory, guarded",
+        f"memory that leaves the largest {_DROPPED:.0%} of a pool's losses out and draws a tenth of every batch uniformly",
+        partial(learning, score="memory", drop_outliers=_DROPPED, explore=0.1),
         source="Stale losses: Jiang et al., 2019, arXiv 1910.00762",
         scoring=MEMORY,
     ),

@@ -56,7 +56,7 @@ _MNIST = _EPOCHS | {
     "learning_rate": 1.5e-3,
     "select_after": 0.3,
 }
-_NOISY = ("uniform", "memory", "auto")
+_NOISY = ("uniform", "memory", "memory-guarded", "memory-unbiased", "auto")
 _PRETRAINING = "mlm-wikipedia-books"
 
 _CPU: dict[str, dict[str, Any]] = {
