@@ -29,6 +29,7 @@ from earlysift.compare.sifted import (
 from earlysift.measures import MEASURES, sift_arm
 
 _SIFT = "Das et al., 2024, arXiv 2402.07052"
+_STALE = "Stale losses: Jiang et al., 2019, arXiv 1910.00762"
 _WARM = 1 / 3  # share of the budget that warmed-up arms train uniformly for
 _DROPPED = 0.2  # of the candidates, by the guard against outliers
 
@@ -137,17 +138,16 @@ ARMS: dict[str, Arm] = {
     **_when(
         "memory",
         "memory",
-        "keeps the candidates with the largest loss when they were last trained on, those never trained on first; made "
-        "greedy by us",
+        "keeps the candidates with the largest loss when they were last trained on, those never trained on first",
         partial(learning, score="memory"),
-        source="Stale losses: Jiang et al., 2019, arXiv 1910.00762",
+        source=_STALE,
         scoring=MEMORY,
     ),
     "memory-guarded": Arm(
         "memory, guarded",
-        f"memory that leaves the largest {_DROPPED:.0%} of a pool's losses out and draws a tenth of every batch uniformly",
+        f"memory that leaves out the largest {_DROPPED:.0%} of a pool's losses and draws a tenth of a batch uniformly",
         partial(learning, score="memory", drop_outliers=_DROPPED, explore=0.1),
-        source="Stale losses: Jiang et al., 2019, arXiv 1910.00762",
+        source=_STALE,
         scoring=MEMORY,
     ),
     **{
