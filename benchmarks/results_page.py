@@ -33,7 +33,7 @@ _SCORES_START, _SCORES_END = "<!-- scorecard -->", "<!-- /scorecard -->"
 _FUZZ_START, _FUZZ_END = "<!-- fuzz -->", "<!-- /fuzz -->"
 _SHORT = 20  # rows of a table of docs/theory.md; longer ones stand on the page of `earlysift theory` alone
 _MAIN_ARMS = ("auto", "sift")  # which have columns of their own in the overview
-_KINDS = ("read", "score", "probe", "train", "reference model")
+_KINDS = ("read", "score", "probe", "lesson", "train", "reference model")
 _SCORING = ("score", "select", "exit", "gather")  # parts of what a sifter's call takes, where that was not timed
 _MOST_EVENTS = 4  # decisions shown per seed
 

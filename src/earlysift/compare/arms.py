@@ -1,13 +1,12 @@
 """All arms by name: uniform training, SIFT and its variants, and its peers."""
 
 import pkgutil
-from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from typing import Any
 
 from earlysift.compare import peers
-from earlysift.compare.arm import TRAIN, Arm, Operation, Step
+from earlysift.compare.arm import TRAIN, Arm, Operation
 from earlysift.compare.sifted import (
     AUTO_DEPTHS,
     AUTO_SCORING,
@@ -71,19 +70,15 @@ def _by_score(score: str) -> dict[str, Arm]:
     }
 
 
-def _when(name: str, label: str, description: str, steps: Callable[..., Step], **parts: Any) -> dict[str, Arm]:
-    """An arm from the comparison's own start of selection on, one after a first third of the budget, one unbiased."""
-    late = ", after a first third of the budget with uniform training"
-    in_proportion = "draws candidates in proportion to " + description.removeprefix(
-        "keeps the candidates with the largest "
-    )
+def _learning(name: str, label: str, what: str, **parts: Any) -> dict[str, Arm]:
+    """Selection by a score that learns: the candidates with the largest, and drawn in proportion to it."""
+    options = {key: parts.pop(key) for key in ("score", "depth") if key in parts}
     return {
-        name: Arm(label, description, steps, **parts),
-        f"{name}-warm": Arm(f"{label}, warmed up", description + late, partial(steps, select_after=_WARM), **parts),
+        name: Arm(label, f"keeps the candidates with the largest {what}", partial(learning, **options), **parts),
         f"{name}-unbiased": Arm(
             f"{label}, unbiased",
-            f"{in_proportion}, with weights that keep the mean gradient unbiased (T7)",
-            partial(steps, select="proportional", explore=0.0),
+            f"draws candidates in proportion to the {what}, with weights that keep the mean gradient unbiased (T7)",
+            partial(learning, select="proportional", explore=0.0, **options),
             **parts,
         ),
     }
@@ -135,11 +130,11 @@ ARMS: dict[str, Arm] = {
         score="exact",
         charged=False,
     ),
-    **_when(
+    **_learning(
         "memory",
         "memory",
-        "keeps the candidates with the largest loss when they were last trained on, those never trained on first",
-        partial(learning, score="memory"),
+        "loss when they were last trained on, those never trained on first",
+        score="memory",
         source=_STALE,
         scoring=MEMORY,
     ),
@@ -152,16 +147,17 @@ ARMS: dict[str, Arm] = {
     ),
     **{
         name: arm
-        for score, label, operation, what in (
-            ("probe", "probe", EXIT_PROBE, "loss by a small model of its own at an early exit"),
-            ("blend", "blend", BLEND, "loss as predicted from such a probe and from remembered losses"),
+        for score, operation, what in (
+            ("probe", EXIT_PROBE, "loss by a small model of its own at an early exit"),
+            ("blend", BLEND, "loss as predicted from such a probe and from remembered losses, at an early exit"),
         )
         for depth in (1, 2, 3)
-        for name, arm in _when(
+        for name, arm in _learning(
             f"{score}-{depth}",
-            f"{label}, exit {depth}",
-            f"keeps the candidates with the largest {what} after {depth} layers",
-            partial(learning, score=score, depth=depth),
+            f"{score}, exit {depth}",
+            f"{what} after {depth} layers",
+            score=score,
+            depth=depth,
             source=_SIFT,
             scoring=operation,
             depths=(depth,),

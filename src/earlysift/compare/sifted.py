@@ -55,17 +55,15 @@ def sifted(
     return lambda share: _sift_and_train(bench, selecting if share >= start else plain, loss_of)
 
 
-def learning(bench: Bench, *, depth: int | None = None, select_after: float | None = None, **options: Any) -> Step:
+def learning(bench: Bench, *, depth: int | None = None, **options: Any) -> Step:
     """Pools through one `Sifter` whose score learns from the training losses, from the first uniform step on.
 
     Args:
         bench: What to train.
         depth: The exit to score at; None is the comparison's.
-        select_after: Share of the budget with uniform training; None is the comparison's.
         options: Further arguments of `Bench.sifter`.
     """
-    start = bench.settings.select_after if select_after is None else select_after
-    spent = 0.0
+    start, spent = bench.settings.select_after, 0.0
     sifter = bench.sifter(depth, sample_id=_SAMPLE_ID, schedule=lambda _: float(spent >= start), **options)
 
     def step(share: float) -> None:
