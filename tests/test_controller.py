@@ -510,8 +510,9 @@ def test_a_greedy_choice_is_taken_by_one_bound_and_kept_by_a_milder_one(name, ta
 
 def test_an_unbiased_choice_is_taken_by_one_bound_of_its_variance_and_kept_by_a_milder_one():
     for bound, now in ((TAKE.variance, None), (KEEP.variance, UNBIASED)):
-        assert decide(state_of(now), numbers_of(variance=bound + 1e-6), ONE, 0)[0] == UNBIASED
-        choice, why = decide(state_of(now), numbers_of(variance=bound - 1e-6), ONE, 0)
+        better, worse = (without_retention(numbers_of(variance=bound + by)) for by in (1e-6, -1e-6))
+        assert decide(state_of(now), better, ONE, 0)[0] == UNBIASED
+        choice, why = decide(state_of(now), worse, ONE, 0)
         assert choice is None
         assert "times less noisy, at cost 1.00 (T7)" in why
 
@@ -535,9 +536,9 @@ def test_the_unbiased_rule_is_taken_and_kept_where_samples_are_weighed_alone():
 
 
 @pytest.mark.parametrize("now", [None, CHOICE, UNBIASED])
-def test_unbiased_choices_go_before_greedy_ones_by_exits_whatever_these_pay(now):
+def test_unbiased_choices_go_first_where_it_is_unknown_what_becomes_of_large_losses(now):
     best = numbers_of(progress=9.0, gain=9.0, variance=TAKE.variance)
-    for numbers in (numbers_of(), best, without_retention(best)):
+    for numbers in map(without_retention, (numbers_of(), best)):
         choice, reason = decide(state_of(now), numbers, ONE, 0)
         assert choice == UNBIASED
         assert reason.startswith("selection pays" if now == UNBIASED else "unbiased selection pays")
@@ -545,9 +546,10 @@ def test_unbiased_choices_go_before_greedy_ones_by_exits_whatever_these_pay(now)
 
 
 @pytest.mark.parametrize("now", [None, CHOICE, UNBIASED, REMEMBERED])
-def test_greedy_selection_by_memory_goes_first_whatever_others_pay(now):
-    for numbers in (numbers_of(), numbers_of(variance=9.0) | {"payoff_C2.1.0.5": 9.0}):
-        assert decide(state_of(now), numbers, BOTH, 0)[0] == REMEMBERED
+def test_the_greedy_choice_that_pays_most_goes_first_where_large_losses_are_known_to_shrink(now):
+    by_exit = numbers_of(variance=9.0) | {"payoff_C2.1.0.5": 9.0}
+    for numbers, best in ((numbers_of() | {"payoff_C2.0.0.5": 9.0}, REMEMBERED), (by_exit, CHOICE)):
+        assert decide(state_of(now), numbers, BOTH, 0)[0] == best
     noise = numbers_of(retention=KEEP.retention + 0.01)  # but it must be fit
     for numbers in (noise, without_retention(numbers_of())):
         assert decide(state_of(now), numbers, BOTH, 0)[0].rule == "unbiased"
@@ -625,7 +627,7 @@ def test_a_loss_that_has_surely_risen_leaves_the_unbiased_rule_where_it_is_fit(t
 
 def test_an_unbiased_choice_stays_however_far_the_loss_has_risen():
     for times in (1.1, 100):
-        assert decide(state_of(UNBIASED), risen_by(times), ONE, 0) == (UNBIASED, "selection pays")
+        assert decide(state_of(UNBIASED), without_retention(risen_by(times)), ONE, 0) == (UNBIASED, "selection pays")
 
 
 def test_after_greedy_selection_has_done_harm_no_greedy_choice_is_taken_before_a_full_window_of_records():
@@ -675,7 +677,8 @@ def test_the_unbiased_rule_is_what_is_left_and_what_stays_when_the_training_near
     control = dataclasses.replace(BOTH, total_steps=1000)
     for now in (None, REMEMBERED, UNBIASED):
         assert decide(state_of(now), numbers_of(), control, step)[0].rule == rule
-    assert decide(state_of(UNBIASED), numbers_of(), dataclasses.replace(ONE, total_steps=1000), step)[0] == UNBIASED
+    unknown = without_retention(numbers_of())
+    assert decide(state_of(UNBIASED), unknown, dataclasses.replace(ONE, total_steps=1000), step)[0] == UNBIASED
 
 
 def test_a_run_goes_off_when_its_workload_turns_into_a_plateau_and_on_again_afterwards():

@@ -389,9 +389,8 @@ def decide(
     `KEEP`, a greedy one until the training nears its end, or the loss of whole pools has risen since (greedy selection
     forgets what it does not train on): then no greedy one is taken until a full window of records speaks for it.
 
-    Greedy selection by remembered losses goes first, as it gains most and is known to be of what can be learnt; then
-    unbiased choices; then greedy ones by exits. Among those the one that pays most is taken, and while on, it moves to
-    a clearly better one.
+    Greedy choices go first where it is known that large losses are of what can be learnt, as they gain most there; else
+    unbiased ones do. Among those the one that pays most is taken, and while on, it moves to a clearly better one.
 
     Args:
         state: The choice now, and how it began.
@@ -420,7 +419,8 @@ def decide(
         if weighted or choice.rule == "greedy"
     }
     fit = [choice for choice, reason in objections.items() if not reason]
-    best = max(fit, key=lambda choice: (_precedence(choice), _payoff(choice, numbers)), default=None)
+    first: Rule = "greedy" if "retention" in numbers else "unbiased"
+    best = max(fit, key=lambda choice: (choice.rule == first, _payoff(choice, numbers)), default=None)
     if now is None:
         if numbers["records"] < ENOUGH:
             return None, "too few probes"
@@ -428,12 +428,8 @@ def decide(
     if now not in fit:
         return best, _praise(best, numbers) if best else objections.get(now, _UNWEIGHTED)
     assert best is not None
-    better = _precedence(best) > _precedence(now) or _payoff(best, numbers) > MOVE * _payoff(now, numbers)
+    better = best.rule != now.rule or _payoff(best, numbers) > MOVE * _payoff(now, numbers)
     return (best, _praise(best, numbers)) if best != now and better else (now, "selection pays")
-
-
-def _precedence(choice: Choice) -> int:
-    return 2 if choice.rule == "greedy" and choice.depth == MEMORY else int(choice.rule == "unbiased")
 
 
 def _has_risen(state: State, numbers: Mapping[str, float]) -> bool:
