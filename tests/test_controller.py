@@ -496,7 +496,7 @@ def risen_by(times, **changes):
         ("variance", TAKE.variance, KEEP.variance, True, "times less noisy, at cost 1.00 (T7)"),
         ("progress", TAKE.progress, KEEP.progress, True, "do not go along the mean gradient"),
         ("correlation", TAKE.correlation, KEEP.correlation, True, "depth 1 ranks"),
-        ("retention", TAKE.retention, KEEP.retention, False, "large losses stay when trained on, as noise does"),
+        ("retention", TAKE.retention, KEEP.retention, False, "large losses shrink no more than others when trained on"),
     ],
 )
 def test_a_greedy_choice_is_taken_by_one_bound_and_kept_by_a_milder_one(name, take, keep, falls, reason):
@@ -560,7 +560,7 @@ def test_the_greedy_choice_that_pays_most_goes_first_where_large_losses_are_know
     [
         ("gain", TAKE.payoff, KEEP.payoff, True, "selection does not pay"),
         ("correlation", TAKE.correlation, KEEP.correlation, True, "memory ranks"),
-        ("retention", TAKE.retention, KEEP.retention, False, "large losses stay when trained on, as noise does"),
+        ("retention", TAKE.retention, KEEP.retention, False, "large losses shrink no more than others when trained on"),
     ],
 )
 def test_greedy_selection_by_memory_is_taken_by_one_bound_and_kept_by_a_milder_one(name, take, keep, falls, reason):
@@ -571,6 +571,14 @@ def test_greedy_selection_by_memory_is_taken_by_one_bound_and_kept_by_a_milder_o
         choice, why = decide(state_of(now), numbers_of(**{name: bound + worse}), control, 0)
         assert choice is None
         assert reason in why
+
+
+def test_greedy_selection_by_memory_needs_room_in_the_batch_for_the_samples_that_carry_the_loss():
+    for bounds in (TAKE, KEEP):
+        enough = bounds.room / REMEMBERED.keep
+        assert controller.objection(REMEMBERED, numbers_of(concentration=enough), bounds) == ""
+        reason = controller.objection(REMEMBERED, numbers_of(concentration=enough - 0.01), bounds)
+        assert reason == f"too many samples carry the loss (concentration {enough - 0.01:.1f})"
 
 
 @pytest.mark.parametrize("now", [None, REMEMBERED])

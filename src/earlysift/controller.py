@@ -48,7 +48,9 @@ class Bounds(NamedTuple):
         payoff: Least payoff of a greedy choice by C2: the batch holds the loss.
         variance: Least payoff of any choice by T7: what scores say of gradients makes steps less noisy.
         progress: Least progress along the mean gradient, relative to uniform training's.
-        retention: Most that is left of a large loss when its sample comes back: of noise, nearly all.
+        retention: Most that is left of a large remembered loss, relative to others: of noise, as much as of all.
+        room: Least room that a batch of remembered losses has for the samples that carry the loss: keep times
+            concentration.
     """
 
     correlation: float
@@ -56,10 +58,11 @@ class Bounds(NamedTuple):
     variance: float
     progress: float
     retention: float
+    room: float
 
 
-TAKE = Bounds(correlation=0.3, payoff=1.2, variance=1.04, progress=0.75, retention=0.6)
-KEEP = Bounds(correlation=LEAST_CORRELATION, payoff=1.0, variance=0.98, progress=0.75, retention=0.85)
+TAKE = Bounds(correlation=0.3, payoff=1.2, variance=1.04, progress=0.75, retention=0.7, room=1.0)
+KEEP = Bounds(correlation=LEAST_CORRELATION, payoff=1.0, variance=0.98, progress=0.75, retention=0.85, room=0.7)
 """The gap between both is a hysteresis."""
 
 
@@ -384,8 +387,9 @@ def decide(
 
     An unbiased choice is fit if it makes steps less noisy than it costs (T7): its mean is that of uniform training, so
     that it cannot lead astray. A greedy one is fit if its score ranks, if the batch holds the loss of the pool (C2),
-    and if large losses shrink when their samples are trained on, as noise's do not; by an exit also if gradients bear
-    that out (T7), and steps on it go along the mean gradient. All this by `TAKE`; a choice is kept by the milder
+    and if large losses shrink when their samples are trained on, as noise's do not. By memory it also needs that a
+    batch has room for the samples that carry the loss, by an exit that gradients bear the payoff out (T7), and that
+    steps on it go along the mean gradient. All this by `TAKE`; a choice is kept by the milder
     `KEEP`, a greedy one until the training nears its end, or the loss of whole pools has risen since (greedy selection
     forgets what it does not train on): then no greedy one is taken until a full window of records speaks for it.
 
@@ -455,9 +459,10 @@ def objection(choice: Choice, numbers: Mapping[str, float], bounds: Bounds) -> s
     if choice.depth == MEMORY and "retention" not in numbers:
         return "too few samples have come back to know what becomes of large losses"
     if (retention := numbers.get("retention", 0.0)) > bounds.retention:
-        return f"large losses stay when trained on, as noise does ({retention:.0%} is left)"
+        return f"large losses shrink no more than others when trained on, as noise does (retention {retention:.2f})"
     if choice.depth == MEMORY:
-        return ""
+        roomy = choice.keep * numbers["concentration"] >= bounds.room
+        return "" if roomy else f"too many samples carry the loss (concentration {numbers['concentration']:.1f})"
     if less_noise < bounds.variance * cost:
         return noisy
     progress = numbers[f"progress.{pair}"]
