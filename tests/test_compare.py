@@ -203,6 +203,13 @@ def test_part_of_a_pool_is_charged_its_part_and_an_uncharged_arm_like_uniform():
         "score": 4.5,
         "probe": 30.0,
     }
+    lesson = {"candidates": 8, "train_ms": 21.0, "lesson_ms": 2.0}  # which was given within training
+    assert charges_ms(lesson, ARMS["auto"], settings, medians_ms | {"lesson": 1.5}) == {
+        "read": 1.0,
+        "train": 20.0,
+        "lesson": 1.5,
+    }
+    assert step_times_ms(lesson, ARMS["auto"], settings) == {"train": 19.0, "lesson": 2.0}
     row = {"candidates": 16, "mode": "off", "probe_ms": 99.0}  # a uniform step whose pool was read for the probe
     assert charges_ms(row, ARMS["auto"], settings, medians_ms) == {"read": 1.0, "train": 20.0, "probe": 31.0}
     assert charges_ms({"candidates": 8}, ARMS["auto"], settings, medians_ms) == {"read": 1.0, "train": 20.0}
