@@ -438,8 +438,9 @@ def _print_suite(console: Console, outcomes: "dict[str, Outcome]") -> None:
             )
     console.print(table)
     for name, outcome in outcomes.items():
-        if outcome.reason:
-            console.print(f"{name}: {outcome.reason}", soft_wrap=True)
+        sentence = outcome.reason or (outcome.results or {}).get("verdict")
+        if sentence:
+            console.print(f"{name}: {sentence}", soft_wrap=True)
 
 
 def _table(headings: Sequence[str], **options: Any) -> Table:

@@ -56,7 +56,7 @@ class Settings(WorkloadSettings):
     """Evaluations per arm and seed, evenly over its budget (not charged, the same for all arms)."""
     device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d)?)$", description="cpu, cuda or cuda:0 to cuda:9")] = "cpu"
     """Where to train: cpu, or an accelerator (cuda), which computes in bfloat16."""
-    suite: Literal["cpu", "gpu"] | None = None
+    suite: Literal["demo", "cpu", "gpu"] | None = None
     """Run this suite of workloads, each a comparison in a folder of its own; other flags then hold for all of them."""
     only: tuple[str, ...] = ()
     """Workloads of the suite to run; without it all."""
