@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 
 import measuring
 import streams
-from earlysift import Sifter, selectors
+from earlysift import Sifter, exit_probe, selectors
 from earlysift.controller import Control
 from earlysift.exits import Family
 from earlysift.seeds import seeded
@@ -28,6 +28,8 @@ RATE, WARMUP = 2e-3, 0.05
 STEPS, EVALUATIONS, SEEDS = 1500, 60, 3
 HELD_OUT = 4000
 EXITS = (1, 2, 3)
+LAYER = 8 * WIDTH**2  # weights
+LESSON = exit_probe.HIDDEN * (WIDTH + streams.CLASSES) / (LAYERS * LAYER)  # of one probe on one batch, of a step
 SELECT_AFTER = 0.15  # of the budget, in arms with a fixed score
 MARGIN = 1.1  # the target: so many times the best loss of uniform training
 FAMILY = Family("blocks", (("norm", "head"),), "sequence_classification")
@@ -70,7 +72,7 @@ class Block(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.norm, self.up, self.down = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.norm, self.up, self.down = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
         """States of the same shape."""
@@ -85,11 +87,11 @@ class Arm(NamedTuple):
     charged: bool = True
 
 
-def arms(stored: bool) -> dict[str, Arm]:
-    """The arms of a case; remembered losses where samples return."""
+def arms(stored: bool, steps: int = STEPS) -> dict[str, Arm]:
+    """The arms of a case whose budget is so many uniform steps; remembered losses where samples return."""
     ids = {"sample_id": "id"} if stored else {}
-    fixed: dict[str, Any] = {"keep": KEEP, "schedule": lambda share: float(share >= SELECT_AFTER)}
-    control = Control(depths=EXITS, keeps=(KEEP, 0.5), total_steps=STEPS, reference_costs=prices())
+    fixed: dict[str, Any] = {"keep": KEEP, "schedule": lambda step: float(step >= SELECT_AFTER * steps)}
+    control = Control(depths=EXITS, keeps=(KEEP, 0.5), total_steps=steps, reference_costs=prices())
     unbiased = {"select": selectors.proportional}
     probe, memory = fixed | {"depth": 2, "score": "probe"}, fixed | ids | {"score": "memory"}
     return {
@@ -104,13 +106,16 @@ def arms(stored: bool) -> dict[str, Arm]:
 
 
 def prices() -> dict[str, float]:
-    """Charges in steps of uniform training: a pass forward is a third of one, and a head a quarter of a layer."""
+    """Charges in steps of uniform training: a pass forward is a third of one, and a head a quarter of a layer.
+
+    Auto mode reads exits by probes, which learn from every pool.
+    """
     pool = 1 / KEEP / 3
     return {
         "train": 1.0,
         "probe": pool * (1 + 0.25 * (len(EXITS) + 2) / LAYERS),
         "score_0": 0.0,
-        **{f"score_{depth}": pool * (depth + 0.25) / LAYERS for depth in EXITS},
+        **{f"score_{depth}": pool * (depth + 0.25) / LAYERS + LESSON / KEEP for depth in EXITS},
     }
 
 
@@ -155,9 +160,7 @@ def train(case: Callable[[Generator], Stream], arm: str, seed: int, steps: int, 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = Residual(stream.convex)
-    options, charged = arms(stream.stored is not None)[arm]
-    if "schedule" in options:
-        options |= {"schedule": lambda step: float(step >= SELECT_AFTER * steps)}
+    options, charged = arms(stream.stored is not None, steps)[arm]
     sifter = Sifter(model, family=FAMILY, kept=BATCH, seed=seed, probe_every=0, ledger=None, **options)
     optimizer = torch.optim.AdamW(model.parameters(), RATE)
     spent, due, selecting, taken, curve = 0.0, 0.0, 0, 0, []
@@ -185,11 +188,12 @@ def _charge(sifter: Sifter, charged: bool) -> tuple[float, bool]:
     cost = 1.0
     if charged and "scored" in row:
         by_depth = prices()[f"score_{0 if sifter.config.score == 'memory' else row['depth']}"]
-        cost += by_depth * row["scored"] * KEEP / BATCH
-    if "control" in row and "rank_correlation" in row:
+        learns = sifter.config.score == "probe" or sifter.config.mode == "auto"
+        cost += (by_depth if learns else max(0.0, by_depth - LESSON / KEEP)) * row["scored"] * KEEP / BATCH
+    if "rank_correlation" in row:  # a probe, and not a look at what is free
         cost += prices()["probe"]
-    if False:
-        cost += max(EXITS) / LAYERS / 3
+    if "lesson_ms" in row:
+        cost += LESSON * len(EXITS)
     return cost, "scored" in row
 
 

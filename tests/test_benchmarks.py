@@ -340,16 +340,20 @@ def test_a_step_is_charged_for_what_it_scored_and_probed(modules):
 
     def charge(arm, **row):
         options, charged = bench.arms(stored=True)[arm]
-        sifter = Namespace(ledger=Namespace(end=lambda: row), config=Namespace(score=options.get("score", "loss")))
+        config = Namespace(score=options.get("score", "loss"), mode=options.get("mode", "fixed"))
+        sifter = Namespace(ledger=Namespace(end=lambda: row), config=config)
         return bench._charge(sifter, charged)
 
     assert charge("uniform") == (1.0, False)
-    assert charge("exit 1", scored=128, depth=1) == (1 + prices["score_1"], True)
-    assert charge("exit 1", scored=64, depth=1) == (1 + prices["score_1"] / 2, True)
+    exit_1 = prices["score_1"] - 4 * bench.LESSON  # without a probe that learns from four batches
+    assert charge("exit 1", scored=128, depth=1) == (pytest.approx(1 + exit_1), True)
+    assert charge("exit 1", scored=64, depth=1) == (pytest.approx(1 + exit_1 / 2), True)
+    assert charge("probe 2", scored=128, depth=2) == (1 + prices["score_2"], True)
     assert charge("memory", scored=128, depth=1) == (1.0, True)
     assert charge("exact, free", scored=128, depth=1) == (1.0, True)
     assert charge("auto", control={}, rank_correlation=0.5) == (1 + prices["probe"], False)
     assert charge("auto", control={}) == (1.0, False)  # a look at what is free
+    assert charge("auto", lesson_ms=2.0) == (1 + 3 * bench.LESSON, False)
 
 
 def test_the_budget_to_a_target_is_read_between_evaluations(modules):

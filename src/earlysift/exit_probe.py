@@ -1,4 +1,4 @@
-"""`ExitProbe`: a small model of its own at an early exit, trained on the features that scoring has just computed.
+"""`ExitProbe`: a small model of its own at an early exit, trained on features that scoring or training just computed.
 
 The shared head knows little about the states of an early layer. A probe learns to read them: for classification an MLP
 on the first state and the mean of the others, for language models a low-rank layer in front of the shared head. It
@@ -52,7 +52,7 @@ class ExitProbe:
 
     @property
     def is_taught(self) -> bool:
-        """Whether it has seen any pool."""
+        """Whether it has begun to learn."""
         return self._module is not None or bool(self._loaded)
 
     def classify(self, inputs: Tensor, *, classes: int) -> Tensor:
@@ -134,7 +134,9 @@ class ExitProbe:
             self._optimizer = torch.optim.AdamW(self._module.parameters(), lr=LEARNING_RATE, fused=True)
             if self._loaded and tuple(self._loaded["shape"]) == shape:
                 self._module.load_state_dict(self._loaded["module"])
-                self._optimizer.load_state_dict(self._loaded["optimizer"])
+                saved = self._loaded["optimizer"]  # in JSON, numbers of parameters are text
+                moments = {int(number): part for number, part in saved["state"].items()}
+                self._optimizer.load_state_dict({**saved, "state": moments})
             self._loaded = {}
         return self._module
 

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, cast, get_args
 
 import torch
@@ -277,15 +278,26 @@ def captured(anatomy: Anatomy, depth: int) -> Iterator[list[Any]]:
     Yields:
         The outputs in the order of layers; the next forward pass fills it.
     """
-    with called(*list(anatomy.layers)[:depth]) as outputs:
+    outputs: list[Any] = []
+    handles = [
+        layer.register_forward_hook(lambda *call: outputs.append(call[-1])) for layer in list(anatomy.layers)[:depth]
+    ]
+    try:
         yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
-def called(*modules: nn.Module) -> Iterator[list[Any]]:
-    """Record what these modules return within this context, call by call."""
-    outputs: list[Any] = []
-    handles = [module.register_forward_hook(lambda *call: outputs.append(call[-1])) for module in modules]
+def latest_outputs(modules: Mapping[int, nn.Module]) -> Iterator[dict[int, Any]]:
+    """Record what each of these modules returned in its latest call within this context, by their numbers."""
+    outputs: dict[int, Any] = {}
+
+    def note(number: int, *call: Any) -> None:
+        outputs[number] = call[-1]
+
+    handles = [module.register_forward_hook(partial(note, number)) for number, module in modules.items()]
     try:
         yield outputs
     finally:
@@ -421,15 +433,7 @@ def call(model: nn.Module, inputs: Any, *, synchronized: bool = False) -> Tensor
     Raises:
         ValueError: If there is no such tensor.
     """
-    return logits_of(run(model, inputs, synchronized=synchronized))
-
-
-def logits_of(output: Any) -> Tensor:
-    """The ``logits`` of a model's output with names, else its first tensor.
-
-    Raises:
-        ValueError: If there is no such tensor.
-    """
+    output = run(model, inputs, synchronized=synchronized)
     unnamed = output[0] if isinstance(output, tuple | list) and output else output
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", unnamed)
     if not isinstance(logits, Tensor):

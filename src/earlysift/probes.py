@@ -77,7 +77,7 @@ def probe(
     scoring = scorers.Scoring(**options)
     anatomy = with_head(checks.as_compared(exits.find_anatomy(model, scoring.family)))
     head = exits.head_of(anatomy)  # before the head is taken out of the model
-    pool = pools.checked(pool)
+    pool, classifies = pools.checked(pool), anatomy.task == "sequence_classification"
     rows = scoring.chunk_rows or pool.size
     per_sample = partial(scorers.sample_scores, anatomy=anatomy, head=head, reduction=scoring.reduction)
     exact, gradients = [], []
@@ -96,7 +96,7 @@ def probe(
                 with exits.captured(anatomy, max(depths)) as outputs:
                     states = exits.call(model, inputs)
                 for depth in depths:
-                    by_probe = scoring.learnt.probes.get(depth)
+                    by_probe = scoring.learnt.probes.get(depth) if classifies else None
                     if by_probe is not None and by_probe.is_taught:
                         classes = head(states[:1]).size(-1)
                         told = scorers.losses_by_probe(anatomy, by_probe, outputs[depth - 1], candidates, classes)

@@ -166,8 +166,10 @@ class Runner:
             batch: What is trained on, with labels.
             kept: What is known of it.
         """
-        due = kept is not None and kept.step % (_EARLY_EVERY if kept.step < _EARLY_STEPS else _LATE_EVERY) == 0
-        if self.control is None or not self.learnt.probes or not due or kept is None or kept.scores is not None:
+        every = _EARLY_EVERY if kept is not None and kept.step < _EARLY_STEPS else _LATE_EVERY
+        due = kept is not None and kept.scores is None and kept.step % every == 0
+        trains = self.model.training and torch.is_grad_enabled()  # held-out samples teach nothing
+        if self.control is None or not (self.learnt.probes and due and trains):
             yield
             return
         with scorers.lesson(self.model, batch, self.learnt.probes, self.config.family, self.ledger):
@@ -237,7 +239,7 @@ class Runner:
         return record
 
     def at(self, depth: int) -> Approximation | None:
-        """The configured approximation with another exit, or remembered losses; as it is, where it has no exit."""
+        """The configured approximation with another exit, read by its probe if it has begun to learn; or memory."""
         if depth == MEMORY:
             return scorers.memory()
         if self.approximation is None or self.approximation.depth is None:

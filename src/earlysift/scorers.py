@@ -30,6 +30,7 @@ from earlysift.seeds import reseeded
 Scorer = Callable[[nn.Module, Any], Tensor]
 
 AUTO_DTYPE = "auto"
+_HEAD = 0  # beside the depths of exits
 SCORES = (*MEASURES, "probe", "memory", "blend", "exact", "uniform")
 """Scores by name."""
 
@@ -591,17 +592,20 @@ def lesson(
     if exits.is_compiled(model, anatomy):
         yield
         return
-    with exits.captured(anatomy, max(probes)) as outputs, exits.called(anatomy.core) as answers:
+    layers = list(anatomy.layers)
+    modules: dict[int, nn.Module] = {depth: layers[depth - 1] for depth in probes}
+    modules[_HEAD] = anatomy.core.get_submodule((anatomy.head or anatomy.classifier)[-1])
+    with exits.latest_outputs(modules) as outputs:
         yield
-    # The last pass, as the first one may have been a check of two rows; none, if the loop did something else.
-    outputs, rows = outputs[-max(probes) :], len(pools.inputs_and_labels(batch)[1])
-    if not answers or len(exits.states_of(outputs[-1])) != rows:
-        return
-    classes = exits.logits_of(answers[-1]).size(-1)
+    logits, rows = outputs.pop(_HEAD, None), len(pools.inputs_and_labels(batch)[1])
+    if not isinstance(logits, Tensor):
+        return  # the loop did something else
     with ledger.timed("lesson"), torch.enable_grad():
-        for depth, exit_probe in probes.items():
-            exit_probe.propose(losses_by_probe(anatomy, exit_probe, outputs[depth - 1], batch, classes))
-            exit_probe.learn()
+        for depth, output in outputs.items():
+            if len(exits.states_of(output)) == rows:
+                told = losses_by_probe(anatomy, probes[depth], output, batch, classes=logits.size(-1))
+                probes[depth].propose(told)
+                probes[depth].learn()
 
 
 def _read_by_adapter(

@@ -225,15 +225,17 @@ class Sifter:
         with self.lesson(batch):
             return scorers.training_loss(self.model, batch, family=self.config.family, observe=observe, **options)
 
-    def lesson(self, batch: Any) -> AbstractContextManager[None]:
+    def lesson(self, batch: Any, kept: Kept | None = None) -> AbstractContextManager[None]:
         """Let the probes that auto mode reads a classifier's exits by learn from the forward pass within this context.
 
         `loss` does it. In loops that compute the loss themselves, run the model within it.
 
         Args:
             batch: What `sift` returned.
+            kept: What `latest` was after that call of `sift`, in loops that sift further pools before they train; None
+                is the latest batch.
         """
-        return self._runner.lesson(batch, self.latest)
+        return self._runner.lesson(batch, kept or self.latest)
 
     def observe(self, losses: Tensor, batch: Kept | None = None) -> None:
         """Take in the exact losses of a batch's samples, in loops that compute them themselves.
@@ -281,7 +283,7 @@ class Sifter:
         return {f"sift/{name}": float(value) for name, value in (numbers | times_ms).items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs to make the same picks; JSON-like but for the exit head's tensors."""
+        """Everything that a resumed run needs to make the same picks; JSON-like but for tensors of what learns."""
         self._runner.absorb()
         state = {"version": STATE_VERSION, "config": self._identity(), **progress.to_json(self._with_counts())}
         parts: dict[str, Any] = {"exit_head": self.exit_head, "exit_optimizer": self.exit_optimizer}

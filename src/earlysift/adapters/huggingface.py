@@ -8,7 +8,6 @@ import itertools
 import logging
 from collections import deque
 from collections.abc import Iterator
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,9 +73,8 @@ class SiftTrainerMixin(_Base):  # type: ignore[misc, valid-type]
         super().__init__(*args, **kwargs)
         self._refuse_what_cannot_work()
         self._waiting: deque[Kept] = deque()  # micro-batches that were selected and not yet trained on
-        self._trained: Kept | None = None  # the one that is trained on, where its losses are wanted
+        self._trained: Kept | None = None  # the one that is trained on
         self._anatomy: Anatomy | None = None
-        self._trains = False
         self._wants_losses = False
         self._totals = {"candidates_seen": 0, "samples_trained": 0}
         self._trained_before = 0
@@ -114,23 +112,23 @@ class SiftTrainerMixin(_Base):  # type: ignore[misc, valid-type]
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """One micro-batch, timed: the ledger's price of training."""
         self._trained = self._waiting.popleft() if self._waiting else None
-        self._trains = True
         try:
             with self.sifter.ledger.timed("train"):
                 return super().training_step(*args, **kwargs)
         finally:
-            self._trained, self._trains = None, False  # what follows may be an evaluation
+            self._trained = None  # what follows may be an evaluation
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's own loss; where losses of single samples are remembered, they are read off the same pass.
 
         By a hook, as TRL computes no logits for its loss, and makes a second pass to return some.
         """
-        # Copied now, as label smoothing takes the labels out.
-        with self.sifter.lesson(dict(inputs)) if self._trains else nullcontext():
-            if self._trained is None:
-                return super().compute_loss(model, inputs, *args, **kwargs)
-            return self._observed_loss(model, inputs, *args, **kwargs)
+        if self._trained is None:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        with self.sifter.lesson(dict(inputs), self._trained):  # a copy, as label smoothing takes the labels out
+            if self._wants_losses:
+                return self._observed_loss(model, inputs, *args, **kwargs)
+            return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _observed_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         found: list[Tensor] = []
@@ -246,7 +244,7 @@ class SiftTrainerMixin(_Base):  # type: ignore[misc, valid-type]
     def _selected(self, pool: Any, micro_step: int) -> Any:
         pool = self._prepare_inputs(pool)
         batch = self.sifter.sift(pool, micro_step=micro_step)
-        if self._wants_losses and self.sifter.latest is not None:
+        if self.sifter.latest is not None:
             self._waiting.append(self.sifter.latest)
         # Pools are equally large on all processes: accelerate evens them out.
         self._totals["candidates_seen"] += pools.pool_size(pool) * self.args.world_size

@@ -144,8 +144,7 @@ class Bench:
         if not self.medians_ms:
             return control
         larger = self.settings.keep / keep  # scoring was timed on pools of the comparison's keep
-        names = [scoring.at(depth).name for depth in (MEMORY, *exits)]
-        costs = {name: self.medians_ms[name] * larger for name in names}
+        costs = {f"score_{depth}": self.medians_ms[scoring.at(depth).name] * larger for depth in (MEMORY, *exits)}
         costs |= {name: self.medians_ms[name] for name in ("train", "probe")}
         steps = max(1, round(self.settings.budget * 1e3 / self.step_ms()))
         return replace(control, total_steps=steps, reference_costs=costs)

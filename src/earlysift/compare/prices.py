@@ -93,11 +93,8 @@ def work_of(row: Row, arm: Arm, settings: Settings) -> list[Work]:
     candidates, scored, reference_scored = row["candidates"], row.get("scored"), row.get("reference_scored")
     pools_read = candidates / settings.pool
     read, amount = (READ_POOL, pools_read) if candidates > settings.batch else (READ_BATCH, 1.0)
-    train_ms, lesson_ms = (
-        row.get("train_ms"),
-        row.get("lesson_ms", 0.0),
-    )  # a lesson is given while a batch is trained on
-    training_ms = None if train_ms is None else train_ms - lesson_ms
+    lesson_ms = row.get("lesson_ms", 0.0)  # given while the batch is trained on
+    training_ms = row["train_ms"] - lesson_ms if "train_ms" in row else None
     work = [Work(arm.training.at(depth), 1.0, training_ms), Work(read, amount, row.get("wait_ms"))]
     if scored and arm.scoring is None:
         raise ValueError(f"The arm {arm.label!r} scores candidates, but its row has no scoring to charge them as.")

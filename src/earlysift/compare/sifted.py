@@ -100,8 +100,12 @@ def _auto_sifter(bench: Bench) -> Sifter:
 
 def _auto_scoring(bench: Bench, *, depth: int) -> Callable[[], object]:
     """Sifting as auto mode does it by one of its choices; depth 0 are remembered losses."""
-    score = {"score": "loss", "depth": depth} if depth else {"score": "memory", "sample_id": _SAMPLE_ID}
-    return sifting(bench, **score)
+    from earlysift.exits import find_anatomy
+
+    if depth == 0:
+        return sifting(bench, score="memory", sample_id=_SAMPLE_ID)
+    by_probe = find_anatomy(bench.model).task == "sequence_classification"
+    return sifting(bench, score="probe" if by_probe else "loss", depth=depth)
 
 
 def sifting(bench: Bench, **options: Any) -> Callable[[], object]:
@@ -133,12 +137,13 @@ def _teaching(bench: Bench) -> Callable[[], object]:
 
     settings = bench.settings
     probes = [ExitProbe() for _ in usable_exits(AUTO_EXITS, settings)]
-    states, labels = torch.zeros(settings.batch, settings.length, settings.width), torch.arange(settings.batch) % 2
+    states = torch.zeros(settings.batch, settings.length, settings.width, device=bench.device)
+    labels = torch.arange(settings.batch, device=bench.device) % 2
 
     def teach() -> None:
         for probe in probes:
-            logits = probe.classify(features(states.to(bench.device)), classes=10)
-            probe.propose(cross_entropy(logits, labels.to(bench.device), reduction="none"))
+            logits = probe.classify(features(states), classes=10)
+            probe.propose(cross_entropy(logits, labels, reduction="none"))
             probe.learn()
 
     return teach
@@ -146,7 +151,8 @@ def _teaching(bench: Bench) -> Callable[[], object]:
 
 def _probing(bench: Bench) -> Callable[[], object]:
     sifter = _auto_sifter(bench)
-    pool = _pool(bench, sifter.wanted, sifter)
+    sifter.loss(sifter.sift(_pool(bench, sifter.wanted, sifter)))  # a lesson, so that exits are read as later on
+    pool = _pool(bench, bench.settings.pool, sifter)
     return lambda: sifter.probe(pool)
 
 
@@ -157,7 +163,7 @@ SCORING = {
 MEMORY = Operation("memory", "score", partial(sifting, score="memory", sample_id=_SAMPLE_ID))
 EXIT_PROBE = Operation("exit_probe", "score", partial(sifting, score="probe"), at_exit=True)
 BLEND = Operation("blend", "score", partial(sifting, score="blend", sample_id=_SAMPLE_ID), at_exit=True)
-AUTO_SCORING = Operation("score", "score", _auto_scoring, at_exit=True)
+AUTO_SCORING = Operation("auto", "score", _auto_scoring, at_exit=True)
 EXACT = Operation("exact", "score", partial(sifting, score="exact"))
 HEAD = Operation("head", "score", partial(sifting, own_head=EXIT_HEAD_WIDTH), at_exit=True)
 TRAIN_JOINTLY = Operation("train_joint", "train", _training_jointly, at_exit=True)
