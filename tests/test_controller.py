@@ -517,6 +517,14 @@ def test_an_unbiased_choice_is_taken_by_one_bound_of_its_variance_and_kept_by_a_
         assert "times less noisy, at cost 1.00 (T7)" in why
 
 
+def test_an_unbiased_choice_that_costs_is_taken_where_twice_its_cost_is_covered_and_kept_where_once():
+    for bounds, times in ((TAKE, 2.0), (KEEP, 1.0)):
+        needed = bounds.variance + times * 0.25
+        for less_noise, fit in ((needed + 1e-6, True), (needed - 1e-6, False)):
+            numbers = numbers_of(variance=less_noise / 1.25) | {"cost.1.0.5": 1.25}
+            assert (controller.objection(UNBIASED, numbers, bounds) == "") == fit
+
+
 @pytest.mark.parametrize("now", [None, UNBIASED])
 @pytest.mark.parametrize("bad", [{"correlation": -0.9}, {"retention": 1.5}, {"progress": -1.0}, {"gain": 0.5}], ids=str)
 def test_an_unbiased_choice_needs_no_correlation_no_retention_no_progress_and_no_gain(bad, now):

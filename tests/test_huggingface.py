@@ -599,6 +599,7 @@ def test_auto_switches_on_where_it_pays_by_the_greedy_rule_and_off_before_the_en
     costs = {"train": 100.0, "probe": 60.0, "score_1": 1.0, "score_2": 2.0, "score_3": 3.0}
     config = SiftConfig(
         mode="auto",
+        score="entropy",  # by the model's own head, which knows at once
         family=models.LADDER,
         control=Control(probe_share=0.2, reference_costs=costs),
         dtype=None,

@@ -46,7 +46,8 @@ class Bounds(NamedTuple):
     Attributes:
         correlation: Least rank correlation of its score with exact losses.
         payoff: Least payoff of a greedy choice by C2: the batch holds the loss.
-        variance: Least payoff of any choice by T7: what scores say of gradients makes steps less noisy.
+        variance: How many times less noisy an unbiased choice must make steps at least, by T7; so must one by an exit.
+        promise: How many times what it costs must be covered by that: gradients in front of the head promise too much.
         progress: Least progress along the mean gradient, relative to uniform training's.
         retention: Most that is left of a large remembered loss, relative to others: of noise, as much as of all.
         room: Least room that a batch of remembered losses has for the samples that carry the loss: keep times
@@ -56,13 +57,16 @@ class Bounds(NamedTuple):
     correlation: float
     payoff: float
     variance: float
+    promise: float
     progress: float
     retention: float
     room: float
 
 
-TAKE = Bounds(correlation=0.3, payoff=1.2, variance=1.04, progress=0.75, retention=0.7, room=1.0)
-KEEP = Bounds(correlation=LEAST_CORRELATION, payoff=1.0, variance=0.98, progress=0.75, retention=0.85, room=0.7)
+TAKE = Bounds(correlation=0.3, payoff=1.2, variance=1.04, promise=2.0, progress=0.75, retention=0.7, room=1.0)
+KEEP = Bounds(
+    correlation=LEAST_CORRELATION, payoff=1.0, variance=0.98, promise=1.0, progress=0.75, retention=0.85, room=0.7
+)
 """The gap between both is a hysteresis."""
 
 
@@ -448,9 +452,10 @@ def objection(choice: Choice, numbers: Mapping[str, float], bounds: Bounds) -> s
     pair, name = f"{choice.depth}.{choice.keep:g}", score_name(choice.depth)
     correlation, cost = numbers[f"correlation.{choice.depth}"], numbers[f"cost.{pair}"]
     gain, less_noise = (numbers[f"payoff_{by}.{pair}"] * cost for by in ("C2", "T7"))
+    needed = bounds.variance + bounds.promise * (cost - 1)
     noisy = f"drawing by {name} makes steps {less_noise:.2f} times less noisy, at cost {cost:.2f} (T7)"
     if choice.rule == "unbiased":
-        return "" if less_noise >= bounds.variance * cost else noisy
+        return "" if less_noise >= needed else noisy
     if correlation < bounds.correlation:
         ranks = "at random or backwards" if correlation < LEAST_CORRELATION else "poorly"
         return f"{name} ranks {ranks} (rank correlation {correlation:.2f})"
@@ -463,7 +468,7 @@ def objection(choice: Choice, numbers: Mapping[str, float], bounds: Bounds) -> s
     if choice.depth == MEMORY:
         roomy = choice.keep * numbers["concentration"] >= bounds.room
         return "" if roomy else f"too many samples carry the loss (concentration {numbers['concentration']:.1f})"
-    if less_noise < bounds.variance * cost:
+    if less_noise < needed:
         return noisy
     progress = numbers[f"progress.{pair}"]
     if progress < bounds.progress:
