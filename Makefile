@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 .PHONY: demo demo-bert test lint bench scorecard docs clean
 
 demo: .venv/runtime.stamp  ## where selection pays and where it does not, in three minutes
-	$(BIN)/earlysift compare --suite demo --jobs 2 --out runs/demo --force
+	$(BIN)/earlysift compare --suite demo --jobs 2 --out runs/both --force
 
 demo-bert: .venv/runtime.stamp  ## a 12-layer BERT, uniformly and with SIFT, on text that every machine has; ten minutes
 	$(BIN)/earlysift compare --arms uniform sift sift-entropy visible auto --out runs/demo-bert --force

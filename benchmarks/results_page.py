@@ -24,7 +24,7 @@ from targets import targets_section
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-README_RESULTS = "compare_cpu_mlm-stdlib.json"  # what `make demo` trains, with five seeds
+README_RESULTS = "compare_cpu_mlm-stdlib.json"  # what `make demo-bert` trains, with five seeds
 _README_ARMS = ("uniform", "sift", "sift-entropy", "visible", "auto")
 _NOT_IN_README = ("steps", "final loss", "time to target", "speed-up by wall time")
 _README_START, _README_END = "<!-- verdicts -->", "<!-- /verdicts -->"

@@ -34,6 +34,7 @@ from earlysift.measures import MEASURES
         ),
         ({"keep_schedule": 0.5}, "keep_schedule must be a callable from steps to values of keep, or None, got 0.5"),
         ({"keep_schedule": warmup(5), "mode": "auto"}, "Auto mode chooses keep itself. Leave keep_schedule out"),
+        ({"mode": "auto", "sample_id": "n", "explore": 0}, "Auto mode with sample_id needs samples that are drawn"),
         ({"score": "blend", "scope": "global"}, "score='blend' learns on each rank's own candidates"),
         ({"score": "probe", "mode": "auto"}, "Auto mode chooses among early exits"),
         ({"score": "blend", "mode": "auto"}, "Auto mode chooses among early exits"),

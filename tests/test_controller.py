@@ -496,7 +496,13 @@ def risen_by(times, **changes):
         ("variance", TAKE.variance, KEEP.variance, True, "times less noisy, at cost 1.00 (T7)"),
         ("progress", TAKE.progress, KEEP.progress, True, "do not go along the mean gradient"),
         ("correlation", TAKE.correlation, KEEP.correlation, True, "depth 1 ranks"),
-        ("retention", TAKE.retention, KEEP.retention, False, "large losses shrink no more than others when trained on"),
+        (
+            "retention",
+            TAKE.retention,
+            KEEP.retention,
+            False,
+            "large losses shrink too little beside others when trained on",
+        ),
     ],
 )
 def test_a_greedy_choice_is_taken_by_one_bound_and_kept_by_a_milder_one(name, take, keep, falls, reason):
@@ -568,7 +574,13 @@ def test_the_greedy_choice_that_pays_most_goes_first_where_large_losses_are_know
     [
         ("gain", TAKE.payoff, KEEP.payoff, True, "selection does not pay"),
         ("correlation", TAKE.correlation, KEEP.correlation, True, "memory ranks"),
-        ("retention", TAKE.retention, KEEP.retention, False, "large losses shrink no more than others when trained on"),
+        (
+            "retention",
+            TAKE.retention,
+            KEEP.retention,
+            False,
+            "large losses shrink too little beside others when trained on",
+        ),
     ],
 )
 def test_greedy_selection_by_memory_is_taken_by_one_bound_and_kept_by_a_milder_one(name, take, keep, falls, reason):

@@ -129,7 +129,7 @@ def test_a_free_look_gives_the_unbiased_rule_to_loops_that_weigh_samples_alone(w
     assert found.choice == (Choice("unbiased", 1, 0.5) if weighted else None)
 
 
-def test_a_free_look_at_a_loss_that_has_risen_ends_greedy_selection_for_good():
+def test_a_free_look_at_a_loss_that_has_risen_ends_greedy_selection_for_a_window_of_probes():
     record = dict.fromkeys(controller.record_names(CONTROL), 1.0) | {"gain.1.0.5": 1.6, "unbiased.1.0.5.length2": 0.5}
     on = State(Choice("greedy", 1, 0.5), (record, record), next_probe=1000, before=(1.0, 0.1))
     options = {"first": True, "pools_per_step": 1, "depth": 1, "keep": 0.5, "probe": None, "prices_of": lambda: PRICES}

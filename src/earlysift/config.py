@@ -157,7 +157,7 @@ class SiftConfig:
         sentences = [*wrong.values()]
         if not wrong.keys() & {"score", "keep", "mode", "control"}:
             approximation = scorers.named(self.score, 1)
-            # Probes learn at one exit, and only while they score: they cannot be looked at before they are chosen.
+            # Auto mode has probes of its own; a blend learns only while it scores, so it cannot be looked at before.
             fixed = approximation is None or approximation.depth is None or self.score in ("probe", "blend")
             if self.mode == "auto" and (fixed or self.keep == 1):
                 sentences.append(
@@ -180,6 +180,11 @@ class SiftConfig:
                 sentences.append(
                     "explore adds to what greedy or percentile choose, and would lose the weights of "
                     f"select={scorers.name_of(self.select)}. Give explore=0.0."
+                )
+            if self.mode == "auto" and self.sample_id is not None and self.explore == 0:
+                sentences.append(
+                    "Auto mode with sample_id needs samples that are drawn uniformly, to know what becomes of large "
+                    "losses. Give explore above 0, or leave it out."
                 )
             if self.mode == "auto" and self.keep_schedule is not None:
                 sentences.append("Auto mode chooses keep itself. Leave keep_schedule out.")

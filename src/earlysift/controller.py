@@ -464,7 +464,7 @@ def objection(choice: Choice, numbers: Mapping[str, float], bounds: Bounds) -> s
     if choice.depth == MEMORY and "retention" not in numbers:
         return "too few samples have come back to know what becomes of large losses"
     if (retention := numbers.get("retention", 0.0)) > bounds.retention:
-        return f"large losses shrink no more than others when trained on, as noise does (retention {retention:.2f})"
+        return f"large losses shrink too little beside others when trained on (retention {retention:.2f}; noise has 1)"
     if choice.depth == MEMORY:
         roomy = choice.keep * numbers["concentration"] >= bounds.room
         return "" if roomy else f"too many samples carry the loss (concentration {numbers['concentration']:.1f})"
@@ -493,13 +493,12 @@ def _payoff(choice: Choice, numbers: Mapping[str, float]) -> float:
 
 def _praise(choice: Choice, numbers: Mapping[str, float]) -> str:
     cost = numbers[f"cost.{choice.depth}.{choice.keep:g}"]
+    times = _payoff(choice, numbers) * cost
     if choice.rule == "unbiased":
-        times = _payoff(choice, numbers) * cost
         return (
             f"unbiased selection pays (drawing by {score_name(choice.depth)} makes steps {times:.2f} times less noisy, "
             f"at cost {cost:.2f})"
         )
-    times = _payoff(choice, numbers) * cost
     correlation = numbers[f"correlation.{choice.depth}"]
     return (
         f"selection pays (batches have {times:.2f} times the pools' loss, at cost {cost:.2f}, and "

@@ -151,10 +151,14 @@ class Runner:
         )
 
     def _probed_depths(self) -> tuple[int, ...]:
-        """Exits that are read by a probe: in auto mode all of a classifier's, whose own head knows little of them."""
+        """Exits that are read by a probe: in auto mode all of a classifier's, whose own head knows little of them.
+
+        Not where ranks select together: their probes differ, and so do the scales of their scores.
+        """
         if self.config.score in ("probe", "blend"):
             return (self.config.depth,)
-        if self.control is None or self.exit_head is not None or self.config.score != "loss":
+        alone = self.config.scope == "local" and self.exit_head is None
+        if self.control is None or self.config.score != "loss" or not alone:
             return ()
         return self.control.depths if self.anatomy and self.anatomy.task == "sequence_classification" else ()
 

@@ -114,7 +114,7 @@ _CPU: dict[str, dict[str, Any]] = {
 _BERT_BASE = {"layers": 12, "width": 768, "length": 128, "vocab_size": 30_522}
 _GPU = _BERT_BASE | {"device": "cuda", "batch": 256, "learning_rate": 2e-4, "validation_samples": 2048}
 
-# Both faces in two minutes, on data that every machine has: one seed, so a demonstration and no evidence.
+# Both faces in three minutes, on data that every machine has: one seed, so a demonstration and no evidence.
 _ONE_SEED = {"seeds": 1, "budget": 25.0, "evaluations": 16}
 _DEMO: dict[str, dict[str, Any]] = {
     "digits-epochs": {**_CPU["digits-epochs"], **_ONE_SEED, "arms": ("uniform", "sift-2", "probe-2", "auto")},
