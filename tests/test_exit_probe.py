@@ -2,6 +2,7 @@
 
 import copy
 import re
+import warnings
 
 import pytest
 import torch
@@ -603,6 +604,58 @@ def test_a_forward_pass_that_fails_teaches_nothing_and_its_error_is_the_users():
         raise RuntimeError("of the loop")
     assert not probe.is_taught
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_other_passes_within_a_lesson_do_not_mix_up_the_layers():
+    model, batch = build("bert", "sequence_classification"), pool_for(build("bert", "sequence_classification"))
+    plain, disturbed = ({depth: ExitProbe() for depth in (1, 2, 3)} for _ in range(2))
+    lessons(model, plain, batch)
+    with scorers.lesson(model, batch, disturbed, None, Ledger()):
+        scorers.training_loss(model, batch)
+        scorers.training_loss(model, batch, depth=1)  # as a joint loss of an exit would
+    for depth in plain:
+        for name, weight in weights_of(plain[depth]).items():
+            assert torch.equal(weights_of(disturbed[depth])[name], weight)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_leaves_a_lesson_as_it_is(reentrant):
+    model, batch = build("bert", "sequence_classification"), pool_for(build("bert", "sequence_classification"))
+    plain, checkpointed = ({depth: ExitProbe() for depth in (1, 2)} for _ in range(2))
+    lessons(model, plain, batch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it will have another name
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    with scorers.lesson(model, batch, checkpointed, None, Ledger()):
+        scorers.training_loss(model, batch).backward()
+    for depth in plain:
+        for name, weight in weights_of(plain[depth]).items():
+            close(weights_of(checkpointed[depth])[name], weight)
+
+
+def test_a_model_that_returns_a_tuple_and_a_pass_of_other_rows_do_no_harm():
+    model, batch = build("bert", "sequence_classification"), pool_for(build("bert", "sequence_classification"))
+    by_tuple, by_rows = ExitProbe(), ExitProbe()
+    with scorers.lesson(model, batch, {1: by_tuple}, None, Ledger()):
+        model(**batch, return_dict=False)
+    assert by_tuple.is_taught
+    with scorers.lesson(model, batch, {1: by_rows}, None, Ledger()):
+        model(**{name: rows[:3] for name, rows in batch.items()})
+    assert not by_rows.is_taught
+
+
+def test_held_out_samples_teach_nothing():
+    model = build("bert", "sequence_classification")
+    sifter = Sifter(model, keep=0.5, mode="auto", dtype=None)
+    batch = sifter.sift(pool_for(model, rows=8))
+    model.eval()
+    sifter.loss(batch)
+    with torch.no_grad():
+        model.train()
+        sifter.loss(batch)
+    assert sifter.state_dict()["probe_1"] == {}
+    sifter.loss(batch)
+    assert sifter.state_dict()["probe_1"] != {}
 
 
 def test_probes_of_auto_mode_learn_at_every_second_step_at_first_and_only_from_uniform_batches():

@@ -468,6 +468,21 @@ def test_exits_of_a_classifier_learn_from_the_trainers_own_pass_and_from_no_eval
     assert json.dumps({name: weight.tolist() for name, weight in after.items()}) == before
 
 
+@pytest.mark.parametrize("config", [{"mode": "auto"}, {"score": "probe"}], ids=["auto", "probe"])
+def test_a_classifier_with_probes_resumes_bit_equal(tmp_path, config):
+    options = {"data": samples(80, "bert", "sequence_classification"), "max_grad_norm": 0.0, "max_steps": 6}
+    options |= {"sift": dataclasses.replace(HALF, **config), "train_sampling_strategy": "sequential"}
+
+    def classifier():
+        return models.build("bert", "sequence_classification")
+
+    run = trained(tmp_path, model=classifier(), save_strategy="steps", save_steps=3, **options)
+    resumed = trained(tmp_path, model=classifier(), resume=str(tmp_path / "checkpoint-3"), **options)
+    ours, theirs = (each.sifter.state_dict()["probe_1"]["module"] for each in (resumed, run))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert_equal_runs(resumed, run)
+
+
 def test_logs_carry_five_numbers_of_selection_and_the_sifter_has_the_rest(tmp_path):
     run = trained(tmp_path, sift=dataclasses.replace(HALF, probe_every=2))
     numbers = {"sift/step", "sift/gain", "sift/rank_correlation", "sift/score_ms", "sift/train_ms"}
