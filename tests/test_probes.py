@@ -7,7 +7,7 @@ import torch
 from torch import Generator, nn
 
 import models
-from earlysift import scorers
+from earlysift import Sifter, scorers
 from earlysift.exits import ExitHead, Family, find_anatomy
 from earlysift.measures import MEASURES
 from earlysift.probes import probe
@@ -359,3 +359,15 @@ def test_a_probe_on_a_gpu_sees_what_one_on_the_cpu_sees(family, task):
     assert seen.gram.device.type == "cuda"
     torch.testing.assert_close(seen.exact.cpu(), expected.exact, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(cosines(seen.gram.cpu()), cosines(expected.gram), rtol=0, atol=1e-3)
+
+
+def test_a_probe_of_a_sifter_that_scores_by_an_adapter_leaves_it_as_it_is():
+    model = build("bert", "masked_lm")
+    pool = models.batch_for(model, "masked_lm", 8, 12, Generator().manual_seed(0))
+    sifter = Sifter(model, keep=0.5, score="probe", probe_every=0, dtype=None)
+    sifter.sift(pool)
+    before = sifter.state_dict()["probe_1"]
+    sifter.probe(pool)
+    after = sifter.state_dict()["probe_1"]
+    assert after["shape"] == before["shape"]
+    assert all(torch.equal(after["module"][name], weight) for name, weight in before["module"].items())
