@@ -501,7 +501,7 @@ def risen_by(times, **changes):
             TAKE.retention,
             KEEP.retention,
             False,
-            "large losses shrink too little beside others when trained on",
+            "large losses shrink too little when trained on",
         ),
     ],
 )
@@ -579,7 +579,7 @@ def test_the_greedy_choice_that_pays_most_goes_first_where_large_losses_are_know
             TAKE.retention,
             KEEP.retention,
             False,
-            "large losses shrink too little beside others when trained on",
+            "large losses shrink too little when trained on",
         ),
     ],
 )

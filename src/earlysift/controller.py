@@ -49,9 +49,9 @@ class Bounds(NamedTuple):
         variance: How many times less noisy an unbiased choice must make steps at least, by T7; so must one by an exit.
         promise: How many times what it costs must be covered by that: gradients in front of the head promise too much.
         progress: Least progress along the mean gradient, relative to uniform training's.
-        retention: Most that is left of a large remembered loss, relative to others: of noise, as much as of all.
+        retention: Most that is left of a large loss when its sample comes back: of noise, nearly all.
         room: Least room that a batch of remembered losses has for the samples that carry the loss: keep times
-            concentration.
+            concentration. Before that, all losses fall, and retention says nothing.
     """
 
     correlation: float
@@ -63,7 +63,7 @@ class Bounds(NamedTuple):
     room: float
 
 
-TAKE = Bounds(correlation=0.3, payoff=1.2, variance=1.04, promise=2.0, progress=0.75, retention=0.7, room=1.0)
+TAKE = Bounds(correlation=0.3, payoff=1.2, variance=1.04, promise=2.0, progress=0.75, retention=0.6, room=1.0)
 KEEP = Bounds(
     correlation=LEAST_CORRELATION, payoff=1.0, variance=0.98, promise=1.0, progress=0.75, retention=0.85, room=0.7
 )
@@ -464,7 +464,7 @@ def objection(choice: Choice, numbers: Mapping[str, float], bounds: Bounds) -> s
     if choice.depth == MEMORY and "retention" not in numbers:
         return "too few samples have come back to know what becomes of large losses"
     if (retention := numbers.get("retention", 0.0)) > bounds.retention:
-        return f"large losses shrink too little beside others when trained on (retention {retention:.2f}; noise has 1)"
+        return f"large losses shrink too little when trained on ({retention:.0%} is left; of noise nearly all)"
     if choice.depth == MEMORY:
         roomy = choice.keep * numbers["concentration"] >= bounds.room
         return "" if roomy else f"too many samples carry the loss (concentration {numbers['concentration']:.1f})"

@@ -106,8 +106,7 @@ class Recent:
             ``concentration`` (mean square of the losses over their squared mean), ``loss`` and ``loss_error``; where
             most samples have a remembered loss ``correlation.0`` of it with the exact loss, ``gain.0.{keep}`` (mean
             loss of those that it ranks first over that of all, unseen samples first), and ``retention`` (what is left
-            of the largest remembered quarter, over what is left of all remembered losses, which fall as the model
-            learns). Nothing while too few samples are known.
+            of the largest remembered quarter). Nothing while too few samples are known.
         """
         stands_for = self.column("stands_for")
         usable = torch.isfinite(stands_for) & (stands_for > 0)
@@ -137,12 +136,9 @@ class Recent:
                 numbers[f"gain.{MEMORY}.{keep:g}"] = (weighted_mean(loss[kept], share[kept]) / mean).item()
         largest = old.argsort(descending=True, stable=True)
         largest = largest[weight[largest].cumsum(0) <= weight.sum() / 4]
-        if len(largest) and old[largest].sum() > 0 and new.sum() > 0:
-            of_largest, of_all = (
-                weighted_mean(new[rows], weight[rows]) / weighted_mean(old[rows], weight[rows])
-                for rows in (largest, slice(None))
-            )
-            numbers["retention"] = (of_largest / of_all).item()
+        if len(largest) and old[largest].sum() > 0:
+            left = weighted_mean(new[largest], weight[largest]) / weighted_mean(old[largest], weight[largest])
+            numbers["retention"] = left.item()
         return numbers
 
     def state_dict(self) -> dict[str, Tensor]:
