@@ -845,14 +845,14 @@ def test_pools_that_share_a_step_pay_for_its_probes_together(pools_per_step):
         assert together == math.ceil(alone / pools_per_step)
 
 
-def test_greedy_selection_ends_at_its_share_of_the_training_and_keeps_the_latest_record():
+def test_greedy_selection_ends_at_its_share_of_the_training_and_keeps_its_records():
     control = Control(depths=(1,), keeps=(0.5,), rules=("greedy",), total_steps=100, end_share=0.5)
     records = ({"loss": 1.0, "correlation.1": 0.9}, {"loss": 3.0, "correlation.1": 0.9})
     for harmed in (False, True):
         state = State(CHOICE, records, next_probe=90, before=(1.0, 0.1), harmed=harmed)
         assert controller.end(state, control, 49).state == state
         ended = controller.end(state, control, 50)
-        assert ended.state == State(None, (state.records[1],), 90, (1.0, 0.1), harmed)
+        assert ended.state == State(None, records, 90, (1.0, 0.1), harmed)
         assert ended.reason == decide(state, numbers_of(), control, 50)[1]
     off = State(None, state.records, 90)
     assert controller.end(off, control, 60).state == off

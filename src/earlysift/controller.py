@@ -218,9 +218,12 @@ def look(
 
 
 def end(state: State, control: Control, step: int) -> Verdict:
-    """End greedy selection if the training is near its own end, whether or not a probe is due."""
+    """End greedy selection if the training is near its own end, whether or not a probe is due.
+
+    Nothing failed, so the records stay, and may speak for an unbiased choice at the next look.
+    """
     ended = state.choice is not None and state.choice.rule == "greedy" and _near_end(control, step)
-    return Verdict(_switched(state, None, {}) if ended else state, {}, _NEAR_END)
+    return Verdict(replace(state, choice=None) if ended else state, {}, _NEAR_END)
 
 
 def _switched(state: State, choice: Choice | None, numbers: Mapping[str, float]) -> State:
