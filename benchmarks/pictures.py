@@ -47,13 +47,15 @@ def verdict_picture(results: dict[str, Any], arms: Iterable[str], theme: str, pa
         axes.axhline(target, color=FAINT, linewidth=1.2, linestyle="--", zorder=1)
         axes.annotate("target", (0, target), (4, 4), textcoords="offset points", color=FAINT)
         axes.set_xlim(0, results["config"]["budget"])
-        axes.set_ylim(bottom=0)
+        # Where all arms end far above nought, only the last part of the way tells them apart.
+        bottom = max(0.0, target - 6 * max(abs(end - target) for end in ends.values()))
+        axes.set_ylim(bottom, min(1.0, axes.get_ylim()[1]))
         height, top = float("-inf"), axes.get_ylim()[1]
         for name in sorted(ends, key=lambda name: ends[name]):
-            height = max(ends[name], height + _LABEL_GAP * top)
+            height = max(ends[name], height + _LABEL_GAP * (top - bottom))
             verdict = results["comparison"].get(name, {}).get("verdict", "").partition(":")[0].lower()
             words = label(name, results["arms"][name]) + f": {verdict}" * bool(verdict)
-            place = (1.015, height / top)
+            place = (1.015, (height - bottom) / (top - bottom))
             axes.annotate(words, place, xycoords="axes fraction", va="center", color=look[name].color, weight="bold")
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.set_xlabel("reference time, every cost charged (s)")
