@@ -180,7 +180,7 @@ def test_scoring_is_all_that_a_sifter_takes_but_for_probes_and_is_measured_for_a
     assert step_times_ms(row | {"sift_ms": 37.0, "score_ms": 5.0}, ARMS["auto"], settings) == {
         "train": 20.0,
         "read_pool": 3.0,
-        "score_2": 14.0,
+        "auto_2": 14.0,
         "probe": 30.0,
     }
     row = {"candidates": 8, "wait_ms": 3.0, "train_ms": 20.0, "sift_ms": 1.0}  # before it selects
@@ -195,7 +195,7 @@ def test_part_of_a_pool_is_charged_its_part_and_an_uncharged_arm_like_uniform():
     settings = Settings(batch=8, keep=0.5)
     medians_ms = {"read_batch": 1.0, "read_pool": 2.0, "train": 20.0, "score_1": 4.0, "score_2": 6.0, "exact": 10.0}
     medians_ms["rho_loss"] = 40.0  # of its pool of ten batches
-    medians_ms |= {"probe": 30.0}
+    medians_ms |= {"probe": 30.0, "auto_2": 6.0}
     row = {"candidates": 16, "scored": 12, "depth": 2, "probe_ms": 99.0}
     assert charges_ms(row, ARMS["auto"], settings, medians_ms) == {
         "read": 2.0,
@@ -771,7 +771,8 @@ def test_every_arm_runs_on_every_task(task, text, table, tmp_path):
         "grad_norm",
         "rho_loss",
         "memory",
-        "score_0",
+        *(f"auto_{depth}" for depth in (0, 1, 2, 3)),
+        "lesson",
         *(f"{score}_{depth}" for score in ("exit_probe", "blend") for depth in (1, 2, 3)),
     }
     expected |= {"score_1", "score_2", "score_3", "score_6", "head_1", "head_2"}
