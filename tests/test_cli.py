@@ -415,3 +415,13 @@ def test_experiments_are_functions_of_their_modules():
 
     for name, module in EXPERIMENTS.items():
         assert callable(getattr(import_module(f"earlysift.theory.{module}"), name))
+
+
+def test_a_suite_ends_with_a_sentence_on_the_fastest_arm_that_is_charged_or_the_overall_one():
+    def results(**speedups):
+        comparison = {arm: {"speedup": speedup, "verdict": f"on {arm}"} for arm, speedup in speedups.items()}
+        arms = {arm: {"charged": arm != "free"} for arm in comparison}
+        return {"comparison": comparison, "arms": arms, "verdict": "overall"}
+
+    assert cli._headline(results(sift=0.9, memory=1.3, auto=1.1, free=2.0)) == "on memory"
+    assert cli._headline(results(sift=0.9, auto=1.0, free=2.0)) == cli._headline(results(sift=None)) == "overall"

@@ -438,9 +438,16 @@ def _print_suite(console: Console, outcomes: "dict[str, Outcome]") -> None:
             )
     console.print(table)
     for name, outcome in outcomes.items():
-        sentence = outcome.reason or (outcome.results or {}).get("verdict")
+        sentence = outcome.reason or (outcome.results and _headline(outcome.results))
         if sentence:
             console.print(f"{name}: {sentence}", soft_wrap=True)
+
+
+def _headline(results: dict[str, Any]) -> str:
+    """The verdict on the fastest arm that is charged, if it is faster than uniform training; else the overall one."""
+    entries = [entry for arm, entry in results["comparison"].items() if results["arms"][arm]["charged"]]
+    fastest: dict[str, Any] = max(entries, key=lambda entry: entry["speedup"] or 0.0, default={})
+    return str(fastest["verdict"] if (fastest.get("speedup") or 0.0) > 1 else results["verdict"])
 
 
 def _table(headings: Sequence[str], **options: Any) -> Table:
