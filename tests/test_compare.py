@@ -1011,7 +1011,6 @@ def test_results_page_tells_verdict_costs_and_decisions_of_committed_results(tex
     assert verdict in told
     assert [line.split("|")[1].strip() for line in readme.splitlines() if line.startswith("| ")][2:] == [
         "uniform",
-        "SIFT",
         "auto",
     ]
     assert "old" not in readme
