@@ -50,7 +50,8 @@ to the target over the arm's, a geometric mean over seeds; in brackets 95 % inte
 when this page is written. "Never acted": every step of the arm was uniform training's own, on every seed. "Could not
 decide": auto had fewer probes than it needs to switch on. Runs of auto are by the
 controller of their commit: on workloads of several epochs (`…-epochs`, `mnist-flipped-20`) by the present one or one
-that differs as the log says, elsewhere by earlier ones, which decide by other conditions. Wall time tells little here: runs were made at different
+that differs as the log says, elsewhere by earlier ones, which decide by other conditions. Wall time tells little
+here: runs were made at different
 hours, on cores that did other work beside; auto, which takes uniform's very steps, shows how little. In masked language
 modelling a tenth of the labelled tokens stays visible and is predicted by copying; "on hidden tokens" are the points
 from uniform on the others, and the arm "visible labels" is a control without a model that prefers candidates with many
