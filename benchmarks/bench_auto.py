@@ -8,7 +8,7 @@ import math
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
-from statistics import mean
+from statistics import geometric_mean, mean
 from typing import Any, NamedTuple
 
 import torch
@@ -161,7 +161,7 @@ def train(case: Callable[[Generator], Stream], arm: str, seed: int, steps: int, 
         torch.manual_seed(seed)
         model = Residual(stream.convex)
     options, charged = arms(stream.stored is not None, steps)[arm]
-    sifter = Sifter(model, family=FAMILY, kept=BATCH, seed=seed, probe_every=0, ledger=None, **options)
+    sifter = Sifter(model, family=FAMILY, kept=BATCH, seed=seed, probe_every=0, **options)
     optimizer = torch.optim.AdamW(model.parameters(), RATE)
     spent, due, selecting, taken, curve = 0.0, 0.0, 0, 0, []
     while spent < steps:
@@ -170,7 +170,7 @@ def train(case: Callable[[Generator], Stream], arm: str, seed: int, steps: int, 
             due += steps / EVALUATIONS
         share = spent / steps
         optimizer.param_groups[0]["lr"] = RATE * min(1.0, share / WARMUP + 0.01, (1 - share) / (1 - WARMUP))
-        batch = sifter.sift(data(_wanted(sifter)))
+        batch = sifter.sift(data(sifter.wanted))
         loss = sifter.loss(batch, weights=None if sifter.config.keep == 1 else sifter.weights)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -239,9 +239,9 @@ def _summary(arm: str, runs: list[Curve], uniform: list[Curve]) -> dict[str, Any
             ratios.append(_first(plain, target) / _first(run, target))
     return {
         "arm": arm,
-        "speed_up": math.exp(mean(map(math.log, ratios))) if ratios and min(ratios) > 0 else 0.0,
+        "speed_up": geometric_mean(ratios) if ratios and min(ratios) > 0 else 0.0,
         "ratios": ratios,
-        "end": math.exp(mean(map(math.log, ends))),
+        "end": geometric_mean(ends),
         "accuracy": mean(run.accuracy for run in runs),
         "selecting": mean(run.selecting for run in runs),
     }
@@ -256,7 +256,3 @@ def _first(run: Curve, target: float) -> float:
             before = run.losses[i - 1]
             return run.spent[i - 1] + (before - target) / (before - loss) * (run.spent[i] - run.spent[i - 1])
     return math.inf
-
-
-def _wanted(sifter: Sifter) -> int:
-    return sifter.wanted if sifter.config.keep < 1 else BATCH

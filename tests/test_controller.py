@@ -46,6 +46,7 @@ NAN, INF = float("nan"), float("inf")
 ONE = Control(depths=(1,), keeps=(0.5,))
 GREEDY = Control(depths=(1,), keeps=(0.5,), rules=("greedy",))
 BOTH = Control(depths=(1,), memory=True, keeps=(0.5,))
+GREEDY_BOTH = Control(depths=(1,), memory=True, keeps=(0.5,), rules=("greedy",))
 CHEAP = {"train": 100.0, "probe": 60.0, "score_1": 5.0, "score_2": 8.0, "score_3": 11.0}
 FREE = {**CHEAP, "score_1": 0.0}
 CHOICE = Choice("greedy", 1, 0.5)
@@ -489,27 +490,30 @@ def risen_by(times, **changes):
     return numbers_of(loss=1 + times * SURE * math.hypot(0.1, 0.1), **changes)
 
 
+SHRINKS = ("retention", TAKE.retention, KEEP.retention, False, "large losses shrink too little when trained on")
+PAYS = ("gain", TAKE.payoff, KEEP.payoff, True, "selection does not pay")
+
+
 @pytest.mark.parametrize(
-    ("name", "take", "keep", "falls", "reason"),
+    ("greedy", "control", "name", "take", "keep", "falls", "reason"),
     [
-        ("gain", TAKE.payoff, KEEP.payoff, True, "selection does not pay"),
-        ("variance", TAKE.variance, KEEP.variance, True, "times less noisy, at cost 1.00 (T7)"),
-        ("progress", TAKE.progress, KEEP.progress, True, "do not go along the mean gradient"),
-        ("correlation", TAKE.correlation, KEEP.correlation, True, "depth 1 ranks"),
-        (
-            "retention",
-            TAKE.retention,
-            KEEP.retention,
-            False,
-            "large losses shrink too little when trained on",
-        ),
+        (CHOICE, GREEDY, *PAYS),
+        (CHOICE, GREEDY, *SHRINKS),
+        (CHOICE, GREEDY, "variance", TAKE.variance, KEEP.variance, True, "times less noisy, at cost 1.00 (T7)"),
+        (CHOICE, GREEDY, "progress", TAKE.progress, KEEP.progress, True, "do not go along the mean gradient"),
+        (CHOICE, GREEDY, "correlation", TAKE.correlation, KEEP.correlation, True, "depth 1 ranks"),
+        (REMEMBERED, GREEDY_BOTH, *PAYS),
+        (REMEMBERED, GREEDY_BOTH, *SHRINKS),
+        (REMEMBERED, GREEDY_BOTH, "correlation", TAKE.correlation, KEEP.correlation, True, "memory ranks"),
     ],
 )
-def test_a_greedy_choice_is_taken_by_one_bound_and_kept_by_a_milder_one(name, take, keep, falls, reason):
+def test_a_greedy_choice_is_taken_by_one_bound_and_kept_by_a_milder_one(
+    greedy, control, name, take, keep, falls, reason
+):
     better, worse = (1e-6, -1e-6) if falls else (-1e-6, 1e-6)
-    for bound, now in ((take, None), (keep, CHOICE)):
-        assert decide(state_of(now), numbers_of(**{name: bound + better}), GREEDY, 0)[0] == CHOICE
-        choice, why = decide(state_of(now), numbers_of(**{name: bound + worse}), GREEDY, 0)
+    for bound, now in ((take, None), (keep, greedy)):
+        assert decide(state_of(now), numbers_of(**{name: bound + better}), control, 0)[0] == greedy
+        choice, why = decide(state_of(now), numbers_of(**{name: bound + worse}), control, 0)
         assert choice is None
         assert reason in why
 
@@ -569,30 +573,6 @@ def test_the_greedy_choice_that_pays_most_goes_first_where_large_losses_are_know
         assert decide(state_of(now), numbers, BOTH, 0)[0].rule == "unbiased"
 
 
-@pytest.mark.parametrize(
-    ("name", "take", "keep", "falls", "reason"),
-    [
-        ("gain", TAKE.payoff, KEEP.payoff, True, "selection does not pay"),
-        ("correlation", TAKE.correlation, KEEP.correlation, True, "memory ranks"),
-        (
-            "retention",
-            TAKE.retention,
-            KEEP.retention,
-            False,
-            "large losses shrink too little when trained on",
-        ),
-    ],
-)
-def test_greedy_selection_by_memory_is_taken_by_one_bound_and_kept_by_a_milder_one(name, take, keep, falls, reason):
-    control = dataclasses.replace(BOTH, rules=("greedy",))
-    better, worse = (1e-6, -1e-6) if falls else (-1e-6, 1e-6)
-    for bound, now in ((take, None), (keep, REMEMBERED)):
-        assert decide(state_of(now), numbers_of(**{name: bound + better}), control, 0)[0] == REMEMBERED
-        choice, why = decide(state_of(now), numbers_of(**{name: bound + worse}), control, 0)
-        assert choice is None
-        assert reason in why
-
-
 def test_greedy_selection_by_memory_needs_room_in_the_batch_for_the_samples_that_carry_the_loss():
     for bounds in (TAKE, KEEP):
         enough = bounds.room / REMEMBERED.keep
@@ -603,7 +583,7 @@ def test_greedy_selection_by_memory_needs_room_in_the_batch_for_the_samples_that
 
 @pytest.mark.parametrize("now", [None, REMEMBERED])
 def test_greedy_selection_by_memory_needs_a_known_retention_but_neither_variance_nor_progress(now):
-    control = dataclasses.replace(BOTH, rules=("greedy",))
+    control = GREEDY_BOTH
     numbers = numbers_of(variance=0.5, progress=-1.0)
     assert decide(state_of(now), numbers, control, 0)[0] == REMEMBERED
     unknown, reason = decide(state_of(now), without_retention(numbers), control, 0)
@@ -664,7 +644,7 @@ def test_after_greedy_selection_has_done_harm_no_greedy_choice_is_taken_before_a
     for count in (1, WINDOW - 1, WINDOW):
         seen = dataclasses.replace(harmed, records=harmed.records * count)
         assert decide(seen, numbers_of(), GREEDY, 0)[0] == (CHOICE if count == WINDOW else None)
-    for control in (GREEDY, dataclasses.replace(BOTH, rules=("greedy",))):
+    for control in (GREEDY, GREEDY_BOTH):
         assert decide(harmed, numbers_of(), control, 0) == (None, reason)
     for state in (harmed, state_of(UNBIASED, harmed=True)):
         for control in (ONE, BOTH):

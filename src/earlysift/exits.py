@@ -15,7 +15,7 @@ A transformers config may contain its row, under ``earlysift_family``:
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -272,21 +272,14 @@ def _replaced_layers(
 
 
 @contextmanager
-def captured(anatomy: Anatomy, depth: int) -> Iterator[list[Any]]:
+def captured(anatomy: Anatomy, depth: int) -> Iterator[dict[int, Any]]:
     """Record the outputs of the first ``depth`` layers within this context, for `replayed`.
 
     Yields:
-        The outputs in the order of layers; the next forward pass fills it.
+        Depth to output, in the order of layers; the next forward pass fills it.
     """
-    outputs: list[Any] = []
-    handles = [
-        layer.register_forward_hook(lambda *call: outputs.append(call[-1])) for layer in list(anatomy.layers)[:depth]
-    ]
-    try:
+    with latest_outputs(dict(enumerate(list(anatomy.layers)[:depth], start=1))) as outputs:
         yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -311,7 +304,7 @@ def states_of(output: Any) -> Tensor:
 
 
 @contextmanager
-def replayed(anatomy: Anatomy, outputs: Sequence[Any], *, exit_head: nn.Module | None = None) -> Iterator[None]:
+def replayed(anatomy: Anatomy, outputs: Iterable[Any], *, exit_head: nn.Module | None = None) -> Iterator[None]:
     """Let the first layers return their `captured` outputs within this context, and leave the other layers out.
 
     A forward pass then runs no layer, so one full pass is enough for the exits at every depth: the model's own final

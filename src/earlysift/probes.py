@@ -99,10 +99,10 @@ def probe(
                     by_probe = scoring.learnt.probes.get(depth) if classifies else None
                     if by_probe is not None and by_probe.is_taught:
                         classes = head(states[:1]).size(-1)
-                        told = scorers.losses_by_probe(anatomy, by_probe, outputs[depth - 1], candidates, classes)
+                        told = scorers.losses_by_probe(anatomy, by_probe, outputs[depth], candidates, classes)
                         scores[depth].append(told)
                         continue
-                    with exits.replayed(anatomy, outputs[:depth], exit_head=scoring.exit_head):
+                    with exits.replayed(anatomy, list(outputs.values())[:depth], exit_head=scoring.exit_head):
                         at_exit = exits.call(model, inputs)
                     scores[depth].append(
                         per_sample(measure, states=at_exit, labels=labels, max_positions=scoring.max_positions)
