@@ -37,7 +37,7 @@ MOVE = 1.05  # a better choice must pay so many times as much as the present one
 _UNWEIGHTED = "the loop reads no weights, which the unbiased rule needs"
 _NEAR_END = "the training nears its end, and greedy selection has a floor"
 _HAS_RISEN = "the loss of whole pools has risen by {:.2g} since: what is not trained on is forgotten"
-_HARMED = "greedy selection has made the loss of whole pools rise before, and too few probes have been made since"
+_HARMED = "greedy selection made the loss of whole pools rise at step {}, and is not tried again before twice that step"
 
 
 class Bounds(NamedTuple):
@@ -148,14 +148,15 @@ class State:
         records: The latest records; after a choice failed, the one that showed it and those since.
         next_probe: Step of the next probe.
         before: Mean loss of whole pools when the choice was made, and its standard error.
-        harmed: Whether greedy selection has made that loss rise: it takes a full window of records to try it again.
+        harmed: Step at which greedy selection has made that loss rise, 0 if it has not; it is not tried again before
+            twice that step.
     """
 
     choice: Choice | None = None
     records: tuple[Record, ...] = ()
     next_probe: int = 0
     before: tuple[float, float] = (0.0, 0.0)
-    harmed: bool = False
+    harmed: int = 0
 
 
 class Verdict(NamedTuple):
@@ -214,7 +215,7 @@ def look(
     after = _switched(state, choice, numbers)
     if risen:
         after = replace(after, records=after.records[-1:])
-    return Verdict(replace(after, harmed=state.harmed or risen), numbers, reason)
+    return Verdict(replace(after, harmed=step if risen else state.harmed), numbers, reason)
 
 
 def end(state: State, control: Control, step: int) -> Verdict:
@@ -398,7 +399,7 @@ def decide(
     batch has room for the samples that carry the loss, by an exit that gradients bear the payoff out (T7), and that
     steps on it go along the mean gradient. All this by `TAKE`; a choice is kept by the milder
     `KEEP`, a greedy one until the training nears its end, or the loss of whole pools has risen since (greedy selection
-    forgets what it does not train on): then no greedy one is taken until a full window of records speaks for it.
+    forgets what it does not train on): then no greedy one is taken until the training is twice as long.
 
     Greedy choices go first where it is known that large losses are of what can be learnt, as they gain most there; else
     unbiased ones do. Among those the one that pays most is taken, and while on, it moves to a clearly better one.
@@ -421,7 +422,7 @@ def decide(
     vetoes = {
         _NEAR_END: _near_end(control, step),
         _HAS_RISEN.format(numbers["loss"] - state.before[0]): risen,
-        _HARMED: state.harmed and len(state.records) < WINDOW,
+        _HARMED.format(state.harmed): step < 2 * state.harmed,
     }
     veto = next((reason for reason, applies in vetoes.items() if applies), "")
     objections = {
@@ -581,8 +582,8 @@ def state_problems(saved: Any, control: Control) -> list[str]:
             f"steering.before must be two finite numbers, got {reprlib.repr(before)}",
         ),
         (
-            isinstance(saved.get("harmed"), bool),
-            f"steering.harmed must be True or False, got {reprlib.repr(saved.get('harmed'))}",
+            whole(saved.get("harmed"), 0),
+            f"steering.harmed must be a whole number of at least 0, got {reprlib.repr(saved.get('harmed'))}",
         ),
     ]
     return [message for sound, message in rows if not sound]

@@ -285,14 +285,27 @@ def captured(anatomy: Anatomy, depth: int) -> Iterator[dict[int, Any]]:
 @contextmanager
 def latest_outputs(modules: Mapping[int, nn.Module]) -> Iterator[dict[int, Any]]:
     """Record what each of these modules returned in its latest call within this context, by their numbers."""
-    outputs: dict[int, Any] = {}
+    with _latest(modules, -1) as outputs:
+        yield outputs
 
-    def note(number: int, *call: Any) -> None:
-        outputs[number] = call[-1]
+
+@contextmanager
+def latest_inputs(modules: Mapping[int, nn.Module]) -> Iterator[dict[int, Any]]:
+    """Record the positional arguments of the latest call of each of these modules within this context."""
+    with _latest(modules, 0) as inputs:
+        yield inputs
+
+
+@contextmanager
+def _latest(modules: Mapping[int, nn.Module], part: int) -> Iterator[dict[int, Any]]:
+    calls: dict[int, Any] = {}
+
+    def note(number: int, module: nn.Module, *call: Any) -> None:  # noqa: ARG001
+        calls[number] = call[part]
 
     handles = [module.register_forward_hook(partial(note, number)) for number, module in modules.items()]
     try:
-        yield outputs
+        yield calls
     finally:
         for handle in handles:
             handle.remove()

@@ -159,6 +159,9 @@ def steer(
         # A partial pool is too small to learn from: the controller forgets it, on all ranks.
         return together(steering.record_of({} if pool.size < kept else record, control))
 
+    def trained() -> steering.Measured:
+        return together(steering.record_of(runner.trained_record(control, kept), control))
+
     def free() -> steering.Measured:
         numbers, weighted = together(steering.free_of(runner.recent.signals(control.keeps), control))
         return steering.Measured({name: x for name, x in numbers.items() if math.isfinite(x)}, weighted)
@@ -173,6 +176,7 @@ def steer(
         keep=runner.config.keep,
         prices_of=prices,
         probe=probe if pools.has_labels(pool.data) else None,
+        trained=trained if runner.learnt.trained is not None else None,
         free=free,
     )
-    return state, row | ({"probed": pool.size} if "control" in row else {})
+    return state, row | ({"probed": pool.size} if "rank_correlation" in row else {})

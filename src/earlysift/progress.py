@@ -18,7 +18,7 @@ from earlysift.controller import Control
 from earlysift.options import finite, option, problems, whole
 from earlysift.pending import Pending
 
-STATE_VERSION = 5
+STATE_VERSION = 6
 COUNTS = ("candidates", "scored", "trained", "unlabelled", "non_finite")
 FIDELITY = ("rank_correlation", "overlap", "gain")
 _WHOLE = "a whole number of at least"

@@ -1,6 +1,7 @@
 """`Runner`: everything of a `Sifter` that runs the model. Scores, probes, exit training, and what they cost."""
 
 import logging
+import math
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
@@ -10,7 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from earlysift import checks, controller, costs, exits, judging, losses, pools, probes, ranks, scorers, steering
+from earlysift import (
+    checks,
+    controller,
+    costs,
+    exits,
+    judging,
+    loss_memory,
+    losses,
+    pools,
+    probes,
+    ranks,
+    scorers,
+    steering,
+)
 from earlysift.blend import Blend
 from earlysift.config import SiftConfig
 from earlysift.controller import Control
@@ -21,8 +35,10 @@ from earlysift.ledger import Ledger
 from earlysift.measures import LOSS
 from earlysift.options import whole
 from earlysift.pools import Pool
+from earlysift.probes import Probe
 from earlysift.recent import MEMORY, Kept, Recent
 from earlysift.scorers import Approximation, Learnt
+from earlysift.trained_pool import EXACT, TrainedPool
 
 _LOG = logging.getLogger("earlysift")
 _EARLY_STEPS, _EARLY_EVERY, _LATE_EVERY = 256, 2, 8  # lessons of auto mode's probes, which first have all to learn
@@ -69,10 +85,12 @@ class Runner:
         with suppress(ValueError) if optional else nullcontext():
             self.anatomy = exits.find_anatomy(model, config.family)
         self.control = self.candidates() if config.mode == "auto" else None
+        exit_probes = {depth: ExitProbe(config.seed) for depth in self._probed_depths()}
         self.learnt = Learnt(
             memory=ranks.memory(samples) if self.remembers else None,
-            probes={depth: ExitProbe(config.seed) for depth in self._probed_depths()},
+            probes=exit_probes,
             blend=Blend() if config.score == "blend" else None,
+            trained=TrainedPool(math.ceil(1 / min(self.control.keeps))) if self.control and exit_probes else None,
         )
         self._laws: dict[int | None, costs.FlopsLaw] = {}
         self._flops_failed = False
@@ -166,6 +184,8 @@ class Runner:
     def lesson(self, batch: Any, kept: Kept | None) -> Iterator[None]:
         """Teach the probes of auto mode by the training pass within this context, if its batch was drawn uniformly.
 
+        What the pass shows is kept for `trained_record`.
+
         Args:
             batch: What is trained on, with labels.
             kept: What is known of it.
@@ -173,11 +193,19 @@ class Runner:
         every = _EARLY_EVERY if kept is not None and kept.step < _EARLY_STEPS else _LATE_EVERY
         due = kept is not None and kept.scores is None and kept.step % every == 0
         trains = self.model.training and torch.is_grad_enabled()  # held-out samples teach nothing
+        if kept is not None and kept.scores is not None and self.learnt.trained is not None:
+            self.learnt.trained.clear()  # what follows on a selected batch is no longer the pool of before
         if self.control is None or not (self.learnt.probes and due and trains):
             yield
             return
-        with scorers.lesson(self.model, batch, self.learnt.probes, self.config.family, self.ledger):
+        memory, remembered = self.learnt.memory, {}
+        if memory is not None and kept is not None and kept.ids is not None:  # before the losses of this very pass
+            known = ranks.look(memory, kept.ids, kept.step, self.device)[0]
+            remembered = {str(MEMORY): loss_memory.unseen_first(known).to(self.device)}
+        with scorers.lesson(self.model, batch, self.learnt.probes, self.config.family, self.ledger) as seen:
             yield
+        if seen and self.learnt.trained is not None:
+            self.learnt.trained.add(remembered | seen)
 
     def verify(self, pool: Pool) -> None:
         """Compare the model with what is known about it, on the first pool: see `earlysift.checks.verified`.
@@ -229,6 +257,15 @@ class Runner:
         if control.memory and self.learnt.memory is not None and pool.ids is not None:
             probe.scores[MEMORY] = ranks.recall(self.learnt.memory, pool.ids, self.device).to(probe.exact.device)
         return controller.record(probe, kept, control)
+
+    def trained_record(self, control: Control, kept: int) -> controller.Record:
+        """The record of a pool of batches that were trained on, for nothing; empty where there is none."""
+        trained = self.learnt.trained
+        if trained is None or not trained.is_full:
+            return {}
+        columns = trained.columns()
+        scores = {depth: columns[str(depth)] for depth in controller.scored_depths(control) if str(depth) in columns}
+        return controller.record(Probe(columns[EXACT], scores, trained.gram()), kept, control)
 
     def steering_record(self, pool: Pool, control: Control, kept: int) -> controller.Record:
         """The record of a probe within a step, timed; times scoring at one of the depths, too, where times decide."""

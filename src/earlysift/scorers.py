@@ -26,6 +26,7 @@ from earlysift.losses import Head, Reduction
 from earlysift.measures import ENTROPY, LOSS, MEASURES, Measure
 from earlysift.pools import Pool
 from earlysift.seeds import reseeded
+from earlysift.trained_pool import EXACT, INPUTS, SLOPES, TrainedPool
 
 Scorer = Callable[[nn.Module, Any], Tensor]
 
@@ -43,16 +44,18 @@ class Learnt:
         memory: Losses that samples had when they were last trained on.
         probes: Models of their own at exits, by depth.
         blend: Predicts exact losses from what is cheap.
+        trained: What uniform batches have shown as they were trained on.
     """
 
     memory: LossMemory | None = None
     probes: Mapping[int, ExitProbe] = field(default_factory=dict)
     blend: Blend | None = None
+    trained: TrainedPool | None = None
 
-    def parts(self) -> dict[str, LossMemory | ExitProbe | Blend]:
+    def parts(self) -> dict[str, LossMemory | ExitProbe | Blend | TrainedPool]:
         """Those that there are, by name."""
         probes = {f"probe_{depth}": probe for depth, probe in self.probes.items()}
-        parts = {"memory": self.memory, **probes, "blend": self.blend}
+        parts = {"memory": self.memory, **probes, "blend": self.blend, "trained": self.trained}
         return {name: part for name, part in parts.items() if part is not None}
 
 
@@ -576,7 +579,7 @@ def losses_by_probe(anatomy: Anatomy, exit_probe: ExitProbe, output: Any, pool: 
 @contextmanager
 def lesson(
     model: nn.Module, batch: Any, probes: Mapping[int, ExitProbe], family: Family | None, ledger: Ledger
-) -> Iterator[None]:
+) -> Iterator[dict[str, Tensor]]:
     """Teach probes of a classifier by the forward pass within this context: no pass of their own.
 
     Compiled models are left alone: to look into them would compile them once more.
@@ -587,25 +590,46 @@ def lesson(
         probes: By depth.
         family: A row for a model that `earlysift.exits.FAMILIES` does not know.
         ledger: Where its time goes.
+
+    Yields:
+        What `earlysift.trained_pool.TrainedPool.add` takes, filled when the context ends: exact losses, what the probes
+        told of them before they learnt, and where the loss slopes. Empty where nothing was taught.
     """
     anatomy = exits.find_anatomy(model, family)
+    seen: dict[str, Tensor] = {}
     if exits.is_compiled(model, anatomy):
-        yield
+        yield seen
         return
     layers = list(anatomy.layers)
     modules: dict[int, nn.Module] = {depth: layers[depth - 1] for depth in probes}
-    modules[_HEAD] = anatomy.core.get_submodule((anatomy.head or anatomy.classifier)[-1])
-    with exits.latest_outputs(modules) as outputs:
-        yield
-    logits, rows = outputs.pop(_HEAD, None), len(pools.inputs_and_labels(batch)[1])
+    modules[_HEAD] = last = anatomy.core.get_submodule((anatomy.head or anatomy.classifier)[-1])
+    with exits.latest_outputs(modules) as outputs, exits.latest_inputs({_HEAD: last}) as inputs:
+        yield seen
+    logits, labels = outputs.pop(_HEAD, None), pools.inputs_and_labels(batch)[1]
     if not isinstance(logits, Tensor):
         return  # the loop did something else
     with ledger.timed("lesson"), torch.enable_grad():
         for depth, output in outputs.items():
-            if len(exits.states_of(output)) == rows:
+            if len(exits.states_of(output)) == len(labels):
                 told = losses_by_probe(anatomy, probes[depth], output, batch, classes=logits.size(-1))
                 probes[depth].propose(told)
                 probes[depth].learn()
+                seen[str(depth)] = told.detach()
+        entering = next(iter(inputs.get(_HEAD, ())), None)
+        one_each = isinstance(entering, Tensor) and entering.ndim == logits.ndim == 2 and len(logits) == len(labels)
+        if len(seen) < len(probes) or not one_each:
+            seen.clear()
+            return
+        seen |= _slopes(logits, labels, checks.problem_of(anatomy)) | {INPUTS: entering.detach()}
+
+
+def _slopes(logits: Tensor, labels: Tensor, problem: losses.Problem | None) -> dict[str, Tensor]:
+    """Exact losses of logits, and their derivatives by them."""
+    leaf = logits.detach().float().requires_grad_()
+    problem = problem or losses.classification_problem(leaf, labels)
+    exact = losses.class_scores(LOSS, leaf, labels, problem=problem)
+    (slopes,) = torch.autograd.grad(torch.where(torch.isfinite(exact), exact, 0.0).sum(), leaf)
+    return {EXACT: exact.detach(), SLOPES: slopes}
 
 
 def _read_by_adapter(

@@ -82,6 +82,7 @@ def steer(
     keep: float,
     prices_of: Callable[[], dict[str, float]],
     probe: Callable[[], Measured] | None,
+    trained: Callable[[], Measured] | None = None,
     free: Callable[[], Measured],
 ) -> tuple[State, dict[str, Any]]:
     """Probe if a probe is due, and decide what steps do from here on.
@@ -96,6 +97,8 @@ def steer(
         keep: b / R.
         prices_of: Finds the prices of operations.
         probe: Probes the pool; None if this pool cannot be probed.
+        trained: Finds the record of what was just trained on uniformly, in which a number is not finite while there is
+            too little of it; None where no training pass is looked into.
         free: Finds what the losses of trained samples say; nothing where no loop hands them over.
 
     Returns:
@@ -116,10 +119,20 @@ def steer(
         seen_depth = depth if chosen is None else chosen.depth
         row["rank_correlation"] = record[f"correlation.{seen_depth}"]
         row["gain"] = record[f"gain.{seen_depth}.{keep:g}"]
-    elif first and step % controller.FREE_EVERY == 0 and (seen := free()).numbers:
-        state, numbers, reason = controller.look(state, prices_of(), control, keep, step, seen.weighted, seen.numbers)
-        if state.choice != before:
-            row["control"] = numbers
+    elif first and step % controller.FREE_EVERY == 0:
+        seen = free()
+        passed = trained() if trained is not None and before is None else None
+        if passed is not None and all(map(math.isfinite, passed.numbers.values())):
+            # For nothing, and as good as a probe, which is put off.
+            state, row["control"], reason = controller.advance(
+                state, passed.numbers, prices_of(), control, keep, step, passed.weighted, pools_per_step, seen.numbers
+            )
+        elif seen.numbers:
+            state, numbers, reason = controller.look(
+                state, prices_of(), control, keep, step, seen.weighted, seen.numbers
+            )
+            if state.choice != before:
+                row["control"] = numbers
     if state.choice is not None:
         state, _, end = controller.end(state, control, step)
         reason = reason if state.choice else end
