@@ -616,8 +616,8 @@ def lesson(
                 probes[depth].learn()
                 seen[str(depth)] = told.detach()
         entering = next(iter(inputs.get(_HEAD, ())), None)
-        one_each = isinstance(entering, Tensor) and entering.ndim == logits.ndim == 2 and len(logits) == len(labels)
-        if len(seen) < len(probes) or not one_each:
+        one_each = logits.ndim == 2 and len(logits) == len(labels)
+        if len(seen) < len(probes) or not one_each or not isinstance(entering, Tensor) or entering.ndim != 2:
             seen.clear()
             return
         seen |= _slopes(logits, labels, checks.problem_of(anatomy)) | {INPUTS: entering.detach()}
