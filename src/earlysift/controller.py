@@ -63,9 +63,9 @@ class Bounds(NamedTuple):
     room: float
 
 
-TAKE = Bounds(correlation=0.3, payoff=1.2, variance=1.04, promise=2.0, progress=0.75, retention=0.6, room=1.0)
+TAKE = Bounds(correlation=0.3, payoff=1.2, variance=1.04, promise=2.0, progress=0.75, retention=0.75, room=1.0)
 KEEP = Bounds(
-    correlation=LEAST_CORRELATION, payoff=1.0, variance=0.98, promise=1.0, progress=0.75, retention=0.85, room=0.7
+    correlation=LEAST_CORRELATION, payoff=1.0, variance=0.98, promise=1.0, progress=0.75, retention=0.9, room=0.7
 )
 """The gap between both is a hysteresis."""
 
@@ -432,7 +432,7 @@ def decide(
     }
     fit = [choice for choice, reason in objections.items() if not reason]
     first: Rule = "greedy" if "retention" in numbers else "unbiased"
-    best = max(fit, key=lambda choice: (choice.rule == first, _payoff(choice, numbers)), default=None)
+    best = max(fit, key=lambda choice: _preference(choice, first, numbers), default=None)
     if now is None:
         if numbers["records"] < ENOUGH:
             return None, "too few probes"
@@ -456,7 +456,8 @@ def objection(choice: Choice, numbers: Mapping[str, float], bounds: Bounds) -> s
     pair, name = f"{choice.depth}.{choice.keep:g}", score_name(choice.depth)
     correlation, cost = numbers[f"correlation.{choice.depth}"], numbers[f"cost.{pair}"]
     gain, less_noise = (numbers[f"payoff_{by}.{pair}"] * cost for by in ("C2", "T7"))
-    needed = bounds.variance + bounds.promise * (cost - 1)
+    doubt = _doubt(choice.keep, numbers, bounds)
+    needed = bounds.variance + (bounds.promise if doubt else 1.0) * (cost - 1)
     noisy = f"drawing by {name} makes steps {less_noise:.2f} times less noisy, at cost {cost:.2f} (T7)"
     if choice.rule == "unbiased":
         return "" if less_noise >= needed else noisy
@@ -465,18 +466,24 @@ def objection(choice: Choice, numbers: Mapping[str, float], bounds: Bounds) -> s
         return f"{name} ranks {ranks} (rank correlation {correlation:.2f})"
     if gain < bounds.payoff * cost:
         return f"selection does not pay (batches have {gain:.2f} times the pools' loss, at cost {cost:.2f})"
-    if choice.depth == MEMORY and "retention" not in numbers:
-        return "too few samples have come back to know what becomes of large losses"
-    if (retention := numbers.get("retention", 0.0)) > bounds.retention:
-        return f"large losses shrink too little when trained on ({retention:.0%} is left; of noise nearly all)"
-    if choice.depth == MEMORY:
-        roomy = choice.keep * numbers["concentration"] >= bounds.room
-        return "" if roomy else f"too many samples carry the loss (concentration {numbers['concentration']:.1f})"
+    if not doubt or choice.depth == MEMORY or numbers.get("retention", 0.0) > bounds.retention:
+        return doubt
     if less_noise < needed:
         return noisy
     progress = numbers[f"progress.{pair}"]
     if progress < bounds.progress:
         return f"steps on the largest losses do not go along the mean gradient (progress {progress:.2f})"
+    return ""
+
+
+def _doubt(keep: float, numbers: Mapping[str, float], bounds: Bounds) -> str:
+    """Why the largest losses may not be of what can be learnt, in words; empty where it is known that they are."""
+    if (retention := numbers.get("retention")) is None:
+        return "too few samples have come back to know what becomes of large losses"
+    if retention > bounds.retention:
+        return f"large losses shrink too little when trained on ({retention:.0%} is left; of noise nearly all)"
+    if keep * numbers["concentration"] < bounds.room:
+        return f"too many samples carry the loss (concentration {numbers['concentration']:.1f})"
     return ""
 
 
@@ -493,6 +500,11 @@ def score_name(depth: int) -> str:
 def _payoff(choice: Choice, numbers: Mapping[str, float]) -> float:
     by = "payoff_C2" if choice.rule == "greedy" else "payoff_T7"
     return numbers[f"{by}.{choice.depth}.{choice.keep:g}"]
+
+
+def _preference(choice: Choice, first: Rule, numbers: Mapping[str, float]) -> tuple[bool, bool, float]:
+    """Larger is better: the rule that goes first, of greedy choices what is for nothing, then what pays most."""
+    return choice.rule == first, choice.rule == "greedy" and choice.depth == MEMORY, _payoff(choice, numbers)
 
 
 def _praise(choice: Choice, numbers: Mapping[str, float]) -> str:
