@@ -1672,7 +1672,7 @@ def told_to(run, *choice):
         "records": [],
         "next_probe": 10_000,
         "before": [1.0, 0.1],
-        "harmed": False,
+        "harmed": 0,
     }
     run.sifter.load_state_dict(state)
     return run

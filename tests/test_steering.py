@@ -129,7 +129,7 @@ def test_a_free_look_gives_the_unbiased_rule_to_loops_that_weigh_samples_alone(w
     assert found.choice == (Choice("unbiased", 1, 0.5) if weighted else None)
 
 
-def test_a_free_look_at_a_loss_that_has_risen_ends_greedy_selection_for_a_window_of_probes():
+def test_a_free_look_at_a_loss_that_has_risen_ends_greedy_selection_until_the_training_is_twice_as_long():
     record = dict.fromkeys(controller.record_names(CONTROL), 1.0) | {"gain.1.0.5": 1.6, "unbiased.1.0.5.length2": 0.5}
     on = State(Choice("greedy", 1, 0.5), (record, record), next_probe=1000, before=(1.0, 0.1))
     options = {"first": True, "pools_per_step": 1, "depth": 1, "keep": 0.5, "probe": None, "prices_of": lambda: PRICES}
@@ -140,10 +140,44 @@ def test_a_free_look_at_a_loss_that_has_risen_ends_greedy_selection_for_a_window
 
     assert look(on, 1.0) == (on, {"mode": "greedy"})
     ended, row = look(on, 2.0)
-    assert (ended.choice, ended.harmed) == (None, True)
+    assert (ended.choice, ended.harmed) == (None, controller.FREE_EVERY)
     assert row["event"]["reason"].startswith("the loss of whole pools has risen by 1 since")
     again, row = look(dataclasses.replace(ended, records=(record, record)), 1.0)
-    assert (again.choice, again.harmed, row) == (None, True, {"mode": "off"})
+    assert (again.choice, again.harmed, row) == (None, controller.FREE_EVERY, {"mode": "off"})
+
+
+def test_what_was_trained_on_uniformly_is_a_record_for_nothing_that_puts_the_next_probe_off():
+    record = dict.fromkeys(controller.record_names(CONTROL), 1.0) | {"gain.1.0.5": 1.6, "unbiased.1.0.5.length2": 0.5}
+    asked = []
+
+    def trained():
+        asked.append("trained")
+        return Measured(record, weighted=False)
+
+    options = {
+        "first": True,
+        "pools_per_step": 1,
+        "depth": 1,
+        "keep": 0.5,
+        "free": nothing,
+        "prices_of": lambda: PRICES,
+    }
+    options |= {"probe": None, "trained": trained}
+    every, state = controller.FREE_EVERY, State(next_probe=controller.FREE_EVERY + 5)
+    for step in range(1, 2 * every):
+        state, row = steering.steer(state, CONTROL, step, **options)
+        assert ("control" in row) == (step == every)
+        assert "rank_correlation" not in row  # no pool was probed
+    assert asked == ["trained"]
+    assert state.records == (record,)
+    assert state.next_probe == controller.next_probe(every, CONTROL, PRICES)
+    chosen, row = steering.steer(state, CONTROL, 2 * every, **options)
+    assert chosen.choice == Choice("greedy", 1, 0.5)
+    assert row["event"]["from"] == "uniform"
+    steering.steer(chosen, CONTROL, 3 * every, **options)
+    assert asked == ["trained"] * 2  # batches that were selected tell nothing of pools
+    too_few = options | {"trained": lambda: Measured(steering.record_of({}, CONTROL), weighted=False)}
+    assert steering.steer(state, CONTROL, 2 * every, **too_few) == (state, {"mode": "off"})
 
 
 def test_free_signals_have_all_names_on_every_rank():
