@@ -236,7 +236,7 @@ def budget_to_learn(curve: Sequence[dict[str, float]], baseline: float) -> float
 
 
 def budget_to_decide(probe_ms: float) -> float:
-    """Seconds of training in which auto makes the probes that a decision needs, before selection has to end.
+    """Seconds of training in which auto makes the probes that a decision needs, before greedy selection has to end.
 
     ``ENOUGH probe / (probe_share s)``, with s the share of the probes that comes before ``end_share`` of the training:
     two fifths in its first tenth, the others evenly. Rounded up to two digits.
@@ -250,11 +250,6 @@ def budget_to_decide(probe_ms: float) -> float:
     """
     before_end = EARLY_PROBES + (1 - EARLY_PROBES) * (Control.end_share - EARLY_SHARE) / (1 - EARLY_SHARE)
     return _rounded_up(ENOUGH * probe_ms / 1e3 / (Control.probe_share * before_end))
-
-
-def probes_that_count(run: Run, steps: int) -> int:
-    """Probes of a run of auto that came before ``end_share`` of so many steps: later ones cannot switch it on."""
-    return sum(point["step"] < Control.end_share * steps for point in run.get("control", []))
 
 
 def _nothing_learnt(uniform: list[Run], baseline: float) -> str | None:
@@ -281,7 +276,7 @@ def _could_not_decide(pairs: list[Pair]) -> bool:
 
 
 def _probe_counts(pairs: list[Pair]) -> list[int]:
-    return [probes_that_count(run, uniform["curve"][-1]["step"]) for run, uniform in pairs]
+    return [len(run.get("control", [])) for run, _ in pairs]
 
 
 def _same_curve(run: Run, other: Run) -> bool:
