@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 
 from earlysift import costs, selectors
-from earlysift.fidelity import fidelity
+from earlysift.fidelity import gain, rank_correlation
 from earlysift.options import finite, option, problems, several, whole
 from earlysift.probes import Probe
 from earlysift.recent import MEMORY
@@ -32,7 +32,7 @@ ENOUGH = 2  # records before the first choice
 SURE = 3.0  # standard errors
 LEAST_CORRELATION = 0.1  # a score that ranks worse than this ranks at random
 EARLY_SHARE, EARLY_PROBES = 0.1, 0.4  # this part of the training gets this part of the probes
-FREE_EVERY = 25  # steps between looks at what is free
+FREE_EVERY = 50  # steps between looks at what is free, which take some milliseconds
 MOVE = 1.05  # a better choice must pay so many times as much as the present one
 _UNWEIGHTED = "the loop reads no weights, which the unbiased rule needs"
 _NEAR_END = "the training nears its end, and greedy selection has a floor"
@@ -295,16 +295,15 @@ def record(probe: Probe, kept: int, control: Control) -> Record:
         scores = all_scores[finite]
         for keep in control.keeps:
             rows = min(total, round(kept / keep))
-            ranking = fidelity(scores[:rows], exact[:rows], kept)
-            numbers[f"gain.{depth}.{keep:g}"] = ranking["gain"]
             best = selectors.greedy(scores[:rows], min(kept, rows)).indices
+            numbers[f"gain.{depth}.{keep:g}"] = gain(exact[:rows], best)
             name = f"{depth}.{keep:g}"
             numbers[f"greedy.{name}.signal"] = others[best].mean().item()
             numbers[f"greedy.{name}.length2"] = gram[best][:, best].mean().item()
             included = selectors.inclusion_probabilities(scores[:rows].clamp(min=0), min(kept, rows))
             noise = (squares[:rows] / squares[:rows].mean().clamp(min=1e-12) / included).sum().item() / rows**2
             numbers[f"unbiased.{name}.length2"] = signal * (1 - 1 / kept) + noise
-        numbers[f"correlation.{depth}"] = fidelity(scores, exact, kept)["rank_correlation"]
+        numbers[f"correlation.{depth}"] = rank_correlation(scores, exact)
     return numbers
 
 
@@ -374,9 +373,9 @@ def known(
     """What is known for nothing, in the names of `estimates`, which it replaces: it is fresher, and of more samples."""
     numbers = dict(free)
     for keep in control.keeps:
-        if (gain := free.get(f"gain.{MEMORY}.{keep:g}")) is not None:
+        if (times := free.get(f"gain.{MEMORY}.{keep:g}")) is not None:
             cost = cost_of(MEMORY, keep, prices, pool_keep)
-            numbers[f"payoff_C2.{MEMORY}.{keep:g}"] = costs.payoff(gain, cost)
+            numbers[f"payoff_C2.{MEMORY}.{keep:g}"] = costs.payoff(times, cost)
     return numbers
 
 
@@ -455,7 +454,7 @@ def objection(choice: Choice, numbers: Mapping[str, float], bounds: Bounds) -> s
     """Why a choice should not be made, in words; empty if it is fit."""
     pair, name = f"{choice.depth}.{choice.keep:g}", score_name(choice.depth)
     correlation, cost = numbers[f"correlation.{choice.depth}"], numbers[f"cost.{pair}"]
-    gain, less_noise = (numbers[f"payoff_{by}.{pair}"] * cost for by in ("C2", "T7"))
+    more_loss, less_noise = (numbers[f"payoff_{by}.{pair}"] * cost for by in ("C2", "T7"))
     doubt = _doubt(choice.keep, numbers, bounds)
     needed = bounds.variance + (bounds.promise if doubt else 1.0) * (cost - 1)
     noisy = f"drawing by {name} makes steps {less_noise:.2f} times less noisy, at cost {cost:.2f} (T7)"
@@ -464,8 +463,8 @@ def objection(choice: Choice, numbers: Mapping[str, float], bounds: Bounds) -> s
     if correlation < bounds.correlation:
         ranks = "at random or backwards" if correlation < LEAST_CORRELATION else "poorly"
         return f"{name} ranks {ranks} (rank correlation {correlation:.2f})"
-    if gain < bounds.payoff * cost:
-        return f"selection does not pay (batches have {gain:.2f} times the pools' loss, at cost {cost:.2f})"
+    if more_loss < bounds.payoff * cost:
+        return f"selection does not pay (batches have {more_loss:.2f} times the pools' loss, at cost {cost:.2f})"
     if not doubt or choice.depth == MEMORY or numbers.get("retention", 0.0) > bounds.retention:
         return doubt
     if less_noise < needed:

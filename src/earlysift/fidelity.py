@@ -31,10 +31,20 @@ def fidelity(scores: Tensor, exact: Tensor, kept: int) -> dict[str, float]:
     chosen = selectors.greedy(scores, kept).indices
     best = selectors.greedy(exact, kept).indices
     return {
-        "rank_correlation": _pearson(_ranks(scores), _ranks(exact)),
+        "rank_correlation": rank_correlation(scores, exact),
         "overlap": torch.isin(chosen, best).double().mean().item(),
-        "gain": (exact[chosen].double().mean() / exact.double().mean()).item(),
+        "gain": gain(exact, chosen),
     }
+
+
+def rank_correlation(scores: Tensor, exact: Tensor) -> float:
+    """Spearman's, of finite scores and losses, ``(R,)`` each; 0 where either are all alike."""
+    return _pearson(_ranks(scores), _ranks(exact))
+
+
+def gain(exact: Tensor, chosen: Tensor) -> float:
+    """rho: mean exact loss of the chosen over that of all, of finite losses ``(R,)``."""
+    return (exact[chosen].double().mean() / exact.double().mean()).item()
 
 
 def _ranks(values: Tensor) -> Tensor:

@@ -160,10 +160,14 @@ def steer(
         return together(steering.record_of({} if pool.size < kept else record, control))
 
     def trained() -> steering.Measured:
-        return together(steering.record_of(runner.trained_record(control, kept), control))
+        with runner.ledger.timed("look"):
+            record = runner.trained_record(control, kept)
+        return together(steering.record_of(record, control))
 
     def free() -> steering.Measured:
-        numbers, weighted = together(steering.free_of(runner.recent.signals(control.keeps), control))
+        with runner.ledger.timed("look"):
+            signals = runner.recent.signals(control.keeps)
+        numbers, weighted = together(steering.free_of(signals, control))
         return steering.Measured({name: x for name, x in numbers.items() if math.isfinite(x)}, weighted)
 
     state, row = steering.steer(

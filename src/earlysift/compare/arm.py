@@ -79,6 +79,7 @@ class Arm:
         scoring: What scoring a pool is charged as; None if nothing is scored.
         probing: What a probe is charged as; None if nothing is probed.
         teaching: What a lesson for the probes at exits is charged as; None if there are none.
+        looking: What a look at what training has shown is charged as; None if there are none.
         depths: Exits that it uses; without any the comparison's depth.
         charged: False only for an upper bound: then a step is charged like a uniform one, whatever it did.
         idle: Why all of its steps may have been those of uniform training, in words.
@@ -92,6 +93,7 @@ class Arm:
     scoring: Operation | None = None
     probing: Operation | None = None
     teaching: Operation | None = None
+    looking: Operation | None = None
     depths: tuple[int, ...] = ()
     charged: bool = True
     idle: str = ""
@@ -102,7 +104,7 @@ class Arm:
         operations = [self.training.at(depth) for depth in exits]
         if self.scoring:
             operations += [READ_POOL, *(self.scoring.at(depth) for depth in exits)]
-        return operations + [operation for operation in (self.probing, self.teaching) if operation]
+        return operations + [operation for operation in (self.probing, self.teaching, self.looking) if operation]
 
 
 def usable_exits(depths: Iterable[int], settings: Settings) -> tuple[int, ...]:

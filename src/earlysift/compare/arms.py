@@ -17,6 +17,7 @@ from earlysift.compare.sifted import (
     HEAD,
     JOINT_WEIGHT,
     LESSON,
+    LOOK,
     MEMORY,
     PROBE,
     SCORING,
@@ -171,6 +172,7 @@ ARMS: dict[str, Arm] = {
         scoring=AUTO_SCORING,
         probing=PROBE,
         teaching=LESSON,
+        looking=LOOK,
         depths=AUTO_DEPTHS,
     ),
     **{

@@ -85,7 +85,7 @@ def work_of(row: Row, arm: Arm, settings: Settings) -> list[Work]:
 
     Args:
         row: ``candidates`` read; ``scored`` and ``depth`` of the exit, if any; ``reference_scored``. What was measured
-            of ``wait_ms``, ``train_ms``, ``sift_ms`` (else ``score_ms``), ``probe_ms`` and ``lesson_ms``.
+            of ``wait_ms``, ``train_ms``, ``sift_ms`` (else ``score_ms``), ``probe_ms``, ``look_ms`` and ``lesson_ms``.
         arm: The arm.
         settings: The comparison.
     """
@@ -101,7 +101,7 @@ def work_of(row: Row, arm: Arm, settings: Settings) -> list[Work]:
     if arm.scoring and scored:
         scoring_ms = row.get("score_ms")
         if "sift_ms" in row:  # all that a sifter does but probe: selecting and gathering are part of it
-            scoring_ms = row["sift_ms"] - row.get("probe_ms", 0.0)
+            scoring_ms = row["sift_ms"] - row.get("probe_ms", 0.0) - row.get("look_ms", 0.0)
         work.append(Work(arm.scoring.at(depth), scored / arm.scoring.pool(settings), scoring_ms))
     if arm.scoring and reference_scored:
         scoring = replace(arm.scoring, kind="reference model")
@@ -110,6 +110,8 @@ def work_of(row: Row, arm: Arm, settings: Settings) -> list[Work]:
         work.append(Work(arm.probing, 1.0, row["probe_ms"]))
     if arm.teaching and "lesson_ms" in row:
         work.append(Work(arm.teaching, 1.0, row["lesson_ms"]))
+    if arm.looking and "look_ms" in row:
+        work.append(Work(arm.looking, 1.0, row["look_ms"]))
     return work
 
 

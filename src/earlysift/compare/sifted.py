@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -149,6 +150,21 @@ def _teaching(bench: Bench) -> Callable[[], object]:
     return teach
 
 
+def _looking(bench: Bench) -> Callable[[], object]:
+    """A look of auto mode at what training has shown, as `earlysift.controller.record` sees it."""
+    import torch
+
+    from earlysift import controller
+    from earlysift.probes import Probe
+
+    settings = bench.settings
+    control = bench.control(usable_exits(AUTO_EXITS, settings), AUTO_KEEP, AUTO_SCORING)
+    losses = torch.arange(1.0, settings.pool + 1)
+    seen = Probe(losses, dict.fromkeys((0, *control.depths), losses), torch.eye(settings.pool, dtype=torch.float64))
+    control = replace(control, memory=True)
+    return lambda: controller.record(seen, settings.batch, control)
+
+
 def _probing(bench: Bench) -> Callable[[], object]:
     sifter = _auto_sifter(bench)
     sifter.loss(sifter.sift(_pool(bench, sifter.wanted, sifter)))  # a lesson, so that exits are read as later on
@@ -169,3 +185,4 @@ HEAD = Operation("head", "score", partial(sifting, own_head=EXIT_HEAD_WIDTH), at
 TRAIN_JOINTLY = Operation("train_joint", "train", _training_jointly, at_exit=True)
 PROBE = Operation("probe", "probe", _probing)
 LESSON = Operation("lesson", "lesson", _teaching)
+LOOK = Operation("look", "lesson", _looking)
