@@ -162,7 +162,7 @@ def train(case: Callable[[Generator], Stream], arm: str, seed: int, steps: int, 
         model = Residual(stream.convex)
     options, charged = arms(stream.stored is not None, steps)[arm]
     sifter = Sifter(model, family=FAMILY, kept=BATCH, seed=seed, probe_every=0, **options)
-    optimizer = torch.optim.AdamW(model.parameters(), RATE)
+    optimizer = torch.optim.AdamW(model.parameters(), RATE, fused=True)
     spent, due, selecting, taken, curve = 0.0, 0.0, 0, 0, []
     while spent < steps:
         if spent >= due:
