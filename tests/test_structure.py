@@ -25,6 +25,7 @@ FLOORS = {
     "loss_memory": 0,
     "blend": 0,
     "recent": 0,
+    "trained_pool": 0,
     "seeds": 0,
     "options": 0,
     "config_files": 0,
