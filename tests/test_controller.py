@@ -637,6 +637,18 @@ def test_while_on_it_moves_to_what_is_clearly_better_or_what_is_left():
     assert decide(state, numbers(1.1, correlation=0.0), control, 0)[0] is None
 
 
+def test_while_on_by_an_exit_it_moves_to_memory_or_another_exit_that_pays_more_and_from_memory_to_no_exit():
+    control = Control(depths=(1, 2), memory=True, keeps=(0.5,), rules=("greedy",))
+    second = {"correlation.2": 0.9, "cost.2.0.5": 1.0, "payoff_C2.2.0.5": 2.0, "progress.2.0.5": 1.0}
+    second |= {"payoff_T7.2.0.5": 2.0}
+    state = State(CHOICE, ({"correlation.1": 0.9, "correlation.2": 0.9},), before=(1.0, 0.1))
+    by_memory, other = Choice("greedy", 0, 0.5), Choice("greedy", 2, 0.5)
+    for memory, moved in ((1.24, other), (1.9, by_memory), (2.1, by_memory)):
+        numbers = numbers_of(gain=1.25) | second | {"payoff_C2.0.0.5": memory}
+        assert decide(state, numbers, control, 0)[0] == moved
+        assert decide(dataclasses.replace(state, choice=by_memory), numbers, control, 0)[0] == by_memory
+
+
 @pytest.mark.parametrize("correlation", [LEAST_CORRELATION - 0.01, 0.0, -0.9])
 def test_a_score_that_ranks_at_random_or_backwards_in_the_latest_probe_switches_off_at_once(correlation):
     choice, reason = decide(state_of(CHOICE, correlation=correlation), numbers_of(), GREEDY, 0)

@@ -146,38 +146,56 @@ def test_a_free_look_at_a_loss_that_has_risen_ends_greedy_selection_until_the_tr
     assert (again.choice, again.harmed, row) == (None, controller.FREE_EVERY, {"mode": "off"})
 
 
-def test_what_was_trained_on_uniformly_is_a_record_for_nothing_that_puts_the_next_probe_off():
-    record = dict.fromkeys(controller.record_names(CONTROL), 1.0) | {"gain.1.0.5": 1.6, "unbiased.1.0.5.length2": 0.5}
+RECORDED = dict.fromkeys(controller.record_names(CONTROL), 1.0) | {"gain.1.0.5": 1.6, "unbiased.1.0.5.length2": 0.5}
+
+
+def known():
+    return Measured({"loss": 1.0, "loss_error": 0.1, "concentration": 5.0}, weighted=False)
+
+
+def watched(state, step, *, record=RECORDED, **changes):
+    """A step whose training pass was looked into."""
     asked = []
 
     def trained():
         asked.append("trained")
         return Measured(record, weighted=False)
 
-    options = {
-        "first": True,
-        "pools_per_step": 1,
-        "depth": 1,
-        "keep": 0.5,
-        "free": nothing,
-        "prices_of": lambda: PRICES,
-    }
-    options |= {"probe": None, "trained": trained}
+    def probe():
+        asked.append("probe")
+        return Measured(RECORDED, weighted=False)
+
+    options = {"first": True, "pools_per_step": 1, "depth": 1, "keep": 0.5, "free": known, "prices_of": lambda: PRICES}
+    found = steering.steer(state, CONTROL, step, **options | {"probe": probe, "trained": trained} | changes)
+    return *found, asked
+
+
+def test_what_was_trained_on_uniformly_is_a_record_for_nothing_that_puts_the_next_probe_off():
     every, state = controller.FREE_EVERY, State(next_probe=controller.FREE_EVERY + 5)
     for step in range(1, 2 * every):
-        state, row = steering.steer(state, CONTROL, step, **options)
+        state, row, asked = watched(state, step)
+        assert asked == (["trained"] if step == every else [])
         assert ("control" in row) == (step == every)
         assert "rank_correlation" not in row  # no pool was probed
-    assert asked == ["trained"]
-    assert state.records == (record,)
+    assert state.records == (RECORDED,)
     assert state.next_probe == controller.next_probe(every, CONTROL, PRICES)
-    chosen, row = steering.steer(state, CONTROL, 2 * every, **options)
+    chosen, row, _ = watched(state, 2 * every)
     assert chosen.choice == Choice("greedy", 1, 0.5)
     assert row["event"]["from"] == "uniform"
-    steering.steer(chosen, CONTROL, 3 * every, **options)
-    assert asked == ["trained"] * 2  # batches that were selected tell nothing of pools
-    too_few = options | {"trained": lambda: Measured(steering.record_of({}, CONTROL), weighted=False)}
-    assert steering.steer(state, CONTROL, 2 * every, **too_few) == (state, {"mode": "off"})
+    assert "trained" not in watched(chosen, 3 * every)[2]  # batches that were selected tell nothing of pools
+
+
+def test_a_probe_that_is_due_is_made_only_where_nothing_was_trained_on_that_stands_in_for_it():
+    due, too_few = State(next_probe=7), steering.record_of({}, CONTROL)
+    assert watched(due, 7)[2] == ["trained"]
+    state, row, asked = watched(due, 7, record=too_few)
+    assert asked == ["trained", "probe"]
+    assert "rank_correlation" in row
+    assert state.records == (RECORDED,)
+    # Losses of a probe and of training are not alike, so nothing stands in where only probes will tell of a rise.
+    assert watched(due, 7, free=nothing)[2] == ["probe"]
+    assert watched(due, 7, first=False)[2] == []
+    assert watched(State(), controller.FREE_EVERY, record=too_few, probe=None)[0].records == ()
 
 
 def test_free_signals_have_all_names_on_every_rank():

@@ -3,14 +3,16 @@
 Pure functions of records and costs: the same records give the same choice, on every rank and after every resume. A
 choice of None is uniform training, where every run begins and where it returns to when selection does not pay.
 
-Two sources feed it. Probes compare scores with exact losses and gradients on a whole pool, and are rare because they
-cost. The losses of trained samples (`earlysift.recent.Recent`) are free and always fresh, in loops that hand them over.
+Three sources feed it. Probes compare scores with exact losses and gradients on a whole pool, and are rare because they
+cost. Uniform batches of a classifier show the same as they are trained on (`earlysift.trained_pool`), for nothing. The
+losses of trained samples (`earlysift.recent.Recent`) are free, too, and always fresh, in loops that hand them over.
 """
 
 import math
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import median
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -46,12 +48,15 @@ class Bounds(NamedTuple):
     Attributes:
         correlation: Least rank correlation of its score with exact losses.
         payoff: Least payoff of a greedy choice by C2: the batch holds the loss.
-        variance: How many times less noisy an unbiased choice must make steps at least, by T7; so must one by an exit.
-        promise: How many times what it costs must be covered by that: gradients in front of the head promise too much.
-        progress: Least progress along the mean gradient, relative to uniform training's.
+        variance: How many times less noisy an unbiased choice must make steps at least, by T7; where large losses may
+            be of what cannot be learnt, so must a greedy one by an exit.
+        promise: How many times what it costs must be covered by that, where large losses may be of what cannot be
+            learnt; else once.
+        progress: Least progress along the mean gradient, relative to uniform training's, of a greedy choice by an exit
+            where large losses may be of what cannot be learnt.
         retention: Most that is left of a large loss when its sample comes back: of noise, nearly all.
-        room: Least room that a batch of remembered losses has for the samples that carry the loss: keep times
-            concentration. Before that, all losses fall, and retention says nothing.
+        room: Least room that a batch has for the samples that carry the loss: keep times concentration. Before that,
+            all losses fall, and retention says nothing.
     """
 
     correlation: float
@@ -252,7 +257,7 @@ def choices(control: Control) -> list[Choice]:
 
 
 def record(probe: Probe, kept: int, control: Control) -> Record:
-    r"""The numbers of one probe.
+    r"""The numbers of one probe, or of a pool that was trained on.
 
     For a rule with weights w over the candidates (sum 1) and gradients g: ``signal = sum_i w_i <g_i, mean of the other
     candidates' g>``, the part of the step that goes along the mean gradient, and ``length2 = |sum_i w_i g_i|^2``; both
@@ -394,14 +399,15 @@ def decide(
 
     An unbiased choice is fit if it makes steps less noisy than it costs (T7): its mean is that of uniform training, so
     that it cannot lead astray. A greedy one is fit if its score ranks, if the batch holds the loss of the pool (C2),
-    and if large losses shrink when their samples are trained on, as noise's do not. By memory it also needs that a
-    batch has room for the samples that carry the loss, by an exit that gradients bear the payoff out (T7), and that
-    steps on it go along the mean gradient. All this by `TAKE`; a choice is kept by the milder
-    `KEEP`, a greedy one until the training nears its end, or the loss of whole pools has risen since (greedy selection
-    forgets what it does not train on): then no greedy one is taken until the training is twice as long.
+    and if large losses are known to be of what can be learnt: they shrink when their samples are trained on, and a
+    batch has room for those that carry the loss. By an exit it is also fit without knowing that, if gradients bear the
+    payoff out (T7) and steps on the largest losses go along the mean gradient. All this by `TAKE`; a choice is kept by
+    the milder `KEEP`, a greedy one until the training nears its end, or the loss of whole pools has risen since (greedy
+    selection forgets what it does not train on): then no greedy one is taken until the training is twice as long.
 
-    Greedy choices go first where it is known that large losses are of what can be learnt, as they gain most there; else
-    unbiased ones do. Among those the one that pays most is taken, and while on, it moves to a clearly better one.
+    Greedy choices go first where it is known that large losses are of what can be learnt, as they gain most there, and
+    of these remembered losses, which are for nothing; else unbiased ones do. Among those the one that pays most is
+    taken, and while on, it moves to a clearly better one.
 
     Args:
         state: The choice now, and how it began.
@@ -431,16 +437,16 @@ def decide(
     }
     fit = [choice for choice, reason in objections.items() if not reason]
     first: Rule = "greedy" if "retention" in numbers else "unbiased"
-    best = max(fit, key=lambda choice: _preference(choice, first, numbers), default=None)
+    rank = partial(_preference, first=first, numbers=numbers)
+    best = max(fit, key=rank, default=None)
     if now is None:
         if numbers["records"] < ENOUGH:
             return None, "too few probes"
         return best, _praise(best, numbers) if best else _first_objection(objections, numbers)
     if now not in fit:
         return best, _praise(best, numbers) if best else objections.get(now, _UNWEIGHTED)
-    assert best is not None
-    better = best.rule != now.rule or _payoff(best, numbers) > MOVE * _payoff(now, numbers)
-    return (best, _praise(best, numbers)) if best != now and better else (now, "selection pays")
+    better = max((choice for choice in fit if _is_better(choice, now, first, numbers)), key=rank, default=None)
+    return (better, _praise(better, numbers)) if better else (now, "selection pays")
 
 
 def _has_risen(state: State, numbers: Mapping[str, float]) -> bool:
@@ -503,7 +509,19 @@ def _payoff(choice: Choice, numbers: Mapping[str, float]) -> float:
 
 def _preference(choice: Choice, first: Rule, numbers: Mapping[str, float]) -> tuple[bool, bool, float]:
     """Larger is better: the rule that goes first, of greedy choices what is for nothing, then what pays most."""
-    return choice.rule == first, choice.rule == "greedy" and choice.depth == MEMORY, _payoff(choice, numbers)
+    return choice.rule == first, _is_for_nothing(choice), _payoff(choice, numbers)
+
+
+def _is_better(choice: Choice, now: Choice, first: Rule, numbers: Mapping[str, float]) -> bool:
+    """Whether to move to another fit choice."""
+    if choice.rule != now.rule:
+        return choice.rule == first
+    would_cost = _is_for_nothing(now) and not _is_for_nothing(choice)
+    return not would_cost and _payoff(choice, numbers) > MOVE * _payoff(now, numbers)
+
+
+def _is_for_nothing(choice: Choice) -> bool:
+    return choice.rule == "greedy" and choice.depth == MEMORY
 
 
 def _praise(choice: Choice, numbers: Mapping[str, float]) -> str:

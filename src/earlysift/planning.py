@@ -148,7 +148,12 @@ def steer(
             return ranks.mean(control.reference_costs, runner.device)
         # Times of the ledger first: the loop may time its training itself.
         times_ms = runner.times_between_ms() | runner.ledger.medians_ms()
-        return ranks.mean(steering.prices(runner.flops(pool, control, kept), times_ms), runner.device)
+        return ranks.mean(steering.prices(runner.flops(whole(), control, kept), times_ms), runner.device)
+
+    def whole() -> Pool:
+        """As many candidates as a step that selects scores, though a loop offers b to steps that do not."""
+        rows = round(kept / runner.config.keep)
+        return pool if pool.size >= rows else pool.take(torch.arange(rows) % pool.size)
 
     def together(numbers: dict[str, float]) -> steering.Measured:
         numbers = ranks.mean({**numbers, "weighted": float(progress.weights_read)}, runner.device)
@@ -160,14 +165,14 @@ def steer(
         return together(steering.record_of({} if pool.size < kept else record, control))
 
     def trained() -> steering.Measured:
-        with runner.ledger.timed("look"):
-            record = runner.trained_record(control, kept)
-        return together(steering.record_of(record, control))
+        record = runner.trained_record(control, kept, step)
+        measured = together(steering.record_of(record, control))
+        if all(map(math.isfinite, measured.numbers.values())):
+            runner.time_scoring(whole(), control, kept)
+        return measured
 
     def free() -> steering.Measured:
-        with runner.ledger.timed("look"):
-            signals = runner.recent.signals(control.keeps)
-        numbers, weighted = together(steering.free_of(signals, control))
+        numbers, weighted = together(steering.free_of(runner.recent.signals(control.keeps), control))
         return steering.Measured({name: x for name, x in numbers.items() if math.isfinite(x)}, weighted)
 
     state, row = steering.steer(

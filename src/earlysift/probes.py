@@ -13,7 +13,10 @@ from torch import Tensor, nn
 
 from earlysift import checks, exits, pools, scorers
 from earlysift.exits import Anatomy
+from earlysift.loss_memory import unseen_first
 from earlysift.measures import LOSS, Measure
+from earlysift.recent import MEMORY
+from earlysift.trained_pool import EXACT, TrainedPool
 
 
 class Probe(NamedTuple):
@@ -114,6 +117,19 @@ def probe(
     return Probe(
         torch.cat(exact), {depth: torch.cat(parts) for depth, parts in scores.items()}, by_sample @ by_sample.T
     )
+
+
+def of_trained(pool: TrainedPool) -> Probe:
+    """What a probe would have seen of the candidates of a pool, from what they showed when they were trained on.
+
+    Differences from `probe`: the weights moved a little between batches, dropout was on, an exit is told by its probe
+    before that learnt from the batch, and gradients are those of the last layer's weights.
+    """
+    columns = pool.columns()
+    scores = {int(name): column for name, column in columns.items() if name.isdecimal()}
+    if MEMORY in scores:
+        scores[MEMORY] = unseen_first(scores[MEMORY])
+    return Probe(columns[EXACT], scores, pool.gram())
 
 
 def with_head(anatomy: Anatomy) -> Anatomy:

@@ -17,7 +17,6 @@ from earlysift import (
     costs,
     exits,
     judging,
-    loss_memory,
     losses,
     pools,
     probes,
@@ -35,10 +34,9 @@ from earlysift.ledger import Ledger
 from earlysift.measures import LOSS
 from earlysift.options import whole
 from earlysift.pools import Pool
-from earlysift.probes import Probe
 from earlysift.recent import MEMORY, Kept, Recent
 from earlysift.scorers import Approximation, Learnt
-from earlysift.trained_pool import EXACT, TrainedPool
+from earlysift.trained_pool import TrainedPool
 
 _LOG = logging.getLogger("earlysift")
 _EARLY_STEPS, _EARLY_EVERY, _LATE_EVERY = 256, 2, 8  # lessons of auto mode's probes, which first have all to learn
@@ -75,6 +73,7 @@ class Runner:
         self.remembers = config.score == "memory" or (of_use and config.sample_id is not None)
         self.recent = Recent()
         self._observed: list[tuple[Kept, Tensor]] = []
+        self._remembered: tuple[Kept, Tensor] | None = None  # of the latest batch whose losses were learnt from
         self.anatomy: Anatomy | None = None
         self._exits = exit_head is not None or (self.approximation is not None and self.approximation.depth is not None)
         self._compared = not (self._exits or (self.approximation and self.approximation.measure))
@@ -133,6 +132,7 @@ class Runner:
             remembered = None
             if learnt.memory is not None and kept.ids is not None:
                 remembered = ranks.look(learnt.memory, kept.ids, kept.step, self.device)[0]
+                self._remembered = kept, remembered
                 ranks.observe(learnt.memory, kept.ids, exact, kept.step, self.device)
             if learnt.blend is not None and kept.inputs is not None and kept.stands_for is not None:
                 learnt.blend.fit(kept.inputs, exact, kept.stands_for.to(exact.device))
@@ -198,14 +198,17 @@ class Runner:
         if self.control is None or not (self.learnt.probes and due and trains):
             yield
             return
-        memory, remembered = self.learnt.memory, {}
-        if memory is not None and kept is not None and kept.ids is not None:  # before the losses of this very pass
-            known = ranks.look(memory, kept.ids, kept.step, self.device)[0]
-            remembered = {str(MEMORY): loss_memory.unseen_first(known).to(self.device)}
+        assert kept is not None
+        memory, remembered = self.learnt.memory, None
+        if memory is not None and memory.ranks == 1 and kept.ids is not None:  # before the losses of this very pass
+            remembered = memory.look(kept.ids, kept.step)[0]
         with scorers.lesson(self.model, batch, self.learnt.probes, self.config.family, self.ledger) as seen:
             yield
-        if seen and self.learnt.trained is not None:
-            self.learnt.trained.add(remembered | seen)
+        if memory is not None and memory.ranks > 1 and self._remembered is not None and self._remembered[0] is kept:
+            remembered = self._remembered[1]  # all ranks looked together as they observed
+        if seen and self.learnt.trained is not None and (memory is None or remembered is not None):
+            told = {} if remembered is None else {str(MEMORY): remembered.to(self.device)}
+            self.learnt.trained.add(kept.step, told | seen)
 
     def verify(self, pool: Pool) -> None:
         """Compare the model with what is known about it, on the first pool: see `earlysift.checks.verified`.
@@ -258,14 +261,28 @@ class Runner:
             probe.scores[MEMORY] = ranks.recall(self.learnt.memory, pool.ids, self.device).to(probe.exact.device)
         return controller.record(probe, kept, control)
 
-    def trained_record(self, control: Control, kept: int) -> controller.Record:
-        """The record of a pool of batches that were trained on, for nothing; empty where there is none."""
+    def trained_record(self, control: Control, kept: int, step: int) -> controller.Record:
+        """The record of a pool of batches that were trained on lately, for nothing; empty where there is none."""
         trained = self.learnt.trained
-        if trained is None or not trained.is_full:
+        if trained is None or not trained.is_full(since=step - controller.FREE_EVERY):
             return {}
-        columns = trained.columns()
-        scores = {depth: columns[str(depth)] for depth in controller.scored_depths(control) if str(depth) in columns}
-        return controller.record(Probe(columns[EXACT], scores, trained.gram()), kept, control)
+        with self.ledger.timed("look"):
+            record = controller.record(probes.of_trained(trained), kept, control)
+        trained.clear()  # so that records have no batch in common
+        return record
+
+    def time_scoring(self, pool: Pool, control: Control, kept: int) -> None:
+        """Time scoring a pool by whatever has not been timed: choices rest on times, and only probes measure them."""
+        if control.reference_costs is not None:
+            return
+        for depth in controller.scored_depths(control):
+            approximation = self.at(depth)
+            if approximation is not None and not self.ledger.times_ms(f"score_{depth}"):
+                self._time_at(pool, approximation, depth, kept)
+
+    def _time_at(self, pool: Pool, approximation: Approximation, depth: int, kept: int) -> None:
+        with self.ledger.timed(f"score_{depth}"):
+            approximation(self.model, pool, **self._options(kept, approximation))
 
     def steering_record(self, pool: Pool, control: Control, kept: int) -> controller.Record:
         """The record of a probe within a step, timed; times scoring at one of the depths, too, where times decide."""
@@ -275,8 +292,7 @@ class Runner:
             record = self.record(pool, control, kept)
             approximation = self.at(timed_depth)
             if control.reference_costs is None and approximation is not None:  # known before it is spent
-                with self.ledger.timed(f"score_{timed_depth}"):
-                    approximation(self.model, pool, **self._options(kept, approximation))
+                self._time_at(pool, approximation, timed_depth, kept)
         return record
 
     def at(self, depth: int) -> Approximation | None:

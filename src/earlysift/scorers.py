@@ -616,11 +616,18 @@ def lesson(
                 probes[depth].learn()
                 seen[str(depth)] = told.detach()
         entering = next(iter(inputs.get(_HEAD, ())), None)
-        one_each = logits.ndim == 2 and len(logits) == len(labels)
-        if len(seen) < len(probes) or not one_each or not isinstance(entering, Tensor) or entering.ndim != 2:
+        complete = len(seen) == len(probes) and len(logits) == len(labels)
+        if not complete or not isinstance(entering, Tensor) or not _is_linear(last, entering, logits):
             seen.clear()
             return
-        seen |= _slopes(logits, labels, checks.problem_of(anatomy)) | {INPUTS: entering.detach()}
+        seen |= _slopes(logits, labels.to(logits.device), checks.problem_of(anatomy)) | {INPUTS: entering.detach()}
+
+
+def _is_linear(module: nn.Module, entering: Tensor, logits: Tensor) -> bool:
+    """Whether these logits are a matrix of weights times one state a sample, and perhaps a bias."""
+    weight = getattr(module, "weight", None)
+    one_each = entering.ndim == logits.ndim == 2
+    return one_each and isinstance(weight, Tensor) and weight.shape == (logits.size(1), entering.size(1))
 
 
 def _slopes(logits: Tensor, labels: Tensor, problem: losses.Problem | None) -> dict[str, Tensor]:

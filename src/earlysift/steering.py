@@ -102,37 +102,47 @@ def steer(
         free: Finds what the losses of trained samples say; nothing where no loop hands them over.
 
     Returns:
-        The state from here on, and what the ledger is to note: ``mode``, and if there was a probe ``control`` (the
-        numbers that the choice rests on), ``rank_correlation``, ``gain``; ``event`` if the choice changed.
+        The state from here on, and what the ledger is to note: ``mode``; ``control`` (the numbers that the choice rests
+        on) if there was a new record or the choice changed; ``rank_correlation`` and ``gain`` if the pool was probed;
+        ``event`` if the choice changed.
     """
     if state is None or (step == 1 and first and pools_per_step > 1):  # only now is known how many pools share a step
         due = controller.next_probe(0 if step == 1 else step, control, prices_of(), pools_per_step)
         state = dataclasses.replace(state or State(), next_probe=due)
     row: dict[str, Any] = {}
     before, reason = state.choice, ""
-    if probe is not None and first and step >= state.next_probe:
-        record, weighted = probe()
+    due = first and probe is not None and step >= state.next_probe
+    looks = first and step % controller.FREE_EVERY == 0
+    seen = free() if due or looks else Measured({}, weighted=False)
+    measured = None
+    # What was trained on stands in for a probe where the losses of later on are those of training passes, too.
+    if trained is not None and before is None and "loss" in seen.numbers:
+        passed = trained()
+        measured = passed if all(map(math.isfinite, passed.numbers.values())) else None
+    probed = due and measured is None
+    if probed and probe is not None:
+        measured = probe()
+    if measured is not None:
         state, row["control"], reason = controller.advance(
-            state, record, prices_of(), control, keep, step, weighted, pools_per_step, free().numbers
+            state,
+            measured.numbers,
+            prices_of(),
+            control,
+            keep,
+            step,
+            measured.weighted,
+            pools_per_step,
+            seen.numbers,
         )
+    elif seen.numbers:
+        state, numbers, reason = controller.look(state, prices_of(), control, keep, step, seen.weighted, seen.numbers)
+        if state.choice != before:
+            row["control"] = numbers
+    if probed and measured is not None:
         chosen = state.choice or before
         seen_depth = depth if chosen is None else chosen.depth
-        row["rank_correlation"] = record[f"correlation.{seen_depth}"]
-        row["gain"] = record[f"gain.{seen_depth}.{keep:g}"]
-    elif first and step % controller.FREE_EVERY == 0:
-        seen = free()
-        passed = trained() if trained is not None and before is None else None
-        if passed is not None and all(map(math.isfinite, passed.numbers.values())):
-            # For nothing, and as good as a probe, which is put off.
-            state, row["control"], reason = controller.advance(
-                state, passed.numbers, prices_of(), control, keep, step, passed.weighted, pools_per_step, seen.numbers
-            )
-        elif seen.numbers:
-            state, numbers, reason = controller.look(
-                state, prices_of(), control, keep, step, seen.weighted, seen.numbers
-            )
-            if state.choice != before:
-                row["control"] = numbers
+        row["rank_correlation"] = measured.numbers[f"correlation.{seen_depth}"]
+        row["gain"] = measured.numbers[f"gain.{seen_depth}.{keep:g}"]
     if state.choice is not None:
         state, _, end = controller.end(state, control, step)
         reason = reason if state.choice else end

@@ -151,18 +151,20 @@ def _teaching(bench: Bench) -> Callable[[], object]:
 
 
 def _looking(bench: Bench) -> Callable[[], object]:
-    """A look of auto mode at what training has shown, as `earlysift.controller.record` sees it."""
+    """A look of auto mode at a pool that was trained on."""
     import torch
 
-    from earlysift import controller
-    from earlysift.probes import Probe
+    from earlysift import controller, probes
+    from earlysift.trained_pool import TrainedPool
 
     settings = bench.settings
-    control = bench.control(usable_exits(AUTO_EXITS, settings), AUTO_KEEP, AUTO_SCORING)
-    losses = torch.arange(1.0, settings.pool + 1)
-    seen = Probe(losses, dict.fromkeys((0, *control.depths), losses), torch.eye(settings.pool, dtype=torch.float64))
-    control = replace(control, memory=True)
-    return lambda: controller.record(seen, settings.batch, control)
+    control = replace(bench.control(usable_exits(AUTO_EXITS, settings), AUTO_KEEP, AUTO_SCORING), memory=True)
+    pool, rows = TrainedPool(round(1 / AUTO_KEEP)), torch.arange(1.0, settings.batch + 1, device=bench.device)
+    scores = {str(depth): rows for depth in controller.scored_depths(control)}
+    for step in range(round(1 / AUTO_KEEP)):
+        slopes, inputs = rows[:, None].expand(-1, 10), rows[:, None].expand(-1, settings.width)
+        pool.add(step, {"exact": rows, "slopes": slopes, "inputs": inputs, **scores})
+    return lambda: controller.record(probes.of_trained(pool), settings.batch, control)
 
 
 def _probing(bench: Bench) -> Callable[[], object]:
