@@ -1128,12 +1128,12 @@ def test_all_differences_of_a_configuration_are_listed_at_once():
         sifter_of(model).load_state_dict(state)
 
 
-@pytest.mark.parametrize("version", [0, 1, 2, 3, 4, None, "5", 5.0, True, [5], torch.tensor([5, 5])])
+@pytest.mark.parametrize("version", [0, 1, 2, 3, 4, 5, None, "6", 6.0, True, [6], torch.tensor([6, 6])])
 def test_state_of_another_version_is_refused(version):
     model, _ = classifier()
     sifter = sifter_of(model)
     before = copy.deepcopy(sifter.state_dict())
-    said = re.escape(f"Expected a Sifter state of version 5, got {version!r}. Use the release that wrote it.")
+    said = re.escape(f"Expected a Sifter state of version 6, got {version!r}. Use the release that wrote it.")
     with pytest.raises(ValueError, match=said):
         sifter.load_state_dict({**before, "version": version, "step": 9})
     assert sifter.state_dict() == before
