@@ -121,7 +121,7 @@ def prices() -> dict[str, float]:
 
 def plan(given: Namespace) -> dict[str, Callable[[], dict[str, Any]]]:
     """Entries of this benchmark, by name, and how to measure them."""
-    groups = {"tuned on": streams.TUNED, "confirmed on": streams.CONFIRMED}
+    groups = {"confirmed on": streams.CONFIRMED, "tuned on": streams.TUNED}
     return {
         f"{group}: {name}": partial(measure, name, case, given.smoke)
         for group, cases in groups.items()
