@@ -170,7 +170,10 @@ def train(case: Callable[[Generator], Stream], arm: str, seed: int, steps: int, 
             due += steps / EVALUATIONS
         share = spent / steps
         optimizer.param_groups[0]["lr"] = RATE * min(1.0, share / WARMUP + 0.01, (1 - share) / (1 - WARMUP))
-        batch = sifter.sift(data(sifter.wanted))
+        pool = data(sifter.wanted)
+        if sifter.config.sample_id is None:
+            pool.pop("id", None)
+        batch = sifter.sift(pool)
         loss = sifter.loss(batch, weights=None if sifter.config.keep == 1 else sifter.weights)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
