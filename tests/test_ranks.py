@@ -300,6 +300,44 @@ def test_a_short_pool_on_one_rank_keeps_no_other_waiting_for_what_is_remembered(
     assert 8 <= selecting < 32
 
 
+WATCHED = (
+    SETUP
+    + """
+from torch.nn.parallel import DistributedDataParallel
+from earlysift.controller import Control
+model = models.build("bert", "sequence_classification").train()
+costs = {"train": 1.0, "probe": 50.0, "score_1": 0.1, "score_2": 0.2, "score_3": 0.3}
+parallel = DistributedDataParallel(model, find_unused_parameters=True)
+sifter = Sifter(parallel, kept=12, keep=0.5, mode="auto", sample_id="number", control=Control(reference_costs=costs))
+told = []
+for step in range(66):
+    if step == 52:  # as if it had come to it by itself
+        state = sifter.state_dict()
+        state["steering"]["choice"] = ["greedy", 1, 0.5]
+        sifter.load_state_dict(state)
+    rows = 5 if rank and step % 5 == 2 else 24
+    pool = models.batch_for(model, "sequence_classification", rows, 12, torch.Generator().manual_seed(2 * step + rank))
+    pool["number"] = torch.randint(0, 30, (rows,), generator=torch.Generator().manual_seed(2 * step + rank))
+    sifter.loss(sifter.sift(pool)).backward()
+    model.zero_grad()
+    row = sifter.ledger.end()
+    told.append([row["mode"], row["trained"], "look_ms" in row, row.get("control")])
+print(json.dumps(told))
+torch.distributed.destroy_process_group()
+"""
+)
+
+
+def test_a_short_pool_on_one_rank_keeps_no_other_waiting_while_auto_watches_training(tmp_path):
+    first, second = on_ranks(2, WATCHED, tmp_path)
+    modes, trained, _, controls = zip(*second, strict=True)
+    assert set(modes) == {"off", "greedy"}
+    assert set(trained) == {5, 12}
+    assert [told[0] for told in first] == list(modes)
+    assert [told[3] for told in first] == list(controls)  # what is decided by is the same on all ranks
+    assert [step for step, numbers in enumerate(controls) if numbers] == [50]
+
+
 def assign_rows_slowly(holders, kept, world):
     """Row by row: those that are over go, one rank after the other, to the first rank that lacks some."""
     taken, counts = list(holders), Counter()
