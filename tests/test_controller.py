@@ -16,6 +16,7 @@ from torch import Generator
 
 from earlysift import controller, selectors
 from earlysift.controller import (
+    BY_HEART,
     EARLY_PROBES,
     EARLY_SHARE,
     ENOUGH,
@@ -689,6 +690,30 @@ def test_after_greedy_selection_has_done_harm_no_greedy_choice_is_taken_before_t
         for control in (ONE, BOTH):
             assert decide(state, numbers_of(), control, 50)[0].rule == "unbiased"
             assert decide(state, numbers_of(), control, 50, weighted=False)[0] is None
+
+
+def test_where_samples_are_learnt_by_heart_nothing_is_selected_before_the_training_is_twice_as_long():
+    seen = easy_heavy(0)
+    entry = record(seen._replace(scores={0: seen.exact, 1: seen.exact}), 32, BOTH)
+    on = State(REMEMBERED, (entry, entry), before=(0.0, 9.0))
+    free = {"concentration": 5.0, "loss": 0.5, "loss_error": 0.1, "correlation.0": 0.6, "gain.0.0.5": 1.8}
+
+    def look(state, step, left):
+        return controller.look(state, CHEAP, BOTH, 0.5, step, free=free | {"retention": left})
+
+    kept = look(on, 40, BY_HEART)
+    assert (kept.state.choice, kept.state.by_heart) == (REMEMBERED, 0)
+    stopped = look(on, 40, BY_HEART - 0.01)
+    assert (stopped.state.choice, stopped.state.by_heart) == (None, 40)
+    assert stopped.reason == "samples were learnt by heart at step 40, and nothing is selected before twice that step"
+    off = dataclasses.replace(stopped.state, records=(entry, entry))
+    assert look(off, 79, 0.5).state.choice is None
+    assert look(off, 80, 0.5).state.choice == REMEMBERED
+    saved = json.loads(json.dumps(controller.to_json(off), allow_nan=False))
+    assert controller.from_json(saved) == off
+    assert controller.state_problems(saved | {"by_heart": -1}, BOTH) == [
+        "steering.by_heart must be a whole number of at least 0, got -1"
+    ]
 
 
 def test_what_is_free_replaces_what_probes_said_and_brings_in_remembered_losses():

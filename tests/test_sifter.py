@@ -1673,6 +1673,7 @@ def told_to(run, *choice):
         "next_probe": 10_000,
         "before": [1.0, 0.1],
         "harmed": 0,
+        "by_heart": 0,
     }
     run.sifter.load_state_dict(state)
     return run

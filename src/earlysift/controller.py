@@ -32,10 +32,12 @@ WINDOW = 6  # records that a choice looks back on
 LATEST = 3  # of them that medians are taken of, as training goes on; sums need all
 ENOUGH = 2  # records before the first choice
 SURE = 3.0  # standard errors
+BY_HEART = 0.25  # where less is left of large losses when their samples come back, these are memorised
 LEAST_CORRELATION = 0.1  # a score that ranks worse than this ranks at random
 EARLY_SHARE, EARLY_PROBES = 0.1, 0.4  # this part of the training gets this part of the probes
 FREE_EVERY = 50  # steps between looks at what is free, which take some milliseconds
 MOVE = 1.05  # a better choice must pay so many times as much as the present one
+_BY_HEART = "samples were learnt by heart at step {}, and nothing is selected before twice that step"
 _UNWEIGHTED = "the loop reads no weights, which the unbiased rule needs"
 _NEAR_END = "the training nears its end, and greedy selection has a floor"
 _HAS_RISEN = "the loss of whole pools has risen by {:.2g} since: what is not trained on is forgotten"
@@ -155,6 +157,8 @@ class State:
         before: Mean loss of whole pools when the choice was made, and its standard error.
         harmed: Step at which greedy selection has made that loss rise, 0 if it has not; it is not tried again before
             twice that step.
+        by_heart: Step at which so little was left of large losses when their samples came back that these must have
+            been memorised, 0 if there was none; nothing is selected before twice that step.
     """
 
     choice: Choice | None = None
@@ -162,6 +166,7 @@ class State:
     next_probe: int = 0
     before: tuple[float, float] = (0.0, 0.0)
     harmed: int = 0
+    by_heart: int = 0
 
 
 class Verdict(NamedTuple):
@@ -215,6 +220,8 @@ def look(
     if not state.records:
         return Verdict(state, {}, "no probe has seen finite losses yet")
     numbers = estimates(state.records, control, prices, pool_keep) | known(free or {}, control, prices, pool_keep)
+    if numbers.get("retention", 1.0) < BY_HEART:
+        state = replace(state, by_heart=step)
     choice, reason = decide(state, numbers, control, step, weighted)
     risen = _has_risen(state, numbers)
     after = _switched(state, choice, numbers)
@@ -403,7 +410,8 @@ def decide(
     batch has room for those that carry the loss. By an exit it is also fit without knowing that, if gradients bear the
     payoff out (T7) and steps on the largest losses go along the mean gradient. All this by `TAKE`; a choice is kept by
     the milder `KEEP`, a greedy one until the training nears its end, or the loss of whole pools has risen since (greedy
-    selection forgets what it does not train on): then no greedy one is taken until the training is twice as long.
+    selection forgets what it does not train on): then no greedy one is taken until the training is twice as long. Where
+    samples are learnt by heart in one visit, no choice is taken for as long: to select would only speed that up.
 
     Greedy choices go first where it is known that large losses are of what can be learnt, as they gain most there, and
     of these remembered losses, which are for nothing; else unbiased ones do. Among those the one that pays most is
@@ -430,8 +438,10 @@ def decide(
         _HARMED.format(state.harmed): step < 2 * state.harmed,
     }
     veto = next((reason for reason, applies in vetoes.items() if applies), "")
+    by_heart = _BY_HEART.format(state.by_heart) if step < 2 * state.by_heart else ""
+    vetoed = {"greedy": by_heart or veto, "unbiased": by_heart}
     objections = {
-        choice: (choice.rule == "greedy" and veto) or objection(choice, numbers, KEEP if choice == now else TAKE)
+        choice: vetoed[choice.rule] or objection(choice, numbers, KEEP if choice == now else TAKE)
         for choice in choices(control)
         if weighted or choice.rule == "greedy"
     }
@@ -567,6 +577,7 @@ def to_json(state: State) -> dict[str, Any]:
         "next_probe": state.next_probe,
         "before": list(state.before),
         "harmed": state.harmed,
+        "by_heart": state.by_heart,
     }
 
 
@@ -574,7 +585,7 @@ def from_json(saved: Mapping[str, Any]) -> State:
     """The state that `to_json` saved."""
     choice, (loss, error) = saved["choice"], saved["before"]
     records, due = tuple(saved["records"]), int(saved["next_probe"])
-    return State(choice and Choice(*choice), records, due, (loss, error), saved["harmed"])
+    return State(choice and Choice(*choice), records, due, (loss, error), saved["harmed"], saved["by_heart"])
 
 
 def state_problems(saved: Any, control: Control) -> list[str]:
@@ -610,9 +621,12 @@ def state_problems(saved: Any, control: Control) -> list[str]:
             isinstance(before, list | tuple) and len(before) == 2 and all(map(finite, before)),
             f"steering.before must be two finite numbers, got {reprlib.repr(before)}",
         ),
-        (
-            whole(saved.get("harmed"), 0),
-            f"steering.harmed must be a whole number of at least 0, got {reprlib.repr(saved.get('harmed'))}",
+        *(
+            (
+                whole(saved.get(name), 0),
+                f"steering.{name} must be a whole number of at least 0, got {reprlib.repr(saved.get(name))}",
+            )
+            for name in ("harmed", "by_heart")
         ),
     ]
     return [message for sound, message in rows if not sound]
