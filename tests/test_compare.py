@@ -210,6 +210,13 @@ def test_part_of_a_pool_is_charged_its_part_and_an_uncharged_arm_like_uniform():
         "lesson": 1.5,
     }
     assert step_times_ms(lesson, ARMS["auto"], settings) == {"train": 19.0, "lesson": 2.0}
+    look = lesson | {"sift_ms": 9.0, "look_ms": 5.0, "mode": "off"}  # at what was trained on before
+    assert charges_ms(look, ARMS["auto"], settings, medians_ms | {"lesson": 1.5, "look": 4.0}) == {
+        "read": 1.0,
+        "train": 20.0,
+        "lesson": 5.5,
+    }
+    assert step_times_ms(look, ARMS["auto"], settings) == {"train": 19.0, "lesson": 2.0, "look": 5.0}
     row = {"candidates": 16, "mode": "off", "probe_ms": 99.0}  # a uniform step whose pool was read for the probe
     assert charges_ms(row, ARMS["auto"], settings, medians_ms) == {"read": 1.0, "train": 20.0, "probe": 31.0}
     assert charges_ms({"candidates": 8}, ARMS["auto"], settings, medians_ms) == {"read": 1.0, "train": 20.0}
@@ -773,6 +780,7 @@ def test_every_arm_runs_on_every_task(task, text, table, tmp_path):
         "memory",
         *(f"auto_{depth}" for depth in (0, 1, 2, 3)),
         "lesson",
+        "look",
         *(f"{score}_{depth}" for score in ("exit_probe", "blend") for depth in (1, 2, 3)),
     }
     expected |= {"score_1", "score_2", "score_3", "score_6", "head_1", "head_2"}
