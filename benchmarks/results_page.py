@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from earlysift.compare.settings import Settings
-from earlysift.compare.verdict import judged, probes_that_count
+from earlysift.compare.verdict import judged
 from earlysift.controller import ENOUGH
 from earlysift.report.page import RESULTS_VERSION
 from earlysift.theory.findings import show_cell
@@ -198,10 +198,8 @@ def charges_table(results: dict[str, Any]) -> str:
 def decisions(results: dict[str, Any]) -> str:
     """What auto decided, seed by seed."""
     lines = []
-    steps = {run["seed"]: run["steps"] for run in results["arms"]["uniform"]["runs"]}
     for run in results["arms"]["auto"]["runs"]:
-        too_few = probes_that_count(run, steps.get(run["seed"], run["steps"])) < ENOUGH
-        still = "uniform throughout" + f", as a decision needs {ENOUGH} probes" * too_few
+        still = "uniform throughout" + f", as a decision needs {ENOUGH} looks" * (len(run["control"]) < ENOUGH)
         events = run["events"]
         changes = [
             f"at {event['reference_s']:.1f} s (step {event['step']}) from {event['from']} to {event['to']}: "
@@ -212,8 +210,8 @@ def decisions(results: dict[str, Any]) -> str:
             changes.append(f"and {len(events) - _MOST_EVENTS} more")
         count = len(run["control"])
         share = run["spent_s"]["probe"] / sum(run["spent_s"].values())
-        probes = f"{count} probe{'s' * (count != 1)}, {100 * share:.1f} %"
-        lines.append(f"  - seed {run['seed']} ({probes} of the time): {'; '.join(changes) or still}")
+        looks = f"{count} look{'s' * (count != 1)}, {100 * share:.1f} % of the time for probes"
+        lines.append(f"  - seed {run['seed']} ({looks}): {'; '.join(changes) or still}")
     return "\n".join(lines)
 
 

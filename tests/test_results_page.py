@@ -75,11 +75,11 @@ def test_nothing_is_fastest_where_no_other_arm_acted(results_page, results):
 
 def test_auto_with_too_few_probes_is_said_to_have_had_too_few(results_page, results):
     assert results_page.decisions(results).splitlines()[0] == (
-        "  - seed 0 (1 probe, 1.0 % of the time): uniform throughout, as a decision needs 2 probes"
+        "  - seed 0 (1 look, 1.0 % of the time for probes): uniform throughout, as a decision needs 2 looks"
     )
     for one in results["arms"]["auto"]["runs"]:
         one["control"] = [{"step": step, "reference_s": step / 10} for step in (10, 20, 30)]
-    assert results_page.decisions(results).splitlines()[0].endswith("(3 probes, 1.0 % of the time): uniform throughout")
+    assert results_page.decisions(results).splitlines()[0].endswith("(3 looks, 1.0 % of the time for probes): uniform throughout")
 
 
 def test_what_scoring_was_charged_stands_beside_what_it_took(results_page, results):
