@@ -79,7 +79,8 @@ def test_auto_with_too_few_probes_is_said_to_have_had_too_few(results_page, resu
     )
     for one in results["arms"]["auto"]["runs"]:
         one["control"] = [{"step": step, "reference_s": step / 10} for step in (10, 20, 30)]
-    assert results_page.decisions(results).splitlines()[0].endswith("(3 looks, 1.0 % of the time for probes): uniform throughout")
+    first = results_page.decisions(results).splitlines()[0]
+    assert first.endswith("(3 looks, 1.0 % of the time for probes): uniform throughout")
 
 
 def test_what_scoring_was_charged_stands_beside_what_it_took(results_page, results):
