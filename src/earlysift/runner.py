@@ -11,19 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from earlysift import (
-    checks,
-    controller,
-    costs,
-    exits,
-    judging,
-    losses,
-    pools,
-    probes,
-    ranks,
-    scorers,
-    steering,
-)
+from earlysift import checks, controller, costs, exits, judging, losses, pools, probes, ranks, scorers, steering
 from earlysift.blend import Blend
 from earlysift.config import SiftConfig
 from earlysift.controller import Control
@@ -190,15 +178,17 @@ class Runner:
             batch: What is trained on, with labels.
             kept: What is known of it.
         """
-        every = _EARLY_EVERY if kept is not None and kept.step < _EARLY_STEPS else _LATE_EVERY
-        due = kept is not None and kept.scores is None and kept.step % every == 0
-        trains = self.model.training and torch.is_grad_enabled()  # held-out samples teach nothing
-        if kept is not None and kept.scores is not None and self.learnt.trained is not None:
-            self.learnt.trained.clear()  # what follows on a selected batch is no longer the pool of before
-        if self.control is None or not (self.learnt.probes and due and trains):
+        trained = self.learnt.trained
+        if trained is None or kept is None:
             yield
             return
-        assert kept is not None
+        if kept.scores is not None:
+            trained.clear()  # what follows on a selected batch is no longer the pool of before
+        due = kept.step % (_EARLY_EVERY if kept.step < _EARLY_STEPS else _LATE_EVERY) == 0
+        trains = self.model.training and torch.is_grad_enabled()  # held-out samples teach nothing
+        if kept.scores is not None or not (due and trains):
+            yield
+            return
         memory, remembered = self.learnt.memory, None
         if memory is not None and memory.ranks == 1 and kept.ids is not None:  # before the losses of this very pass
             remembered = memory.look(kept.ids, kept.step)[0]
@@ -206,9 +196,9 @@ class Runner:
             yield
         if memory is not None and memory.ranks > 1 and self._remembered is not None and self._remembered[0] is kept:
             remembered = self._remembered[1]  # all ranks looked together as they observed
-        if seen and self.learnt.trained is not None and (memory is None or remembered is not None):
+        if seen and (memory is None or remembered is not None):
             told = {} if remembered is None else {str(MEMORY): remembered.to(self.device)}
-            self.learnt.trained.add(kept.step, told | seen)
+            trained.add(kept.step, told | seen)
 
     def verify(self, pool: Pool) -> None:
         """Compare the model with what is known about it, on the first pool: see `earlysift.checks.verified`.
