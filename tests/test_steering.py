@@ -159,7 +159,7 @@ def watched(state, step, *, record=RECORDED, **changes):
 
     def trained():
         asked.append("trained")
-        return Measured(record, weighted=False)
+        return record and Measured(record, weighted=False)
 
     def probe():
         asked.append("probe")
@@ -186,7 +186,7 @@ def test_what_was_trained_on_uniformly_is_a_record_for_nothing_that_puts_the_nex
 
 
 def test_a_probe_that_is_due_is_made_only_where_nothing_was_trained_on_that_stands_in_for_it():
-    due, too_few = State(next_probe=7), steering.record_of({}, CONTROL)
+    due, too_few = State(next_probe=7), None
     assert watched(due, 7)[2] == ["trained"]
     state, row, asked = watched(due, 7, record=too_few)
     assert asked == ["trained", "probe"]

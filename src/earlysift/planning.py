@@ -164,11 +164,12 @@ def steer(
         # A partial pool is too small to learn from: the controller forgets it, on all ranks.
         return together(steering.record_of({} if pool.size < kept else record, control))
 
-    def trained() -> steering.Measured:
+    def trained() -> steering.Measured | None:
         record = runner.trained_record(control, kept, step)
         measured = together(steering.record_of(record, control))
-        if all(map(math.isfinite, measured.numbers.values())):
-            runner.time_scoring(whole(), control, kept)
+        if not all(map(math.isfinite, measured.numbers.values())):
+            return None
+        runner.time_scoring(whole(), control, kept)
         return measured
 
     def free() -> steering.Measured:

@@ -82,7 +82,7 @@ def steer(
     keep: float,
     prices_of: Callable[[], dict[str, float]],
     probe: Callable[[], Measured] | None,
-    trained: Callable[[], Measured] | None = None,
+    trained: Callable[[], Measured | None] | None = None,
     free: Callable[[], Measured],
 ) -> tuple[State, dict[str, Any]]:
     """Probe if a probe is due, and decide what steps do from here on.
@@ -97,8 +97,8 @@ def steer(
         keep: b / R.
         prices_of: Finds the prices of operations.
         probe: Probes the pool; None if this pool cannot be probed.
-        trained: Finds the record of what was just trained on uniformly, in which a number is not finite while there is
-            too little of it; None where no training pass is looked into.
+        trained: Finds the record of what was just trained on uniformly, None while there is too little of it; itself
+            None where no training pass is looked into.
         free: Finds what the losses of trained samples say; nothing where no loop hands them over.
 
     Returns:
@@ -117,8 +117,7 @@ def steer(
     measured = None
     # What was trained on stands in for a probe where the losses of later on are those of training passes, too.
     if trained is not None and before is None and "loss" in seen.numbers:
-        passed = trained()
-        measured = passed if all(map(math.isfinite, passed.numbers.values())) else None
+        measured = trained()
     probed = due and measured is None
     if probed and probe is not None:
         measured = probe()

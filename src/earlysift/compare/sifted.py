@@ -155,15 +155,15 @@ def _looking(bench: Bench) -> Callable[[], object]:
     import torch
 
     from earlysift import controller, probes
-    from earlysift.trained_pool import TrainedPool
+    from earlysift.trained_pool import EXACT, INPUTS, SLOPES, TrainedPool
 
-    settings = bench.settings
+    settings, batches = bench.settings, round(1 / AUTO_KEEP)
     control = replace(bench.control(usable_exits(AUTO_EXITS, settings), AUTO_KEEP, AUTO_SCORING), memory=True)
-    pool, rows = TrainedPool(round(1 / AUTO_KEEP)), torch.arange(1.0, settings.batch + 1, device=bench.device)
+    pool, rows = TrainedPool(batches), torch.arange(1.0, settings.batch + 1, device=bench.device)
     scores = {str(depth): rows for depth in controller.scored_depths(control)}
-    for step in range(round(1 / AUTO_KEEP)):
+    for step in range(batches):
         slopes, inputs = rows[:, None].expand(-1, 10), rows[:, None].expand(-1, settings.width)
-        pool.add(step, {"exact": rows, "slopes": slopes, "inputs": inputs, **scores})
+        pool.add(step, {EXACT: rows, SLOPES: slopes, INPUTS: inputs, **scores})
     return lambda: controller.record(probes.of_trained(pool), settings.batch, control)
 
 
