@@ -18,6 +18,7 @@ import torch
 
 from earlysift import cli
 from earlysift.compare import suite
+from earlysift.compare.arm import uniform_ms
 from earlysift.compare.arms import ARMS
 from earlysift.compare.bench import Bench, learning_rate_factor
 from earlysift.compare.prices import Prices, charges_ms, step_times_ms
@@ -26,7 +27,7 @@ from earlysift.compare.settings import Settings
 from earlysift.compare.trial import evaluate
 from earlysift.config_files import read_settings
 from earlysift.measures import MEASURES
-from earlysift.pretrain.workload_settings import TASKS
+from earlysift.pretrain.workload_settings import MASKED, TASKS
 from earlysift.pretrain.workloads import load_workload
 from processes import IN_THE_BACKGROUND, started, wait_until
 
@@ -97,6 +98,28 @@ def test_every_arm_spends_the_budget_of_reference_time_and_at_most_one_step_more
             assert 0.5 <= last["reference_s"] <= 0.5 + 1.01 * step_s, name
             assert sum(run["spent_s"].values()) == pytest.approx(last["reference_s"], rel=1e-4)
             assert run["steps"] == last["step"]
+
+
+def test_a_budget_in_steps_is_as_many_of_uniform_training_and_the_same_for_other_arms(text, tmp_path):
+    out = tmp_path / "out"
+    command = ["compare", "--data", str(text), "--out", str(out), *SIZE, "--steps", "30"]
+    assert cli.main([*command, "--arms", "uniform", "sift", "rho-loss"]) == 0
+    results = results_of(out)
+    settings, tables = read_settings(out / "config.json", Settings), results["charged_ms"][0]
+    for name, arm in results["arms"].items():
+        (run,) = arm["runs"]
+        charged = [
+            (charges_ms(row, ARMS[name], settings, tables[row["prices"]]), tables[row["prices"]])
+            for row in ledger_of(out, name)
+        ]
+        shares = [sum(charges.values()) / uniform_ms(table) / 30 for charges, table in charged]
+        upfront = 6 / 30 if name == "rho-loss" else 0.0  # its reference model trains for a fifth
+        assert upfront + sum(shares[:-1]) < 1 <= upfront + sum(shares) + 1e-9, name
+        assert run["curve"][-1]["share"] == pytest.approx(1.0)
+    assert results["arms"]["uniform"]["runs"][0]["steps"] == 30
+    assert ledger_of(out, "uniform")[-1]["share"] == pytest.approx(29 / 30)
+    assert cli.main([*command, "--arms", "uniform", "sift", "rho-loss", "--resume"]) == 0
+    assert results_of(out)["arms"] == results["arms"]
 
 
 def test_charges_of_the_ledgers_rows_add_up_to_the_reference_time(finished):
@@ -727,7 +750,7 @@ def test_flags_of_the_command_line_are_a_frozen_list(capsys):
         *("--save-encoder", "--out", "--arms", "--seeds", "--budget", "--target", "--target-share", "--keep"),
         *("--depth", "--select-after", "--batch", "--layers", "--width", "--length", "--vocab-size", "--warmup"),
         *("--learning-rate", "--validation-samples", "--evaluations", "--device", "--suite", "--only", "--jobs"),
-        *("--resume", "--force", "--config", "--text-column", "--label-column"),
+        *("--resume", "--force", "--config", "--text-column", "--label-column", "--steps"),
     }
     assert named <= shown
 
@@ -735,7 +758,7 @@ def test_flags_of_the_command_line_are_a_frozen_list(capsys):
 @pytest.mark.parametrize("task", TASKS)
 def test_every_arm_runs_on_every_task(task, text, table, tmp_path):
     data = {"classification": ["--data", str(table)], "image": []}.get(task, ["--data", str(text)])
-    arms = [name for name in ARMS if name != "visible" or task == "masked_lm"]
+    arms = [name for name in ARMS if name != "visible" or task in MASKED]
     size = [*SIZE, "--layers", "7", "--budget", "0.2", "--arms", *arms]
     assert cli.main(["compare", "--task", task, *data, "--out", str(tmp_path / "out"), *size]) == 0
     results = results_of(tmp_path / "out")
@@ -785,7 +808,7 @@ def test_every_arm_runs_on_every_task(task, text, table, tmp_path):
     }
     expected |= {"score_1", "score_2", "score_3", "score_6", "head_1", "head_2"}
     expected |= {f"{name}_{depth}" for name in MEASURES if name != "loss" for depth in (1, 3)}
-    expected |= {"visible"} if task == "masked_lm" else set()
+    expected |= {"visible"} if task in MASKED else set()
     assert set(results["operations_ms"]) == expected
 
 

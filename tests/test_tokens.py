@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from earlysift.pretrain.corpus import Corpus, read_corpus
-from earlysift.pretrain.tokens import SPECIAL_TOKENS, Blocks, load_blocks, train_tokenizer
+from earlysift.pretrain.tokens import SPECIAL_TOKENS, Blocks, character_tokenizer, load_blocks, train_tokenizer
 
-pytest.importorskip("tokenizers")
+tokenizers = pytest.importorskip("tokenizers")
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 needs_shared_data = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the corpora of {SHARED} are not here")
@@ -65,6 +65,29 @@ def test_the_vocabulary_is_never_larger_than_asked_even_with_many_scripts() -> N
         vocabulary = train_tokenizer(CORPUS.train + many, vocab_size).get_vocab()
         assert len(vocabulary) <= vocab_size
         assert sorted(vocabulary.values()) == list(range(len(vocabulary)))
+
+
+def test_a_token_of_characters_is_one_character_of_the_most_frequent() -> None:
+    tokenizer = character_tokenizer(["aaa bb", "Éb\nc"], 9)  # é is e
+    known = sorted(tokenizer.get_vocab(), key=tokenizer.token_to_id)
+    assert known == [*SPECIAL_TOKENS, "a", "b", " ", "c"]
+    text = "[MASK]\tAb, c"
+    tokenizer.encode_special_tokens = True
+    expected = [c if c in "ab c" else "[UNK]" for c in text.lower().replace("\t", " ")]
+    assert tokenizer.encode(text, add_special_tokens=False).tokens == expected
+
+
+def test_blocks_of_characters_hold_the_text_and_have_a_cache_entry_of_their_own(tmp_path: Path) -> None:
+    words, letters = (
+        load_blocks(CORPUS, vocab_size=100, length=16, characters=characters, cache=tmp_path)
+        for characters in (False, True)
+    )
+    again = load_blocks(CORPUS, vocab_size=100, length=16, characters=True, cache=tmp_path)
+    assert same(letters, again)
+    assert not same(words, letters)
+    tokenizer = tokenizers.Tokenizer.from_str(letters.tokenizer_json)
+    body = "".join(tokenizer.decode(row[1:-1].tolist(), skip_special_tokens=False) for row in letters.train)
+    assert "[SEP]".join(CORPUS.train).startswith(body)
 
 
 def test_text_is_lowercased_and_pieces_join_to_the_words_again() -> None:
@@ -291,6 +314,11 @@ def test_a_missing_tokenizer_file_is_refused_with_the_way_out(tmp_path: Path) ->
 def test_a_length_without_room_for_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"blocks of 8 tokens or more, got length=7.*64 or 128 is usual"):
         blocks_of(CORPUS, tmp_path, length=7)
+
+
+def test_a_vocabulary_without_room_for_characters_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"7 entries or more, got vocab_size=6; 64 suits"):
+        character_tokenizer(CORPUS.train, 6)
 
 
 def test_a_vocabulary_without_room_for_words_is_refused(tmp_path: Path) -> None:

@@ -307,6 +307,15 @@ def test_auto_with_fewer_probes_than_a_decision_needs_could_not_decide():
     assert "at least" not in with_arm("auto", [auto_run(seed) for seed in range(3)])["verdict"]
 
 
+def test_advice_on_a_budget_in_steps_is_in_steps():
+    half_as_many_as_seconds = [run(seed, 0.0, 0.02) for seed in range(3)]
+    for each in half_as_many_as_seconds:
+        each["steps"] = each["curve"][-1]["reference_s"] / 2
+    told = with_arm("mine", half_as_many_as_seconds, half_as_many_as_seconds, baseline=0.06, in_steps=True)["verdict"]
+    seconds = budget_to_learn(half_as_many_as_seconds[0]["curve"], 0.06)
+    assert told.endswith(f"give at least {seconds / 2:g} steps.")
+
+
 def test_auto_that_had_the_probes_on_a_seed_or_switched_on_one_is_judged():
     few = [auto_run(seed, 3) for seed in range(2)]
     for third in (auto_run(2, 3, 6, 9), auto_run(2, 3, switched=True)):

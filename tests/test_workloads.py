@@ -15,7 +15,7 @@ from earlysift.compare.settings import Settings
 from earlysift.pretrain.corpus import held_out
 from earlysift.pretrain.models import build_bert, build_bert_classifier, save_encoder
 from earlysift.pretrain.stream import Stream
-from earlysift.pretrain.workload_settings import TASKS, WorkloadSettings
+from earlysift.pretrain.workload_settings import MASKED, TASKS, WorkloadSettings
 from earlysift.pretrain.workloads import load_workload
 
 for package in ("tokenizers", "sklearn"):
@@ -64,6 +64,7 @@ def load(table):
     data = {
         "masked_lm": {"max_characters": 150_000},
         "causal_lm": {"max_characters": 150_000},
+        "masked_characters": {"max_characters": 150_000, "vocab_size": 64},
         "classification": {"data": (table,)},
         "image": {},
     }
@@ -105,7 +106,7 @@ def test_candidates_do_not_depend_on_portions_and_ids_point_to_their_rows(load, 
     scattered = torch.tensor([95, 3, 3, 40])
     assert equal(Stream(samples, seed=5).take(scattered), {name: values[scattered] for name, values in whole.items()})
     stored = {name: values[Stream(samples, seed=5).ids(0, 96)] for name, values in samples.train.items()}
-    if task == "masked_lm":  # a label stands where a token was hidden
+    if task in MASKED:  # a label stands where a token was hidden
         whole = {"input_ids": torch.where(whole["labels"] == -100, whole["input_ids"], whole["labels"])}
     assert all(torch.equal(whole[name], values) for name, values in stored.items())
 
@@ -171,7 +172,7 @@ def test_that_share_of_both_parts_is_copies_of_64_training_samples(load, task):
     assert 50 <= len(copies) <= 64
     originals = {tuple(row.flatten().tolist()) for row in plain.samples.train[name]}
     assert copies <= originals
-    if task != "masked_lm":  # whose validation has masks of its own
+    if task not in MASKED:  # whose validation has masks of its own
         share, copied = changed("validation")
         assert 0.4 <= share <= 0.5
         assert copied <= originals
@@ -213,12 +214,12 @@ def test_baseline_of_classification_is_the_class_shares_of_training(load, task, 
     assert workload.baseline == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("task", ["masked_lm", "causal_lm"])
+@pytest.mark.parametrize("task", [*MASKED, "causal_lm"])
 def test_baseline_of_language_modelling_is_the_token_frequencies_of_training(load, task):
     workload = load(task)
     samples = workload.samples
     body = samples.train["input_ids"][:, 1:-1].flatten().tolist()
-    if task == "masked_lm":
+    if task in MASKED:
         body = [token for token in body if token >= 5]  # special tokens are never hidden
     labels = [label for label in samples.validation["labels"].flatten().tolist() if label != -100]
     assert workload.baseline == pytest.approx(slow_baseline(body, labels, workload.facts["vocab_size"]))
@@ -229,8 +230,9 @@ def test_baseline_of_language_modelling_is_the_token_frequencies_of_training(loa
 # Language modelling
 
 
-def test_masked_lm_evaluates_on_one_fixed_mask(load):
-    first, second = load("masked_lm"), load("masked_lm", seed_of_data=9)
+@pytest.mark.parametrize("task", MASKED)
+def test_masked_tokens_are_evaluated_on_one_fixed_mask(load, task):
+    first, second = load(task), load(task, seed_of_data=9)
     assert equal(first.samples.validation, second.samples.validation)
     labelled = (first.samples.validation["labels"] != -100).sum(dim=1)
     assert (labelled == 2).all()  # 15 % of 16

@@ -368,17 +368,16 @@ def _compare(settings: Settings) -> int:
             results = compare(
                 settings,
                 lambda name, share: None if name in labels else show(name, share),
-                lambda name, run: _print_line(console, _evaluation(name, run, settings)),
+                lambda name, run: _print_line(console, _evaluation(name, run)),
             )
     _print_results(console, results, settings.out)
     return EXIT_OK if results["complete"] else EXIT_INTERRUPTED
 
 
-def _evaluation(name: str, run: dict[str, Any], settings: Settings) -> str:
+def _evaluation(name: str, run: dict[str, Any]) -> str:
     point = run["curve"][-1]
-    share = min(1.0, point["reference_s"] / settings.budget)
     accuracy = "–" if point["accuracy"] is None else f"{point['accuracy']:.2%}"
-    return f"{ARMS[name].label}, seed {run['seed']}: {share:.0%} of the budget, validation accuracy {accuracy}"
+    return f"{ARMS[name].label}, seed {run['seed']}: {point['share']:.0%} of the budget, validation accuracy {accuracy}"
 
 
 def _print_results(console: Console, results: dict[str, Any], out: Path) -> None:

@@ -645,23 +645,26 @@ def _read_by_adapter(
     shared = exits.head_of(anatomy)
     trained = []
 
-    def score(chunk: _Chunk, rows: int) -> Tensor:
-        assert chunk.positions is not None
+    def score(chunk: _Chunk, rows: slice, positions: Tensor) -> Tensor:
         return sample_scores(
             LOSS,
             anatomy,
             lambda states: shared(exit_probe.adapt(states)),
-            chunk.states[:rows],
-            chunk.labels[:rows],
+            chunk.states[rows],
+            chunk.labels[rows],
             reduction=reduction,
-            positions=chunk.positions[chunk.positions < rows * chunk.labels.size(1)],
+            positions=positions,
         )
 
     def read(chunk: _Chunk) -> Tensor:
-        rows = len(chunk.labels)
+        assert chunk.positions is not None
+        first, positions = math.ceil(len(chunk.labels) / ADAPTER_SHARE), chunk.positions.sort().values
+        begin = first * chunk.labels.size(1)
+        teaching = int(torch.searchsorted(positions, begin))
         with torch.enable_grad():
-            trained.append(score(chunk, math.ceil(rows / ADAPTER_SHARE)))
-        return score(chunk, rows)
+            trained.append(score(chunk, slice(0, first), positions[:teaching]))
+        others = score(chunk, slice(first, None), positions[teaching:] - begin)
+        return torch.cat([trained[-1].detach(), others])
 
     values = run(read)
     exit_probe.propose(torch.cat(trained))

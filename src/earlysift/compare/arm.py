@@ -5,7 +5,7 @@ No module that describes arms imports torch before a step is made, so that setti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -64,6 +64,16 @@ def _training(bench: Bench) -> Callable[[], object]:
 
 
 TRAIN = Operation("train", "train", _training)
+
+
+def uniform_ms(prices_ms: Mapping[str, float]) -> float:
+    """Reference time of a step of uniform training.
+
+    Example:
+        >>> uniform_ms({"read_batch": 1.0, "train": 100.0, "score_1": 8.0})
+        101.0
+    """
+    return prices_ms[READ_BATCH.name] + prices_ms[TRAIN.name]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from earlysift import environment, scorers, selectors
-from earlysift.compare.arm import READ_BATCH, TRAIN, Operation
+from earlysift.compare.arm import Operation, uniform_ms
 from earlysift.compare.settings import Settings
 from earlysift.controller import Control
 from earlysift.exits import ExitHead
@@ -102,7 +102,11 @@ class Bench:
 
     def step_ms(self) -> float:
         """Reference time of a step of uniform training."""
-        return self.medians_ms[READ_BATCH.name] + self.medians_ms[TRAIN.name]
+        return uniform_ms(self.medians_ms)
+
+    def budget_steps(self) -> float:
+        """Steps of uniform training that the budget is worth."""
+        return self.settings.steps or self.settings.budget * 1e3 / self.step_ms()
 
     def sifter(self, depth: int | None = None, *, own_head: int | None = None, **options: Any) -> Sifter:
         """A sifter with a ledger of its own, as it counts its own steps; only auto mode probes.
@@ -146,8 +150,7 @@ class Bench:
         larger = self.settings.keep / keep  # scoring was timed on pools of the comparison's keep
         costs = {f"score_{depth}": self.medians_ms[scoring.at(depth).name] * larger for depth in (MEMORY, *exits)}
         costs |= {name: self.medians_ms[name] for name in ("train", "probe")}
-        steps = max(1, round(self.settings.budget * 1e3 / self.step_ms()))
-        return replace(control, total_steps=steps, reference_costs=costs)
+        return replace(control, total_steps=max(1, round(self.budget_steps())), reference_costs=costs)
 
 
 def learning_rate_factor(share: float, warmup: float) -> float:

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field
 
 from earlysift import schema
 from earlysift.compare.arms import ARMS
-from earlysift.pretrain.workload_settings import WorkloadSettings
+from earlysift.pretrain.workload_settings import MASKED, WorkloadSettings
 from earlysift.schema import Above0, Accuracy, Count, Keep, Share
 
 
@@ -35,6 +35,9 @@ class Settings(WorkloadSettings):
     """Number of seeds; each gives every arm the same initial weights and data order. Three or more make evidence."""
     budget: Above0 = 60.0
     """Seconds of reference time that every arm may spend per seed; its learning rate decays to zero at the end."""
+    steps: Count | None = None
+    """The same budget as so many steps of uniform training, in place of seconds: a fast and a slow machine then train
+    alike."""
     target: Accuracy | None = None
     """Validation accuracy (0 to 1) to reach. Without it: a share of what uniform reaches at the end of its budget."""
     target_share: Keep = 0.95
@@ -115,7 +118,7 @@ def _too_deep(settings: Settings) -> str:
 
 
 def _nothing_visible(settings: Settings) -> str:
-    if "visible" not in settings.arms or settings.task == "masked_lm":
+    if "visible" not in settings.arms or settings.task in MASKED:
         return ""
     return f"The arm 'visible' counts visible labels of masked language modelling; the task is {settings.task}."
 

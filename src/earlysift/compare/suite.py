@@ -244,13 +244,13 @@ def share_done(workload: Settings) -> float:
     results = _results(workload.out)
     if results is None:
         return 0.0
-    spent_s: list[float] = [
-        min(workload.budget, run["curve"][-1]["reference_s"])
+    shares: list[float] = [
+        1.0 if run["finished"] else run["curve"][-1].get("share", 0.0)
         for name in workload.arms
         for run in results["arms"].get(name, {}).get("runs", [])
         if run["seed"] < workload.seeds
     ]
-    return sum(spent_s) / (workload.budget * workload.seeds * len(workload.arms))
+    return sum(shares) / (workload.seeds * len(workload.arms))
 
 
 def _ready(workload: Settings, waiting: list[str], running: dict[str, Any], settings: Settings) -> bool:

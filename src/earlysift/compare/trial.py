@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -12,22 +12,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from earlysift import environment, exits, scorers
-from earlysift.compare.arm import Arm
+from earlysift.compare.arm import Arm, uniform_ms
 from earlysift.compare.arms import ARMS
 from earlysift.compare.bench import Bench
 from earlysift.compare.calibrate import operations_of
 from earlysift.compare.predictions import per_sample
-from earlysift.compare.prices import Prices, charges_ms, step_times_ms
+from earlysift.compare.prices import Prices, Table, charges_ms, step_times_ms
 from earlysift.compare.settings import Settings
 from earlysift.fidelity import fidelity
 from earlysift.ledger import plain
 from earlysift.losses import IGNORED_LABEL
 from earlysift.pretrain.stream import Stream
+from earlysift.pretrain.workload_settings import MASKED
 from earlysift.pretrain.workloads import Workload
 
 Point = dict[str, float]
 Run = dict[str, Any]
 _KINDS = ("read", "score", "probe", "lesson", "train", "reference model")
+_ROUNDING = 1e-9  # of the budget: what shares of equal steps may miss of 1
 
 
 def rehearse(settings: Settings, workload: Workload, *, choose_threads: bool) -> None:
@@ -46,7 +48,7 @@ def rehearse(settings: Settings, workload: Workload, *, choose_threads: bool) ->
             f"A pool of {settings.pool:,} candidates (batch / keep) is more than the {len(workload.samples):,} samples "
             "to train on. Give a larger keep, or a smaller batch."
         )
-    brief = replace(settings, budget=1e-6)  # for which a reference model takes no step
+    brief = replace(settings, budget=1e-6, steps=None)  # for which a reference model takes no step
     try:
         bench = Bench(workload, brief, 0, dict.fromkeys(operations_of(settings.arms, settings), 1.0))
         bench.set_rate(1.0)  # a learning rate of zero costs the same and cannot diverge
@@ -70,7 +72,7 @@ def rehearse(settings: Settings, workload: Workload, *, choose_threads: bool) ->
 def run_trial(
     bench: Bench, arm: Arm, prices: Prices, on_share: Callable[[float], None] = lambda _: None
 ) -> Iterator[Run]:
-    """Train one arm on one seed until its budget of reference time is spent.
+    """Train one arm on one seed until its budget is spent.
 
     Every step is charged for what its row of the ledger says that it did, by the prices that hold between its
     evaluations. The learning rate follows the share of the budget that is spent, so it has decayed whatever the steps
@@ -86,28 +88,33 @@ def run_trial(
         The record of the run at every evaluation: one ``runs`` entry of results.json, complete at the last.
     """
     settings, ledger = bench.settings, bench.ledger
-    budget_ms = settings.budget * 1e3
     validation = {name: rows.to(bench.device) for name, rows in bench.workload.samples.validation.items()}
     spent_ms = dict.fromkeys(_KINDS, 0.0)
     counts = {"trained": 0, "scored": 0}
     run: Run = {"seed": bench.seed, "finished": False, "steps": 0, "wall_s": 0.0, "spent_s": {}}
     run |= {name: [] for name in ("curve", "fidelity", "control", "events")}
+    spent = advanced = 0.0  # of the budget
 
     def evaluated() -> Run:
         quality, ranking = evaluate(bench, validation)
         at = {"step": run["steps"], "reference_s": sum(spent_ms.values()) / 1e3}
         samples = {f"{name}_samples": count for name, count in counts.items()}
-        run["curve"].append(plain({**at, "wall_s": run["wall_s"], **samples, **quality}))
+        run["curve"].append(plain({**at, "share": min(spent, 1.0), "wall_s": run["wall_s"], **samples, **quality}))
         run["fidelity"].append(plain({**at, **ranking}))
         run["spent_s"] = plain({kind: ms / 1e3 for kind, ms in spent_ms.items()})
         run.update(plain({f"final_{name}": value for name, value in quality.items()}))
         return run
 
-    def without_probes_ms() -> float:
-        # Probes and lessons advance neither schedule nor evaluations: until auto switches on, its steps are those of
-        # uniform training, bit for bit, and so are the steps after which it is evaluated. Their share of the budget
-        # (1 to 2 %) is missing at its end.
-        return sum(ms for kind, ms in spent_ms.items() if kind not in ("probe", "lesson"))
+    def charge(charges: Mapping[str, float], table: Table) -> None:
+        nonlocal spent, advanced
+        whole_ms = budget_ms(settings, table)
+        for kind, ms in charges.items():
+            spent_ms[kind] += ms
+            spent += ms / whole_ms
+            # Probes and lessons advance neither schedule nor evaluations: until auto switches on, its steps are those
+            # of uniform training, bit for bit, and so are the steps after which it is evaluated. Their share of the
+            # budget (1 to 2 %) is missing at its end.
+            advanced += 0.0 if kind in ("probe", "lesson") else ms / whole_ms
 
     @contextmanager
     def wall_time() -> Iterator[None]:
@@ -120,10 +127,10 @@ def run_trial(
     evaluations = 1
     with wall_time():
         step = arm.steps(bench)
-    spent_ms |= bench.upfront_ms
-    upfront_ms = sum(bench.upfront_ms.values())
+    charge(bench.upfront_ms, prices.at(bench.seed, 0))
+    upfront = advanced
     while not run["finished"]:
-        share = (without_probes_ms() - upfront_ms) / (budget_ms - upfront_ms)
+        share = (advanced - upfront) / (1 - upfront)
         bench.set_rate(share)
         try:
             with wall_time():
@@ -139,23 +146,29 @@ def run_trial(
             yield run
             return
         run["steps"] += 1
-        for kind, ms in charges_ms(row, arm, settings, prices.at(bench.seed, evaluations - 1)).items():
-            spent_ms[kind] += ms
+        table = prices.at(bench.seed, evaluations - 1)
+        charge(charges_ms(row, arm, settings, table), table)
         prices.note(step_times_ms(row, arm, settings))
         for name in counts:
             counts[name] += row.get(name, 0)
-        total_ms = sum(spent_ms.values())
-        for name, records in (("control", "control"), ("event", "events")):
+        for name, record in (("control", "control"), ("event", "events")):
             if row.get(name):
-                run[records].append(plain({"step": row["step"], "reference_s": total_ms / 1e3, **row[name]}))
+                run[record].append(
+                    plain({"step": row["step"], "reference_s": sum(spent_ms.values()) / 1e3, **row[name]})
+                )
         diverged = not math.isfinite(row["loss"])
-        run["finished"] = total_ms >= budget_ms or diverged
-        on_share(1.0 if run["finished"] else total_ms / budget_ms)
-        done = 1.0 if total_ms >= budget_ms else without_probes_ms() / budget_ms
-        due = math.floor(done * (settings.evaluations - 1)) + 1
+        over = spent >= 1 - _ROUNDING
+        run["finished"] = over or diverged
+        on_share(1.0 if run["finished"] else spent)
+        due = settings.evaluations if over else math.floor(advanced * (settings.evaluations - 1)) + 1
         if due > evaluations or diverged:
             evaluations = due
             yield evaluated()
+
+
+def budget_ms(settings: Settings, table: Table) -> float:
+    """What every arm may spend, in reference time by these prices."""
+    return settings.budget * 1e3 if settings.steps is None else settings.steps * uniform_ms(table)
 
 
 def evaluate(bench: Bench, validation: dict[str, Tensor]) -> tuple[Point, Point]:
@@ -179,7 +192,7 @@ def evaluate(bench: Bench, validation: dict[str, Tensor]) -> tuple[Point, Point]
     scores = scorers.early_exit_loss(bench.model, validation, depth=settings.depth, chunk_rows=settings.batch)
     ranking = fidelity(scores, sums / counts, max(1, round(settings.keep * len(scores))))
     quality = {"accuracy": correct.double().mean().item(), "loss": (sums.sum() / counts.sum()).item()}
-    if bench.workload.task == "masked_lm":
+    if bench.workload.task in MASKED:
         labelled = validation["labels"] != IGNORED_LABEL
         hidden = (validation["input_ids"] != validation["labels"])[labelled]
         quality["hidden_accuracy"] = correct[hidden].double().mean().item()

@@ -149,6 +149,7 @@ def judged(results: dict[str, Any]) -> dict[str, Any]:
         config["target_share"],
         baseline=results["baseline"]["accuracy"],
         probe_ms=probe and probe["median"],
+        in_steps=config.get("steps") is not None,
     )
     return {**compared, "verdict": overall_verdict(compared)}
 
@@ -160,6 +161,7 @@ def compare_arms(
     *,
     baseline: float = 0.0,
     probe_ms: float | None = None,
+    in_steps: bool = False,
 ) -> dict[str, Any]:
     """Target per seed, time to it in every run (written into the runs), and each arm against uniform, seed by seed.
 
@@ -171,6 +173,7 @@ def compare_arms(
         baseline: Accuracy of a model that ignores its input. Where uniform's rising fit does not end above it on every
             seed, nothing is judged.
         probe_ms: What a probe costs, to say which budget would let auto decide; None if it is not known.
+        in_steps: Whether budgets are given in steps of uniform training, and not in seconds.
 
     Returns:
         ``target`` and ``comparison`` of results.json. A speed-up (uniform's time to target over the arm's, geometric
@@ -190,7 +193,7 @@ def compare_arms(
         return {"target": None, "comparison": {}}
     mean_target = statistics.fmean(targets.values())
     source = "given" if fixed_target else f"{target_share:.0%} of uniform's final accuracy, seed by seed"
-    nothing_learnt = _nothing_learnt(list(uniform.values()), baseline)
+    nothing_learnt = _nothing_learnt(list(uniform.values()), baseline, in_steps)
     comparison = {}
     for name, arm in arms.items():
         pairs = [(run, uniform[run["seed"]]) for run in arm["runs"] if run["seed"] in uniform]
@@ -202,7 +205,7 @@ def compare_arms(
             entry |= dict.fromkeys(_SPEEDUPS)
             withheld, sentence = NO_VERDICT, nothing_learnt
         elif name == AUTO and _could_not_decide(pairs):
-            withheld, sentence = UNDECIDED, _undecided_verdict(arm, pairs, probe_ms)
+            withheld, sentence = UNDECIDED, _undecided_verdict(arm, pairs, probe_ms, in_steps)
         elif name != AUTO and all(_same_curve(run, other) for run, other in pairs):
             withheld, sentence = NEVER_ACTED, _idle_verdict(name, arm, entry)
         else:
@@ -252,7 +255,7 @@ def budget_to_decide(probe_ms: float) -> float:
     return _rounded_up(ENOUGH * probe_ms / 1e3 / (Control.probe_share * before_end))
 
 
-def _nothing_learnt(uniform: list[Run], baseline: float) -> str | None:
+def _nothing_learnt(uniform: list[Run], baseline: float, in_steps: bool) -> str | None:
     """Why these runs of uniform training leave nothing to judge, if so."""
     diverged = sum(run["final_loss"] is None for run in uniform)
     if diverged:
@@ -266,7 +269,7 @@ def _nothing_learnt(uniform: list[Run], baseline: float) -> str | None:
     return (
         "No verdict: nothing was learnt in this budget, as uniform training did not beat a model that ignores its "
         f"input ({baseline:.1%} accuracy) on {len(budgets_s)} of {_seeds(len(uniform))}; give at least "
-        f"{max(budgets_s):g} s."
+        f"{_budget(max(budgets_s), uniform[0], in_steps)}."
     )
 
 
@@ -346,9 +349,11 @@ def verdict(arm: dict[str, Any], entry: dict[str, Any], target: float) -> str:
     )
 
 
-def _undecided_verdict(arm: dict[str, Any], pairs: list[Pair], probe_ms: float | None) -> str:
+def _undecided_verdict(arm: dict[str, Any], pairs: list[Pair], probe_ms: float | None, in_steps: bool) -> str:
     counts = sorted({min(_probe_counts(pairs)), max(_probe_counts(pairs))})
-    budget = "" if probe_ms is None else f"; give at least {budget_to_decide(probe_ms):g} s"
+    budget = ""
+    if probe_ms is not None:
+        budget = f"; give at least {_budget(budget_to_decide(probe_ms), pairs[0][1], in_steps)}"
     return (
         f"Could not decide: {arm['label']} trained uniformly on {_seeds(len(pairs))}, with "
         f"{' to '.join(map(str, counts))} of the {ENOUGH} probes that a decision needs{budget}."
@@ -385,6 +390,13 @@ def _points(difference: float) -> str:
 
 def _seeds(count: int) -> str:
     return f"{count} seed{'s' * (count != 1)}"
+
+
+def _budget(seconds: float, uniform: Run, in_steps: bool) -> str:
+    """A budget in words, in seconds or in as many steps as a run of uniform training took in them."""
+    if not in_steps:
+        return f"{seconds:g} s"
+    return f"{_rounded_up(seconds * uniform['steps'] / uniform['curve'][-1]['reference_s']):,g} steps"
 
 
 def _rounded_up(seconds: float) -> float:

@@ -16,7 +16,7 @@ from earlysift.seeds import seeded
 
 
 def read_blocks(
-    settings: WorkloadSettings, tokenizer_file: Path | None = None, *, stream: bool = False
+    settings: WorkloadSettings, tokenizer_file: Path | None = None, *, stream: bool = False, characters: bool = False
 ) -> tuple[str, Blocks]:
     """Read the text of a workload, without ``data`` the standard library, and pack it into blocks.
 
@@ -24,6 +24,7 @@ def read_blocks(
         settings: The workload.
         tokenizer_file: BERT's vocab.txt or a tokenizer.json, in place of a trained tokenizer.
         stream: Read only the first part of the data.
+        characters: Whether a token is a single character.
 
     Returns:
         The name of the text, and its blocks.
@@ -44,7 +45,13 @@ def read_blocks(
     if settings.max_characters is not None:
         parts = (_shortened(part, settings.max_characters) for part in (corpus.train, corpus.validation))
         corpus = Corpus(corpus.name, *parts)
-    blocks = load_blocks(corpus, vocab_size=settings.vocab_size, length=settings.length, tokenizer_file=tokenizer_file)
+    blocks = load_blocks(
+        corpus,
+        vocab_size=settings.vocab_size,
+        length=settings.length,
+        characters=characters,
+        tokenizer_file=tokenizer_file,
+    )
     return corpus.name, blocks
 
 

@@ -44,6 +44,26 @@ def build_bert(*, vocab_size: int, length: int, layers: int, width: int, seed: i
     return _seeded_model(lambda: transformers.BertForMaskedLM(config), seed)
 
 
+def build_modernbert(*, vocab_size: int, length: int, layers: int, width: int, seed: int) -> nn.Module:
+    """A ModernBERT for masked language modelling; arguments as in `build_bert`.
+
+    Its norms stand before the layers, its positions are rotary, and every layer attends to all positions.
+    """
+    transformers = optional_package("transformers", extra="hf")
+    heads = width // _head_width(width)
+    config = transformers.ModernBertConfig(
+        vocab_size=vocab_size,
+        max_position_embeddings=max(length, 8),
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=32 * math.ceil(width / 12),  # gated, so as many weights as in an MLP four times as wide
+        global_attn_every_n_layers=1,
+        **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), None),
+    )
+    return _seeded_model(lambda: transformers.ModernBertForMaskedLM(config), seed)
+
+
 def build_llama(*, vocab_size: int, length: int, layers: int, width: int, seed: int) -> nn.Module:
     """A Llama for causal language modelling; arguments as in `build_bert`. Input and output embeddings are tied."""
     transformers = optional_package("transformers", extra="hf")

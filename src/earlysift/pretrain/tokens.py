@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import itertools
 import json
 import os
 import tempfile
@@ -58,6 +59,7 @@ def load_blocks(
     vocab_size: int,
     length: int,
     packed: bool = True,
+    characters: bool = False,
     cache: Path | None = None,
     tokenizer_file: Path | None = None,
 ) -> Blocks:
@@ -73,6 +75,7 @@ def load_blocks(
             is short. Not used with a tokenizer file.
         length: Tokens a row, [CLS] and [SEP] included.
         packed: Whether documents are joined and cut, or each is a row of its own.
+        characters: Whether a token is a single character, of the ``vocab_size`` most frequent ones.
         cache: Folder for finished blocks; None for earlysift/blocks in the user's cache folder.
         tokenizer_file: A BERT vocab.txt, or a tokenizer.json that has BERT's special tokens.
 
@@ -90,13 +93,15 @@ def load_blocks(
             "take two of them: 64 or 128 is usual"
         )
     content = None if tokenizer_file is None else _tokenizer_content(tokenizer_file)
-    key = json.dumps([_CACHE_FORMAT, corpus.fingerprint, vocab_size if content is None else content, length, packed])
+    parts = [_CACHE_FORMAT, corpus.fingerprint, vocab_size if content is None else content, length, packed]
+    key = json.dumps([*parts, "characters"] if characters else parts)
     folder = _user_cache() if cache is None else cache
     entry = folder / f"{hashlib.sha256(key.encode()).hexdigest()}.blocks"
     blocks = _read_entry(entry)
     if blocks is None:
         if content is None:
-            tokenizer = train_tokenizer(corpus.train, vocab_size)
+            train = character_tokenizer if characters else train_tokenizer
+            tokenizer = train(corpus.train, vocab_size)
         else:
             tokenizer = _given_tokenizer(content, tokenizer_file)
         blocks = _encode(corpus, tokenizer, length, _pack if packed else _fill)
@@ -144,6 +149,41 @@ def train_tokenizer(documents: Sequence[str], vocab_size: int) -> "Tokenizer":
     draft.train_from_iterator(documents, trainer)
     # A new tokenizer, as in the draft the ##letters are special tokens, too.
     return _wordpiece(draft.get_vocab(), lowercase=True)
+
+
+def character_tokenizer(documents: Sequence[str], vocab_size: int) -> "Tokenizer":
+    """A tokenizer whose tokens are single characters, lower case and without accents, blanks among them.
+
+    Args:
+        documents: The texts.
+        vocab_size: The largest number of entries, special tokens included: the most frequent characters are known.
+
+    Returns:
+        The tokenizer, with [PAD] [UNK] [CLS] [SEP] [MASK] as ids 0 to 4.
+
+    Raises:
+        ValueError: If the vocabulary has no room for two characters.
+
+    Example:
+        >>> character_tokenizer(["a bad cab"], 100).encode("Bad!").tokens
+        ['b', 'a', 'd', '[UNK]']
+    """
+    room = vocab_size - len(SPECIAL_TOKENS)
+    if room < 2:
+        raise ValueError(f"expected a vocabulary of 7 entries or more, got vocab_size={vocab_size}; 64 suits English")
+    tokenizers = optional_package("tokenizers", extra="hf")
+    normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True, strip_accents=True)
+    counts = Counter[str]()
+    for character, count in Counter(itertools.chain.from_iterable(documents)).items():
+        counts.update(dict.fromkeys(normalizer.normalize_str(character), count))
+    known = sorted(counts, key=lambda character: (-counts[character], character))[:room]
+    vocabulary = {token: number for number, token in enumerate([*SPECIAL_TOKENS, *known])}
+    tokenizer: Tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
+    tokenizer.decoder = tokenizers.decoders.Fuse()
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    return tokenizer
 
 
 def _wordpiece(vocabulary: dict[str, int], *, lowercase: bool) -> "Tokenizer":

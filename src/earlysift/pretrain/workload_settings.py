@@ -14,6 +14,9 @@ from earlysift.schema import Count, Share
 TASKS = tuple(module.name for module in pkgutil.iter_modules(tasks.__path__))
 """Names of the tasks: the files of `earlysift.pretrain.tasks`, listed without importing them, as they need torch."""
 
+MASKED = tuple(task for task in TASKS if task.startswith("masked_"))
+"""Those that predict hidden tokens."""
+
 if TYPE_CHECKING:
     TaskName = str
 else:
@@ -29,7 +32,8 @@ class WorkloadSettings:
     """
 
     task: TaskName = "masked_lm"
-    """What is trained: a BERT for masked, a Llama for causal language modelling, a BERT to classify texts, or a ViT."""
+    """What is trained: a BERT for masked, a Llama for causal language modelling, a ModernBERT on masked characters, a
+    BERT to classify texts, or a ViT."""
     data: tuple[Path, ...] = ()
     """Files or folders of text, JSON lines, CSV/TSV, parquet or Arrow, plain, .gz or .zst, or folders that
     datasets.save_to_disk wrote; for classification tables with a column of labels and one of texts; for images one
@@ -57,7 +61,7 @@ class WorkloadSettings:
     length: Annotated[int, Field(ge=1, le=65_536)] = 64
     """Tokens per sample."""
     vocab_size: Annotated[int, Field(ge=1, le=2**24)] = 4096
-    """Size of the WordPiece vocabulary trained on the training part."""
+    """Size of the WordPiece vocabulary trained on the training part; of masked characters the most that are known."""
     validation_samples: Count = 512
     """Held-out samples that every evaluation uses."""
 

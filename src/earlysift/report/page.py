@@ -32,6 +32,7 @@ from earlysift.report.series import (
 )
 from earlysift.report.shape import read_json, require_shape
 from earlysift.report.tables import (
+    budget,
     decisions_table,
     operations_table,
     outcome,
@@ -261,7 +262,7 @@ def _facts(results: Results) -> str:
     arms = sections(results, "arms").values()
     facts = (
         ("seeds per arm: {}", max((len(seeds(arm)) for arm in arms), default=0)),
-        ("{:,g} s of reference time for each", number(section(results, "config").get("budget"))),
+        ("{} for each", budget(section(results, "config"))),
         ("{}", section(results, "machine").get("cpu")),
         ("{}", results.get("created")),
     )

@@ -119,12 +119,13 @@ def spent_table(results: Results) -> str:
     kinds = [*KINDS, *sorted({kind for parts in spent.values() for kind in parts} - set(KINDS))]
     kinds = [kind for kind in kinds if any(parts.get(kind) for parts in spent.values())]
     totals = [sum(parts.values()) for parts in spent.values()]
-    budget = number(section(results, "config").get("budget"))
-    whole = budget or max(totals, default=0)
+    config = section(results, "config")
+    budget_s = None if config.get("steps") else number(config.get("budget"))
+    whole = budget_s or max(totals, default=0)
     if not kinds or not whole:
         return ""
     legend = "".join(f"<span>{_block(kind, '')}{text(kind)}</span>" for kind in kinds)
-    headers = ("Arm", "Share of the budget" if budget else "Share of the time", *map(text, kinds))
+    headers = ("Arm", "Share of the budget" if budget_s else "Share of the time", *map(text, kinds))
     scale = max(whole, *totals)
     arm_styles = styles(arms)
     rows = []
@@ -159,6 +160,19 @@ def decisions_table(arm: Results) -> str:
     return table("Decisions", "cards decisions", DECISION_HEADERS, rows)
 
 
+def budget(config: Results) -> str:
+    """What every arm could spend; empty if that is unknown.
+
+    Example:
+        >>> budget({"budget": 60.0}), budget({"budget": 60.0, "steps": 3000})
+        ('60 s of reference time', '3,000 steps of uniform training')
+    """
+    if (steps := number(config.get("steps"))) is not None:
+        return f"{steps:,g} steps of uniform training"
+    seconds = number(config.get("budget"))
+    return "" if seconds is None else f"{seconds:,g} s of reference time"
+
+
 def overview_table(runs: Sequence[Results]) -> str:
     """A table of arms by runs (workload and budget): speed-up in reference time, final accuracy over uniform's.
 
@@ -168,7 +182,7 @@ def overview_table(runs: Sequence[Results]) -> str:
     for results in runs:
         for name, arm in sections(results, "arms").items():
             labels.setdefault(name, text(arm.get("label") or name) + " (not charged)" * (arm.get("charged") is False))
-    budgets = [show(section(results, "config").get("budget"), "{:,g} s").strip(MISSING) for results in runs]
+    budgets = [budget(section(results, "config")) for results in runs]
     names = [f'<a href="#run{i}">{workload(results)}</a>' for i, results in enumerate(runs)]
     headers = ["Arm", *map(_cell, names, budgets)]
     rows = []

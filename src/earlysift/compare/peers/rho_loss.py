@@ -31,6 +31,7 @@ def steps(bench: Bench) -> Step:
     from earlysift import pools, scorers
     from earlysift.compare.bench import Bench
     from earlysift.pretrain.stream import Stream
+    from earlysift.pretrain.workload_settings import MASKED
     from earlysift.seeds import seeded
 
     settings, samples = bench.settings, bench.workload.samples
@@ -42,14 +43,14 @@ def steps(bench: Bench) -> Step:
     reference = Bench(
         replace(bench.workload, samples=held_out), settings, bench.seed + _REFERENCE_SEED, bench.medians_ms
     )
-    count = round(_BUDGET_SHARE * settings.budget * 1e3 / bench.step_ms())
+    count = round(_BUDGET_SHARE * bench.budget_steps())
     for number in range(count):
         reference.set_rate(number / count)
         reference.update(reference.loss(reference.read(settings.batch)))
     bench.upfront_ms = {"reference model": count * bench.step_ms()}
     bench.stream = Stream(rest, seed=bench.seed)
     reference_losses = torch.full((len(rest),), torch.nan)
-    masks_change = bench.workload.task == "masked_lm"  # from epoch to epoch, and losses with them
+    masks_change = bench.workload.task in MASKED  # from epoch to epoch, and losses with them
     size = SCORING.pool(settings)
 
     def step(_share: float) -> None:

@@ -1,8 +1,9 @@
 """Masked language modelling: a BERT predicts the hidden tokens of packed text."""
 
+from collections.abc import Callable
 from pathlib import Path
 
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from earlysift.pretrain.language import language_data, read_blocks
 from earlysift.pretrain.masking import begins_word, mask_tokens
@@ -21,11 +22,22 @@ def read(
 ) -> TaskData:
     """Read text as `read_blocks` does; with ``whole_word`` all tokens of a word are hidden together."""
     name, blocks = read_blocks(settings, tokenizer_file, stream=stream)
-    ordinary = _ordinary_ids(blocks)
     word_begins = None
     if whole_word:
         tokenizer = optional_package("tokenizers", extra="hf").Tokenizer.from_str(blocks.tokenizer_json)
         word_begins = begins_word(tokenizer.get_vocab())
+    return masked_data(f"{name}, masked LM", blocks, settings, build_bert, word_begins)
+
+
+def masked_data(
+    name: str,
+    blocks: Blocks,
+    settings: WorkloadSettings,
+    build: Callable[..., nn.Module],
+    word_begins: Tensor | None = None,
+) -> TaskData:
+    """Blocks whose tokens are hidden as BERT's are; arguments as in `language_data` and `mask_tokens`."""
+    ordinary = _ordinary_ids(blocks)
 
     def prepare(rows: Rows, generator: Generator) -> Rows:
         return mask_tokens(
@@ -41,7 +53,7 @@ def read(
         ids = rows["input_ids"]
         return ids[(ids >= ordinary.start) & (ids < ordinary.stop)]
 
-    return language_data(f"{name}, masked LM", blocks, settings, build_bert, prepare=prepare, targets=targets)
+    return language_data(name, blocks, settings, build, prepare=prepare, targets=targets)
 
 
 def _ordinary_ids(blocks: Blocks) -> range:
