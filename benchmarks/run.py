@@ -8,6 +8,7 @@
 - memory: peak memory of sifting and training beside a plain step
 - scale: how the overhead of scoring grows with depth, keep, pool, length, vocabulary, batch and processes
 - auto: what auto mode saves of what the best fixed score saves, on streams that train in seconds, charged by FLOPs
+- plateau: how far uniform training gets on every workload of the suite, and how far with three times the budget
 - train: `earlysift pretrain` uniformly, sifting and with exact losses, on the same data and budget
 
 Results go into benchmarks/results/NAME_DEVICE.json, an entry per shape with hardware, versions and commit. An entry
@@ -25,6 +26,7 @@ from typing import Any
 import bench_auto
 import bench_memory
 import bench_pages
+import bench_plateau
 import bench_positions
 import bench_scale
 import bench_score
@@ -45,6 +47,7 @@ BENCHMARKS: dict[str, tuple[Any, list[str]]] = {
     "memory": (bench_memory, list(SHAPES)),
     "scale": (bench_scale, ["bert-mini-128"]),
     "auto": (bench_auto, []),
+    "plateau": (bench_plateau, []),
     "train": (bench_train, []),
 }
 """Name to module and the shapes that are measured unless others are asked for; the last ones have their own."""
@@ -62,6 +65,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, help="b (default: the shape's own, which is for two CPU cores)")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds (a warm-up round comes before)")
     parser.add_argument("--size", choices=bench_train.SIZES, default="cpu", help="what to train")
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the corpora, for plateau")
     parser.add_argument("--minutes", type=float, help="budget of every arm of train (default: the size's own)")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, nothing kept: does it run?")
     parser.add_argument("--out", type=Path, help="folder of the results (default: benchmarks/results)")

@@ -379,3 +379,16 @@ def test_streams_are_what_they_are_called(modules, name):
     else:
         drawn = [int((labels == label).sum()) for label in range(streams.CLASSES)]
         assert drawn[0] > 2 * drawn[5] > 0
+
+
+# Workloads of the suite
+
+
+def test_the_plateau_is_left_by_what_uniform_training_makes_up_of_the_way_to_a_longer_one(tmp_path):
+    run(tmp_path, "plateau")
+    ((name, entry),) = result(tmp_path, "plateau")["entries"].items()
+    (row,) = entry["rows"]
+    assert (name, row["steps"]) == ("digits", 10)
+    way = row["longer"] - row["ignoring"]
+    assert row["of_the_way"] == pytest.approx((row["accuracy"] - row["ignoring"]) / way if way > 0 else 0.0)
+    assert 0 < row["ignoring"] < 0.5

@@ -95,7 +95,7 @@ Examples:
 
   earlysift report runs/compare
 
-  earlysift report runs/cpu/mlm-stdlib runs/cpu/sst2 --out both.html     # one page of both"""
+  earlysift report runs/cpu/mnist runs/cpu/clinc --out both.html     # one page of both"""
 
 _THEORY_HELP = """Test the theory of selection on convex problems and linear networks.
 
