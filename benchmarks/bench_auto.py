@@ -19,7 +19,7 @@ import measuring
 import streams
 from earlysift import Sifter, exit_probe, selectors
 from earlysift.controller import Control
-from earlysift.exits import Family
+from earlysift.families import Family
 from earlysift.seeds import seeded
 from streams import Stream
 

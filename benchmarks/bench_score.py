@@ -18,7 +18,7 @@ from torch.utils.flop_counter import flop_registry
 
 import measuring
 import shapes
-from earlysift import exits, losses, pools, scorers
+from earlysift import exits, families, losses, pools, scorers
 from earlysift.blend import Blend
 from earlysift.exit_probe import ExitProbe
 from earlysift.exits import Anatomy
@@ -85,7 +85,7 @@ def measure(shape: Shape, dtype: str, rounds: int) -> dict[str, Any]:
 
     exits_scored: dict[str, dict[str, Any]] = {f"depth {depth}": {"depth": depth} for depth in depths}
     if anatomy.positionwise:
-        whole = dataclasses.replace(exits.FAMILIES[shape.config["model_type"]], positionwise=())
+        whole = dataclasses.replace(families.FAMILIES[shape.config["model_type"]], positionwise=())
         exits_scored[_WHOLE] = {"depth": 1, "family": whole}
     if shape.length is not None:
         few = max(1, shape.length // _OF_POSITIONS)

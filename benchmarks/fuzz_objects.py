@@ -19,7 +19,7 @@ from earlysift import Sifter, exits, losses, schedules, scorers, selectors
 from earlysift.adapters.huggingface import SiftConfig, SiftTrainer
 from earlysift.compare.settings import Settings
 from earlysift.controller import Control
-from earlysift.exits import Family
+from earlysift.families import Family
 from earlysift.measures import LOSS
 from earlysift.pretrain.settings import PretrainSettings
 from earlysift.selectors import Selection

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from earlysift.exits import Family
+from earlysift.families import Family
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # third-party imports may warn; tests are about what happens after them

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from earlysift import checks, exits, losses, scorers
+from earlysift import checks, exits, families, losses, scorers
 from earlysift.checkup import build_model, checkup, peak_growth_bytes, random_pool
 from earlysift.cli import main
 from earlysift.costs import flops_law, relative_cost
@@ -295,7 +295,7 @@ def test_a_config_brings_the_row_of_an_unknown_family_along(tmp_path, capsys):
     assert (numbers["model"]["task"], numbers["model"]["layers"]) == ("causal_lm", 4)
     torch.manual_seed(0)
     model = build_model(str(tmp_path))
-    expected = exits.Family("model.layers", (("lm_head",),), "causal_lm", (("self_attn.o_proj",), ("mlp",)))
+    expected = families.Family("model.layers", (("lm_head",),), "causal_lm", (("self_attn.o_proj",), ("mlp",)))
     assert exits.find_anatomy(model) == exits.find_anatomy(model, expected)
     pool = random_pool(model, 4, length=16, labelled_fraction=None, device=torch.device("cpu"))
     scores = scorers.early_exit_loss(model, pool, depth=2)
@@ -305,7 +305,7 @@ def test_a_config_brings_the_row_of_an_unknown_family_along(tmp_path, capsys):
 def test_a_row_in_the_config_is_saved_with_the_model_and_goes_before_the_known_ones(tmp_path):
     model = build_model(str(written(tmp_path, CONFIGS["llama"] | {"earlysift_family": {"layers": "model.layers"}})))
     assert exits.find_anatomy(model).head == ()
-    assert exits.find_anatomy(model, exits.FAMILIES["llama"]).head == ("lm_head",)
+    assert exits.find_anatomy(model, families.FAMILIES["llama"]).head == ("lm_head",)
     model.save_pretrained(tmp_path / "saved")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert exits.find_anatomy(again).head == ()

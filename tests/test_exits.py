@@ -10,9 +10,10 @@ import torch
 from torch import Generator, nn
 
 import models
-from earlysift import Sifter, exits, losses, scorers
+from earlysift import Sifter, exits, families, losses, scorers
 from earlysift.checks import check
-from earlysift.exits import ExitHead, Family, find_anatomy, truncated
+from earlysift.exits import ExitHead, find_anatomy, truncated
+from earlysift.families import Family
 from models import BUILDERS, LAYERS, WIDTH, build, logits_of, loss_of, row_of, sample_losses, shorter
 
 ALL = [pytest.param(family, task, id=f"{family}-{task}") for family, task in BUILDERS]
@@ -267,7 +268,7 @@ def test_compiled_scoring_and_training_make_no_new_graphs_after_the_first_step(f
 POSITIONWISE = [
     (family, task)
     for family, task in BUILDERS
-    if family in exits.FAMILIES and exits.FAMILIES[family].positionwise and task != "sequence_classification"
+    if family in families.FAMILIES and families.FAMILIES[family].positionwise and task != "sequence_classification"
 ]
 
 
@@ -653,7 +654,7 @@ def test_unknown_family_tells_how_to_pass_a_row(known_type):
     assert problem.reason == f"The model family of {name}"
     row = "Pass a row: family=Family(layers='path.to.its.ModuleList', heads=(('lm_head',),), task='causal_lm'), "
     in_config = "or put one under 'earlysift_family' into the model's config.json."
-    assert problem.remedy == f"{row}{in_config} Known families: {', '.join(exits.FAMILIES)}."
+    assert problem.remedy == f"{row}{in_config} Known families: {', '.join(families.FAMILIES)}."
     with pytest.raises(ValueError, match="cannot be sifted with:\n- The model family of"), truncated(model, 1):
         pass
 
@@ -901,7 +902,7 @@ def test_a_row_without_heads_uses_the_logits_of_the_model():
 
 
 def test_every_family_row_is_tested():
-    assert {family for family, _ in BUILDERS} - {"plain"} == set(exits.FAMILIES)
+    assert {family for family, _ in BUILDERS} - {"plain"} == set(families.FAMILIES)
 
 
 # The exit head

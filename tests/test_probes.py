@@ -8,7 +8,8 @@ from torch import Generator, nn
 
 import models
 from earlysift import Sifter, scorers
-from earlysift.exits import ExitHead, Family, find_anatomy
+from earlysift.exits import ExitHead, find_anatomy
+from earlysift.families import Family
 from earlysift.measures import MEASURES
 from earlysift.probes import probe
 from models import BUILDERS, LAYERS, WIDTH, build, logits_of, loss_of, row_of

@@ -12,7 +12,8 @@ from transformers import BatchEncoding
 
 import models
 from earlysift import Sifter, exits, scorers
-from earlysift.exits import ExitHead, Family
+from earlysift.exits import ExitHead
+from earlysift.families import Family
 from earlysift.measures import ENTROPY, MEASURES
 from models import BUILDERS, build, loss_of, row_of, sample_losses, shorter
 

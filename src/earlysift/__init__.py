@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from earlysift.checks import check
     from earlysift.config import SiftConfig
-    from earlysift.exits import ExitHead, Family, truncated
+    from earlysift.exits import ExitHead, truncated
+    from earlysift.families import Family
     from earlysift.ledger import Ledger
     from earlysift.schedules import anneal, constant, warmup
     from earlysift.selectors import Selection
@@ -27,7 +28,8 @@ else:  # a name brings torch with it, which takes seconds; `earlysift --help` ne
 _HOMES = {
     "checks": ("check",),
     "config": ("SiftConfig",),
-    "exits": ("ExitHead", "Family", "truncated"),
+    "exits": ("ExitHead", "truncated"),
+    "families": ("Family",),
     "ledger": ("Ledger",),
     "schedules": ("anneal", "constant", "warmup"),
     "selectors": ("Selection",),

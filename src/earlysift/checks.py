@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from earlysift import exits, losses, pools
-from earlysift.exits import Anatomy, Family, Problem
+from earlysift.exits import Anatomy, Problem
+from earlysift.families import Family
 from earlysift.measures import LOSS
 
 _LOG = logging.getLogger("earlysift")
@@ -40,7 +41,7 @@ def check(model: nn.Module, *, depth: int = 1, family: Family | None = None, inp
     Args:
         model: The model, wrapped or not.
         depth: Number of layers that should run.
-        family: A row for a model that `earlysift.exits.FAMILIES` does not know.
+        family: A row for a model that `earlysift.families.FAMILIES` does not know.
         inputs: Inputs of the model (a mapping of keyword arguments, or one argument), at least one row; two are enough.
             With ``labels`` in the mapping, the loss is compared too.
 
@@ -85,7 +86,7 @@ def verified(model: nn.Module, batch: Any, family: Family | None = None) -> Anat
     Args:
         model: The model, wrapped or not; unchanged afterwards.
         batch: Batch or pool with labels.
-        family: A row for a model that `earlysift.exits.FAMILIES` does not know.
+        family: A row for a model that `earlysift.families.FAMILIES` does not know.
 
     Raises:
         ValueError: If the model does not fit its row, or returns another loss.

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from earlysift import checks, costs, exits, losses, pools, scorers
-from earlysift.exits import Task
-from earlysift.presets import read_config
+from earlysift.presets import Task, read_config
 from earlysift.seeds import seeded
 from earlysift.sifter import Sifter
 
@@ -58,7 +57,7 @@ def checkup(
 
     Args:
         source: A transformers config.json, a folder that holds one, or a name in `BUILT_IN`. The config of an unknown
-            family contains its row (`earlysift.exits.FAMILY_IN_CONFIG`).
+            family contains its row (`earlysift.families.IN_CONFIG`).
         task: The task of the model; None: of the class named in the config, else the model's usual language modelling.
         seq_length: Positions per sample; None is 128, or the model's maximum if that is less.
         batch: b, samples per training step.

@@ -9,7 +9,7 @@ import torch
 
 from earlysift import schedules, scorers, selectors
 from earlysift.controller import Control
-from earlysift.exits import Family
+from earlysift.families import Family
 from earlysift.losses import Reduction
 from earlysift.measures import MEASURES
 from earlysift.options import finite, one_of, option, problems, whole
@@ -53,7 +53,7 @@ class SiftConfig:
             `Sifter.weights`.
         control: What auto may choose from and spend; None is `earlysift.controller.Control()`. The configured depth and
             keep are always among the candidates.
-        family: A row for a model that `earlysift.exits.FAMILIES` does not know.
+        family: A row for a model that `earlysift.families.FAMILIES` does not know.
         reduction: Mean or sum over a sample's labelled positions.
         max_positions: Labelled positions of a sample that an early exit reads at most, spread over its length: a
             cheaper and noisier score. Worth it where labels are many (causal language models); shapes are then fixed,

@@ -81,7 +81,8 @@ def forward_flops(anatomy: Anatomy, *, rows: int, length: int, labelled: int, de
         FLOPs (a multiply-add counts two). A training step costs about three times this.
 
     Example:
-        >>> from earlysift.exits import Family, find_anatomy
+        >>> from earlysift.exits import find_anatomy
+        >>> from earlysift.families import Family
         >>> model = nn.Module()
         >>> model.blocks, model.head = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), nn.Linear(4, 10)
         >>> anatomy = find_anatomy(model, Family("blocks", (("head",),), task="masked_lm"))

@@ -4,102 +4,22 @@
 precision, wrapped or compiled. A copy of the model would look cleaner but is wrong: with a forward bound to the
 instance (accelerate's mixed precision, ``model.compile()``) it silently runs all layers.
 
-Model families are rows of data in `FAMILIES`; a model of your own needs one row:
-
-    >>> Family(layers="blocks", heads=(("head",),), task="causal_lm").layers
-    'blocks'
-
-A transformers config may contain its row, under ``earlysift_family``:
-``{"layers": "model.layers", "heads": [["lm_head"]], "task": "causal_lm", "positionwise": [["mlp"]]}``.
+Where a model has its layers and head is a row of data: see `earlysift.families`.
 """
 
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, cast, get_args
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from earlysift.presets import Task as Task
-
-
-@dataclass(frozen=True)
-class Family:
-    """One row of data: where a model has the parts that an early exit needs.
-
-    Attributes:
-        layers: Path from the (unwrapped) model to its ``ModuleList`` or ``Sequential`` of layers.
-        heads: Alternatives for the modules between the last states ``(R, T, D)`` and the logits, in calling order; the
-            first alternative that the model has is used. Without any, the model's own logits are used, which needs
-            memory for the logits of all positions of a chunk.
-        task: What the labels mean; None infers it from the name of a transformers class.
-        positionwise: Chains of modules of a layer, by path and in calling order, that process every position
-            independently; the output of a module is used only by the later ones of its chain. At the exit they run at
-            labelled positions only (`at_positions`).
-    """
-
-    layers: str
-    heads: tuple[tuple[str, ...], ...] = ()
-    task: Task | None = None
-    positionwise: tuple[tuple[str, ...], ...] = ()
-
-    def __post_init__(self) -> None:
-        problems = [
-            f"{name} must be tuples (lists, in a config) of names within one, got {getattr(self, name)!r}."
-            for name in ("heads", "positionwise")
-            if not _are_chains(getattr(self, name))
-        ]
-        if not (isinstance(self.layers, str) and self.layers):
-            problems.insert(0, f"layers must be a path, such as 'model.layers', got {self.layers!r}.")
-        if self.task is not None and self.task not in get_args(Task):
-            problems.append(f"task must be one of {', '.join(get_args(Task))} or None, got {self.task!r}.")
-        if problems:
-            raise ValueError(" ".join(["Bad family row:", *problems]))
-
-
-def _are_chains(chains: object) -> bool:
-    return isinstance(chains, tuple) and all(
-        isinstance(chain, tuple) and chain and all(isinstance(name, str) for name in chain) for chain in chains
-    )
-
-
-_CLASSIFIERS = (("dropout", "classifier"), ("classifier",))
-_AFTER_ATTENTION = (("attention.output", "intermediate", "output"),)
-_LLAMA_LIKE = (("self_attn.o_proj",), ("mlp",))
-
-FAMILIES: dict[str, Family] = {
-    "bert": Family("bert.encoder.layer", (("cls",), *_CLASSIFIERS), positionwise=_AFTER_ATTENTION),
-    "roberta": Family("roberta.encoder.layer", (("lm_head",), *_CLASSIFIERS), positionwise=_AFTER_ATTENTION),
-    "distilbert": Family(
-        "distilbert.transformer.layer",
-        (("vocab_transform", "activation", "vocab_layer_norm", "vocab_projector"), *_CLASSIFIERS),
-        positionwise=(("attention.out_lin",), ("ffn",)),
-    ),
-    "electra": Family(
-        "electra.encoder.layer",
-        (("generator_predictions", "generator_lm_head"), *_CLASSIFIERS),
-        positionwise=_AFTER_ATTENTION,
-    ),
-    "modernbert": Family(
-        "model.layers",
-        (("head", "decoder"), ("head", "drop", "classifier")),
-        positionwise=(("attn.Wo",), ("mlp",)),
-    ),
-    "deberta-v2": Family("deberta.encoder.layer", (("cls",), *_CLASSIFIERS), positionwise=_AFTER_ATTENTION),
-    "gpt2": Family(
-        "transformer.h", (("lm_head",), ("score",), *_CLASSIFIERS), positionwise=(("attn.c_proj",), ("mlp",))
-    ),
-    "llama": Family("model.layers", (("lm_head",), ("dropout", "score"), ("score",)), positionwise=_LLAMA_LIKE),
-    "qwen3": Family("model.layers", (("lm_head",), ("dropout", "score"), ("score",)), positionwise=_LLAMA_LIKE),
-    "vit": Family("vit.layers", (("classifier",),)),
-}
-
-FAMILY_IN_CONFIG = "earlysift_family"
-"""A row under this name in a transformers config takes precedence over `FAMILIES`."""
+from earlysift import families
+from earlysift.families import FAMILIES, Family
+from earlysift.presets import Task
 
 _TASK_OF_CLASS_SUFFIX: dict[str, Task] = {
     "ForMaskedLM": "masked_lm",
@@ -614,17 +534,19 @@ def anatomy_or_problems(model: nn.Module, family: Family | None) -> Anatomy | li
     model_type = getattr(config, "model_type", None)
     if family is not None and not isinstance(family, Family):
         raise ValueError(f"Expected family to be a Family(layers=..., heads=..., task=...), got {family!r}.")
-    given = family or _configured(core)
-    if isinstance(given, Problem):
-        return [given]
-    row = given or FAMILIES.get(str(model_type))
+    try:
+        given = family or families.configured(core)
+    except ValueError as error:
+        return [Problem(str(error), families.AS_JSON)]
+    row = given or FAMILIES.get(str(model_type)) or families.derived(core)
     if row is None:
         return [
             Problem(
-                f"The model family of {name} is unknown" + (f" (model_type {model_type!r})." if model_type else "."),
+                f"The model family of {name} is unknown"
+                + (f" (model_type {model_type!r})" if model_type else "")
+                + f", and its layers cannot be told: {families.found(core)}.",
                 "Pass a row: family=Family(layers='path.to.its.ModuleList', heads=(('lm_head',),), task='causal_lm'), "
-                f"or put one under '{FAMILY_IN_CONFIG}' into the model's config.json. "
-                f"Known families: {', '.join(FAMILIES)}.",
+                f"or put one under '{families.IN_CONFIG}' into the model's config.json.",
             )
         ]
     layers = _submodule(core, row.layers)
@@ -671,24 +593,6 @@ def anatomy_or_problems(model: nn.Module, family: Family | None) -> Anatomy | li
     assert task is not None
     positionwise = row.positionwise if head and _can_skip_unlabelled(core, layers, row) else ()
     return Anatomy(core, layers, head, task, classifier, positionwise)
-
-
-def _configured(core: nn.Module) -> Family | Problem | None:
-    """The row in a model's config, the problem of that row, or None if there is no row."""
-    values = getattr(getattr(core, "config", None), FAMILY_IN_CONFIG, None)
-    if values is None:
-        return None
-    try:
-        return Family(**{name: _tuples(value) for name, value in dict(values).items()})
-    except (TypeError, ValueError) as error:
-        return Problem(
-            f"Expected a family row under '{FAMILY_IN_CONFIG}' in the config, got {values!r}: {error}",
-            """Write it as {"layers": "model.layers", "heads": [["lm_head"]], "task": "causal_lm"}.""",
-        )
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _can_skip_unlabelled(core: nn.Module, layers: nn.ModuleList | nn.Sequential, row: Family) -> bool:

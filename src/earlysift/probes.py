@@ -64,7 +64,7 @@ def probe(
         ValueError: If the model's head has no name, so that no states enter it.
 
     Example:
-        >>> from earlysift.exits import Family
+        >>> from earlysift.families import Family
         >>> net = nn.Module()
         >>> net.layers, net.head = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), nn.Linear(4, 3)
         >>> net.forward = lambda x: net.head(net.layers(x))

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from earlysift import checks, exits, losses, pools, ranks
 from earlysift.blend import Blend
 from earlysift.exit_probe import ADAPTER_SHARE, ExitProbe, features
-from earlysift.exits import Anatomy, Family, Recorder
+from earlysift.exits import Anatomy, Recorder
+from earlysift.families import Family
 from earlysift.ledger import Ledger
 from earlysift.loss_memory import LossMemory
 from earlysift.losses import Head, Reduction
@@ -64,7 +65,7 @@ class Scoring:
     """How pools are scored, whatever the approximation.
 
     Attributes:
-        family: A row for a model that `earlysift.exits.FAMILIES` does not know.
+        family: A row for a model that `earlysift.families.FAMILIES` does not know.
         exit_head: Module after the exit, if any.
         reduction: Mean or sum over the labelled positions of a sample.
         max_positions: Labelled positions of a sample that an exit reads at most, see
@@ -272,7 +273,7 @@ def sample_losses(
         model: The model, wrapped or not, in training mode.
         batch: Batch of b samples with labels.
         depth: Exit after this many layers; None is the full model.
-        family: A row for a model that `earlysift.exits.FAMILIES` does not know.
+        family: A row for a model that `earlysift.families.FAMILIES` does not know.
         exit_head: Module after the exit, if any.
         detach_exit: Whether gradients of the exit stop at the exit head.
         chunk_tokens: Positions that pass through the head at once.
@@ -324,7 +325,7 @@ def predictions(model: nn.Module, batch: Any, *, family: Family | None = None) -
     Args:
         model: The model, wrapped or not, in the mode that it is to run in.
         batch: Batch of R samples with labels; classes, not indicators or numbers.
-        family: A row for a model that `earlysift.exits.FAMILIES` does not know.
+        family: A row for a model that `earlysift.families.FAMILIES` does not know.
     """
     anatomy = checks.verified(model, batch, family)
     inputs, labels = pools.inputs_and_labels(batch)
@@ -588,7 +589,7 @@ def lesson(
         model: The model, wrapped or not.
         batch: What it is run on, drawn uniformly.
         probes: By depth.
-        family: A row for a model that `earlysift.exits.FAMILIES` does not know.
+        family: A row for a model that `earlysift.families.FAMILIES` does not know.
         ledger: Where its time goes.
 
     Yields:

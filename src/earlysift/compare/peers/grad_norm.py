@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import Generator, Tensor, nn
 
     from earlysift.compare.bench import Bench
-    from earlysift.exits import Family
+    from earlysift.families import Family
     from earlysift.pretrain.stream import Rows
     from earlysift.scorers import Predictions
 
@@ -95,7 +95,7 @@ def gradient_norm_scores(
     Args:
         model: The model; left as it was.
         pool: Pool of R candidates with labels.
-        family: A row for a model that `earlysift.exits.FAMILIES` does not know.
+        family: A row for a model that `earlysift.families.FAMILIES` does not know.
         chunk_rows: Candidates that run at once; None runs the whole pool.
     """
     import torch

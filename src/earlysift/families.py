@@ -1,0 +1,161 @@
+"""Families of models: rows of data that say where a model has the parts that an early exit needs.
+
+Many rows are known, a model of your own may come with one, and where the structure is plain the row is derived from it:
+
+    >>> Family(layers="blocks", heads=(("head",),), task="causal_lm").layers
+    'blocks'
+
+A transformers config may contain its row, under ``earlysift_family``:
+``{"layers": "model.layers", "heads": [["lm_head"]], "task": "causal_lm", "positionwise": [["mlp"]]}``.
+"""
+
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from torch import nn
+
+from earlysift.presets import Task
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row of data: where a model has the parts that an early exit needs.
+
+    Attributes:
+        layers: Path from the (unwrapped) model to its ``ModuleList`` or ``Sequential`` of layers.
+        heads: Alternatives for the modules between the last states ``(R, T, D)`` and the logits, in calling order; the
+            first alternative that the model has is used. Without any, the model's own logits are used, which needs
+            memory for the logits of all positions of a chunk.
+        task: What the labels mean; None infers it from the name of a transformers class.
+        positionwise: Chains of modules of a layer, by path and in calling order, that process every position
+            independently; the output of a module is used only by the later ones of its chain. At the exit they run at
+            labelled positions only (`at_positions`).
+    """
+
+    layers: str
+    heads: tuple[tuple[str, ...], ...] = ()
+    task: Task | None = None
+    positionwise: tuple[tuple[str, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name} must be tuples (lists, in a config) of names within one, got {getattr(self, name)!r}."
+            for name in ("heads", "positionwise")
+            if not _are_chains(getattr(self, name))
+        ]
+        if not (isinstance(self.layers, str) and self.layers):
+            problems.insert(0, f"layers must be a path, such as 'model.layers', got {self.layers!r}.")
+        if self.task is not None and self.task not in get_args(Task):
+            problems.append(f"task must be one of {', '.join(get_args(Task))} or None, got {self.task!r}.")
+        if problems:
+            raise ValueError(" ".join(["Bad family row:", *problems]))
+
+
+def _are_chains(chains: object) -> bool:
+    return isinstance(chains, tuple) and all(
+        isinstance(chain, tuple) and chain and all(isinstance(name, str) for name in chain) for chain in chains
+    )
+
+
+_CLASSIFIERS = (("dropout", "classifier"), ("classifier",))
+_AFTER_ATTENTION = (("attention.output", "intermediate", "output"),)
+_LLAMA_LIKE = (("self_attn.o_proj",), ("mlp",))
+
+FAMILIES: dict[str, Family] = {
+    "bert": Family("bert.encoder.layer", (("cls",), *_CLASSIFIERS), positionwise=_AFTER_ATTENTION),
+    "roberta": Family("roberta.encoder.layer", (("lm_head",), *_CLASSIFIERS), positionwise=_AFTER_ATTENTION),
+    "distilbert": Family(
+        "distilbert.transformer.layer",
+        (("vocab_transform", "activation", "vocab_layer_norm", "vocab_projector"), *_CLASSIFIERS),
+        positionwise=(("attention.out_lin",), ("ffn",)),
+    ),
+    "electra": Family(
+        "electra.encoder.layer",
+        (("generator_predictions", "generator_lm_head"), *_CLASSIFIERS),
+        positionwise=_AFTER_ATTENTION,
+    ),
+    "modernbert": Family(
+        "model.layers",
+        (("head", "decoder"), ("head", "drop", "classifier")),
+        positionwise=(("attn.Wo",), ("mlp",)),
+    ),
+    "deberta-v2": Family("deberta.encoder.layer", (("cls",), *_CLASSIFIERS), positionwise=_AFTER_ATTENTION),
+    "gpt2": Family(
+        "transformer.h", (("lm_head",), ("score",), *_CLASSIFIERS), positionwise=(("attn.c_proj",), ("mlp",))
+    ),
+    "llama": Family("model.layers", (("lm_head",), ("dropout", "score"), ("score",)), positionwise=_LLAMA_LIKE),
+    "qwen3": Family("model.layers", (("lm_head",), ("dropout", "score"), ("score",)), positionwise=_LLAMA_LIKE),
+    "vit": Family("vit.layers", (("classifier",),)),
+}
+
+IN_CONFIG = "earlysift_family"
+"""A row under this name in a transformers config takes precedence over `FAMILIES`."""
+
+AS_JSON = """Write it as {"layers": "model.layers", "heads": [["lm_head"]], "task": "causal_lm"}."""
+
+
+def configured(core: nn.Module) -> Family | None:
+    """The row in a model's config, if it has one.
+
+    Raises:
+        ValueError: If it is no row.
+    """
+    values = getattr(getattr(core, "config", None), IN_CONFIG, None)
+    if values is None:
+        return None
+    try:
+        return Family(**{name: _tuples(value) for name, value in dict(values).items()})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"Expected a family row under '{IN_CONFIG}' in the config, got {values!r}: {error}") from None
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def derived(core: nn.Module) -> Family | None:
+    """The row of a model whose structure is plain; None if it is not.
+
+    Its layers are the only list of like modules with weights (lists within a layer, as of experts, do not count), its
+    head what is defined beside them. That is a guess: `earlysift.checks.verified` compares it with the model.
+
+    Args:
+        core: The model, without wrappers.
+
+    Example:
+        >>> model = nn.Module()
+        >>> model.blocks = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+        >>> model.head = nn.Linear(2, 9)
+        >>> derived(model)
+        Family(layers='blocks', heads=(('head',),), task=None, positionwise=())
+    """
+    paths = _layer_lists(core)
+    if len(paths) != 1:
+        return None
+    names = [name for name in core._modules if _transforms(core.get_submodule(name))]
+    place = names.index(paths[0].partition(".")[0])
+    head = tuple(names[place + 1 :] or names[:place])  # RoBERTa's is defined in front of its layers
+    return Family(paths[0], (head,) if head else ())
+
+
+def found(core: nn.Module) -> str:
+    """What `derived` found in place of a single list of layers, in words."""
+    lists = [f"{path} ({len(core.get_submodule(path)._modules)} layers)" for path in _layer_lists(core)]
+    return f"there are several lists of them, {', '.join(lists)}" if lists else "there is no list of like modules"
+
+
+def _layer_lists(core: nn.Module) -> list[str]:
+    """Paths of the outermost lists of two or more modules of one class that have weights."""
+    paths: list[str] = []
+    for path, module in core.named_modules():
+        inner = any(path.startswith(f"{outer}.") for outer in paths)
+        if not inner and isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 1:
+            alike = len({type(layer) for layer in module}) == 1
+            if alike and all(any(True for _ in layer.parameters()) for layer in module):
+                paths.append(path)
+    return paths
+
+
+def _transforms(module: nn.Module) -> bool:
+    """Whether a module may be part of a head: it has weights, or drops states out."""
+    return any(True for _ in module.parameters()) or isinstance(module, nn.Dropout)
