@@ -161,6 +161,11 @@ def markdown(headings: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def folded(summary: str, text: str) -> str:
+    """Markdown behind a summary, which GitHub shows until it is clicked."""
+    return f"<details>\n<summary>{summary}</summary>\n\n{text.strip()}\n\n</details>\n"
+
+
 def tables(columns_of: Mapping[str, Columns], entries: Mapping[str, Mapping[str, Any]]) -> str:
     """A result as Markdown: one table of all entries where each has one row, else a table per entry.
 

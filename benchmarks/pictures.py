@@ -1,11 +1,18 @@
 """Results of benchmarks to pictures, in the style of the report's."""
 
-from collections.abc import Iterable
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from earlysift.report.figures import FAINT, SETTINGS, save_png
 from earlysift.report.series import band, label, seeds, styles
+from earlysift.report.tables import GAIN, HARM
+from workloads import Row
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _OURS, _OTHER = "#2f7fd6", "#d9581f"
 _GROUP = 0.85  # of the height of a shape, which its depths share
@@ -13,6 +20,13 @@ THEMES = {
     "light": ("#1f2328", "#e4e6e9"),
     "dark": ("#e6edf3", "#30363d"),
 }  # text and grid; the background is the page's
+_MARKS = {GAIN: (_OURS, "^"), HARM: (_OTHER, "v")}  # colour and shape; every other verdict has the last
+_NO_MARK = (FAINT, "o")
+_WIDTH, _ROW = 7.6, 0.142  # inches of the picture of speed-ups, and of each of its rows
+_ABOVE, _BELOW = 1.6, 2.6  # rows that the legend and the axis take
+_BETWEEN = 1.9  # rows from one workload to the next, the heading among them
+_SMALL = 6.8  # size of its notes
+_TICKS = (0.5, 0.7, 1, 1.4, 2)
 _LABEL_GAP = 0.075  # least distance of two labels at the right, as a share of the height of the axes
 
 
@@ -72,6 +86,87 @@ def verdict_picture(results: dict[str, Any], arms: Iterable[str], theme: str, pa
             color=FAINT,
         )
         figure.savefig(path, format="svg", transparent=True, metadata={"Date": None})
+
+
+def speedup_picture(workloads: Mapping[str, Sequence[Row]], theme: str, path: Path) -> None:
+    """Speed-ups with their intervals as an SVG for one colour scheme: a block of rows per workload, in two columns.
+
+    Args:
+        workloads: Rows by the name of their workload, both in the order in which they are drawn.
+        theme: A key of `THEMES`.
+        path: Where the picture goes.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    text, _ = THEMES[theme]
+    columns = _two_columns(workloads)
+    depth = max(sum(len(workloads[name]) + _BETWEEN for name in names) for names in columns)
+    rows = [row for names in columns for name in names for row in workloads[name] if row.speedup]
+    lowest = min([_TICKS[0], *(row.low or row.speedup or 1 for row in rows)])
+    limits = lowest / 1.35, 1.04 * max([_TICKS[-1], *(row.high or row.speedup or 1 for row in rows)])
+    colors = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), text)
+    small = {"font.size": 7.6, "svg.hashsalt": path.name, "axes.grid": False, "axes.spines.left": False}
+    with matplotlib.rc_context(SETTINGS | colors | small):
+        height = _ABOVE + depth + _BELOW
+        figure = Figure(figsize=(_WIDTH, _ROW * height))
+        for place, names in enumerate(columns):
+            axes = figure.add_axes((0.5 * place + 0.19, _BELOW / height, 0.3, depth / height))
+            axes.set(xscale="log", xlim=limits, ylim=(depth - 0.7, -0.7))
+            axes.set_xticks(_TICKS, [f"{tick:g}" for tick in _TICKS])
+            axes.minorticks_off()
+            axes.tick_params(left=False, length=2)
+            axes.set_yticks(*_draw_rows(axes, {name: workloads[name] for name in names}, THEMES[theme]))
+            axes.set_xlabel("speed-up over uniform training (log scale)")
+        words = {"gain": _MARKS[GAIN], "harm": _MARKS[HARM], "neither": _NO_MARK}
+        marks = [
+            Line2D([], [], color=color, marker=mark, markersize=4, linewidth=1.2, label=word)
+            for word, (color, mark) in words.items()
+        ]
+        missed = Line2D([], [], color=FAINT, marker="o", fillstyle="none", markersize=4, linewidth=0)
+        missed.set_label("hollow, at the left edge: did not arrive on every seed")
+        figure.legend(handles=[*marks, missed], loc="upper left", ncols=4, handlelength=1.8, borderaxespad=0.2)
+        figure.savefig(path, format="svg", transparent=True, metadata={"Date": None})
+
+
+def _draw_rows(
+    axes: Axes, workloads: Mapping[str, Sequence[Row]], theme: tuple[str, str]
+) -> tuple[list[float], list[str]]:
+    """Draw blocks of rows from the top down; positions and labels of the rows."""
+    text, grid = theme
+    heights: list[float] = []
+    labels: list[str] = []
+    top = 0.0
+    for name, rows in workloads.items():
+        title, _, rest = name.partition(", ")
+        across = axes.get_yaxis_transform()
+        axes.text(-0.61, top, title, transform=across, va="center", weight="bold")
+        axes.text(1, top, rest, transform=across, va="center", ha="right", color=FAINT, fontsize=_SMALL)
+        for tick in _TICKS:
+            color, width = (text, 0.9) if tick == 1 else (grid, 0.8)
+            axes.plot([tick, tick], [top + 0.5, top + len(rows) + 0.5], color=color, linewidth=width, zorder=1)
+        for y, row in enumerate(rows, start=1):
+            height = top + y
+            color, mark = _MARKS.get(row.outcome, _NO_MARK)
+            if row.speedup is None:
+                axes.plot(0.02, height, mark, markersize=4, fillstyle="none", color=color, transform=across)
+                axes.text(0.055, height, row.note, va="center", fontsize=_SMALL, color=color, transform=across)
+            else:
+                axes.plot([row.low or row.speedup, row.high or row.speedup], [height] * 2, color=color, linewidth=1.2)
+                axes.plot(row.speedup, height, mark, markersize=4, color=color)
+            heights.append(height)
+            labels.append(row.label)
+        top += len(rows) + _BETWEEN
+    return heights, labels
+
+
+def _two_columns(workloads: Mapping[str, Sequence[Row]]) -> list[list[str]]:
+    """Names for the left and the right, in their order, so that the longer column is as short as can be."""
+    names = list(workloads)
+    sizes = [len(rows) + _BETWEEN for rows in workloads.values()]
+    left = min(range(len(names) + 1), key=lambda count: max(sum(sizes[:count]), sum(sizes[count:])))
+    return [names[:left], names[left:]]
 
 
 def score_picture(entries: dict[str, Any], path: Path) -> None:

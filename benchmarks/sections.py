@@ -8,6 +8,7 @@ import measuring
 import pictures
 from run import BENCHMARKS
 
+_LONG = 60  # lines of tables that are folded away
 _PICTURES = {"score": pictures.score_picture, "scale": pictures.scale_picture}
 
 
@@ -28,13 +29,16 @@ def _section(name: str, path: Path, entries: dict[str, Any], docs: Path) -> str:
         file = f"bench_{path.stem}.png"
         _PICTURES[name](entries, docs / file)
         picture = f"\n![{benchmark.TITLE}]({file})\n"
+    tables = measuring.tables(benchmark.TABLES, entries)
+    if tables.count("\n") > _LONG:
+        tables = measuring.folded("Every shape", tables)
     where = ", on a GPU" if path.stem.endswith("_cuda") else ""
     return f"""
 ## {benchmark.TITLE}{where}
 
 {benchmark.ABOUT} Command: `python benchmarks/run.py {name}` ([{path.name}](../benchmarks/results/{path.name})).
 {picture}
-{measuring.tables(benchmark.TABLES, entries)}
+{tables}
 
 {_measured_on(entries)}
 """

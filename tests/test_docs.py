@@ -96,7 +96,10 @@ def test_results_page_is_what_the_committed_results_give(results_page, tmp_path,
     monkeypatch.setattr(results_page, "ROOT", tmp_path)  # write elsewhere; results are still read from the repository
     (tmp_path / "docs").mkdir()
     results_page.main()
-    for name in ("results.md", "verdict-light.svg", "verdict-dark.svg"):
+    for name in (
+        "results.md",
+        *(f"{picture}-{theme}.svg" for picture in ("verdict", "speed-ups") for theme in ("light", "dark")),
+    ):
         assert (tmp_path / "docs" / name).read_bytes() == (ROOT / "docs" / name).read_bytes(), name
 
 
@@ -107,7 +110,7 @@ def test_readme_is_short_and_shows_a_committed_result(results_page):
 
 
 def test_caption_of_the_picture_says_what_the_result_shows(results_page):
-    results = results_page._read(results_page.RESULTS / results_page.README_RESULTS)
+    results = results_page.read(results_page.RESULTS / results_page.README_RESULTS)
     entries = results["comparison"]
     assert f"final accuracy {entries['memory']['speedup']:.2f} times as fast; `auto` finds them" in README
     assert entries["sift-2"]["verdict"].startswith("Harm")
