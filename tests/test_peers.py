@@ -16,7 +16,12 @@ from earlysift import scorers, selectors
 from earlysift.compare import peers, predictions
 from earlysift.compare.arms import ARMS
 from earlysift.compare.bench import Bench
-from earlysift.compare.peers import grad_norm, infobatch, ordered_sgd, selective_backprop
+from earlysift.compare.peers import (
+    grad_norm,
+    infobatch,
+    ordered_sgd,
+    selective_backprop,
+)
 from earlysift.compare.prices import charges_ms, step_times_ms
 from earlysift.compare.settings import Settings
 from earlysift.pretrain.stream import Samples
@@ -299,6 +304,18 @@ def test_selective_backprop_trains_uniformly_and_scores_nothing_before_its_share
     for ours, theirs in zip(uniform[0].model.parameters(), peer[0].model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     assert rows_of(*peer, 1, 0.5)[0]["scored"] >= 8
+
+
+@pytest.mark.parametrize(
+    ("arm", "task", "runs"),
+    [("visible", "masked_lm", True), ("visible", "causal_lm", False)],
+)
+def test_an_arm_of_some_tasks_is_refused_on_others_by_its_name(arm, task, runs):
+    if runs:
+        assert Settings(arms=("uniform", arm), task=task).arms == ("uniform", arm)
+    else:
+        with pytest.raises(ValueError, match=f"The arm '{arm}' runs on masked_lm.* only.*the task is {task}"):
+            Settings(arms=("uniform", arm), task=task)
 
 
 def test_infobatch_shows_everything_once_then_skips_samples_and_at_last_none(workload):

@@ -114,10 +114,13 @@ def _too_deep(settings: Settings) -> str:
     )
 
 
-def _nothing_visible(settings: Settings) -> str:
-    if "visible" not in settings.arms or settings.task == "masked_lm":
+def _wrong_task(settings: Settings) -> str:
+    arms = {name: ARMS[name].tasks for name in settings.arms if name in ARMS}
+    wrong = {name: tasks for name, tasks in arms.items() if tasks and settings.task not in tasks}
+    if not wrong:
         return ""
-    return f"The arm 'visible' counts visible labels of masked language modelling; the task is {settings.task}."
+    able = " ".join(f"The arm {name!r} runs on {', '.join(tasks)} only." for name, tasks in wrong.items())
+    return f"{able} Leave it out; the task is {settings.task}."
 
 
 def _no_such_depth(settings: Settings) -> str:
@@ -143,7 +146,7 @@ _RULES: tuple[schema.Rule, ...] = (
     (("arms",), _unknown_arms),
     (("arms",), _no_uniform),
     (("arms", "layers"), _too_deep),
-    (("arms", "task"), _nothing_visible),
+    (("arms", "task"), _wrong_task),
     (("save_encoder", "task"), _no_encoder),
     (("depth", "layers"), _no_such_depth),
     (("width",), _no_such_width),
