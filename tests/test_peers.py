@@ -306,6 +306,69 @@ def test_selective_backprop_trains_uniformly_and_scores_nothing_before_its_share
     assert rows_of(*peer, 1, 0.5)[0]["scored"] >= 8
 
 
+def count_forward_passes(monkeypatch):
+    """Rows of every call of `scorers.exact_loss` from here on."""
+    rows, exact_loss = [], scorers.exact_loss
+
+    def spy(model, pool, **options):
+        rows.append(len(pool["labels"]))
+        return exact_loss(model, pool, **options)
+
+    monkeypatch.setattr(scorers, "exact_loss", spy)
+    return rows
+
+
+def test_stale_selective_backprop_runs_its_forward_pass_in_every_second_epoch_and_is_charged_for_it_alone(
+    workload, monkeypatch
+):
+    """Twin: a dict of the epoch in which each sample was last scored, one candidate at a time."""
+    forward = count_forward_passes(monkeypatch)
+    bench, step = bench_of(workload, "stale-selective-backprop", batch=4)
+    rows = rows_of(bench, step, 120)
+    scored_in, expected = {}, []
+    for start in range(0, bench.position, 4):
+        of_chunk = [(int(bench.stream.ids(number, 1)), number // 60) for number in range(start, start + 4)]
+        due = any(epoch - scored_in.get(sample, -2) >= 2 for sample, epoch in of_chunk)
+        scored_in |= dict(of_chunk) if due else {}
+        expected.append((start // 60, due))
+    assert all(due == (epoch % 2 == 0) for epoch, due in expected)  # 60 is a multiple of 4: no chunk is of two epochs
+    assert forward == [4] * sum(due for _, due in expected)
+    assert sum(row["scored"] for row in rows) == sum(forward)
+    assert 0.4 < sum(forward) / bench.position < 0.6
+    arm = ARMS["stale-selective-backprop"]
+    for row in rows:
+        charges = charges_ms(row, arm, bench.settings, MEDIANS_MS)
+        assert charges.get("score", 0.0) == pytest.approx(5.0 * row["scored"] / bench.settings.pool)
+        assert ("exact" in step_times_ms(row, arm, bench.settings)) == (row["scored"] > 0)
+
+
+def test_stale_selective_backprop_draws_by_the_losses_of_the_epoch_before_although_the_model_has_changed(workload):
+    bench, _ = bench_of(workload, "stale-selective-backprop", batch=4)
+    step = selective_backprop.steps(bench, beta=3.0, staleness=2)
+    bench.set_rate(0.0)
+    while bench.position < 60:
+        rows_of(bench, step, 1)
+    known = scorers.exact_loss(bench.model, workload.samples.train)
+    with torch.no_grad():
+        for parameter in bench.model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=Generator().manual_seed(1)))
+    taken, loss, offered = [], bench.loss, bench.stream.ids(bench.position, 120 - bench.position)
+    bench.loss = lambda batch, weights=None: taken.append(batch["input_ids"]) or loss(batch, weights)
+    while bench.position < 120:
+        rows_of(bench, step, 1)
+    drawn = (workload.samples.train["input_ids"][offered][:, None] == torch.cat(taken)).all(dim=2).any(dim=1)
+    by_loss = drawn[known[offered].argsort()].double()
+    assert by_loss[-16:].mean() > 0.5 > 0.1 > by_loss[:16].mean()  # (7/8) ** 3 and (1/8) ** 3 are to be expected
+
+
+def test_fresh_losses_make_selective_backprop_what_it_is_without_a_memory(workload):
+    fresh, stale = (bench_of(workload, "selective-backprop") for _ in range(2))
+    step = selective_backprop.steps(stale[0], staleness=2)
+    assert rows_of(*fresh, 3)[-1]["candidates"] == rows_of(stale[0], step, 3)[-1]["candidates"]  # the first epoch
+    assert all(row["scored"] == row["candidates"] for row in rows_of(*fresh, 30))
+    assert any(row["scored"] == 0 for row in rows_of(stale[0], step, 30))
+
+
 @pytest.mark.parametrize(
     ("arm", "task", "runs"),
     [("visible", "masked_lm", True), ("visible", "causal_lm", False)],
