@@ -17,6 +17,7 @@ from earlysift.compare import peers, predictions
 from earlysift.compare.arms import ARMS
 from earlysift.compare.bench import Bench
 from earlysift.compare.peers import (
+    evolved_sampling,
     grad_norm,
     infobatch,
     ordered_sgd,
@@ -367,6 +368,79 @@ def test_fresh_losses_make_selective_backprop_what_it_is_without_a_memory(worklo
     assert rows_of(*fresh, 3)[-1]["candidates"] == rows_of(stale[0], step, 3)[-1]["candidates"]  # the first epoch
     assert all(row["scored"] == row["candidates"] for row in rows_of(*fresh, 30))
     assert any(row["scored"] == 0 for row in rows_of(stale[0], step, 30))
+
+
+def test_weights_of_evolved_sampling_are_those_of_the_whole_history():
+    """Twin: sums over the past, and the smoothed loss plus a share of its smoothed rise."""
+    losses = torch.rand(9, 6, generator=Generator().manual_seed(0), dtype=torch.float64)
+    for beta1, beta2 in ((0.2, 0.9), (0.0, 0.5), (0.9, 0.9)):
+        first = scores = torch.full((6,), 1 / 6, dtype=torch.float64)
+        for now, loss in enumerate(losses):
+            past = [(1 - beta2) * beta2 ** (now - 1 - then) * losses[then] for then in range(now)]
+            before = beta2**now * first + sum(past)
+            weights, scores = evolved_sampling.evolve(scores, loss, beta1, beta2)
+            assert torch.allclose(weights, beta1 * before + (1 - beta1) * loss)
+            assert torch.allclose(scores, beta2 * before + (1 - beta2) * loss)
+            assert torch.allclose(weights, scores + (beta2 - beta1) * (loss - before))
+
+
+def test_evolved_sampling_trains_uniformly_first_and_last_and_charges_a_pass_over_the_pool_between(workload):
+    uniform, peer = (bench_of(workload, name) for name in ("uniform", "evolved-sampling"))
+    for share in (0.0, 0.049, 0.95, 1.0):
+        rows_of(*uniform, 1, share)
+        (row,) = rows_of(*peer, 1, share)
+        assert (row["candidates"], row["scored"], row["trained"]) == (8, 0, 8)
+    for ours, theirs in zip(uniform[0].model.parameters(), peer[0].model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    (row,) = rows_of(*peer, 1, 0.05)
+    assert (row["candidates"], row["scored"], row["trained"]) == (16, 16, 8)
+    assert charges_ms(row, ARMS["evolved-sampling"], peer[0].settings, MEDIANS_MS)["score"] == 5.0
+    late = bench_of(workload, "evolved-sampling", select_after=0.5)
+    assert [rows_of(*late, 1, share)[0]["scored"] for share in (0.1, 0.49, 0.5)] == [0, 0, 16]
+
+
+def test_evolved_sampling_remembers_the_score_of_every_sample_from_one_pool_that_holds_it_to_the_next(
+    workload, monkeypatch
+):
+    """Twin: a dict of scores."""
+    remembered, evolve = dict.fromkeys(range(60), 1 / 60), evolved_sampling.evolve
+    bench, step = bench_of(workload, "evolved-sampling", batch=2)  # 60 is a multiple of a pool's 4
+
+    def spy(scores, losses, *betas):
+        assert betas == (0.2, 0.9)
+        ids = bench.stream.ids(bench.position - 4, 4).tolist()
+        assert scores.tolist() == pytest.approx([remembered[sample] for sample in ids])
+        remembered.update({i: 0.9 * remembered[i] + 0.1 * loss for i, loss in zip(ids, losses.tolist(), strict=True)})
+        return evolve(scores, losses, *betas)
+
+    monkeypatch.setattr(evolved_sampling, "evolve", spy)
+    rows_of(bench, step, 40)
+    assert min(remembered.values()) > 1 / 60
+
+
+def test_evolved_sampling_draws_in_proportion_to_the_losses_of_a_model_that_stays(workload):
+    """Scores then grow towards the losses, and weights from 0.8 of the losses to all of them."""
+    bench, step = bench_of(workload, "evolved-sampling", learning_rate=1e-9, keep=0.25)
+    with torch.no_grad():  # losses that differ much
+        for parameter in bench.model.parameters():
+            parameter.mul_(3)
+    losses = scorers.exact_loss(bench.model, workload.samples.train)
+    taken, loss = [], bench.loss
+    bench.loss = lambda batch, weights=None: taken.append((batch["input_ids"], weights)) or loss(batch, weights)
+    rows_of(bench, step, 400)
+    seen = torch.bincount(bench.stream.ids(0, bench.position), minlength=60)
+    kept = torch.zeros(60)
+    for inputs, weights in taken:
+        assert weights is None
+        assert len(inputs) == 8
+        for row in inputs:
+            kept[(workload.samples.train["input_ids"] == row).all(dim=1)] += 1
+    expected = torch.zeros(60)
+    for ids in bench.stream.ids(0, bench.position).split(32):
+        expected.index_add_(0, ids, selectors.inclusion_probabilities(losses[ids], 8, 1e-3).float())
+    assert losses.max() > 3 * losses.min()
+    assert torch.corrcoef(torch.stack([kept / seen, expected / seen]))[0, 1] > 0.95
+    assert torch.allclose(kept / seen, expected / seen, atol=0.15)
 
 
 @pytest.mark.parametrize(
