@@ -786,6 +786,7 @@ def test_every_arm_runs_on_every_task(task, text, table, tmp_path):
     expected |= {"score_1", "score_2", "score_3", "score_6", "head_1", "head_2"}
     expected |= {f"{name}_{depth}" for name in MEASURES if name != "loss" for depth in (1, 3)}
     expected |= {"visible"} if task == "masked_lm" else set()
+    expected |= {"predictive"} if task != "image" else set()
     assert set(results["operations_ms"]) == expected
 
 

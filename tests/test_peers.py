@@ -1,6 +1,8 @@
 """What peers of SIFT need: each piece against a slow twin that loops over samples, and the steps built from them."""
 
+import collections
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from earlysift.compare.peers import (
     grad_norm,
     infobatch,
     ordered_sgd,
+    predictive_batch,
     selective_backprop,
 )
 from earlysift.compare.prices import charges_ms, step_times_ms
@@ -191,6 +194,7 @@ def workload():
 
 
 MEDIANS_MS = {"read_batch": 1.0, "train": 9.0, "read_pool": 2.0, "exact": 5.0, "grad_norm": 6.0, "rho_loss": 25.0}
+MEDIANS_MS |= {"predictive": 0.5}
 
 
 def bench_of(workload, arm, **settings):
@@ -443,9 +447,108 @@ def test_evolved_sampling_draws_in_proportion_to_the_losses_of_a_model_that_stay
     assert torch.allclose(kept / seen, expected / seen, atol=0.15)
 
 
+def features_by_counting(samples, length, text):
+    """One sample at a time, with Python's own counts; rare are tokens that with all rarer ones make up a tenth."""
+    counts = collections.Counter(token for sample in text for token in sample)
+    total, rare, so_far = sum(counts.values()), set(), 0
+    for token in sorted(counts, key=lambda token: (counts[token], token)):
+        so_far += counts[token]
+        if so_far <= total / 10:
+            rare.add(token)
+    return [
+        [
+            1.0,
+            statistics.fmean(math.log(counts[token] / total) for token in sample),
+            len(sample) / length,
+            len(set(sample)) / len(sample),
+            sum(token in rare for token in sample) / len(sample),
+        ]
+        for sample in samples
+    ]
+
+
+def test_token_features_are_those_of_counting_and_know_no_padding():
+    """The padding has the largest id, which no text holds."""
+    generator = Generator().manual_seed(0)
+    text = [[int(40 * u**3) for u in torch.rand(3 + n % 10, generator=generator)] for n in range(50)]
+    tokens = torch.tensor([sample + [40] * (12 - len(sample)) for sample in text])
+    real = torch.tensor([[1] * len(sample) + [0] * (12 - len(sample)) for sample in text])
+    train = {"input_ids": tokens, "attention_mask": real}
+    vocabulary = predictive_batch.vocabulary_of(*predictive_batch.tokens_of(train))
+    ids = torch.tensor([7, 3, 49])
+    ours = predictive_batch.token_features(*predictive_batch.tokens_of(train, ids), vocabulary)
+    slow = torch.tensor(features_by_counting([text[n] for n in ids], 12, text), dtype=torch.float64)
+    assert torch.allclose(ours, slow)
+    assert 0 < slow[:, 4].max() < 1
+    whole = predictive_batch.tokens_of({"input_ids": tokens.short()}, ids)
+    assert whole[0].dtype == torch.int64
+    assert whole[1].all()
+
+
+@pytest.mark.parametrize("batches", [1, 2, 40])
+def test_predicted_losses_are_those_of_weighted_least_squares_over_all_batches(batches):
+    """Twin: all rows so far, each weighted by its age, with the ridge as five more rows."""
+    generator = Generator().manual_seed(0)
+    moments, rows, losses = predictive_batch.no_moments(), [], []
+    for _ in range(batches):
+        features = torch.rand(8, 5, generator=generator, dtype=torch.float64)
+        features[:, 2] = features[:, 0] = 1.0  # samples of one length
+        loss = torch.rand(8, generator=generator)
+        moments = predictive_batch.learn(moments, features, loss)
+        rows, losses = [*rows, features], [*losses, loss.double()]
+    weights = [0.99 ** ((batches - 1 - n) / 2) for n in range(batches)]
+    stacked = torch.cat([*(w * x for w, x in zip(weights, rows, strict=True)), 1e-3**0.5 * torch.eye(5).double()])
+    targets = torch.cat([*(w * y for w, y in zip(weights, losses, strict=True)), torch.zeros(5).double()])
+    slow = rows[0] @ torch.linalg.lstsq(stacked, targets[:, None]).solution.squeeze(1)
+    assert torch.allclose(predictive_batch.predict(rows[0], moments), slow, atol=1e-6)
+
+
+def test_predictive_batches_know_nothing_at_first_and_learn_which_samples_are_hard(workload):
+    """Labels that no model can learn go with long samples; the labels of the short ones are all alike."""
+    generator = Generator().manual_seed(0)
+    inputs, lengths = torch.randint(3, 100, (600, 8), generator=generator), torch.tensor([3, 8]).repeat(300)
+    real = (torch.arange(8) < lengths[:, None]).long()
+    labels = torch.randint(2, (600,), generator=generator) * (lengths == 8)
+    rows = {"input_ids": inputs * real, "attention_mask": real, "labels": labels}
+    mixed = replace(workload, samples=Samples(rows, workload.samples.validation, workload.samples.prepare))
+    bench, step = bench_of(mixed, "predictive-batch", learning_rate=1e-3, select_after=0.5)
+    taken, predict = [], bench.predict
+    bench.predict = lambda batch: taken.append(batch) or predict(batch)
+    (first,) = rows_of(bench, step, 1)
+    assert torch.equal(taken[0]["input_ids"], bench.stream.take(torch.arange(8))["input_ids"])
+    rows_of(bench, step, 60, share=0.4)
+    taken.clear()
+    last = rows_of(bench, step, 10)
+    assert {(row["candidates"], row["scored"], row["trained"]) for row in last} == {(16, 16, 8)}
+    assert first["scored"] == 16
+    assert torch.cat([batch["attention_mask"] for batch in taken]).sum(dim=1).double().mean() > 7
+    charges = charges_ms(last[0], ARMS["predictive-batch"], bench.settings, MEDIANS_MS)
+    assert charges == {"train": 9.0, "read": 2.0, "score": 0.5}
+
+
+def test_predictive_batches_train_uniformly_and_score_nothing_before_their_share_of_the_budget(workload):
+    uniform, peer = (bench_of(workload, name, select_after=0.5) for name in ("uniform", "predictive-batch"))
+    rows_of(*uniform, 3, 0.4)
+    assert [row["scored"] for row in rows_of(*peer, 3, 0.4)] == [0, 0, 0]
+    for ours, theirs in zip(uniform[0].model.parameters(), peer[0].model.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["stale-selective-backprop", "evolved-sampling", "predictive-batch"])
+def test_two_runs_of_a_peer_are_equal_and_leave_the_global_generator_alone(name, workload):
+    before, models = torch.get_rng_state(), []
+    for _ in range(2):
+        bench, step = bench_of(workload, name)
+        bench.model.eval()  # dropout draws from the global generator
+        rows_of(bench, step, 20)
+        models.append(bench.model.state_dict())
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(torch.equal(models[0][key], models[1][key]) for key in models[0])
+
+
 @pytest.mark.parametrize(
     ("arm", "task", "runs"),
-    [("visible", "masked_lm", True), ("visible", "causal_lm", False)],
+    [("predictive-batch", "image", False), ("predictive-batch", "causal_lm", True), ("visible", "causal_lm", False)],
 )
 def test_an_arm_of_some_tasks_is_refused_on_others_by_its_name(arm, task, runs):
     if runs:
