@@ -3,6 +3,7 @@
 import collections
 import json
 import math
+import re
 import statistics
 import subprocess
 import sys
@@ -720,6 +721,25 @@ def test_one_file_adds_a_peer(tmp_path):
 def test_every_file_of_peers_is_an_arm_of_its_name():
     files = {path.stem.replace("_", "-") for path in Path(peers.__file__).parent.glob("*.py")} - {"--init--"}
     assert {"rho-loss", "rs2", "visible"} < files <= ARMS.keys()
+
+
+def test_the_page_compares_every_peer_with_its_claim_in_numbers_that_the_results_page_has():
+    docs = Path(__file__).parents[1] / "docs"
+    section = (docs / "compare.md").read_text(encoding="utf-8").split("## What peers claim")[1]
+    rows = {row.split("`")[1]: row.split("|")[1:-1] for row in section.splitlines() if "arXiv" in row}
+    papers = {path.stem.replace("_", "-") for path in Path(peers.__file__).parent.glob("*.py")} - {
+        "--init--",
+        "visible",
+    }
+    assert rows.keys() == papers | {"sift"}
+    results = (docs / "results.md").read_text(encoding="utf-8")
+    for name, (peer, _, here, _) in rows.items():
+        assert ARMS[name].source.split(", ")[-1] in peer
+        assert ("not run yet" in here) == (f"\n| {ARMS[name].label} |" not in results)
+        for number in re.findall(r"[-+]?\d+\.\d+ \([^)]* to [^)]*\)", here):
+            assert any(
+                line.startswith(f"| {ARMS[name].label} |") and number in line for line in results.splitlines()
+            ), number
 
 
 def test_candidates_that_an_arm_scores_without_a_price_are_refused():
