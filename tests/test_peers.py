@@ -1,6 +1,9 @@
 """What peers of SIFT need: each piece against a slow twin that loops over samples, and the steps built from them."""
 
+import collections
 import json
+import math
+import re
 import statistics
 import subprocess
 import sys
@@ -16,7 +19,14 @@ from earlysift import scorers, selectors
 from earlysift.compare import peers, predictions
 from earlysift.compare.arms import ARMS
 from earlysift.compare.bench import Bench
-from earlysift.compare.peers import grad_norm, infobatch, ordered_sgd, selective_backprop
+from earlysift.compare.peers import (
+    evolved_sampling,
+    grad_norm,
+    infobatch,
+    ordered_sgd,
+    predictive_batch,
+    selective_backprop,
+)
 from earlysift.compare.prices import charges_ms, step_times_ms
 from earlysift.compare.settings import Settings
 from earlysift.pretrain.stream import Samples
@@ -185,6 +195,7 @@ def workload():
 
 
 MEDIANS_MS = {"read_batch": 1.0, "train": 9.0, "read_pool": 2.0, "exact": 5.0, "grad_norm": 6.0, "rho_loss": 25.0}
+MEDIANS_MS |= {"predictive": 0.5}
 
 
 def bench_of(workload, arm, **settings):
@@ -299,6 +310,253 @@ def test_selective_backprop_trains_uniformly_and_scores_nothing_before_its_share
     for ours, theirs in zip(uniform[0].model.parameters(), peer[0].model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     assert rows_of(*peer, 1, 0.5)[0]["scored"] >= 8
+
+
+def count_forward_passes(monkeypatch):
+    """Rows of every call of `scorers.exact_loss` from here on."""
+    rows, exact_loss = [], scorers.exact_loss
+
+    def spy(model, pool, **options):
+        rows.append(len(pool["labels"]))
+        return exact_loss(model, pool, **options)
+
+    monkeypatch.setattr(scorers, "exact_loss", spy)
+    return rows
+
+
+def test_stale_selective_backprop_runs_its_forward_pass_in_every_second_epoch_and_is_charged_for_it_alone(
+    workload, monkeypatch
+):
+    """Twin: a dict of the epoch in which each sample was last scored, one candidate at a time."""
+    forward = count_forward_passes(monkeypatch)
+    bench, step = bench_of(workload, "stale-selective-backprop", batch=4)
+    rows = rows_of(bench, step, 120)
+    scored_in, expected = {}, []
+    for start in range(0, bench.position, 4):
+        of_chunk = [(int(bench.stream.ids(number, 1)), number // 60) for number in range(start, start + 4)]
+        due = any(epoch - scored_in.get(sample, -2) >= 2 for sample, epoch in of_chunk)
+        scored_in |= dict(of_chunk) if due else {}
+        expected.append((start // 60, due))
+    assert all(due == (epoch % 2 == 0) for epoch, due in expected)  # 60 is a multiple of 4: no chunk is of two epochs
+    assert forward == [4] * sum(due for _, due in expected)
+    assert sum(row["scored"] for row in rows) == sum(forward)
+    assert 0.4 < sum(forward) / bench.position < 0.6
+    arm = ARMS["stale-selective-backprop"]
+    for row in rows:
+        charges = charges_ms(row, arm, bench.settings, MEDIANS_MS)
+        assert charges.get("score", 0.0) == pytest.approx(5.0 * row["scored"] / bench.settings.pool)
+        assert ("exact" in step_times_ms(row, arm, bench.settings)) == (row["scored"] > 0)
+
+
+def test_stale_selective_backprop_draws_by_the_losses_of_the_epoch_before_although_the_model_has_changed(workload):
+    bench, _ = bench_of(workload, "stale-selective-backprop", batch=4)
+    step = selective_backprop.steps(bench, beta=3.0, staleness=2)
+    bench.set_rate(0.0)
+    while bench.position < 60:
+        rows_of(bench, step, 1)
+    known = scorers.exact_loss(bench.model, workload.samples.train)
+    with torch.no_grad():
+        for parameter in bench.model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=Generator().manual_seed(1)))
+    taken, loss, offered = [], bench.loss, bench.stream.ids(bench.position, 120 - bench.position)
+    bench.loss = lambda batch, weights=None: taken.append(batch["input_ids"]) or loss(batch, weights)
+    while bench.position < 120:
+        rows_of(bench, step, 1)
+    drawn = (workload.samples.train["input_ids"][offered][:, None] == torch.cat(taken)).all(dim=2).any(dim=1)
+    by_loss = drawn[known[offered].argsort()].double()
+    assert by_loss[-16:].mean() > 0.5 > 0.1 > by_loss[:16].mean()  # (7/8) ** 3 and (1/8) ** 3 are to be expected
+
+
+def test_fresh_losses_make_selective_backprop_what_it_is_without_a_memory(workload):
+    fresh, stale = (bench_of(workload, "selective-backprop") for _ in range(2))
+    step = selective_backprop.steps(stale[0], staleness=2)
+    assert rows_of(*fresh, 3)[-1]["candidates"] == rows_of(stale[0], step, 3)[-1]["candidates"]  # the first epoch
+    assert all(row["scored"] == row["candidates"] for row in rows_of(*fresh, 30))
+    assert any(row["scored"] == 0 for row in rows_of(stale[0], step, 30))
+
+
+def test_weights_of_evolved_sampling_are_those_of_the_whole_history():
+    """Twin: sums over the past, and the smoothed loss plus a share of its smoothed rise."""
+    losses = torch.rand(9, 6, generator=Generator().manual_seed(0), dtype=torch.float64)
+    for beta1, beta2 in ((0.2, 0.9), (0.0, 0.5), (0.9, 0.9)):
+        first = scores = torch.full((6,), 1 / 6, dtype=torch.float64)
+        for now, loss in enumerate(losses):
+            past = [(1 - beta2) * beta2 ** (now - 1 - then) * losses[then] for then in range(now)]
+            before = beta2**now * first + sum(past)
+            weights, scores = evolved_sampling.evolve(scores, loss, beta1, beta2)
+            assert torch.allclose(weights, beta1 * before + (1 - beta1) * loss)
+            assert torch.allclose(scores, beta2 * before + (1 - beta2) * loss)
+            assert torch.allclose(weights, scores + (beta2 - beta1) * (loss - before))
+
+
+def test_evolved_sampling_trains_uniformly_first_and_last_and_charges_a_pass_over_the_pool_between(workload):
+    uniform, peer = (bench_of(workload, name) for name in ("uniform", "evolved-sampling"))
+    for share in (0.0, 0.049, 0.95, 1.0):
+        rows_of(*uniform, 1, share)
+        (row,) = rows_of(*peer, 1, share)
+        assert (row["candidates"], row["scored"], row["trained"]) == (8, 0, 8)
+    for ours, theirs in zip(uniform[0].model.parameters(), peer[0].model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    (row,) = rows_of(*peer, 1, 0.05)
+    assert (row["candidates"], row["scored"], row["trained"]) == (16, 16, 8)
+    assert charges_ms(row, ARMS["evolved-sampling"], peer[0].settings, MEDIANS_MS)["score"] == 5.0
+    late = bench_of(workload, "evolved-sampling", select_after=0.5)
+    assert [rows_of(*late, 1, share)[0]["scored"] for share in (0.1, 0.49, 0.5)] == [0, 0, 16]
+
+
+def test_evolved_sampling_remembers_the_score_of_every_sample_from_one_pool_that_holds_it_to_the_next(
+    workload, monkeypatch
+):
+    """Twin: a dict of scores."""
+    remembered, evolve = dict.fromkeys(range(60), 1 / 60), evolved_sampling.evolve
+    bench, step = bench_of(workload, "evolved-sampling", batch=2)  # 60 is a multiple of a pool's 4
+
+    def spy(scores, losses, *betas):
+        assert betas == (0.2, 0.9)
+        ids = bench.stream.ids(bench.position - 4, 4).tolist()
+        assert scores.tolist() == pytest.approx([remembered[sample] for sample in ids])
+        remembered.update({i: 0.9 * remembered[i] + 0.1 * loss for i, loss in zip(ids, losses.tolist(), strict=True)})
+        return evolve(scores, losses, *betas)
+
+    monkeypatch.setattr(evolved_sampling, "evolve", spy)
+    rows_of(bench, step, 40)
+    assert min(remembered.values()) > 1 / 60
+
+
+def test_evolved_sampling_draws_in_proportion_to_the_losses_of_a_model_that_stays(workload):
+    """Scores then grow towards the losses, and weights from 0.8 of the losses to all of them."""
+    bench, step = bench_of(workload, "evolved-sampling", learning_rate=1e-9, keep=0.25)
+    with torch.no_grad():  # losses that differ much
+        for parameter in bench.model.parameters():
+            parameter.mul_(3)
+    losses = scorers.exact_loss(bench.model, workload.samples.train)
+    taken, loss = [], bench.loss
+    bench.loss = lambda batch, weights=None: taken.append((batch["input_ids"], weights)) or loss(batch, weights)
+    rows_of(bench, step, 400)
+    seen = torch.bincount(bench.stream.ids(0, bench.position), minlength=60)
+    kept = torch.zeros(60)
+    for inputs, weights in taken:
+        assert weights is None
+        assert len(inputs) == 8
+        for row in inputs:
+            kept[(workload.samples.train["input_ids"] == row).all(dim=1)] += 1
+    expected = torch.zeros(60)
+    for ids in bench.stream.ids(0, bench.position).split(32):
+        expected.index_add_(0, ids, selectors.inclusion_probabilities(losses[ids], 8, 1e-3).float())
+    assert losses.max() > 3 * losses.min()
+    assert torch.corrcoef(torch.stack([kept / seen, expected / seen]))[0, 1] > 0.95
+    assert torch.allclose(kept / seen, expected / seen, atol=0.15)
+
+
+def features_by_counting(samples, length, text):
+    """One sample at a time, with Python's own counts; rare are tokens that with all rarer ones make up a tenth."""
+    counts = collections.Counter(token for sample in text for token in sample)
+    total, rare, so_far = sum(counts.values()), set(), 0
+    for token in sorted(counts, key=lambda token: (counts[token], token)):
+        so_far += counts[token]
+        if so_far <= total / 10:
+            rare.add(token)
+    return [
+        [
+            1.0,
+            statistics.fmean(math.log(counts[token] / total) for token in sample),
+            len(sample) / length,
+            len(set(sample)) / len(sample),
+            sum(token in rare for token in sample) / len(sample),
+        ]
+        for sample in samples
+    ]
+
+
+def test_token_features_are_those_of_counting_and_know_no_padding():
+    """The padding has the largest id, which no text holds."""
+    generator = Generator().manual_seed(0)
+    text = [[int(40 * u**3) for u in torch.rand(3 + n % 10, generator=generator)] for n in range(50)]
+    tokens = torch.tensor([sample + [40] * (12 - len(sample)) for sample in text])
+    real = torch.tensor([[1] * len(sample) + [0] * (12 - len(sample)) for sample in text])
+    train = {"input_ids": tokens, "attention_mask": real}
+    vocabulary = predictive_batch.vocabulary_of(*predictive_batch.tokens_of(train))
+    ids = torch.tensor([7, 3, 49])
+    ours = predictive_batch.token_features(*predictive_batch.tokens_of(train, ids), vocabulary)
+    slow = torch.tensor(features_by_counting([text[n] for n in ids], 12, text), dtype=torch.float64)
+    assert torch.allclose(ours, slow)
+    assert 0 < slow[:, 4].max() < 1
+    whole = predictive_batch.tokens_of({"input_ids": tokens.short()}, ids)
+    assert whole[0].dtype == torch.int64
+    assert whole[1].all()
+
+
+@pytest.mark.parametrize("batches", [1, 2, 40])
+def test_predicted_losses_are_those_of_weighted_least_squares_over_all_batches(batches):
+    """Twin: all rows so far, each weighted by its age, with the ridge as five more rows."""
+    generator = Generator().manual_seed(0)
+    moments, rows, losses = predictive_batch.no_moments(), [], []
+    for _ in range(batches):
+        features = torch.rand(8, 5, generator=generator, dtype=torch.float64)
+        features[:, 2] = features[:, 0] = 1.0  # samples of one length
+        loss = torch.rand(8, generator=generator)
+        moments = predictive_batch.learn(moments, features, loss)
+        rows, losses = [*rows, features], [*losses, loss.double()]
+    weights = [0.99 ** ((batches - 1 - n) / 2) for n in range(batches)]
+    stacked = torch.cat([*(w * x for w, x in zip(weights, rows, strict=True)), 1e-3**0.5 * torch.eye(5).double()])
+    targets = torch.cat([*(w * y for w, y in zip(weights, losses, strict=True)), torch.zeros(5).double()])
+    slow = rows[0] @ torch.linalg.lstsq(stacked, targets[:, None]).solution.squeeze(1)
+    assert torch.allclose(predictive_batch.predict(rows[0], moments), slow, atol=1e-6)
+
+
+def test_predictive_batches_know_nothing_at_first_and_learn_which_samples_are_hard(workload):
+    """Labels that no model can learn go with long samples; the labels of the short ones are all alike."""
+    generator = Generator().manual_seed(0)
+    inputs, lengths = torch.randint(3, 100, (600, 8), generator=generator), torch.tensor([3, 8]).repeat(300)
+    real = (torch.arange(8) < lengths[:, None]).long()
+    labels = torch.randint(2, (600,), generator=generator) * (lengths == 8)
+    rows = {"input_ids": inputs * real, "attention_mask": real, "labels": labels}
+    mixed = replace(workload, samples=Samples(rows, workload.samples.validation, workload.samples.prepare))
+    bench, step = bench_of(mixed, "predictive-batch", learning_rate=1e-3, select_after=0.5)
+    taken, predict = [], bench.predict
+    bench.predict = lambda batch: taken.append(batch) or predict(batch)
+    (first,) = rows_of(bench, step, 1)
+    assert torch.equal(taken[0]["input_ids"], bench.stream.take(torch.arange(8))["input_ids"])
+    rows_of(bench, step, 60, share=0.4)
+    taken.clear()
+    last = rows_of(bench, step, 10)
+    assert {(row["candidates"], row["scored"], row["trained"]) for row in last} == {(16, 16, 8)}
+    assert first["scored"] == 16
+    assert torch.cat([batch["attention_mask"] for batch in taken]).sum(dim=1).double().mean() > 7
+    charges = charges_ms(last[0], ARMS["predictive-batch"], bench.settings, MEDIANS_MS)
+    assert charges == {"train": 9.0, "read": 2.0, "score": 0.5}
+
+
+def test_predictive_batches_train_uniformly_and_score_nothing_before_their_share_of_the_budget(workload):
+    uniform, peer = (bench_of(workload, name, select_after=0.5) for name in ("uniform", "predictive-batch"))
+    rows_of(*uniform, 3, 0.4)
+    assert [row["scored"] for row in rows_of(*peer, 3, 0.4)] == [0, 0, 0]
+    for ours, theirs in zip(uniform[0].model.parameters(), peer[0].model.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["stale-selective-backprop", "evolved-sampling", "predictive-batch"])
+def test_two_runs_of_a_peer_are_equal_and_leave_the_global_generator_alone(name, workload):
+    before, models = torch.get_rng_state(), []
+    for _ in range(2):
+        bench, step = bench_of(workload, name)
+        bench.model.eval()  # dropout draws from the global generator
+        rows_of(bench, step, 20)
+        models.append(bench.model.state_dict())
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(torch.equal(models[0][key], models[1][key]) for key in models[0])
+
+
+@pytest.mark.parametrize(
+    ("arm", "task", "runs"),
+    [("predictive-batch", "image", False), ("predictive-batch", "causal_lm", True), ("visible", "causal_lm", False)],
+)
+def test_an_arm_of_some_tasks_is_refused_on_others_by_its_name(arm, task, runs):
+    if runs:
+        assert Settings(arms=("uniform", arm), task=task).arms == ("uniform", arm)
+    else:
+        with pytest.raises(ValueError, match=f"The arm '{arm}' runs on masked_lm.* only.*the task is {task}"):
+            Settings(arms=("uniform", arm), task=task)
 
 
 def test_infobatch_shows_everything_once_then_skips_samples_and_at_last_none(workload):
@@ -463,6 +721,25 @@ def test_one_file_adds_a_peer(tmp_path):
 def test_every_file_of_peers_is_an_arm_of_its_name():
     files = {path.stem.replace("_", "-") for path in Path(peers.__file__).parent.glob("*.py")} - {"--init--"}
     assert {"rho-loss", "rs2", "visible"} < files <= ARMS.keys()
+
+
+def test_the_page_compares_every_peer_with_its_claim_in_numbers_that_the_results_page_has():
+    docs = Path(__file__).parents[1] / "docs"
+    section = (docs / "compare.md").read_text(encoding="utf-8").split("## What peers claim")[1]
+    rows = {row.split("`")[1]: row.split("|")[1:-1] for row in section.splitlines() if "arXiv" in row}
+    papers = {path.stem.replace("_", "-") for path in Path(peers.__file__).parent.glob("*.py")} - {
+        "--init--",
+        "visible",
+    }
+    assert rows.keys() == papers | {"sift"}
+    results = (docs / "results.md").read_text(encoding="utf-8")
+    for name, (peer, _, here, _) in rows.items():
+        assert ARMS[name].source.split(", ")[-1] in peer
+        assert ("not run yet" in here) == (f"\n| {ARMS[name].label} |" not in results)
+        for number in re.findall(r"[-+]?\d+\.\d+ \([^)]* to [^)]*\)", here):
+            assert any(
+                line.startswith(f"| {ARMS[name].label} |") and number in line for line in results.splitlines()
+            ), number
 
 
 def test_candidates_that_an_arm_scores_without_a_price_are_refused():

@@ -93,6 +93,7 @@ class Arm:
         depths: Exits that it uses; without any the comparison's depth.
         charged: False only for an upper bound: then a step is charged like a uniform one, whatever it did.
         idle: Why all of its steps may have been those of uniform training, in words.
+        tasks: Tasks that it can be run on; empty for all.
     """
 
     label: str
@@ -107,6 +108,7 @@ class Arm:
     depths: tuple[int, ...] = ()
     charged: bool = True
     idle: str = ""
+    tasks: tuple[str, ...] = ()
 
     def operations(self, settings: Settings) -> list[Operation]:
         """All that its steps may be charged for, beyond what every arm is."""

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field
 
 from earlysift import schema
 from earlysift.compare.arms import ARMS
-from earlysift.pretrain.workload_settings import MASKED, WorkloadSettings
+from earlysift.pretrain.workload_settings import WorkloadSettings
 from earlysift.schema import Above0, Accuracy, Count, Keep, Share
 
 
@@ -47,8 +47,8 @@ class Settings(WorkloadSettings):
     depth: int = 1
     """Layers that run for an early-exit score."""
     select_after: Share = 0.0
-    """Share of the budget for which arms that select by loss or entropy alone (SIFT, exact, selective backprop) first
-    train uniformly, without scoring."""
+    """Share of the budget for which arms that select by loss or entropy alone (SIFT, exact, selective backprop, evolved
+    sampling, predictive batches) first train uniformly, without scoring."""
     batch: Count = 32
     """Samples per training step, in every arm; the pool is batch / keep."""
     learning_rate: Above0 = 1.5e-3
@@ -117,10 +117,13 @@ def _too_deep(settings: Settings) -> str:
     )
 
 
-def _nothing_visible(settings: Settings) -> str:
-    if "visible" not in settings.arms or settings.task in MASKED:
+def _wrong_task(settings: Settings) -> str:
+    arms = {name: ARMS[name].tasks for name in settings.arms if name in ARMS}
+    wrong = {name: tasks for name, tasks in arms.items() if tasks and settings.task not in tasks}
+    if not wrong:
         return ""
-    return f"The arm 'visible' counts visible labels of masked language modelling; the task is {settings.task}."
+    able = " ".join(f"The arm {name!r} runs on {', '.join(tasks)} only." for name, tasks in wrong.items())
+    return f"{able} Leave it out; the task is {settings.task}."
 
 
 def _no_such_depth(settings: Settings) -> str:
@@ -146,7 +149,7 @@ _RULES: tuple[schema.Rule, ...] = (
     (("arms",), _unknown_arms),
     (("arms",), _no_uniform),
     (("arms", "layers"), _too_deep),
-    (("arms", "task"), _nothing_visible),
+    (("arms", "task"), _wrong_task),
     (("save_encoder", "task"), _no_encoder),
     (("depth", "layers"), _no_such_depth),
     (("width",), _no_such_width),

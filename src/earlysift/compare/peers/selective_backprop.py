@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _HISTORY = 1024  # losses to compare with, as in the authors' code
 
 
-def steps(bench: Bench, *, beta: float = 1.0) -> Step:
+def steps(bench: Bench, *, beta: float = 1.0, staleness: int = 1) -> Step:
     """Steps that look at b candidates at a time, and draw each or not, until a batch is full.
 
     What is drawn beyond b waits for the next batch. Every forward pass is charged.
@@ -25,6 +25,8 @@ def steps(bench: Bench, *, beta: float = 1.0) -> Step:
     Args:
         bench: What to train.
         beta: Selectivity, see `selection_probabilities`.
+        staleness: Epochs that the loss of a sample is used for; with 1 it is always fresh. The b candidates are scored
+            together as soon as one of their losses is older.
     """
     import torch
 
@@ -34,17 +36,27 @@ def steps(bench: Bench, *, beta: float = 1.0) -> Step:
     size = bench.settings.batch
     past: deque[float] = deque(maxlen=_HISTORY)
     waiting: list[Rows] = []
+    last_losses = torch.full((len(bench.workload.samples),), torch.nan)
+    scored_in = torch.full((len(bench.workload.samples),), -staleness)  # epoch of every last loss
 
     def step(share: float) -> None:
         nonlocal waiting
         selecting = share >= bench.settings.select_after
-        start = bench.position
+        start, scored = bench.position, 0
         if not selecting:
             waiting = [bench.read(size)]
         while sum(map(pools.pool_size, waiting)) < size:
+            positions = torch.arange(bench.position, bench.position + size)
+            ids, epochs = bench.stream.ids_of(positions), positions // bench.stream.epoch
             chunk = bench.read(size)
             with bench.ledger.timed("score"):
-                losses = scorers.exact_loss(bench.model, chunk, chunk_rows=size).cpu()
+                # All or none: a pass over a few rows costs more per row, which would distort the price of exact losses.
+                if (epochs - scored_in[ids] >= staleness).any():
+                    losses = scorers.exact_loss(bench.model, chunk, chunk_rows=size).cpu()
+                    last_losses[ids], scored_in[ids] = losses, epochs
+                    scored += size
+                else:
+                    losses = last_losses[ids]
                 past.extend(losses.tolist())
                 probabilities = selection_probabilities(losses, torch.tensor(past), beta)
                 draws = torch.rand(size, generator=seeded(bench.seed, "selective", bench.position))
@@ -53,8 +65,7 @@ def steps(bench: Bench, *, beta: float = 1.0) -> Step:
         batch, waiting = pools.take(drawn, slice(size)), [pools.take(drawn, slice(size, None))]
         with bench.ledger.timed("train"):
             bench.update(bench.loss(batch))
-        candidates = bench.position - start
-        bench.ledger.note(candidates=candidates, scored=candidates * selecting, trained=size)
+        bench.ledger.note(candidates=bench.position - start, scored=scored, trained=size)
 
     return step
 

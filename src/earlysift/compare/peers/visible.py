@@ -38,4 +38,5 @@ ARM = Arm(
     "only). An arm that is not ahead of it may owe its gain to copying",
     steps=partial(sifted, score=visible_labels),
     scoring=Operation("visible", "score", partial(sifting, score=visible_labels)),
+    tasks=("masked_lm", "masked_characters"),
 )
