@@ -727,7 +727,7 @@ def test_flags_of_the_command_line_are_a_frozen_list(capsys):
         *("--save-encoder", "--out", "--arms", "--seeds", "--budget", "--target", "--target-share", "--keep"),
         *("--depth", "--select-after", "--batch", "--layers", "--width", "--length", "--vocab-size", "--warmup"),
         *("--learning-rate", "--validation-samples", "--evaluations", "--device", "--suite", "--only", "--jobs"),
-        *("--resume", "--force", "--config", "--text-column", "--label-column"),
+        *("--resume", "--force", "--config", "--text-column", "--label-column", "--augmented"),
     }
     assert named <= shown
 

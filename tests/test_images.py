@@ -3,9 +3,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import reference
+from earlysift.pretrain.augmentation import augment_images
 from earlysift.pretrain.stream import Stream
 from earlysift.pretrain.workload_settings import WorkloadSettings
 from earlysift.pretrain.workloads import load_workload
+from earlysift.seeds import seeded
 
 numpy = pytest.importorskip("numpy")
 pillow = pytest.importorskip("PIL.Image")
@@ -212,6 +215,68 @@ def test_alterations_apply_to_images_of_ones_own(tmp_path):
     assert altered.name == "a.npz, image classification, 20% of labels flipped, 50% repeated"
 
 
+# Augmentation
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize(
+    "shape", [(40, 1, 8, 8), (40, 3, 8, 8), (30, 3, 32, 32), (9, 3, 16, 24), (9, 3, 4, 4), (1, 1, 28, 28)]
+)
+def test_images_move_and_are_mirrored_as_in_a_loop_over_images(shape, dtype):
+    images = torch.tensor(images_of(shape)).to(dtype)
+    fast, slow = (augment(images, seeded(7)) for augment in (augment_images, reference.augment_images))
+    assert fast.dtype == dtype
+    assert torch.equal(fast, slow)
+
+
+def test_every_shift_up_to_an_eighth_is_drawn_and_only_colours_are_mirrored():
+    steps = torch.arange(24.0)
+    images = (100 * steps[:, None] + steps).expand(4000, 3, 24, 24)
+    moved = augment_images(images, seeded(0))
+    assert torch.equal(moved[:, 0], moved[:, 2])
+    centres = moved[:, 0, 12, 11:13]
+    mirrored = centres[:, 0] > centres[:, 1]
+    assert mirrored.double().mean() == pytest.approx(0.5, abs=0.04)
+    down = 12 - centres[~mirrored, 0] // 100
+    right = 11 - centres[~mirrored, 0] % 100
+    shares = torch.stack([torch.bincount(shifts.long() + 3, minlength=7) for shifts in (down, right)]) / len(down)
+    assert shares.shape == (2, 7)
+    assert torch.allclose(shares, torch.full((2, 7), 1 / 7), atol=0.04)
+    grey = augment_images(images[:, :1], seeded(0))[:, 0, 12, 11:13]
+    assert (grey[:, 0] < grey[:, 1]).all()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_fresh_draw_in_every_epoch_the_same_in_every_run_and_none_for_validation(channels, tmp_path):
+    path = saved(tmp_path / "a.npz", images=images_of((120, 8, 8, channels)), labels=labels_of(120))
+    plain, workload = load(path), load(path, augmented=True)
+    assert workload.name == "a.npz, image classification, augmented"
+    assert (plain.facts["augmented"], workload.facts["augmented"]) == (False, True)
+    for part in ("train", "validation"):
+        before, after = getattr(plain.samples, part), getattr(workload.samples, part)
+        assert all(torch.equal(before[name], after[name]) for name in before)
+    stream = Stream(workload.samples, seed=3)
+    epochs = [stream.read(start, 96) for start in (0, 96, 192)]
+    ids = [stream.ids(start, 96) for start in (0, 96, 192)]
+    again = Stream(workload.samples, seed=3)
+    pieces = [again.read(start, 12) for start in range(96, 192, 12)]
+    assert torch.equal(torch.cat([piece["pixel_values"] for piece in pieces]), epochs[1]["pixel_values"])
+    for batch, numbers in zip(epochs, ids, strict=True):  # the sample keeps its label and its id
+        assert torch.equal(batch["labels"], workload.samples.train["labels"][numbers])
+    stored = workload.samples.train["pixel_values"][ids[0]] / 127.5 - 1
+    first, second = (
+        batch["pixel_values"][numbers.argsort()] for batch, numbers in zip(epochs[:2], ids[:2], strict=True)
+    )
+    assert (epochs[0]["pixel_values"] != stored).flatten(1).any(1).double().mean() > 0.7
+    assert (first != second).flatten(1).any(1).double().mean() > 0.7
+
+
+def test_augmentation_goes_with_the_other_alterations(tmp_path):
+    path = saved(tmp_path / "a.npz", images=images_of((500, 8, 8)), labels=labels_of(500))
+    workload = load(path, train_samples=200, flipped=0.2, repeated=0.5, augmented=True)
+    assert workload.name == "a.npz, image classification, 20% of labels flipped, 50% repeated, augmented"
+
+
 # What cannot be read
 
 GOOD = {
@@ -348,6 +413,6 @@ def test_mnist_has_its_published_sizes_and_sixteen_patches():
     assert samples.validation["pixel_values"].shape == (10_000, 1, 28, 28)
     assert workload.facts == {
         **{"train_samples": 60_000, "validation_samples": 10_000, "pixels": "28 x 28", "patch": 7, "classes": 10},
-        **{"flipped": 0.0, "repeated": 0.0},
+        **{"flipped": 0.0, "repeated": 0.0, "augmented": False},
     }
     assert workload.baseline["accuracy"] == pytest.approx(0.1135)  # 1, the most frequent digit of training
