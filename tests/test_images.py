@@ -271,6 +271,13 @@ def test_a_fresh_draw_in_every_epoch_the_same_in_every_run_and_none_for_validati
     assert (first != second).flatten(1).any(1).double().mean() > 0.7
 
 
+def test_no_two_stretches_of_the_stream_are_augmented_alike(tmp_path):
+    images = numpy.repeat(images_of((1, 8, 8, 3)), 100, axis=0)
+    stream = Stream(load(saved(tmp_path / "a.npz", images=images, labels=labels_of(100)), augmented=True).samples, seed=0)
+    stretches = stream.read(0, 320)["pixel_values"].unflatten(0, (20, 16))
+    assert len({tuple(stretch.flatten().tolist()) for stretch in stretches}) == 20
+
+
 def test_augmentation_goes_with_the_other_alterations(tmp_path):
     path = saved(tmp_path / "a.npz", images=images_of((500, 8, 8)), labels=labels_of(500))
     workload = load(path, train_samples=200, flipped=0.2, repeated=0.5, augmented=True)
