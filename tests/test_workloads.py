@@ -480,7 +480,11 @@ def test_all_problems_of_settings_are_said_at_once():
         ("a.tsv", "kind\ttext\n1\tx\n", "expected a column named 'label', found the columns kind, text; rename"),
         ("a.tsv", "label\tone\ttwo\n1\tx\ty\n", "expected a column of strings named 'text'"),
         ("a.txt", "just text", r"a\.txt: expected a table with a column of labels .* choose the task masked_lm"),
-        ("train.tsv", "label\ttext\n" + "1\tx y\n" * 5, "two classes or more, found only '1' in training"),
+        (
+            "train.tsv",
+            "label\ttext\n" + "1\tx y\n" * 5,
+            "two classes or more, found only '1' in training; add texts of another class",
+        ),
         ("train.tsv", "label\ttext\n1\t\n\tx\n", "expected text, found none in"),
     ],
 )
@@ -556,7 +560,9 @@ def test_a_named_text_column_is_what_language_models_read(columns, stream, tmp_p
 def test_a_class_that_only_validation_has_is_named(tmp_path):
     (tmp_path / "train.tsv").write_text("label\ttext\n" + "1\tx y\n2\tz\n" * 5)
     (tmp_path / "dev.tsv").write_text("label\ttext\n3\tx y\n")
-    with pytest.raises(ValueError, match="labels that training does not have: 3"):
+    with pytest.raises(
+        ValueError, match="labels that training does not have: 3; leave these texts out, or add some to training"
+    ):
         load_small(task="classification", data=(tmp_path,))
 
 
