@@ -18,6 +18,7 @@ FLOORS = {
     "presets": -1,
     "pools": 0,
     "losses": 0,
+    "families": 0,
     "exits": 0,
     "selectors": 0,
     "schedules": 0,
