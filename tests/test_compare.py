@@ -27,7 +27,7 @@ from earlysift.compare.settings import Settings
 from earlysift.compare.trial import evaluate
 from earlysift.config_files import read_settings
 from earlysift.measures import MEASURES
-from earlysift.pretrain.workload_settings import MASKED, TASKS
+from earlysift.pretrain.workload_settings import TASKS
 from earlysift.pretrain.workloads import load_workload
 from processes import IN_THE_BACKGROUND, started, wait_until
 
@@ -102,7 +102,7 @@ def test_every_arm_spends_the_budget_of_reference_time_and_at_most_one_step_more
 
 def test_a_budget_in_steps_is_as_many_of_uniform_training_and_the_same_for_other_arms(text, tmp_path):
     out = tmp_path / "out"
-    command = ["compare", "--data", str(text), "--out", str(out), *SIZE, "--steps", "30"]
+    command = ["compare", "--data", str(text), "--out", str(out), *SIZE, "--steps", "10"]
     assert cli.main([*command, "--arms", "uniform", "sift", "rho-loss"]) == 0
     results = results_of(out)
     settings, tables = read_settings(out / "config.json", Settings), results["charged_ms"][0]
@@ -112,12 +112,12 @@ def test_a_budget_in_steps_is_as_many_of_uniform_training_and_the_same_for_other
             (charges_ms(row, ARMS[name], settings, tables[row["prices"]]), tables[row["prices"]])
             for row in ledger_of(out, name)
         ]
-        shares = [sum(charges.values()) / uniform_ms(table) / 30 for charges, table in charged]
-        upfront = 6 / 30 if name == "rho-loss" else 0.0  # its reference model trains for a fifth
+        shares = [sum(charges.values()) / uniform_ms(table) / 10 for charges, table in charged]
+        upfront = 2 / 10 if name == "rho-loss" else 0.0  # its reference model trains for a fifth
         assert upfront + sum(shares[:-1]) < 1 <= upfront + sum(shares) + 1e-9, name
         assert run["curve"][-1]["share"] == pytest.approx(1.0)
-    assert results["arms"]["uniform"]["runs"][0]["steps"] == 30
-    assert ledger_of(out, "uniform")[-1]["share"] == pytest.approx(29 / 30)
+    assert results["arms"]["uniform"]["runs"][0]["steps"] == 10
+    assert ledger_of(out, "uniform")[-1]["share"] == pytest.approx(9 / 10)
     assert cli.main([*command, "--arms", "uniform", "sift", "rho-loss", "--resume"]) == 0
     assert results_of(out)["arms"] == results["arms"]
 
@@ -772,7 +772,9 @@ def test_flags_of_the_command_line_are_a_frozen_list(capsys):
 @pytest.mark.parametrize("task", TASKS)
 def test_every_arm_runs_on_every_task(task, text, table, tmp_path):
     data = {"classification": ["--data", str(table)], "image": []}.get(task, ["--data", str(text)])
-    arms = [name for name, arm in ARMS.items() if not arm.tasks or task in arm.tasks]
+    able = [name for name, arm in ARMS.items() if not arm.tasks or task in arm.tasks]
+    first = {re.sub(r"-\d+", "", name): name for name in reversed(able)}  # other exits of an arm run on one task
+    arms = able if task == "masked_lm" else [name for name in able if name in first.values()]
     size = [*SIZE, "--layers", "7", "--budget", "0.2", "--arms", *arms]
     assert cli.main(["compare", "--task", task, *data, "--out", str(tmp_path / "out"), *size]) == 0
     results = results_of(tmp_path / "out")
@@ -804,6 +806,8 @@ def test_every_arm_runs_on_every_task(task, text, table, tmp_path):
         curves = [results["arms"][name]["runs"][0]["curve"] for name in ("auto", "uniform")]
         seen = [[(point["step"], point["accuracy"]) for point in curve] for curve in curves]
         assert seen[0][:-1] == seen[1][: len(seen[0]) - 1]
+    if task != "masked_lm":
+        return
     expected = {
         "read_batch",
         "read_pool",
@@ -822,9 +826,7 @@ def test_every_arm_runs_on_every_task(task, text, table, tmp_path):
     }
     expected |= {"score_1", "score_2", "score_3", "score_6", "head_1", "head_2"}
     expected |= {f"{name}_{depth}" for name in MEASURES if name != "loss" for depth in (1, 3)}
-    expected |= {"visible"} if task in MASKED else set()
-    expected |= {"predictive"} if task != "image" else set()
-    assert set(results["operations_ms"]) == expected
+    assert set(results["operations_ms"]) == expected | {"visible", "predictive"}
 
 
 def test_hidden_accuracy_is_that_of_labelled_tokens_the_model_does_not_see():
