@@ -81,7 +81,7 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
         text = _SOURCE.sub(source, _LINK.sub(link, parts[at]))
         text = _PICTURE.sub(_both_themes, text)
         text = text.replace("<details>", '<details markdown="1">')
-        parts[at] = _blank_lines(text)
+        parts[at] = _as_python_markdown(text)
     return "".join(parts)
 
 
@@ -152,19 +152,23 @@ def _linked(text: str, folder: str) -> Iterator[str]:
 def _both_themes(match: re.Match[str]) -> str:
     """A picture in two themes that follows the switch of the site, not the system's setting."""
     dark, alt, light, width = match.groups()
-    images = (f'<img alt="{alt}" src="{name}" width="{width}">' for name in (f"{light}#only-light", f"{dark}#only-dark"))
+    images = (
+        f'<img alt="{alt}" src="{name}" width="{width}">' for name in (f"{light}#only-light", f"{dark}#only-dark")
+    )
     return f'<p class="figure">{"".join(images)}</p>'
 
 
-def _blank_lines(text: str) -> str:
-    """Markdown with the blank line before a table or a list that Python-Markdown wants and GitHub does not."""
+def _as_python_markdown(text: str) -> str:
+    """Markdown with blank lines before tables and lists, and the indent within a list, that GitHub does not need."""
     lines: list[str] = []
-    for line in text.split("\n"):
+    begun = ""  # the first line since the last blank one
+    for line in re.sub(r"^  (?=\S)", "    ", text, flags=re.MULTILINE).split("\n"):
         before = lines[-1] if lines else ""
-        table = line.startswith("|") and not before.startswith("|")
-        listed = line.startswith("- ") and not before.startswith(("- ", " "))
+        table = line.lstrip().startswith("|") and not before.lstrip().startswith("|")
+        listed = line.startswith("- ") and (begun.startswith(" ") or not before.startswith(("- ", " ")))
         if before.strip() and (table or listed or before.startswith("<!--")):
             lines.append("")
+        begun = line if not lines or not lines[-1].strip() else begun
         lines.append(line)
     return "\n".join(lines)
 
