@@ -34,8 +34,8 @@ site: .venv/site.stamp examples pages  ## the documentation as a site, site/inde
 examples: .venv/dev.stamp  ## every example of the documents and docstrings runs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --quiet tests/test_docs.py tests/test_site.py src
 
-pages: .venv/site.stamp  ## the site alone; its examples are tests
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+pages: .venv/site.stamp  ## the site alone; its examples are tests (not --quiet: warnings would not be counted)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # torch comes first and under the constraint: what depends on it would otherwise bring the newest one.
 .venv/runtime.stamp: pyproject.toml constraints.txt
