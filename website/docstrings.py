@@ -5,7 +5,6 @@ from typing import Any
 
 import griffe
 
-
 OPTIONS = {"option", "one_of"}  # of `earlysift.options`: a default and its rule
 
 
