@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo demo-bert test lint bench scorecard docs clean
+.PHONY: demo demo-bert test lint bench scorecard docs site examples pages clean
 
 demo: .venv/runtime.stamp  ## where selection pays and where it does not, in three minutes
 	$(BIN)/earlysift compare --suite demo --jobs 2 --out runs/both --force
@@ -29,6 +29,14 @@ scorecard: .venv/dev.stamp  ## every case of docs/reliability.md (half an hour o
 docs: .venv/runtime.stamp  ## docs/results.md again, from the committed results
 	$(BIN)/python benchmarks/results_page.py
 
+site: .venv/site.stamp examples pages  ## the documentation as a site, site/index.html; fails if an example, a link, a picture or a public name does
+
+examples: .venv/dev.stamp  ## every example of the documents and docstrings runs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --quiet tests/test_docs.py tests/test_site.py src
+
+pages: .venv/site.stamp  ## the site alone; its examples are tests (not --quiet: warnings would not be counted)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # torch comes first and under the constraint: what depends on it would otherwise bring the newest one.
 .venv/runtime.stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -41,5 +49,10 @@ docs: .venv/runtime.stamp  ## docs/results.md again, from the committed results
 	$(PIP) --group dev
 	touch $@
 
+# ruff, of the group dev, formats the signatures.
+.venv/site.stamp: .venv/dev.stamp
+	$(PIP) --group site
+	touch $@
+
 clean:
-	rm -rf .venv
+	rm -rf .venv site
