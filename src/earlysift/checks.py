@@ -51,7 +51,7 @@ def check(model: nn.Module, *, depth: int = 1, family: Family | None = None, inp
     Example:
         >>> for problem in check(nn.Linear(2, 2)):
         ...     print(problem.reason)
-        The model family of Linear is unknown.
+        The model family of Linear is unknown, and its layers cannot be told: there is no list of like modules.
     """
     anatomy = exits.anatomy_or_problems(model, family)
     if not isinstance(anatomy, Anatomy):

@@ -225,9 +225,9 @@ def workload_settings(name: str, settings: Settings, given: Collection[str] = ()
 
     Example:
         >>> settings = Settings(suite="cpu", seeds=2, data=(Path("corpora"),), out=Path("runs/cpu"))
-        >>> workload = workload_settings("mlm-wikitext-2", settings)
+        >>> workload = workload_settings("clinc", settings)
         >>> workload.seeds, str(workload.data[0]), str(workload.out)
-        (2, 'corpora/wikitext-2', 'runs/cpu/mlm-wikitext-2')
+        (2, 'corpora/clinc150', 'runs/cpu/clinc')
     """
     assert settings.suite is not None
     row = dict(SUITES[settings.suite][name])
