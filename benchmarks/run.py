@@ -8,6 +8,7 @@
 - memory: peak memory of sifting and training beside a plain step
 - scale: how the overhead of scoring grows with depth, keep, pool, length, vocabulary, batch and processes
 - auto: what auto mode saves of what the best fixed score saves, on streams that train in seconds, charged by FLOPs
+- families: what early exits make of tiny models of many families
 - plateau: how far uniform training gets on every workload of the suite, and how far with three times the budget
 - train: `earlysift pretrain` uniformly, sifting and with exact losses, on the same data and budget
 
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_auto
+import bench_families
 import bench_memory
 import bench_pages
 import bench_plateau
@@ -47,6 +49,7 @@ BENCHMARKS: dict[str, tuple[Any, list[str]]] = {
     "memory": (bench_memory, list(SHAPES)),
     "scale": (bench_scale, ["bert-mini-128"]),
     "auto": (bench_auto, []),
+    "families": (bench_families, []),
     "plateau": (bench_plateau, []),
     "train": (bench_train, []),
 }

@@ -97,6 +97,22 @@ def fidelity(scores: Tensor, exact: Tensor, kept: int) -> dict[str, float]:
     }
 
 
+def augment_images(images: Tensor, generator: Generator) -> Tensor:
+    """Each image padded with its edge by m = max(1, side / 8) and cropped at a random place; with colour, mirrored."""
+    count, channels, height, width = images.shape
+    tall, wide = max(1, height // 8), max(1, width // 8)
+    down = torch.randint(-tall, tall + 1, (count,), generator=generator).tolist()
+    right = torch.randint(-wide, wide + 1, (count,), generator=generator).tolist()
+    mirrored = torch.randint(2, (count,), generator=generator).tolist() if channels == 3 else [0] * count
+    moved = []
+    for i in range(count):
+        padded = torch.nn.functional.pad(images[i : i + 1].double(), (wide, wide, tall, tall), mode="replicate")[0]
+        top, left = tall - down[i], wide - right[i]
+        crop = padded[:, top : top + height, left : left + width]
+        moved.append(crop.flip(2) if mirrored[i] else crop)
+    return torch.stack(moved).to(images.dtype)
+
+
 def _over_positions(hidden, labels, head, measure, causal, reduction, positions) -> Tensor:
     f = []
     for i in range(hidden.size(0)):

@@ -349,6 +349,19 @@ def test_resume_with_other_settings_is_refused_and_lists_them(finished, text, ca
     assert "keep: was 0.5, is 0.25" in capsys.readouterr().err
 
 
+def test_a_run_from_before_images_could_be_augmented_goes_on_without(finished, text, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    results = results_of(copy)
+    del results["config"]["augmented"]
+    (copy / "results.json").write_text(json.dumps(results))
+    (copy / "config.json").write_text(json.dumps(results["config"]))
+    command = ["compare", "--data", str(text), "--out", str(copy), "--seeds", "2", "--resume", *TINY]
+    assert cli.main([*command, "--augmented"]) == 2
+    assert "augmented: was False, is True" in capsys.readouterr().err
+    assert cli.main(command) == 0
+
+
 def test_resume_of_a_finished_run_adds_seeds_and_keeps_the_finished_ones(finished, text, tmp_path):
     copy = tmp_path / "copy"
     subprocess.run(["cp", "-r", str(finished), str(copy)], check=True)
@@ -751,6 +764,7 @@ def test_flags_of_the_command_line_are_a_frozen_list(capsys):
         *("--depth", "--select-after", "--batch", "--layers", "--width", "--length", "--vocab-size", "--warmup"),
         *("--learning-rate", "--validation-samples", "--evaluations", "--device", "--suite", "--only", "--jobs"),
         *("--resume", "--force", "--config", "--text-column", "--label-column", "--steps"),
+        "--augmented",
     }
     assert named <= shown
 

@@ -1,11 +1,17 @@
+import os
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
 
+import reference
+from earlysift import cli
+from earlysift.pretrain.augmentation import augment_images
 from earlysift.pretrain.stream import Stream
 from earlysift.pretrain.workload_settings import WorkloadSettings
 from earlysift.pretrain.workloads import load_workload
+from earlysift.seeds import seeded
 
 numpy = pytest.importorskip("numpy")
 pillow = pytest.importorskip("PIL.Image")
@@ -212,6 +218,77 @@ def test_alterations_apply_to_images_of_ones_own(tmp_path):
     assert altered.name == "a.npz, image classification, 20% of labels flipped, 50% repeated"
 
 
+# Augmentation
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize(
+    "shape", [(40, 1, 8, 8), (40, 3, 8, 8), (30, 3, 32, 32), (9, 3, 16, 24), (9, 3, 4, 4), (1, 1, 28, 28)]
+)
+def test_images_move_and_are_mirrored_as_in_a_loop_over_images(shape, dtype):
+    images = torch.tensor(images_of(shape)).to(dtype)
+    fast, slow = (augment(images, seeded(7)) for augment in (augment_images, reference.augment_images))
+    assert fast.dtype == dtype
+    assert torch.equal(fast, slow)
+
+
+def test_every_shift_up_to_an_eighth_is_drawn_and_only_colours_are_mirrored():
+    steps = torch.arange(24.0)
+    images = (100 * steps[:, None] + steps).expand(4000, 3, 24, 24)
+    moved = augment_images(images, seeded(0))
+    assert torch.equal(moved[:, 0], moved[:, 2])
+    centres = moved[:, 0, 12, 11:13]
+    mirrored = centres[:, 0] > centres[:, 1]
+    assert mirrored.double().mean() == pytest.approx(0.5, abs=0.04)
+    down = 12 - centres[~mirrored, 0] // 100
+    right = 11 - centres[~mirrored, 0] % 100
+    shares = torch.stack([torch.bincount(shifts.long() + 3, minlength=7) for shifts in (down, right)]) / len(down)
+    assert shares.shape == (2, 7)
+    assert torch.allclose(shares, torch.full((2, 7), 1 / 7), atol=0.04)
+    grey = augment_images(images[:, :1], seeded(0))[:, 0, 12, 11:13]
+    assert (grey[:, 0] < grey[:, 1]).all()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_fresh_draw_in_every_epoch_the_same_in_every_run_and_none_for_validation(channels, tmp_path):
+    path = saved(tmp_path / "a.npz", images=images_of((120, 8, 8, channels)), labels=labels_of(120))
+    plain, workload = load(path), load(path, augmented=True)
+    assert workload.name == "a.npz, image classification, augmented"
+    assert (plain.facts["augmented"], workload.facts["augmented"]) == (False, True)
+    for part in ("train", "validation"):
+        before, after = getattr(plain.samples, part), getattr(workload.samples, part)
+        assert all(torch.equal(before[name], after[name]) for name in before)
+    stream = Stream(workload.samples, seed=3)
+    epochs = [stream.read(start, 96) for start in (0, 96, 192)]
+    ids = [stream.ids(start, 96) for start in (0, 96, 192)]
+    again = Stream(workload.samples, seed=3)
+    pieces = [again.read(start, 12) for start in range(96, 192, 12)]
+    assert torch.equal(torch.cat([piece["pixel_values"] for piece in pieces]), epochs[1]["pixel_values"])
+    for batch, numbers in zip(epochs, ids, strict=True):  # the sample keeps its label and its id
+        assert torch.equal(batch["labels"], workload.samples.train["labels"][numbers])
+    stored = workload.samples.train["pixel_values"][ids[0]] / 127.5 - 1
+    first, second = (
+        batch["pixel_values"][numbers.argsort()] for batch, numbers in zip(epochs[:2], ids[:2], strict=True)
+    )
+    assert (epochs[0]["pixel_values"] != stored).flatten(1).any(1).double().mean() > 0.7
+    assert (first != second).flatten(1).any(1).double().mean() > 0.7
+
+
+def test_no_two_stretches_of_the_stream_are_augmented_alike(tmp_path):
+    images = numpy.repeat(images_of((1, 8, 8, 3)), 100, axis=0)
+    stream = Stream(
+        load(saved(tmp_path / "a.npz", images=images, labels=labels_of(100)), augmented=True).samples, seed=0
+    )
+    stretches = stream.read(0, 320)["pixel_values"].unflatten(0, (20, 16))
+    assert len({tuple(stretch.flatten().tolist()) for stretch in stretches}) == 20
+
+
+def test_augmentation_goes_with_the_other_alterations(tmp_path):
+    path = saved(tmp_path / "a.npz", images=images_of((500, 8, 8)), labels=labels_of(500))
+    workload = load(path, train_samples=200, flipped=0.2, repeated=0.5, augmented=True)
+    assert workload.name == "a.npz, image classification, 20% of labels flipped, 50% repeated, augmented"
+
+
 # What cannot be read
 
 GOOD = {
@@ -232,7 +309,10 @@ GOOD = {
         ({"y_test": labels_of(3) / 1}, "expected y_test as one integer for each of 3 images, got float64"),
         ({"y_test": numpy.array(["a", "b", "c"])}, "expected y_test as one integer for each of 3 images, got <U1"),
         ({"y_train": numpy.eye(9, dtype=int)}, r"expected y_train as one integer .* got int64 of shape \(9, 9\)"),
-        ({"y_train": numpy.zeros(9, int)}, "expected labels of two classes or more in training, found 0; give more"),
+        (
+            {"y_train": numpy.zeros(9, int)},
+            "two classes or more in training, found only 0; add images of another class",
+        ),
         ({"y_test": numpy.array([0, 7, 8])}, "the held-out part has labels that training does not have: 7, 8;"),
         ({"x_train": images_of((9, 8, 8)) / 255 * 2}, "expected x_train as floats from -1 to 1, got 0.0 to 2.0; scale"),
         ({"x_train": numpy.full((9, 8, 8), numpy.nan)}, "expected x_train as floats from -1 to 1, got nan to nan"),
@@ -244,7 +324,10 @@ GOOD = {
         ({"x_test": images_of((0, 8, 8))}, r"expected x_test to hold images, got an array of shape \(0, 8, 8\)"),
         ({"x_test": images_of((3, 9, 9))}, r"of one type and shape, got uint8 of \(1, 8, 8\) and uint8 of \(1, 9, 9\)"),
         ({"x_test": numpy.zeros((3, 8, 8))}, r"of one type and shape, got uint8 of .* and float32 of \(1, 8, 8\)"),
-        ({"x_train": numpy.array([None] * 9)}, "expected an archive of arrays without Python objects, but ValueError"),
+        (
+            {"x_train": numpy.array([None] * 9)},
+            r"without Python objects, but ValueError: .* \(x_train\); save numbers in arrays of one shape each",
+        ),
         (
             {"x_train": images_of((9, 8, 12)), "x_test": images_of((3, 8, 12))},
             "expected square images, got 12 x 8 pixels; crop or pad them to squares",
@@ -279,6 +362,34 @@ def test_a_damaged_archive_is_refused_by_name(damage, tmp_path):
     (tmp_path / "a.npz").write_bytes(damaged)
     with pytest.raises(ValueError, match=r"a\.npz: expected an archive of arrays without Python objects, but \w+:"):
         load(tmp_path / "a.npz")
+
+
+class Program:
+    """Runs when it is unpickled."""
+
+    def __init__(self, made):
+        self.made = made
+
+    def __reduce__(self):
+        return Path.touch, (self.made,)
+
+
+@pytest.mark.parametrize("place", ["x_train", "y_train", "beside", "the file"])
+def test_a_pickle_in_an_archive_never_runs(place, tmp_path):
+    made, path = tmp_path / "made", tmp_path / "a.npz"
+    program = numpy.array([Program(made)] * 9, dtype=object)
+    if place == "the file":
+        path.write_bytes(pickle.dumps(program))
+    else:
+        saved(path, **GOOD | {place: program})
+    if place == "beside":  # arrays of other names are not read
+        assert len(load(path).samples) == 9
+    else:
+        with pytest.raises(ValueError, match=r"a\.npz: expected an archive of arrays without Python objects, but \w+:"):
+            load(path)
+    assert not made.exists()
+    pickle.loads(pickle.dumps(program))
+    assert made.exists()
 
 
 def test_too_few_images_to_hold_any_out_are_refused(tmp_path):
@@ -323,16 +434,56 @@ def test_the_first_odd_image_is_named(tmp_path):
         load(tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["empty", "text", "cut"])
-def test_a_damaged_image_is_named(damage, tmp_path):
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        ("empty", "the file is empty"),
+        ("text", "UnidentifiedImageError: .*"),
+        ("cut", "OSError: .*"),
+        ("folder", "IsADirectoryError: .*"),
+        ("link", "FileNotFoundError: .*"),
+        ("unreadable", "PermissionError: .*"),
+    ],
+)
+def test_a_damaged_image_is_named(damage, reason, tmp_path):
     write_images(tmp_path, dict.fromkeys(CLASSES, 3))
     file = tmp_path / "dog" / "01.png"
-    file.write_bytes({"empty": b"", "text": b"no image", "cut": file.read_bytes()[:-60]}[damage])
+    content = file.read_bytes()
+    file.unlink()
+    if damage == "folder":
+        file.mkdir()
+    elif damage == "link":
+        file.symlink_to("nowhere")
+    else:
+        file.write_bytes({"empty": b"", "text": b"no image", "cut": content[:-60]}.get(damage, content))
+    if damage == "unreadable":
+        file.chmod(0)
+        if os.access(file, os.R_OK):
+            pytest.skip("root reads every file")
     with pytest.raises(
-        ValueError, match=r"dog/01\.png: expected an image, but \w+: .*; repair it or leave it out"
+        ValueError, match=rf"dog/01\.png: expected an image, but {reason}; repair it or leave it out"
     ) as caught:
         load(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_images_of_one_class_alone_are_refused_with_the_way_out(tmp_path):
+    write_images(tmp_path / "train", {"cat": 3})
+    write_images(tmp_path / "test", {"cat": 1})
+    (tmp_path / "train" / "dog").mkdir()  # a folder without images is no class
+    with pytest.raises(ValueError, match="two classes or more in training, found only cat; add images of another"):
+        load(tmp_path)
+
+
+def test_fewer_images_than_a_pool_are_refused_before_anything_is_written(tmp_path, capsys):
+    path = saved(tmp_path / "a.npz", images=images_of((79, 8, 8)), labels=labels_of(79))
+    command = ["compare", "--task", "image", "--data", str(path), "--layers", "2", "--out", str(tmp_path / "out")]
+    command += ["--budget", "0.1", "--arms", "uniform"]
+    assert cli.main(command) == 2
+    error = capsys.readouterr().err
+    assert "Expected a pool's worth of samples to train on, 64 (batch / keep) or more, got 63. Give more data," in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "out").exists()
 
 
 # Real data
@@ -348,6 +499,6 @@ def test_mnist_has_its_published_sizes_and_sixteen_patches():
     assert samples.validation["pixel_values"].shape == (10_000, 1, 28, 28)
     assert workload.facts == {
         **{"train_samples": 60_000, "validation_samples": 10_000, "pixels": "28 x 28", "patch": 7, "classes": 10},
-        **{"flipped": 0.0, "repeated": 0.0},
+        **{"flipped": 0.0, "repeated": 0.0, "augmented": False},
     }
     assert workload.baseline["accuracy"] == pytest.approx(0.1135)  # 1, the most frequent digit of training

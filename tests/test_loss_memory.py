@@ -15,6 +15,7 @@ import torch
 import models
 from earlysift import SiftConfig, Sifter, loss_memory, scorers, selectors
 from earlysift.loss_memory import LossMemory
+from earlysift.pools import LARGEST_ID
 from models import build, row_of
 
 NAN = float("nan")
@@ -339,6 +340,19 @@ def test_where_the_number_of_samples_is_known_larger_ids_are_refused_and_nothing
     with pytest.raises(ValueError, match=r"Expected ids in 0\.\.39, got \d to 40\. Number the samples"):
         sifter.sift(pool | {"number": wrong})
     assert sifter.step == 1
+
+
+def test_numbers_that_go_on_rising_in_the_second_epoch_are_refused_with_the_way_out():
+    sifter = remembering(build("bert", "masked_lm").train(), samples=R)
+    (pool,) = pools(1)
+    sifter.sift(pool | {"number": torch.arange(R)})
+    with pytest.raises(ValueError, match=r"^Expected ids in 0\.\.15, got 16 to 31\. .*, and alike in every epoch\.$"):
+        sifter.sift(pool | {"number": R + torch.arange(R)})
+    assert sifter.step == 1
+    unknown = remembering(build("bert", "masked_lm").train())  # which grows with the ids, up to 2 GiB
+    with pytest.raises(ValueError, match=r"^Expected ids in 0\.\.268435455, got 268435455 to 268435470\. .* epoch\.$"):
+        unknown.sift(pool | {"number": LARGEST_ID + torch.arange(R)})
+    assert unknown.step == 0
 
 
 def test_a_state_of_another_memory_is_refused_with_the_way_out_and_nothing_is_loaded():

@@ -599,6 +599,11 @@ def test_reference_of_rho_loss_is_charged_and_sees_what_the_arm_does_not(workloa
     assert first["trained"] == 4
 
 
+def test_rho_loss_scores_augmented_samples_by_the_reference_each_time_they_are_read(workload):
+    bench, step = bench_of(workload, "rho-loss", task="image", augmented=True, batch=4)
+    assert [row["reference_scored"] for row in rows_of(bench, step, 4)] == [40] * 4
+
+
 def test_rho_loss_keeps_what_can_be_learned_where_exact_losses_keep_wrong_labels(workload):
     """A third of the labels is wrong. What the reference has learned tells them apart, a large loss alone does not."""
     generator = Generator().manual_seed(1)

@@ -20,6 +20,7 @@ FLOORS = {
     "versions": -1,
     "pools": 0,
     "losses": 0,
+    "families": 0,
     "exits": 0,
     "selectors": 0,
     "schedules": 0,

@@ -440,12 +440,16 @@ def test_digits_are_split_into_parts_without_common_images(load):
         ({"task": "classification"}, "needs data: a table with the columns 'label' and 'text'"),
         (
             {"task": "image", "checkpoint": Path("x")},
-            r"image does not take checkpoint; .* task it takes data, flipped\.",
+            r"image does not take checkpoint; .* task it takes data, flipped, augmented\.",
         ),
         ({"task": "masked_lm", "text_column": "x"}, "Expected data to go with text_column, got none"),
         ({"task": "causal_lm", "text_column": "x", "stream": True}, "to go with text_column and stream, got none"),
         ({"task": "image", "text_column": "x"}, "image does not take text_column; leave that out"),
         ({"task": "causal_lm", "label_column": "x"}, "causal_lm does not take label_column; leave that out"),
+        *(
+            ({"task": task, "augmented": True}, f"^The task {task} does not take augmented; leave that out")
+            for task in ("masked_lm", "causal_lm", "classification")
+        ),
         ({"task": "masked_lm", "flipped": 0.2}, "masked_lm does not take flipped; leave that out"),
         ({"task": "image", "flipped": 1.0}, r"flipped must be in \[0, 1\), got 1.0"),
         ({"task": "image", "repeated": -0.1}, r"repeated must be in \[0, 1\), got -0.1"),
@@ -478,7 +482,11 @@ def test_all_problems_of_settings_are_said_at_once():
         ("a.tsv", "kind\ttext\n1\tx\n", "expected a column named 'label', found the columns kind, text; rename"),
         ("a.tsv", "label\tone\ttwo\n1\tx\ty\n", "expected a column of strings named 'text'"),
         ("a.txt", "just text", r"a\.txt: expected a table with a column of labels .* choose the task masked_lm"),
-        ("train.tsv", "label\ttext\n" + "1\tx y\n" * 5, "two classes or more, found only '1' in training"),
+        (
+            "train.tsv",
+            "label\ttext\n" + "1\tx y\n" * 5,
+            "two classes or more, found only '1' in training; add texts of another class",
+        ),
         ("train.tsv", "label\ttext\n1\t\n\tx\n", "expected text, found none in"),
     ],
 )
@@ -554,7 +562,9 @@ def test_a_named_text_column_is_what_language_models_read(columns, stream, tmp_p
 def test_a_class_that_only_validation_has_is_named(tmp_path):
     (tmp_path / "train.tsv").write_text("label\ttext\n" + "1\tx y\n2\tz\n" * 5)
     (tmp_path / "dev.tsv").write_text("label\ttext\n3\tx y\n")
-    with pytest.raises(ValueError, match="labels that training does not have: 3"):
+    with pytest.raises(
+        ValueError, match="labels that training does not have: 3; leave these texts out, or add some to training"
+    ):
         load_small(task="classification", data=(tmp_path,))
 
 
@@ -663,6 +673,7 @@ def test_a_task_is_one_new_file(tmp_path):
     assert results["data"] == {
         **{"name": "majority of bits, 10% of labels flipped", "task": "majority"},
         **{"train_samples": 1000, "validation_samples": 50, "length": 9, "classes": 2, "flipped": 0.1, "repeated": 0.0},
+        "augmented": False,
     }
     assert all(arm["runs"][0]["curve"][-1]["accuracy"] > 0 for arm in results["arms"].values())
     command = [sys.executable, "-c", PROGRAM, NEW_TASKS, "compare", "--task", "majority", "--data", str(tmp_path)]

@@ -141,7 +141,7 @@ def _require_numbers(numbers: object, name: str, size: int, largest: int, place:
     if size and not 0 <= int(numbers.min()) <= int(numbers.max()) <= largest:
         raise ValueError(
             f"Expected {name} in 0..{largest}, got {int(numbers.min())} to {int(numbers.max())}. Number the {counted} "
-            "0, 1, ..."
+            "0, 1, ..., and alike in every epoch."
         )
     return numbers
 

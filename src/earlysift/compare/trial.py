@@ -45,8 +45,8 @@ def rehearse(settings: Settings, workload: Workload, *, choose_threads: bool) ->
     """
     if settings.pool > len(workload.samples):
         raise ValueError(
-            f"A pool of {settings.pool:,} candidates (batch / keep) is more than the {len(workload.samples):,} samples "
-            "to train on. Give a larger keep, or a smaller batch."
+            f"Expected a pool's worth of samples to train on, {settings.pool:,} (batch / keep) or more, got "
+            f"{len(workload.samples):,}. Give more data, a larger keep, or a smaller batch."
         )
     brief = replace(settings, budget=1e-6, steps=None)  # for which a reference model takes no step
     try:

@@ -18,7 +18,8 @@ def alter(
     Args:
         train: Rows of the training part.
         validation: Rows of the validation part.
-        settings: ``train_samples``, ``repeated`` and ``flipped`` are read.
+        settings: ``train_samples``, ``repeated`` and ``flipped`` are read; ``augmented`` only names the workload, as
+            samples are augmented when they are read.
         classes: Number of classes, if labels are flipped.
         seed: Seed of which samples are used, copied and flipped.
 
@@ -33,6 +34,8 @@ def alter(
     if settings.repeated:
         train, validation = _repeat(train, validation, settings.repeated, seed)
         changes += f", {settings.repeated:.0%} repeated"
+    if settings.augmented:
+        changes += ", augmented"
     if settings.flipped:
         train = {**train, "labels": _flip(train["labels"], settings.flipped, classes, seed)}
     return train, validation, changes

@@ -102,9 +102,9 @@ def _labelled(name: str, train: Part, validation: Part | None) -> LabelledImages
     classes = sorted(set(train_labels), key=lambda label: (len(label), label))  # 2 before 10
     unknown = sorted(set(labels) - set(classes))
     if len(classes) < 2:
+        listed = f"only {classes[0]}" if classes else "none"
         raise ValueError(
-            f"{name}: expected labels of two classes or more in training, found {', '.join(classes) or 'none'}; give "
-            "more images"
+            f"{name}: expected labels of two classes or more in training, found {listed}; add images of another class"
         )
     if unknown:
         raise ValueError(
@@ -133,15 +133,19 @@ def _hold_out(images: Tensor, labels: list[str]) -> tuple[Part, Part]:
 def _read_archive(path: Path) -> tuple[Part, Part | None]:
     numpy = optional_package("numpy", extra="data")
     known = {name for pair in (*_TRAINING, *_HELD_OUT) for name in pair}
+    arrays: dict[str, Any] = {}
+    place = ""
     try:
         # Not numpy.load, which takes any file that is no archive for pickled objects.
         with numpy.lib.npyio.NpzFile(path, allow_pickle=False) as archive:
             found = archive.files
-            arrays = {name: archive[name] for name in found if name in known}
+            for name in filter(known.__contains__, found):
+                place = f" ({name})"
+                arrays[name] = archive[name]
     except Exception as error:  # zipfile, zlib and NumPy raise nearly anything
         raise ValueError(
-            f"{path}: expected an archive of arrays without Python objects, but {type(error).__name__}: {error}; save "
-            "it again with numpy.savez"
+            f"{path}: expected an archive of arrays without Python objects, but {type(error).__name__}: {error}{place}"
+            "; save numbers in arrays of one shape each, with numpy.savez"
         ) from error
 
     def first_present(pairs: Sequence[tuple[str, str]]) -> tuple[str, str] | None:
@@ -249,6 +253,6 @@ def _read(pillow: Any, file: Path, look: Callable[[Any], Any]) -> Any:
         with pillow.open(file) as image:
             return look(image)
     except Exception as error:  # a damaged image makes Pillow raise nearly anything
-        raise ValueError(
-            f"{file}: expected an image, but {type(error).__name__}: {error}; repair it or leave it out"
-        ) from error
+        is_empty = file.is_file() and not file.stat().st_size
+        reason = "the file is empty" if is_empty else f"{type(error).__name__}: {error}"
+        raise ValueError(f"{file}: expected an image, but {reason}; repair it or leave it out") from error

@@ -22,7 +22,7 @@ class Samples:
     Attributes:
         train: Stored rows of the training part: tensors ``(N, ...)`` by name.
         validation: Rows to evaluate, ``(M, ...)``, with fixed masks and with labels.
-        prepare: From stored rows and a generator to a batch with labels.
+        prepare: From stored rows of the training part and a generator to a batch with labels.
     """
 
     train: Rows

@@ -46,6 +46,9 @@ class WorkloadSettings:
     """Column of tables that holds the label (classification). Without it: label."""
     flipped: Share = 0.0
     """Share of the training labels that are replaced by another class (classification, image)."""
+    augmented: bool = False
+    """Shift training images at random whenever they are read, by up to an eighth of their side, and mirror half of
+    those with colour (image)."""
     repeated: Share = 0.0
     """Share of the samples that are copies of a few: boilerplate."""
     train_samples: Count | None = None

@@ -15,7 +15,7 @@ from earlysift.pretrain.stream import Rows, Samples, row_count
 from earlysift.pretrain.workload_settings import WorkloadSettings
 from earlysift.seeds import seeded
 
-_OF_SOME_TASKS = ("data", "text_column", "label_column", "max_characters", "checkpoint", "flipped")
+_OF_SOME_TASKS = ("data", "text_column", "label_column", "max_characters", "checkpoint", "flipped", "augmented")
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,8 @@ class TaskData:
         outputs: Number of tokens or classes to choose from.
         make_model: From a seed to a model in training mode.
         prepare: From stored rows and a generator to a batch with ``labels``. Without it stored rows are the batch.
+        augment: What the setting ``augmented`` does to stored rows of the training part before ``prepare``, whenever
+            they are read.
         targets: From stored rows to all tokens or classes that may be predicted there, int64 ``(n,)``. Without it the
             labels.
         facts: Sizes and settings of the data, for the results file.
@@ -74,6 +76,7 @@ class TaskData:
     make_model: Callable[[int], nn.Module]
     facts: dict[str, Any]
     prepare: Callable[[Rows, Generator], Rows] = _as_stored
+    augment: Callable[[Rows, Generator], Rows] = _as_stored
     targets: Callable[[Rows], Tensor] = _labels
     tokenizer_json: str = ""
 
@@ -117,7 +120,12 @@ def load_workload(settings: WorkloadSettings, *, seed_of_data: int = 0, **extras
         classes=data.outputs,
         seed=seed_of_data,
     )
-    samples = Samples(train, data.prepare(validation, seeded("validation mask")), data.prepare)
+    augment = data.augment if settings.augmented else _as_stored
+
+    def prepare_to_train(rows: Rows, generator: Generator) -> Rows:
+        return data.prepare(augment(rows, generator), generator)
+
+    samples = Samples(train, data.prepare(validation, seeded("validation mask")), prepare_to_train)
     return Workload(
         name=data.name + changes,
         task=settings.task,
@@ -130,6 +138,7 @@ def load_workload(settings: WorkloadSettings, *, seed_of_data: int = 0, **extras
             **data.facts,
             "flipped": settings.flipped,
             "repeated": settings.repeated,
+            "augmented": settings.augmented,
         },
         tokenizer_json=data.tokenizer_json,
     )

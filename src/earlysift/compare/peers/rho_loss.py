@@ -50,14 +50,15 @@ def steps(bench: Bench) -> Step:
     bench.upfront_ms = {"reference model": count * bench.step_ms()}
     bench.stream = Stream(rest, seed=bench.seed)
     reference_losses = torch.full((len(rest),), torch.nan)
-    masks_change = bench.workload.task in MASKED  # from epoch to epoch, and losses with them
+    # Masks and augmented images change from epoch to epoch, and losses with them.
+    samples_change = bench.workload.task in MASKED or settings.augmented
     size = SCORING.pool(settings)
 
     def step(_share: float) -> None:
         pool = bench.read(size)
         ids = bench.stream.ids(bench.position - size, size)
         with bench.ledger.timed("reference"):
-            unknown = (torch.isnan(reference_losses[ids]) | masks_change).nonzero().squeeze(1)
+            unknown = (torch.isnan(reference_losses[ids]) | samples_change).nonzero().squeeze(1)
             if len(unknown):
                 reference_losses[ids[unknown]] = scorers.exact_loss(
                     reference.model, pools.take(pool, unknown), chunk_rows=settings.batch

@@ -58,9 +58,15 @@ def _class_ids(name: str, tables: list[LabelledCorpus]) -> tuple[list[str], Tens
     classes = sorted(set(train), key=lambda label: (len(label), label))  # 2 before 10
     unknown = sorted(set(validation) - set(classes))
     if len(classes) < 2:
-        raise ValueError(f"{name}: expected labels of two classes or more, found only {classes[0]!r} in training.")
+        raise ValueError(
+            f"{name}: expected labels of two classes or more, found only {classes[0]!r} in training; add texts of "
+            "another class."
+        )
     if unknown:
-        raise ValueError(f"{name}: validation has labels that training does not have: {', '.join(unknown[:5])}.")
+        raise ValueError(
+            f"{name}: validation has labels that training does not have: {', '.join(unknown[:5])}; leave these texts "
+            "out, or add some to training."
+        )
     id_of = {label: number for number, label in enumerate(classes)}
     train_ids, validation_ids = (torch.tensor([id_of[label] for label in part]) for part in (train, validation))
     return classes, train_ids, validation_ids

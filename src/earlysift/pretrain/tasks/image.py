@@ -3,13 +3,14 @@
 import torch
 from torch import Generator
 
+from earlysift.pretrain.augmentation import augment_images
 from earlysift.pretrain.images import LabelledImages, read_digits, read_images
 from earlysift.pretrain.models import build_vit
 from earlysift.pretrain.stream import Rows
 from earlysift.pretrain.workload_settings import WorkloadSettings
 from earlysift.pretrain.workloads import TaskData
 
-TAKES = ("data", "flipped")
+TAKES = ("data", "flipped", "augmented")
 
 # Patches a side: with fewer than 4 attention has little to relate, and with more than 16 (256 in all) steps are slow.
 _FEWEST_PATCHES, _MOST_PATCHES = 4, 16
@@ -37,6 +38,7 @@ def read(settings: WorkloadSettings) -> TaskData:
             seed=seed,
         ),
         prepare=_scaled,
+        augment=_augmented,
         facts={"pixels": f"{side} x {side}", "patch": patch, "classes": classes},
     )
 
@@ -60,6 +62,10 @@ def _patch_pixels(images: LabelledImages) -> int:
         f"{images.name}: expected images whose side {_FEWEST_PATCHES} to {_MOST_PATCHES} patches divide evenly, got "
         f"{width} x {width} pixels; crop or pad them, for instance to {nearest} x {nearest}"
     )
+
+
+def _augmented(rows: Rows, generator: Generator) -> Rows:
+    return {**rows, "pixel_values": augment_images(rows["pixel_values"], generator)}
 
 
 def _scaled(rows: Rows, _: Generator) -> Rows:

@@ -1,0 +1,154 @@
+"""Tiny models of many families of transformers, by name: what early exits are tried on, far beyond the known rows."""
+
+import warnings
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Generator, Tensor, nn
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # third-party imports may warn
+    import transformers
+
+VOCABULARY, LAYERS = 101, 4
+_COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "num_labels": 5,
+}
+_GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
+_IMAGES = {"image_size": 8, "patch_size": 2, "num_channels": 1}
+_EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
+_DEEPSEEK = {
+    **{"num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    **{"moe_intermediate_size": 16, "first_k_dense_replace": 1, "q_lora_rank": 16, "kv_lora_rank": 16},
+    **{"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
+}
+_SPEECH = {
+    **{"conv_dim": [8, 8], "conv_stride": [2, 2], "conv_kernel": [3, 3], "num_feat_extract_layers": 2},
+    **{"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "classifier_proj_size": 16},
+}
+_SEQ2SEQ = {
+    **{"d_model": 32, "encoder_layers": LAYERS, "decoder_layers": LAYERS, "encoder_attention_heads": 4},
+    **{"decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "decoder_start_token_id": 2},
+}
+
+
+_BY_STAGE = ("hidden_sizes", "depths")  # lists with a number for every stage
+
+
+class Animal(NamedTuple):
+    """A tiny model to try.
+
+    Attributes:
+        kind: Its automatic class: ``MaskedLM``, ``CausalLM``, ``SequenceClassification``, ``ImageClassification``,
+            ``AudioClassification`` or ``Seq2SeqLM``.
+        config: What its config needs beside the usual sizes.
+        masks: Whether it takes an attention mask.
+        depth_named: How its config names the number of layers.
+    """
+
+    kind: str
+    config: Mapping[str, Any] = MappingProxyType({})
+    masks: bool = True
+    depth_named: str = "num_hidden_layers"
+
+
+ZOO: dict[str, Animal] = {
+    **dict.fromkeys(
+        ("bert", "roberta", "xlm-roberta", "camembert", "mpnet", "ernie", "data2vec-text"), Animal("MaskedLM")
+    ),
+    "distilbert": Animal("MaskedLM", {"hidden_dim": 48, "dim": 32, "n_heads": 4}, depth_named="n_layers"),
+    "electra": Animal("MaskedLM", {"embedding_size": 16}),
+    "deberta-v2": Animal("MaskedLM"),
+    "modernbert": Animal("MaskedLM"),
+    "albert": Animal("MaskedLM"),
+    "gpt2": Animal("CausalLM", {"n_embd": 32, "n_head": 4}, depth_named="n_layer"),
+    **dict.fromkeys(("gpt_neox", "phi"), Animal("CausalLM")),
+    "opt": Animal("CausalLM", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
+    "falcon": Animal("CausalLM"),
+    "bloom": Animal("CausalLM", {"n_head": 4}, depth_named="n_layer"),
+    **dict.fromkeys(
+        (
+            *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "granite", "cohere"),
+            *("smollm3", "nanochat", "stablelm", "starcoder2", "glm", "glm4"),
+        ),
+        Animal("CausalLM", _GROUPED),
+    ),
+    "phi3": Animal("CausalLM", {"num_key_value_heads": 2}),
+    "mixtral": Animal("CausalLM", _GROUPED | _EXPERTS),
+    "qwen3_moe": Animal(
+        "CausalLM", _GROUPED | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    ),
+    "gpt_oss": Animal("CausalLM", _GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "deepseek_v3": Animal("CausalLM", _DEEPSEEK),
+    "rwkv": Animal("CausalLM", {"attention_hidden_size": 32, "context_length": 64}, masks=False),
+    "mamba": Animal("CausalLM", {"state_size": 4}, masks=False),
+    "mamba2": Animal(
+        "CausalLM",
+        {"state_size": 8, "num_heads": 8, "head_dim": 8, "expand": 2, "n_groups": 1, "chunk_size": 8},
+        masks=False,
+    ),
+    "mistral (classification)": Animal("SequenceClassification", _GROUPED),
+    "xlm-roberta (classification)": Animal("SequenceClassification"),
+    **dict.fromkeys(("vit", "beit", "dinov2"), Animal("ImageClassification", _IMAGES)),
+    "swin": Animal(
+        "ImageClassification",
+        {
+            **_IMAGES,
+            "image_size": 32,
+            "embed_dim": 16,
+            "depths": [2, 2],
+            "num_attention_heads": [2, 2],
+            "window_size": 4,
+        },
+    ),
+    "convnext": Animal(
+        "ImageClassification", {"num_channels": 1, "hidden_sizes": [8, 16, 16, 16], "depths": [1, 1, 1, 1]}
+    ),
+    "resnet": Animal(
+        "ImageClassification",
+        {
+            **{"num_channels": 1, "embedding_size": 8, "hidden_sizes": [8, 16, 16, 16], "depths": [1, 1, 1, 1]},
+            "layer_type": "basic",
+        },
+    ),
+    **dict.fromkeys(("wav2vec2", "hubert"), Animal("AudioClassification", _SPEECH)),
+    "bart": Animal("Seq2SeqLM", _SEQ2SEQ),
+    "t5": Animal("Seq2SeqLM", {"d_model": 32, "num_heads": 4, "d_ff": 48, "d_kv": 8}, depth_named="num_layers"),
+}
+
+
+def build(name: str, layers: int = LAYERS) -> nn.Module:
+    """A model in evaluation mode with weights from a seed; the global generator is left as it was."""
+    animal = ZOO[name]
+    by_stage = {key: value[:layers] for key, value in animal.config.items() if key in _BY_STAGE}
+    sizes = {**_COMMON, animal.depth_named: layers, **animal.config, **by_stage}
+    config = transformers.AutoConfig.for_model(name.partition(" ")[0], **sizes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: nn.Module = getattr(transformers, f"AutoModelFor{animal.kind}").from_config(config)
+    return model.eval()
+
+
+def batch(name: str, rows: int = 4) -> dict[str, Tensor]:
+    """Inputs with labels."""
+    animal, draws = ZOO[name], Generator().manual_seed(1)
+    classes = torch.arange(rows) % 5
+    if animal.kind == "ImageClassification":
+        size = animal.config.get("image_size", 32)
+        return {"pixel_values": torch.randn(rows, 1, size, size, generator=draws), "labels": classes}
+    if animal.kind == "AudioClassification":
+        return {"input_values": torch.randn(rows, 64, generator=draws), "labels": classes}
+    tokens = torch.randint(3, VOCABULARY, (rows, 8), generator=draws)
+    inputs = {"input_ids": tokens} | ({"attention_mask": torch.ones_like(tokens)} if animal.masks else {})
+    return {**inputs, "labels": classes if animal.kind == "SequenceClassification" else tokens.clone()}
