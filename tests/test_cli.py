@@ -259,13 +259,14 @@ def test_a_completion_is_printed_for_every_shell_that_the_help_names(shell, caps
     with pytest.raises(SystemExit) as stop:
         cli.main(["--print-completion", shell])
     assert not stop.value.code
-    assert all(name in capsys.readouterr().out for name in helps.COMMANDS)
+    script = capsys.readouterr().out
+    assert all(name in script for name in helps.COMMANDS)
 
 
 @pytest.mark.parametrize("rest", [[], ["ksh"], ["bash", "zsh"]])
 def test_a_shell_without_completion_is_refused(rest, capsys):
     assert cli.main(["--print-completion", *rest]) == cli.EXIT_BAD_INPUT
-    assert "Expected one of bash, zsh, fish, tcsh after --print-completion, got" in capsys.readouterr().err
+    assert "Expected one of bash, zsh after --print-completion, got" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["compare", "--width", "7", "--force"], ["pretrain", "--seed", "-1"]])

@@ -4,7 +4,7 @@ It imports nothing, so that the overview is there at once and needs no package.
 """
 
 SUMMARY = "Train faster by back-propagating only the samples that matter, and prove that it paid."
-SHELLS = ("bash", "zsh", "fish", "tcsh")
+SHELLS = ("bash", "zsh")
 COMMANDS = {
     "compare": """Train the same model under several arms on equal budgets, and report which reached the target first.
 
