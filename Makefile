@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo demo-bert test lint bench scorecard docs clean
+.PHONY: demo demo-bert test lint bench scorecard docs dist check-dist clean
 
 demo: .venv/runtime.stamp  ## where selection pays and where it does not, in three minutes
 	$(BIN)/earlysift compare --suite demo --jobs 2 --out runs/both --force
@@ -29,6 +29,13 @@ scorecard: .venv/dev.stamp  ## every case of docs/reliability.md (half an hour o
 docs: .venv/runtime.stamp  ## docs/results.md again, from the committed results
 	$(BIN)/python benchmarks/results_page.py
 
+dist: .venv/release.stamp  ## sdist, and the wheel from it, each built in an environment of its own
+	rm -rf dist
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m build --outdir dist
+
+check-dist: dist  ## the wheel in clean environments: torch alone, command line, all extras (ten minutes); docs/versioning.md
+	$(BIN)/python release/check.py
+
 # torch comes first and under the constraint: what depends on it would otherwise bring the newest one.
 .venv/runtime.stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -41,5 +48,11 @@ docs: .venv/runtime.stamp  ## docs/results.md again, from the committed results
 	$(PIP) --group dev
 	touch $@
 
+.venv/release.stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) pip
+	$(PIP) --group release
+	touch $@
+
 clean:
-	rm -rf .venv
+	rm -rf .venv dist
