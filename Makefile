@@ -20,7 +20,7 @@ lint: .venv/dev.stamp  ## style and types
 	$(BIN)/mypy
 
 bench: .venv/runtime.stamp  ## all benchmarks on this machine (hours on two cores); what was measured stays measured
-	$(BIN)/python benchmarks/run.py step score positions select pages memory scale auto train
+	$(BIN)/python benchmarks/run.py step score positions select pages memory scale start auto train
 
 scorecard: .venv/dev.stamp  ## every case of docs/reliability.md (half an hour on two cores; goes on where it was cut)
 	$(BIN)/python benchmarks/reliability.py
