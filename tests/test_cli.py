@@ -254,12 +254,16 @@ def test_bash_completes_commands_and_flags(words, proposed):
     assert set(done.stdout.split()) - {"-h", "--help"} == proposed
 
 
+REGISTERED = {"bash": "complete -F _tyro_earlysift", "zsh": "#compdef earlysift"}
+
+
 @pytest.mark.parametrize("shell", helps.SHELLS)
 def test_a_completion_is_printed_for_every_shell_that_the_help_names(shell, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["--print-completion", shell])
     assert not stop.value.code
     script = capsys.readouterr().out
+    assert REGISTERED[shell] in script
     assert all(name in script for name in helps.COMMANDS)
 
 

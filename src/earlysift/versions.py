@@ -29,7 +29,7 @@ def commit(folder: Path = Path(__file__).parent) -> str | None:
     Returns:
         None outside a git checkout of earlysift; an environment within another project's checkout is none.
     """
-    tracked = _git(folder, "ls-files", "--error-unmatch", "__init__.py")
+    tracked = _git(folder, "ls-files", "__init__.py")
     return tracked and _git(folder, "describe", "--always", "--dirty")
 
 
