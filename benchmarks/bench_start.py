@@ -1,11 +1,14 @@
 """`start`: how long a program waits for `import earlysift` and for the command line, beside Python and torch."""
 
+import os
 import re
 import resource
 import subprocess
 import sys
+import tempfile
 from argparse import Namespace
 from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -16,7 +19,7 @@ TITLE = "Time to start"
 ABOUT = """Processes of their own that take turns: Python doing nothing, torch, the library with every public name, and
 the command line; by the clock, and by processor time, which other work on the machine disturbs less. Ratios are those
 of a turn. "Above torch" is what the library adds to `import torch` in the same process, by Python's own clock of
-imports (`-X importtime`) and by processor time."""
+imports (`-X importtime`) and by processor time. All modules are compiled before."""
 TABLES: dict[str, measuring.Columns] = {
     "rows": {
         "program": ("program", "`{}`"),
@@ -57,6 +60,8 @@ PROGRAMS: dict[str, tuple[str, ...]] = {
     "earlysift compare --help": ("-m", "earlysift", "compare", "--help"),
 }
 """What is timed, and the arguments of Python that start it."""
+# As installed: compiled by the warm-up round, whatever the environment says of writing bytecode beside the source.
+_BYTECODE = Path(tempfile.gettempdir(), "earlysift-bench-start")
 _IMPORTED = re.compile(r"import time: +\d+ \| +(\d+) \| (torch|earlysift)(?:\.\S+)?$", flags=re.MULTILINE)
 _PROCESSOR = re.compile(r"processor (\S+) (\S+)$", flags=re.MULTILINE)
 
@@ -124,5 +129,6 @@ def _run_timed(arguments: tuple[str, ...], cpu_ms: list[float]) -> None:
 
 def _run(arguments: tuple[str, ...]) -> str:
     """What a Python of its own prints to stderr."""
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=True)
+    variables = os.environ | {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(_BYTECODE)}
+    done = subprocess.run([sys.executable, *arguments], env=variables, capture_output=True, text=True, check=True)
     return done.stderr
