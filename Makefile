@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo demo-bert test lint bench scorecard docs site examples pages clean
+.PHONY: demo demo-bert test lint bench scorecard docs site examples pages dist check-dist clean
 
 demo: .venv/runtime.stamp  ## where selection pays and where it does not, in three minutes
 	$(BIN)/earlysift compare --suite demo --jobs 2 --out runs/both --force
@@ -20,7 +20,7 @@ lint: .venv/dev.stamp  ## style and types
 	$(BIN)/mypy
 
 bench: .venv/runtime.stamp  ## all benchmarks on this machine (hours on two cores); what was measured stays measured
-	$(BIN)/python benchmarks/run.py step score positions select pages memory scale auto train
+	$(BIN)/python benchmarks/run.py step score positions select pages memory scale start auto train
 
 scorecard: .venv/dev.stamp  ## every case of docs/reliability.md (half an hour on two cores; goes on where it was cut)
 	$(BIN)/python benchmarks/reliability.py
@@ -36,6 +36,13 @@ examples: .venv/dev.stamp  ## every example of the documents and docstrings runs
 
 pages: .venv/site.stamp  ## the site alone; its examples are tests (not --quiet: warnings would not be counted)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+dist: .venv/release.stamp  ## sdist, and the wheel from it, each built in an environment of its own
+	rm -rf dist
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m build --outdir dist
+
+check-dist: dist  ## the wheel in clean environments: torch alone, command line, all extras (ten minutes); docs/versioning.md
+	$(BIN)/python release/check.py
 
 # torch comes first and under the constraint: what depends on it would otherwise bring the newest one.
 .venv/runtime.stamp: pyproject.toml constraints.txt
@@ -54,5 +61,11 @@ pages: .venv/site.stamp  ## the site alone; its examples are tests (not --quiet:
 	$(PIP) --group site
 	touch $@
 
+.venv/release.stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) pip
+	$(PIP) --group release
+	touch $@
+
 clean:
-	rm -rf .venv site
+	rm -rf .venv site dist

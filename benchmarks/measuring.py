@@ -12,7 +12,7 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
-from earlysift import costs, environment, scorers
+from earlysift import costs, environment, scorers, versions
 from earlysift.compare.calibrate import summary
 from earlysift.exits import Anatomy
 
@@ -54,8 +54,8 @@ def about() -> dict[str, Any]:
         "threads": machine["threads"],
         "huge_pages": machine["huge_pages"],
         "keeps_memory": machine["keeps_memory"],
-        "versions": environment.versions(),
-        "commit": environment.commit(),
+        "versions": versions.installed(),
+        "commit": versions.commit(),
     }
 
 

@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 
 import torch
 
-from earlysift import environment
+from earlysift import environment, versions
 from earlysift.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,7 +49,7 @@ LINES = {
 def main() -> int:
     """Run the lines that are named, or all, that have no result of this commit yet."""
     known: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
-    commit = environment.commit()
+    commit = versions.commit()
     for name in sys.argv[1:] or LINES:
         if known.get(name, {}).get("commit") == commit:
             print(f"{name}: there is a result of {commit}")
@@ -59,7 +59,7 @@ def main() -> int:
             **_run(LINES[name]),
             "commit": commit,
             "machine": environment.machine(torch.device("cpu")),
-            "versions": environment.versions(),
+            "versions": versions.installed(),
         }
         write_json(RESULTS, {line: known[line] for line in LINES if line in known})
         print(f"{name}: {known[name]['passed']} of {known[name]['cases']}", flush=True)

@@ -7,6 +7,7 @@
 - pages: what a step and scoring gain on a CPU where freed memory is kept
 - memory: peak memory of sifting and training beside a plain step
 - scale: how the overhead of scoring grows with depth, keep, pool, length, vocabulary, batch and processes
+- start: `import earlysift` and `earlysift --help` beside Python and torch
 - auto: what auto mode saves of what the best fixed score saves, on streams that train in seconds, charged by FLOPs
 - families: what early exits make of tiny models of many families
 - plateau: how far uniform training gets on every workload of the suite, and how far with three times the budget
@@ -33,6 +34,7 @@ import bench_positions
 import bench_scale
 import bench_score
 import bench_select
+import bench_start
 import bench_step
 import bench_train
 import measuring
@@ -48,6 +50,7 @@ BENCHMARKS: dict[str, tuple[Any, list[str]]] = {
     "pages": (bench_pages, ["bert-base-128", "gpt2-small-512"]),
     "memory": (bench_memory, list(SHAPES)),
     "scale": (bench_scale, ["bert-mini-128"]),
+    "start": (bench_start, []),
     "auto": (bench_auto, []),
     "families": (bench_families, []),
     "plateau": (bench_plateau, []),

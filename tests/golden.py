@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from earlysift import environment
+from earlysift import versions
 from earlysift.files import write_json
 from test_huggingface import ALL, HALF, SiftTrainer, llama, samples, trainer_for
 
@@ -34,7 +34,7 @@ def losses(rule, folder, steps=STEPS):
 def where():
     """What losses depend on, to the last bit."""
     capabilities = {name: str(value) for name, value in torch.cpu.get_capabilities().items()}
-    return {"processor": capabilities, "threads": torch.get_num_threads(), "versions": environment.versions()}
+    return {"processor": capabilities, "threads": torch.get_num_threads(), "versions": versions.installed()}
 
 
 if __name__ == "__main__":

@@ -321,6 +321,33 @@ def test_the_command_line_measures_no_shape_that_it_was_not_asked_for(modules):
     assert (shape.batch, shape.length) == (64, None)
 
 
+# Starting
+
+
+def test_starting_is_timed_beside_python_and_torch(modules, tmp_path):
+    run(tmp_path, "start")
+    (entry,) = result(tmp_path, "start")["entries"].values()
+    rows = {row["program"]: row for row in entry["rows"]}
+    assert rows["python -c pass"]["to_python"] == rows["import torch"]["cpu_to_torch"] == 1
+    assert rows.keys() == modules("bench_start").PROGRAMS.keys()
+    assert all(row["ms"] > 0 and row["cpu_ms"] > 0 for row in rows.values())
+    assert [row["clock"] for row in entry["above_torch"]] == ["importtime", "processor time"]
+    assert all(row["above_ms"] > 0 for row in entry["above_torch"])
+
+
+def test_the_clock_of_imports_counts_what_is_within_others_once(modules):
+    said = """import time: self [us] | cumulative | imported package
+import time:       100 |       2000 |   torch.nn
+import time:      1000 |       3000 | torch
+import time:        10 |         10 |   earlysift.pools
+import time:       300 |        400 |   statistics
+import time:       200 |        610 | earlysift.exits
+import time:         5 |         50 | earlysift.sifter
+import time:         5 |        900 | earlysiftish
+"""
+    assert modules("bench_start").imports_ms(said) == (3.0, 0.66)
+
+
 # Auto on generated streams
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -12,7 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from earlysift import cli
+from earlysift import cli, helps
 from earlysift.compare.settings import Settings
 from earlysift.ledger import read_rows
 from earlysift.pretrain.settings import PretrainSettings
@@ -199,7 +200,16 @@ for arguments in json.load(sys.stdin):
         code = stop.code
     heavy = {"torch", "transformers", "numpy", "matplotlib", "datasets"} & set(sys.modules)
     assert not heavy, (arguments, heavy)
-    assert code == (0 if "--help" in arguments else 2), (arguments, code)
+    assert (code or 0) == (0 if {"--help", "--print-completion"} & set(arguments) else 2), (arguments, code)
+"""
+WITHOUT_PACKAGES = """
+import sys
+before = set(sys.modules)
+from earlysift.__main__ import main
+code = main()
+tops = {name.partition(".")[0] for name in set(sys.modules) - before}
+print(sorted(tops - set(sys.stdlib_module_names) - {"earlysift"}), file=sys.stderr)
+sys.exit(code)
 """
 
 
@@ -208,7 +218,7 @@ def test_help_and_refusals_need_no_torch(tmp_path):
     helps = [["--help"], *([name, "--help"] for name in ("compare", "pretrain", "check", "report", "theory"))]
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_TORCH],
-        input=json.dumps([*helps, *LIGHT, ["compare", "--batch", "many"], ["nothing"]]),
+        input=json.dumps([*helps, ["--print-completion", "zsh"], *LIGHT, ["compare", "--batch", "many"], ["nothing"]]),
         capture_output=True,
         text=True,
         cwd=tmp_path,
@@ -216,6 +226,51 @@ def test_help_and_refusals_need_no_torch(tmp_path):
         timeout=120,
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h", "--version"])
+def test_overview_and_versions_need_no_package_at_all(flag, tmp_path):
+    done = child(["-c", WITHOUT_PACKAGES], flag, folder=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "[]\n")
+    assert done.stdout
+
+
+COMPLETES = """
+source <("$0" -m earlysift --print-completion bash)
+COMP_WORDS=(earlysift "$@") COMP_CWORD=$#
+_tyro_earlysift
+printf '%s\\n' "${COMPREPLY[@]}"
+"""
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
+@pytest.mark.parametrize(
+    ("words", "proposed"),
+    [(["com"], {"compare"}), ([""], set(helps.COMMANDS)), (["check", "--max-p"], {"--max-positions"})],
+)
+def test_bash_completes_commands_and_flags(words, proposed):
+    command = ["bash", "-c", COMPLETES, sys.executable, *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) - {"-h", "--help"} == proposed
+
+
+REGISTERED = {"bash": "complete -F _tyro_earlysift", "zsh": "#compdef earlysift"}
+
+
+@pytest.mark.parametrize("shell", helps.SHELLS)
+def test_a_completion_is_printed_for_every_shell_that_the_help_names(shell, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--print-completion", shell])
+    assert not stop.value.code
+    script = capsys.readouterr().out
+    assert REGISTERED[shell] in script
+    assert all(name in script for name in helps.COMMANDS)
+
+
+@pytest.mark.parametrize("rest", [[], ["ksh"], ["bash", "zsh"]])
+def test_a_shell_without_completion_is_refused(rest, capsys):
+    assert cli.main(["--print-completion", *rest]) == cli.EXIT_BAD_INPUT
+    assert "Expected one of bash, zsh after --print-completion, got" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["compare", "--width", "7", "--force"], ["pretrain", "--seed", "-1"]])

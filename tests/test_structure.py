@@ -16,6 +16,8 @@ TESTS = Path(__file__).parent
 FLOORS = {
     "measures": -1,  # what even the ground takes names from; knows no torch
     "presets": -2,
+    "helps": -1,
+    "versions": -1,
     "pools": 0,
     "losses": 0,
     "families": -1,

@@ -4,9 +4,16 @@ import signal
 import sys
 import traceback
 
+from earlysift import helps
+
 
 def main() -> int:
     """Run the command line; returns the exit code."""
+    # These need none of the packages that the commands need, and none of the time to import them.
+    answer = _ANSWERS.get(sys.argv[1]) if len(sys.argv) == 2 else None
+    if answer is not None:
+        print(answer())
+        return 0
     try:
         from earlysift import cli
     except ImportError as error:
@@ -31,6 +38,15 @@ def _keep_memory() -> None:
     from earlysift import environment  # which needs torch
 
     environment.keep_memory()
+
+
+def _versions() -> str:
+    from earlysift import versions
+
+    return versions.line()
+
+
+_ANSWERS = {"--help": helps.overview, "-h": helps.overview, "--version": _versions}
 
 
 if __name__ == "__main__":

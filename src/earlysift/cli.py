@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from earlysift import schema
+from earlysift import helps, schema
 from earlysift.compare.arms import ARMS
 from earlysift.compare.settings import Settings
 from earlysift.config_files import read_settings
@@ -42,73 +42,6 @@ if TYPE_CHECKING:
     from earlysift.theory.findings import Finding
 
 EXIT_OK, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 2, 130
-
-_COMPARE_HELP = """Train the same model under several arms on equal budgets, and report which reached the target first.
-
-Examples:
-
-  earlysift compare                                # a 12-layer BERT on the text of Python's standard library
-
-  earlysift compare --seeds 3 --out runs/three     # evidence needs three seeds or more
-
-  earlysift compare --data wikitext-2/ --budget 200 --seeds 3 --out runs/wikitext
-
-  earlysift compare --task classification --data reviews.tsv --arms uniform,sift,rho-loss,auto
-
-  earlysift compare --suite cpu --data corpora/ --jobs 2 --out runs/cpu --resume    # all workloads, all arms
-
-  earlysift compare --config my.toml --resume"""
-_CHECK_HELP = """Before training: the cost of scoring on this machine, and the gain from which selection pays.
-
-Builds the model with random weights and prints a table: a training step, and scoring a pool at every depth. An unknown
-model family is described in the config: "earlysift_family": {{"layers": "model.layers", "heads": [["lm_head"]]}}.
-
-Examples:
-
-  earlysift check bert-base --batch 8               # built in: {built_in}
-
-  earlysift check my_model/config.json --seq-length 256 --depths 1 2 4
-
-  earlysift check my_model/ --task sequence_classification --json check.json"""
-_PRETRAIN_HELP = """Train a model from random weights on the samples that matter, resumable bit for bit.
-
-Exit codes: 0 done (target reached, or none given); 1 target not reached; 2 bad input; 3 loss not finite (the last good
-checkpoint remains); 4 disk full (likewise); 130 stopped by SIGTERM, SIGHUP, SIGUSR1 or Ctrl-C (saved; continue with
---resume).
-
-Examples:
-
-  earlysift pretrain --preset bert-base --data wikipedia.txt books.txt --target-accuracy 0.64 --arm sift --depth 1
-
-  earlysift pretrain --preset bert-tiny --data notes/ --tokenizer vocab.txt --minutes 60 --out runs/tiny
-
-  earlysift pretrain --config runs/tiny/config.json --resume
-
-  earlysift pretrain --data Salesforce/wikitext:wikitext-103-raw-v1 --stream --whole-word
-
-  torchrun --nproc-per-node 8 -m earlysift pretrain --preset bert-base --data wikipedia.txt --accumulate 1
-
-Presets: {built_in}; or a transformers config.json."""
-_REPORT_HELP = """Draw the figures and the self-contained HTML page of run folders again.
-
-Examples:
-
-  earlysift report runs/compare
-
-  earlysift report runs/cpu/mnist runs/cpu/clinc --out both.html     # one page of both"""
-
-_THEORY_HELP = """Test the theory of selection on convex problems and linear networks.
-
-Takes about two minutes on two cores and downloads nothing. Prints bound, measured value and ratio; writes theory.html,
-theory.json and a picture of each experiment. Experiments: {experiments}; all if none is named.
-
-Examples:
-
-  earlysift theory                                  # everything, into runs/theory
-
-  earlysift theory crossing floor --seed 1 --out runs/floor
-
-  earlysift theory payoff --results benchmarks/results    # draws measured workloads into the payoff map"""
 
 
 @dataclass(frozen=True)
@@ -216,25 +149,25 @@ def _parse(given: list[str]) -> Command:
     pretraining = given[:1] == ["pretrain"]
     compared = read_settings(Path(config), Settings) if config and not pretraining else Settings()
     pretrained = read_settings(Path(config), PretrainSettings) if config and pretraining else PretrainSettings()
-    compare_command = Annotated[Settings, tyro.conf.subcommand("compare", description=_COMPARE_HELP, default=compared)]
-    names = ", ".join(BUILT_IN)
-    pretrain_command = Annotated[
-        PretrainSettings,
-        tyro.conf.subcommand("pretrain", description=_PRETRAIN_HELP.format(built_in=names), default=pretrained),
-    ]
-    report_command = Annotated[Report, tyro.conf.subcommand("report", description=_REPORT_HELP)]
-    check_help = _CHECK_HELP.format(built_in=names)
-    check_command = Annotated[Check, tyro.conf.subcommand("check", description=check_help)]
-    theory_help = _THEORY_HELP.format(experiments=", ".join(EXPERIMENTS))
-    theory_command = Annotated[Theory, tyro.conf.subcommand("theory", description=theory_help)]
+    texts = {"built_in": ", ".join(BUILT_IN), "experiments": ", ".join(EXPERIMENTS)}
+    described = {name: text.format(**texts) for name, text in helps.COMMANDS.items()}
+
+    def subcommand(name: str, **default: Any) -> Any:
+        return tyro.conf.subcommand(name, description=described[name], **default)
+
+    compare_command = Annotated[Settings, subcommand("compare", default=compared)]
+    pretrain_command = Annotated[PretrainSettings, subcommand("pretrain", default=pretrained)]
+    report_command = Annotated[Report, subcommand("report")]
+    check_command = Annotated[Check, subcommand("check")]
+    theory_command = Annotated[Theory, subcommand("theory")]
     errors = io.StringIO()
     try:
         with redirect_stderr(errors):
             command: Command = tyro.cli(
                 compare_command | pretrain_command | report_command | check_command | theory_command,
                 prog="earlysift",
-                description="Train faster by back-propagating only the samples that matter, and prove that it paid.",
-                args=given,
+                description=helps.SUMMARY,
+                args=_completion(given),
             )
     except SystemExit as stop:
         # Invalid settings are reported in the same way as those of a config file, not in a box.
@@ -246,6 +179,21 @@ def _parse(given: list[str]) -> Command:
         print(errors.getvalue(), end="", file=sys.stderr)
         raise
     return command
+
+
+def _completion(given: list[str]) -> list[str]:
+    """The arguments as tyro knows them: it prints completions by a flag with its own name.
+
+    Raises:
+        ValueError: If the shell is missing or unknown.
+    """
+    flag, *rest = given or [""]
+    if flag != "--print-completion":
+        return given
+    if len(rest) != 1 or rest[0] not in helps.SHELLS:
+        got = " ".join(rest) or "nothing"
+        raise ValueError(f"Expected one of {', '.join(helps.SHELLS)} after --print-completion, got {got}.")
+    return ["--tyro-write-completion", *rest, "-"]
 
 
 def _require_inputs(command: Command) -> None:

@@ -1,14 +1,12 @@
-"""The environment of a process (memory, threads, device) and of a result (machine, versions, commit)."""
+"""The environment of a process (memory, threads, device) and the machine of a result."""
 
 import ctypes
 import os
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -142,25 +140,3 @@ def machine(device: torch.device) -> dict[str, Any]:
         "system": platform.platform(),
         "accelerator": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
     }
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that results depend on."""
-    packages = ("earlysift", "torch", "transformers", "tokenizers")
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
-
-
-def commit() -> str | None:
-    """The commit of the source tree, with ``-dirty`` if it has changes; None outside a git checkout."""
-    try:
-        git = subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return git.stdout.strip() or None

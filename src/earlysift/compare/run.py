@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from earlysift import environment, folders
+from earlysift import environment, folders, versions
 from earlysift.compare import folder
 from earlysift.compare.arm import TRAIN
 from earlysift.compare.arms import ARMS
@@ -111,8 +111,8 @@ def _new_results(settings: Settings, workload: Workload) -> dict[str, Any]:
         "created": datetime.now().isoformat(timespec="seconds"),
         "config": settings.identity(),
         "machine": environment.machine(torch.device(settings.device)),
-        "versions": environment.versions(),
-        "commit": environment.commit(),
+        "versions": versions.installed(),
+        "commit": versions.commit(),
         "data": {"name": workload.name, "task": workload.task, **workload.facts},
         "baseline": workload.baseline,
         "calibrated_ms": {},
@@ -201,7 +201,7 @@ def _run_seed(
     on_evaluation: OnEvaluation,
 ) -> None:
     (settings.out / folder.LEDGERS).mkdir(exist_ok=True)
-    commit = environment.commit()  # of every run: arms may be added by a later one
+    commit = versions.commit()  # of every run: arms may be added by a later one
     benches: dict[str, Bench] = {}
     turns: dict[str, Iterator[Run]] = {}
     for name in settings.arms:

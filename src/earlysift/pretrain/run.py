@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from earlysift import checks, environment, exits, folders, pools, scorers
+from earlysift import checks, environment, exits, folders, pools, scorers, versions
 from earlysift.adapters.huggingface import SiftConfig
 from earlysift.checkup import build_model
 from earlysift.files import write_json, write_whole
@@ -491,8 +491,8 @@ def _results(trainer: Pretrainer, workload: Workload, code: int, message: str) -
         "created": datetime.now().isoformat(timespec="seconds"),
         "config": settings.identity(),
         "machine": environment.machine(trainer.args.device),
-        "versions": environment.versions(),
-        "commit": environment.commit(),
+        "versions": versions.installed(),
+        "commit": versions.commit(),
         "data": {"name": f"{settings.preset} on {workload.name}", "task": workload.task, **workload.facts},
         "baseline": workload.baseline,
         "operations_ms": {},
