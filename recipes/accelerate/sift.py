@@ -5,7 +5,7 @@ from where it ended.
 """
 
 import argparse
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 
 import torch
@@ -41,7 +41,6 @@ def main():
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--keep", type=float, default=0.5, help="share of a pool that is trained on")
     args = parser.parse_args()
-
     accelerator = Accelerator(
         cpu=True,
         mixed_precision="bf16" if args.bf16 else "no",
@@ -54,17 +53,17 @@ def main():
         BertConfig(vocab_size=100, hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64)
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    loader = DataLoader(make_data(), batch_size=round(BATCH / args.keep), shuffle=True)
+    order = torch.Generator().manual_seed(0)  # of its own: reading draws nothing from the state that dropout draws from
+    loader = DataLoader(make_data(), batch_size=round(BATCH / args.keep), shuffle=True, generator=order)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     model.train()
     sifter = Sifter(model, keep=args.keep, depth=1)
     accelerator.register_for_checkpointing(sifter)
-    begin = max((int(folder.name.removeprefix("step_")) for folder in Path().glob("step_*")), default=0)
-    if begin:
-        accelerator.load_state(f"step_{begin}")
-
-    step = begin
-    for pool in batches(accelerator, loader, begin * args.accumulate):
+    step = max((int(folder.name.removeprefix("step_")) for folder in Path().glob("step_*")), default=0)
+    if step:
+        accelerator.load_state(f"step_{step}")
+    ahead = (args.steps - step) * args.accumulate
+    for pool in islice(batches(accelerator, loader, step * args.accumulate), ahead):
         batch = sifter.sift(pool, micro_step=accelerator.step % args.accumulate)
         with accelerator.accumulate(model):
             loss = model(**batch).loss
@@ -74,8 +73,6 @@ def main():
         if accelerator.sync_gradients:
             accelerator.print(f"step {step}: loss {loss.item():.4f}")
             step += 1
-        if step == args.steps:
-            break
     accelerator.save_state(f"step_{step}")
     accelerator.end_training()
 

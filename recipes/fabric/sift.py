@@ -30,7 +30,7 @@ def batches(fabric, data, size, start):
     for epoch in count(start * size * fabric.world_size // len(data)):
         order = torch.Generator().manual_seed(epoch)
         shuffled = [data[i] for i in torch.randperm(len(data), generator=order)]
-        loader = fabric.setup_dataloaders(DataLoader(shuffled, batch_size=size))  # each process gets its share
+        loader = fabric.setup_dataloaders(DataLoader(shuffled, batch_size=size, generator=order))
         yield from islice(loader, start - epoch * len(loader), None)
         start = (epoch + 1) * len(loader)
 

@@ -1,7 +1,6 @@
 """A loop on FSDP2, as torchtitan has it: a small Llama, sharded by layers, learns to count on from where a row begins.
 
-Start it by ``torchrun --nproc-per-node 2``; here it runs on CPUs. Run it again in the same folder with more steps, and
-it goes on from where it ended.
+Start it by ``torchrun --nproc-per-node 2``, again in the same folder with more steps to go on from where it ended.
 """
 
 import argparse
@@ -24,8 +23,7 @@ def batches(size, start, rank):
     """All batches of a process from one on; what is in them depends on their number and the process alone."""
     for number in count(start):
         drawn = torch.Generator().manual_seed(1_000_000 * rank + number)
-        first = torch.randint(90, (size, 1), generator=drawn)
-        ids = 5 + (first + torch.arange(16)) % 90
+        ids = 5 + (torch.randint(90, (size, 1), generator=drawn) + torch.arange(16)) % 90
         yield {"input_ids": ids, "labels": ids}
 
 
@@ -36,7 +34,6 @@ def main():
     parser.add_argument("--accumulate", type=int, default=1, help="batches per step")
     parser.add_argument("--bf16", action="store_true")
     args = parser.parse_args()
-
     distributed.init_process_group("gloo")
     rank, mesh = distributed.get_rank(), init_device_mesh("cpu", (distributed.get_world_size(),))
     torch.manual_seed(0)
@@ -66,7 +63,6 @@ def main():
         optimizer.zero_grad()
         if rank == 0:
             print(f"step {step}: loss {loss.item():.4f}")
-
     weights, moments = get_state_dict(model, optimizer)
     writer = checkpoint.FileSystemWriter(CHECKPOINT, overwrite=True)
     checkpoint.save({"model": weights, "optimizer": moments, "step": args.steps}, storage_writer=writer)
