@@ -1,10 +1,12 @@
 """Runs the recipes as a user would, in folders of their own: in this process, or in ranks that torchrun starts."""
 
 import gc
+import itertools
 import json
 import os
 import runpy
 import shutil
+import socket
 import sys
 import warnings
 from pathlib import Path
@@ -15,15 +17,18 @@ from torch import distributed
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 KINDS = ("plain", "sift")
 ACCUMULATE = 2
+_RUNS = itertools.count()
 
 
 def run(loop, kind, folder, *arguments):
     """Copy a recipe into a folder, and run it there; nothing of it stays in this process."""
     folder.mkdir(parents=True, exist_ok=True)
     script = RECIPES / loop / f"{kind}.py"
-    if not distributed.is_torchelastic_launched():
-        script = Path(shutil.copy(script, folder))
     before = Path.cwd(), sys.argv, dict(os.environ)
+    if distributed.is_torchelastic_launched():
+        meet_anew()
+    else:
+        script = Path(shutil.copy(script, folder))
     os.chdir(folder)
     sys.argv = [str(script), *map(str, arguments)]
     try:
@@ -36,6 +41,17 @@ def run(loop, kind, folder, *arguments):
         os.environ.clear()
         os.environ.update(before[2])
         forget()
+
+
+def meet_anew():
+    """Let the next process group of these ranks meet in a store of its own: torchrun's serves one."""
+    agreed = distributed.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    key = f"port of run {next(_RUNS)}"
+    if os.environ["RANK"] == "0":
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            agreed.set(key, str(free.getsockname()[1]))
+    os.environ |= {"MASTER_PORT": agreed.get(key).decode(), "TORCHELASTIC_USE_AGENT_STORE": "False"}
 
 
 def forget():
@@ -120,4 +136,4 @@ def run_all(loop, folder, *options):
 
 if __name__ == "__main__":  # a rank: folder, loops
     for name in sys.argv[2:]:
-        run_all(name, Path(sys.argv[1], name), *(("--devices", 2) if name in ("lightning", "fabric") else ()))
+        run_all(name, Path(sys.argv[1], name), *(("--devices", 2) if name == "lightning" else ()))

@@ -1,7 +1,6 @@
 """A loop on Accelerate: a small BERT learns whether the first token of a row is larger than the second.
 
-``torchrun --nproc-per-node 2`` trains by two processes. Run it again in the same folder with more steps, and it goes on
-from where it ended.
+``torchrun`` starts several processes. Run it again in the same folder with more steps, and it goes on from there.
 """
 
 import argparse
