@@ -135,5 +135,6 @@ def run_all(loop, folder, *options):
 
 
 if __name__ == "__main__":  # a rank: folder, loops
+    options = {"lightning": ("--devices", 2), "fsdp": ("--bf16",)}
     for name in sys.argv[2:]:
-        run_all(name, Path(sys.argv[1], name), *(("--devices", 2) if name == "lightning" else ()))
+        run_all(name, Path(sys.argv[1], name), *options.get(name, ()))

@@ -19,18 +19,19 @@ CHECKPOINT = Path("checkpoint.ckpt")
 
 def make_data():
     """Rows of random tokens, each with its label."""
-    ids = torch.randint(5, 100, (320, 16), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(5, 100, (380, 16), generator=torch.Generator().manual_seed(0))
     return [{"input_ids": row, "labels": (row[0] > row[1]).long()} for row in ids]
 
 
 def batches(fabric, data, size, start):
     """All batches from one on, epoch after epoch; the order of an epoch depends on its number alone."""
-    for epoch in count(start * size * fabric.world_size // len(data)):
+    per_epoch = -(-len(data) // (size * fabric.world_size))  # each process gets its share
+    for epoch in count(start // per_epoch):
         order = torch.Generator().manual_seed(epoch)
         shuffled = [data[i] for i in torch.randperm(len(data), generator=order)]
         loader = fabric.setup_dataloaders(DataLoader(shuffled, batch_size=size, generator=order))
-        yield from islice(loader, start - epoch * len(loader), None)
-        start = (epoch + 1) * len(loader)
+        yield from islice(loader, start % per_epoch, None)
+        start = 0
 
 
 def main():
@@ -41,7 +42,6 @@ def main():
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--devices", type=int, default=1)
     args = parser.parse_args()
-
     fabric = Fabric(accelerator="cpu", devices=args.devices, precision="bf16-mixed" if args.bf16 else "32-true")
     fabric.launch()
     fabric.seed_everything(0)

@@ -19,7 +19,7 @@ CHECKPOINT = Path("checkpoint.ckpt")
 
 def make_data():
     """Rows of random tokens, each with its label."""
-    ids = torch.randint(5, 100, (320, 16), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(5, 100, (380, 16), generator=torch.Generator().manual_seed(0))
     return [{"input_ids": row, "labels": (row[0] > row[1]).long()} for row in ids]
 
 

@@ -13,7 +13,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 def make_data():
     """Rows of random tokens, each with its label."""
-    ids = torch.randint(5, 100, (320, 16), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(5, 100, (380, 16), generator=torch.Generator().manual_seed(0))
     return [{"input_ids": row, "labels": (row[0] > row[1]).long()} for row in ids]
 
 

@@ -23,7 +23,7 @@ class SiftSFTTrainer(SiftTrainerMixin, SFTTrainer):
 
 def make_data():
     """Rows that count, modulo 90, of several lengths."""
-    drawn = torch.randint(8, 20, (320, 2), generator=torch.Generator().manual_seed(0)).tolist()
+    drawn = torch.randint(8, 20, (380, 2), generator=torch.Generator().manual_seed(0)).tolist()
     return Dataset.from_dict({"input_ids": [[5 + (7 * a + i) % 90 for i in range(b)] for a, b in drawn]})
 
 

@@ -273,7 +273,9 @@ class ResumableLoader(DataLoader[Any]):
         generator = self._drawing()
         self._began = None if generator is None else generator.get_state()
         self._read, self._skipped = self._skipped, 0
-        return self._counted(islice(super().__iter__(), self._read, None))
+        for batch in islice(super().__iter__(), self._read, None):
+            self._read += 1  # before it is handed out: a checkpoint may be saved while it is trained on
+            yield batch
 
     def state_dict(self) -> dict[str, Any]:
         """Where the epoch is, or the beginning of the next one if it has been read."""
@@ -288,11 +290,6 @@ class ResumableLoader(DataLoader[Any]):
             generator.set_state(state_dict["generator"])
         self._skipped = self._read = state_dict["read"]
         self._began = state_dict["generator"]
-
-    def _counted(self, batches: Iterator[Any]) -> Iterator[Any]:
-        for batch in batches:
-            self._read += 1  # before it is handed out: a checkpoint may be saved while it is trained on
-            yield batch
 
     def _drawing(self) -> torch.Generator | None:
         return getattr(self.sampler, "generator", None)
