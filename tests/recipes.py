@@ -1,5 +1,6 @@
 """Runs the recipes as a user would, in folders of their own: in this process, or in ranks that torchrun starts."""
 
+import difflib
 import gc
 import itertools
 import json
@@ -18,6 +19,12 @@ RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 KINDS = ("plain", "sift")
 ACCUMULATE = 2
 _RUNS = itertools.count()
+
+
+def changed(loop, differ=difflib.ndiff):
+    """The lines of a pair of twins that differ: those taken away (-) and those added (+)."""
+    plain, sift = ((RECIPES / loop / f"{kind}.py").read_text().splitlines() for kind in KINDS)
+    return [line for line in differ(plain, sift) if line[0] in "+-" and line[:2] not in ("++", "--")]
 
 
 def run(loop, kind, folder, *arguments):

@@ -2,8 +2,10 @@
 
 import difflib
 import os
+import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 
 import earlysift
 import recipes
-from recipes import ACCUMULATE, KINDS, LOOPS, RECIPES, SELECTION, WEIGHTS, run_all
+from recipes import ACCUMULATE, KINDS, LOOPS, RECIPES, SELECTION, WEIGHTS, changed, run_all
 
 ALONE = [loop for loop in LOOPS if loop != "fsdp"]
 TOGETHER = ["accelerate", "fsdp", "lightning"]
@@ -79,9 +81,19 @@ def test_every_recipe_is_a_pair_that_is_run_here():
 @pytest.mark.parametrize("loop", LOOPS)
 def test_twins_are_short_and_differ_in_at_most_fifteen_lines(loop):
     plain, sift = ((RECIPES / loop / f"{kind}.py").read_text().splitlines() for kind in KINDS)
-    changed = [line for line in difflib.ndiff(plain, sift) if line[0] in "+-"]  # added plus removed
-    assert 5 <= len(changed) <= 15, "\n".join(changed)
+    lines = changed(loop)
+    assert 5 <= len(lines) <= 15, "\n".join(lines)
     assert 40 <= len(plain) < len(sift) <= 80
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_the_page_shows_what_differs_and_counts_it(loop):
+    page = (RECIPES.parent / "docs" / "loops.md").read_text()
+    lines = changed(loop, partial(difflib.unified_diff, n=0, lineterm=""))
+    shown = "\n".join(line for line in lines if line[1:].strip())
+    assert f"```diff\n{shown}\n```" in page, f"docs/loops.md must show:\n{shown}"
+    section = page.partition(f"```diff\n{shown}")[0].rpartition("\n## ")[2].partition("\n")[0]
+    assert re.search(rf"^\| \[{re.escape(section)}\]\(#\w+\) \| {len(changed(loop))} \|", page, flags=re.MULTILINE)
 
 
 def test_keeping_all_candidates_gives_the_plain_recipes_weights_bit_for_bit(alone):
