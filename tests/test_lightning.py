@@ -168,6 +168,27 @@ def test_schedules_may_be_in_epochs(tmp_path):
     assert scored == {"steps": 2 * 52 - 8, "epochs": 52}
 
 
+def test_auto_mode_knows_the_length_of_the_training(tmp_path):
+    sift = SiftConfig(keep=0.5, mode="auto", dtype=None)
+    _, callback = trained(tmp_path, sift, accumulate_grad_batches=2)
+    assert callback.sifter.step == callback.sifter.config.control.total_steps == 8
+    stream = loader(Stream(), DataLoader, shuffle=False)
+    _, callback = trained(tmp_path, sift, data=stream, max_epochs=1)
+    assert callback.sifter.step == 7
+    assert callback.sifter.config.control.total_steps is None
+
+
+def test_a_step_without_a_loss_leaves_no_hook_behind(tmp_path):
+    class Skipping(Noting):
+        def training_step(self, batch):
+            assert len(self.model._forward_hooks) == 1
+            return None if self.trainer.fit_loop.batch_idx % 2 else super().training_step(batch)
+
+    module, callback = trained(tmp_path, MEMORY, module=Skipping(), data=loader(WithIds(rows(), "number")))
+    assert not module.model._forward_hooks
+    assert callback.sifter.state_dict()["counts"]["trained"] == 2 * 7 * BATCH
+
+
 def test_the_trainers_log_has_the_numbers_of_selection(tmp_path):
     logger = lightning.loggers.CSVLogger(tmp_path, name="", version="")
     sift = SiftConfig(keep=0.5, probe_every=2, dtype=None)

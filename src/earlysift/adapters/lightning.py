@@ -28,11 +28,11 @@ from earlysift.sifter import Sifter
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
-    from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 except ImportError as error:
     raise ImportError(
         "earlysift.adapters.lightning needs lightning. Install it: pip install 'earlysift[lightning]'"
     ) from error
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher  # nothing public tells what spawns
 
 _LOG = logging.getLogger("earlysift")
 LOGGED = tuple(
@@ -178,7 +178,9 @@ class SiftCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log, as often as the Trainer does."""
+        self._during_forward.close()  # still open where training_step returned no loss
         self._during_step.close()
+        self._losses = None
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and trainer.global_step % every == 0:
             stats = self._present().stats()
