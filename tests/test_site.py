@@ -15,7 +15,6 @@ import earlysift
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-WRITTEN_ELSEWHERE = {"loops.md"}  # as OPTIONAL in website/hooks.py
 DOCUMENTED = set(re.findall(r"^::: (\S+)", "\n".join(page.read_text() for page in DOCS.glob("api/*.md")), flags=re.M))
 
 
@@ -42,7 +41,7 @@ def test_navigation_names_every_page_once():
     named = navigation()
     there = {page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")}
     from_root = {"index.md", "contributing.md", "changelog.md", "security.md"}
-    assert sorted(named) == sorted(there | from_root | WRITTEN_ELSEWHERE)
+    assert sorted(named) == sorted(there | from_root)
 
 
 def test_every_public_name_is_on_an_api_page():
@@ -73,8 +72,7 @@ def hooks():
     return module
 
 
-def test_pages_that_may_be_missing_are_missing_or_named_here(hooks):
-    assert hooks.OPTIONAL == WRITTEN_ELSEWHERE
+def test_the_site_reads_the_public_names_that_there_are(hooks):
     assert hooks.public_names() == earlysift.__all__
 
 
@@ -170,10 +168,9 @@ def phone(address, browser):
 def test_no_page_is_wider_than_a_phone(address, phone):
     page, wide = phone("light"), []
     for name in navigation():
-        if name not in WRITTEN_ELSEWHERE:
-            page.goto(f"{address}/{name.replace('.md', '.html')}")
-            if page.evaluate("document.documentElement.scrollWidth") > 390:
-                wide.append(name)
+        page.goto(f"{address}/{name.replace('.md', '.html')}")
+        if page.evaluate("document.documentElement.scrollWidth") > 390:
+            wide.append(name)
     assert wide == []
 
 

@@ -27,7 +27,6 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
     "SECURITY.md": "security.md",
 }
-OPTIONAL = {"loops.md"}  # pages that the navigation names before they are written
 COPIES = "files"
 
 _FENCED = re.compile(r"(^```.*?^```[^\n]*$)", flags=re.DOTALL | re.MULTILINE)
@@ -38,13 +37,6 @@ _PICTURE = re.compile(
     r'<img alt="([^"]*)" src="([^"]+)" width="(\d+)">\s*</picture>'
 )
 _LOADS = {"script": "src", "img": "src", "iframe": "src", "source": "srcset", "video": "src", "audio": "src"}
-
-
-def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Leave pages out of the navigation that are still to be written."""
-    missing = {name for name in OPTIONAL if not Path(config.docs_dir, name).exists()}
-    config.nav = _without(config.nav, missing)
-    return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -114,15 +106,6 @@ def public_names() -> list[str]:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
     )
     return list(names)
-
-
-def _without(nav: Any, missing: set[str]) -> Any:
-    """A navigation without these pages."""
-    if isinstance(nav, dict):
-        return {title: _without(value, missing) for title, value in nav.items()}
-    if isinstance(nav, list):
-        return [_without(entry, missing) for entry in nav if not missing.intersection(_leaf(entry))]
-    return nav
 
 
 def _leaf(entry: Any) -> list[str]:

@@ -1,0 +1,112 @@
+"""The recipes: twins that differ in few lines, run on their real libraries, by one process and by two."""
+
+import difflib
+import os
+import re
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+import earlysift
+import recipes
+from recipes import ACCUMULATE, KINDS, LOOPS, RECIPES, SELECTION, WEIGHTS, changed, run_all
+
+ALONE = [loop for loop in LOOPS if loop != "fsdp"]
+TOGETHER = ["accelerate", "fsdp", "lightning"]
+BATCH = 8
+
+
+@pytest.fixture(scope="module", params=ALONE)
+def alone(request, tmp_path_factory):
+    """A loop, and the folder of its runs by one process in bfloat16, with accumulation."""
+    folder = tmp_path_factory.mktemp(request.param)
+    run_all(request.param, folder, "--bf16")
+    return request.param, folder
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """The folder of all loops' runs by two processes that torchrun has started."""
+    folder = tmp_path_factory.mktemp("ranks")
+    path = os.pathsep.join(map(str, (Path(earlysift.__file__).parents[1], Path(__file__).parent)))
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [recipes.__file__, str(folder), *TOGETHER]
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(params=TOGETHER)
+def together(request, two_ranks):
+    return request.param, two_ranks / request.param
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def assert_twins_agree(loop, folder):
+    weights = WEIGHTS[loop]
+    plain = weights(folder / "plain", 5)
+    assert len(plain) > 10
+    assert equal(weights(folder / "all", 5), plain)
+    assert not equal(weights(folder / "whole", 10), plain)
+
+
+def assert_resumed_as_if_never_cut(loop, folder, ranks):
+    weights, selection = WEIGHTS[loop], SELECTION[loop]
+    assert equal(weights(folder / "resumed", 10), weights(folder / "whole", 10))
+    states = selection(folder / "whole", 10)
+    assert selection(folder / "resumed", 10) == states
+    assert len(states) == (1 if loop == "accelerate" else ranks)  # it saves what the first process has
+    for state in states:
+        assert (state["step"], state["pools_per_step"], state["kept"]) == (10, ACCUMULATE, BATCH)
+        trained, counts = 10 * ACCUMULATE * BATCH, state["counts"]
+        assert (counts["trained"], counts["scored"]) == (trained, counts["candidates"])
+        assert 2 * trained - BATCH < counts["candidates"] <= 2 * trained  # the last pool of an epoch is smaller
+
+
+def test_every_recipe_is_a_pair_that_is_run_here():
+    assert sorted(path.parent.name for path in RECIPES.glob("*/plain.py")) == LOOPS
+    assert sorted(str(path.relative_to(RECIPES)) for path in RECIPES.rglob("*.py")) == [
+        f"{loop}/{kind}.py" for loop in LOOPS for kind in KINDS
+    ]
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_twins_are_short_and_differ_in_at_most_fifteen_lines(loop):
+    plain, sift = ((RECIPES / loop / f"{kind}.py").read_text().splitlines() for kind in KINDS)
+    lines = changed(loop)
+    assert 5 <= len(lines) <= 15, "\n".join(lines)
+    assert 40 <= len(plain) < len(sift) <= 80
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_the_page_shows_what_differs_and_counts_it(loop):
+    page = (RECIPES.parent / "docs" / "loops.md").read_text()
+    lines = changed(loop, partial(difflib.unified_diff, n=0, lineterm=""))
+    shown = "\n".join(line for line in lines if line[1:].strip())
+    assert f"```diff\n{shown}\n```" in page, f"docs/loops.md must show:\n{shown}"
+    section = page.partition(f"```diff\n{shown}")[0].rpartition("\n## ")[2].partition("\n")[0]
+    assert re.search(rf"^\| \[{re.escape(section)}\]\(#\w+\) \| {len(changed(loop))} \|", page, flags=re.MULTILINE)
+
+
+def test_keeping_all_candidates_gives_the_plain_recipes_weights_bit_for_bit(alone):
+    assert_twins_agree(*alone)
+
+
+def test_a_recipe_that_is_run_again_goes_on_as_if_never_cut(alone):
+    assert_resumed_as_if_never_cut(*alone, ranks=1)
+
+
+def test_two_processes_that_keep_all_candidates_give_the_plain_recipes_weights_bit_for_bit(together):
+    assert_twins_agree(*together)
+
+
+def test_two_processes_go_on_as_if_never_cut(together):
+    assert_resumed_as_if_never_cut(*together, ranks=2)
