@@ -25,6 +25,7 @@ from workloads import (
     competitors,
     counted,
     leaves_plateau,
+    longest_s,
     missed,
     pictured,
     rows,
@@ -126,12 +127,12 @@ training leaves its plateau: its odds of a right answer are at least {LEAST_ODDS
 def _introduction(workloads: list[Workload]) -> str:
     """Six sentences, two of them counted from the results."""
     every = [workload.results for workload in workloads]
-    longest = max((results["config"]["budget"] for results in every), default=0)
+    longest = max(map(longest_s, every), default=0)
     gains, harms = (counted(every, verdict) for verdict in (GAIN, HARM))
     auto = [outcome(results["comparison"].get("auto", {})) for results in every]
     return f"""Every arm trains the same model on the same data for the same time, and pays for everything that it does.
 A speed-up is the time that uniform training needs to the target accuracy, divided by the time that the arm needs.
-The models are small, and train for at most {longest:g} seconds on one core of a CPU.
+The models are small, and train for at most {longest:.0f} seconds on one core of a CPU.
 On {gains} of {len(every)} workloads some arm proves a gain, and on {harms} some arm proves harm.
 Auto proves a gain on {auto.count(GAIN)} and harm on {auto.count(HARM)}.
 Apart from masked tokens, where it is copying, selection gains only in several epochs of data that is mostly learnt.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from earlysift.report.figures import FAINT, SETTINGS, save_png
 from earlysift.report.series import band, label, seeds, styles
 from earlysift.report.tables import GAIN, HARM
-from workloads import Row
+from workloads import Row, longest_s
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,7 +60,7 @@ def verdict_picture(results: dict[str, Any], arms: Iterable[str], theme: str, pa
         target = results["target"]["accuracy"]
         axes.axhline(target, color=FAINT, linewidth=1.2, linestyle="--", zorder=1)
         axes.annotate("target", (0, target), (4, 4), textcoords="offset points", color=FAINT)
-        axes.set_xlim(0, results["config"]["budget"])
+        axes.set_xlim(0, longest_s(results))
         # Where all arms end far above nought, only the last part of the way tells them apart.
         bottom = max(0.0, target - 6 * max(abs(end - target) for end in ends.values()))
         axes.set_ylim(bottom, min(1.0, axes.get_ylim()[1]))

@@ -24,10 +24,16 @@ _DATA = {
     "wikipedia-en + books-litbank": "Wikipedia and books",
 }  # other data keep their names
 _PYTHON = "Python code"  # its standard library, whatever the version
-_MODELS = {"masked_lm": "BERT", "classification": "BERT", "causal_lm": "Llama", "image": "ViT"}
-_PREDICTED = {"masked_lm": " masked tokens", "causal_lm": " next tokens"}
-_ALTERED = {"flipped": "{:.0%} of labels flipped", "repeated": "{:.0%} copies"}
-_TELLING = ("keep", "learning_rate", "budget")  # settings that tell workloads of one name apart, in this order
+_MODELS = {
+    "masked_lm": "BERT",
+    "classification": "BERT",
+    "causal_lm": "Llama",
+    "image": "ViT",
+    "masked_characters": "ModernBERT",
+}
+_PREDICTED = {"masked_lm": " masked tokens", "causal_lm": " next tokens", "masked_characters": " masked characters"}
+_ALTERED = {"flipped": "{:.0%} of labels flipped", "repeated": "{:.0%} copies", "augmented": "augmented"}
+_TELLING = ("keep", "learning_rate", "budget", "steps")  # settings that tell workloads of one name apart, in this order
 
 
 class Workload(NamedTuple):
@@ -95,10 +101,16 @@ def spelled(every: list[Results]) -> list[str]:
         for name, value in zip(names, values, strict=True):
             among.setdefault(name, set()).add(value)
         names = [
-            f"{name}, {setting.replace('_', ' ')} {value:g}" if len(among[name]) > 1 else name
+            f"{name}, {setting.replace('_', ' ')} {value:g}" if len(among[name]) > 1 and value is not None else name
             for name, value in zip(names, values, strict=True)
         ]
     return names
+
+
+def longest_s(results: Results) -> float:
+    """Reference time that the longest run took; all have the same budget."""
+    runs = [run for arm in results["arms"] for run in _finished(results, arm)]
+    return max((run["curve"][-1]["reference_s"] for run in runs), default=0)
 
 
 def uniform_accuracy(results: Results) -> tuple[float, bool]:

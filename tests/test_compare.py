@@ -118,6 +118,7 @@ def test_a_budget_in_steps_is_as_many_of_uniform_training_and_the_same_for_other
         assert run["curve"][-1]["share"] == pytest.approx(1.0)
     assert results["arms"]["uniform"]["runs"][0]["steps"] == 10
     assert ledger_of(out, "uniform")[-1]["share"] == pytest.approx(9 / 10)
+    assert [point["step"] for point in results["arms"]["uniform"]["runs"][0]["curve"]] == [0, 5, 10]
     assert cli.main([*command, "--arms", "uniform", "sift", "rho-loss", "--resume"]) == 0
     assert results_of(out)["arms"] == results["arms"]
 

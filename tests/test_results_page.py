@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from earlysift.pretrain.workload_settings import TASKS
+
 ROOT = Path(__file__).resolve().parents[1]
 ACCURACIES = {
     "uniform": (0.0, 0.4, 0.5),
@@ -179,6 +181,19 @@ def test_the_easier_target_has_a_column_where_it_is_another(page, results):
     assert "| speed-up to 100% | to 95% |" in header
     assert [row.count("|") for row in rows] == [header.count("|")] * len(ACCURACIES)
     assert f"| {easy['exact']['speedup']:.2f} (" in next(row for row in rows if row.startswith("| exact"))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_workloads_of_every_task_are_named_and_told_apart_if_augmented_or_longer(page, results, task):
+    every = [copy.deepcopy(results) for _ in range(3)]
+    for each in every:
+        each["data"] |= {"task": task}
+    every[1]["data"] |= {"augmented": True}
+    every[2]["config"] |= {"steps": 100}
+    names = page("workloads").spelled(every)
+    assert len(set(names)) == 3
+    assert "(augmented)" in names[1]
+    assert names[2].endswith("steps 100")
 
 
 def test_a_workload_is_named_after_data_model_and_length(page, results):

@@ -92,15 +92,34 @@ def verified(model: nn.Module, batch: Any, family: Family | None = None) -> Anat
         ValueError: If the model does not fit its row, or returns another loss.
     """
     anatomy = exits.find_anatomy(model, family)
-    if (anatomy.head, anatomy.task) not in _COMPARED.get(anatomy.core, {}):
+    if _key(anatomy) not in _COMPARED.get(anatomy.core, {}):
         _compare_and_remember(model, anatomy, batch)
     return as_compared(anatomy)
 
 
 def as_compared(anatomy: Anatomy) -> Anatomy:
     """The anatomy, without its head if `verified` found that the head does not yield the model's own logits."""
-    head_is_right = _COMPARED.get(anatomy.core, {}).get((anatomy.head, anatomy.task), True)
+    head_is_right = _COMPARED.get(anatomy.core, {}).get(_key(anatomy), True)
     return anatomy if head_is_right else _headless(anatomy)
+
+
+def _key(anatomy: Anatomy) -> tuple[Any, ...]:
+    return anatomy.head or anatomy.classifier, anatomy.task, anatomy.derived
+
+
+def usable(model: nn.Module, batch: Any, family: Family | None = None) -> Anatomy:
+    """The anatomy to score by: as compared so far, and compared now where its row is a guess.
+
+    Args:
+        model: The model, wrapped or not; unchanged afterwards.
+        batch: Batch or pool with labels.
+        family: A row for a model that `earlysift.families.FAMILIES` does not know.
+
+    Raises:
+        ValueError: As `verified`.
+    """
+    anatomy = exits.find_anatomy(model, family)
+    return verified(model, batch, family) if anatomy.derived else as_compared(anatomy)
 
 
 def problem_of(anatomy: Anatomy) -> losses.Problem | None:
@@ -188,11 +207,11 @@ def _compare_and_remember(model: nn.Module, anatomy: Anatomy, batch: Any) -> Non
         raise ValueError(exits.problem_report(model, head_problems + other_problems))
     for problem in head_problems:
         _LOG.warning("%s: %s The model's own logits are used.", type(anatomy.core).__name__, problem.reason)
-    _COMPARED.setdefault(anatomy.core, {})[anatomy.head, anatomy.task] = not head_problems
+    _COMPARED.setdefault(anatomy.core, {})[_key(anatomy)] = not head_problems
 
 
 def _headless(anatomy: Anatomy) -> Anatomy:
-    return anatomy._replace(head=(), positionwise=())
+    return anatomy._replace(head=(), classifier=(), positionwise=())
 
 
 def _comparison(
@@ -225,7 +244,9 @@ def _comparison(
         return [], [Problem(reason, "Set the task in the family row.")]
     exact = torch.get_float32_matmul_precision() == "highest"
     tolerance = max(tolerances, default=_PRECISE) if exact else _COARSE
-    head_problems = _head_problems(model, anatomy, inputs, own, tolerance)
+    # Auto mode takes what is named behind the pooling of a classifier for its head.
+    named = anatomy._replace(head=anatomy.head or anatomy.classifier) if anatomy.derived else anatomy
+    head_problems = _head_problems(model, named, inputs, own, tolerance)
     used = _headless(anatomy) if head_problems else anatomy
     return head_problems, _loss_problems(model, used, inputs, labels, tolerance)
 

@@ -57,7 +57,8 @@ class Anatomy(NamedTuple):
     """The parts of one model: its core without wrappers, layer list, names of the head modules, and task.
 
     In sequence classification the model pools between states and logits, so ``head`` is empty and ``classifier`` names
-    the modules after (or including) the pooling. ``positionwise``: see `Family`.
+    the modules after (or including) the pooling. ``positionwise``: see `Family`. ``derived``: whether its row
+    is a guess.
     """
 
     core: nn.Module
@@ -66,6 +67,7 @@ class Anatomy(NamedTuple):
     task: Task
     classifier: tuple[str, ...] = ()
     positionwise: tuple[tuple[str, ...], ...] = ()
+    derived: bool = False
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -538,7 +540,8 @@ def anatomy_or_problems(model: nn.Module, family: Family | None) -> Anatomy | li
         given = family or families.configured(core)
     except ValueError as error:
         return [Problem(str(error), families.AS_JSON)]
-    row = given or FAMILIES.get(str(model_type)) or families.derived(core)
+    known = given or FAMILIES.get(str(model_type))
+    row = known or families.derived(core)
     if row is None:
         return [
             Problem(
@@ -570,7 +573,8 @@ def anatomy_or_problems(model: nn.Module, family: Family | None) -> Anatomy | li
         (
             task is None,
             f"What the labels of {name} mean is unknown.",
-            "Set task= in the family row: masked_lm, causal_lm, token_classification or sequence_classification.",
+            f"Set task= in the family row, as in family=Family(layers={row.layers!r}, heads={row.heads!r}, task=...): "
+            "masked_lm, causal_lm, token_classification or sequence_classification.",
         ),
         (
             task != "sequence_classification" and given is not None and bool(row.heads) and not head,
@@ -592,7 +596,7 @@ def anatomy_or_problems(model: nn.Module, family: Family | None) -> Anatomy | li
     assert isinstance(layers, nn.ModuleList | nn.Sequential)
     assert task is not None
     positionwise = row.positionwise if head and _can_skip_unlabelled(core, layers, row) else ()
-    return Anatomy(core, layers, head, task, classifier, positionwise)
+    return Anatomy(core, layers, head, task, classifier, positionwise, derived=known is None)
 
 
 def _can_skip_unlabelled(core: nn.Module, layers: nn.ModuleList | nn.Sequential, row: Family) -> bool:

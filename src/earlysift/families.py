@@ -117,7 +117,8 @@ def derived(core: nn.Module) -> Family | None:
     """The row of a model whose structure is plain; None if it is not.
 
     Its layers are the only list of like modules with weights (lists within a layer, as of experts, do not count), its
-    head what is defined beside them. That is a guess: `earlysift.checks.verified` compares it with the model.
+    head the last module with weights beside them, as the model's own forward does all before that. That is a guess:
+    `earlysift.checks.verified` compares it with the model.
 
     Args:
         core: The model, without wrappers.
@@ -132,10 +133,10 @@ def derived(core: nn.Module) -> Family | None:
     paths = _layer_lists(core)
     if len(paths) != 1:
         return None
-    names = [name for name in core._modules if _transforms(core.get_submodule(name))]
+    names = [name for name, module in core._modules.items() if module is not None and _weighs(module)]
     place = names.index(paths[0].partition(".")[0])
-    head = tuple(names[place + 1 :] or names[:place])  # RoBERTa's is defined in front of its layers
-    return Family(paths[0], (head,) if head else ())
+    beside = names[place + 1 :] or names[:place]  # RoBERTa's head is defined in front of its layers
+    return Family(paths[0], ((beside[-1],),) if beside else ())
 
 
 def found(core: nn.Module) -> str:
@@ -145,17 +146,21 @@ def found(core: nn.Module) -> str:
 
 
 def _layer_lists(core: nn.Module) -> list[str]:
-    """Paths of the outermost lists of two or more modules of one class that have weights."""
-    paths: list[str] = []
+    """Paths of the outermost lists of two or more modules of one class that all have weights.
+
+    What lies within a list of several classes is part of one of its layers, and no list of layers either.
+    """
+    lists: dict[str, nn.Module] = {}
     for path, module in core.named_modules():
-        inner = any(path.startswith(f"{outer}.") for outer in paths)
-        if not inner and isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 1:
-            alike = len({type(layer) for layer in module}) == 1
-            if alike and all(any(True for _ in layer.parameters()) for layer in module):
-                paths.append(path)
-    return paths
+        several = isinstance(module, nn.ModuleList | nn.Sequential) and sum(map(_weighs, module)) > 1
+        if path and several and not any(path.startswith(f"{outer}.") for outer in lists):
+            lists[path] = module
+    return [path for path, module in lists.items() if _are_alike(list(module.children()))]
 
 
-def _transforms(module: nn.Module) -> bool:
-    """Whether a module may be part of a head: it has weights, or drops states out."""
-    return any(True for _ in module.parameters()) or isinstance(module, nn.Dropout)
+def _are_alike(layers: list[nn.Module]) -> bool:
+    return all(map(_weighs, layers)) and len({type(layer) for layer in layers}) == 1
+
+
+def _weighs(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters())

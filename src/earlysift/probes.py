@@ -77,10 +77,10 @@ def probe(
         Gradients of the last layer as a stand-in: Katharopoulos and Fleuret, 2018, arXiv 1803.00942. The replay of
         exits and the use of inner products are ours.
     """
-    scoring = scorers.Scoring(**options)
-    anatomy = with_head(checks.as_compared(exits.find_anatomy(model, scoring.family)))
+    scoring, pool = scorers.Scoring(**options), pools.checked(pool)
+    anatomy = with_head(checks.usable(model, pool.data, scoring.family))
     head = exits.head_of(anatomy)  # before the head is taken out of the model
-    pool, classifies = pools.checked(pool), anatomy.task == "sequence_classification"
+    classifies = anatomy.task == "sequence_classification"
     rows = scoring.chunk_rows or pool.size
     per_sample = partial(scorers.sample_scores, anatomy=anatomy, head=head, reduction=scoring.reduction)
     exact, gradients = [], []

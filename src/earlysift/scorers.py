@@ -460,7 +460,7 @@ def _run(
 def _measured(approximation: Approximation, model: nn.Module, pool: Pool, scoring: Scoring) -> Tensor:
     measure = approximation.measure
     assert measure is not None
-    anatomy = checks.as_compared(exits.find_anatomy(model, scoring.family))
+    anatomy = checks.usable(model, pool.data, scoring.family)
     head: Head = (lambda logits: logits) if anatomy.task == "sequence_classification" else exits.head_of(anatomy)
 
     def read(chunk: _Chunk) -> Tensor:
@@ -502,7 +502,7 @@ def _read_by_probe(approximation: Approximation, model: nn.Module, pool: Pool, s
             "A probe belongs to a Sifter with score='probe' or score='blend' that scores at its depth, "
             f"{approximation.depth}. Score by it."
         )
-    anatomy = checks.as_compared(exits.find_anatomy(model, scoring.family))
+    anatomy = checks.usable(model, pool.data, scoring.family)
     run = partial(_run, anatomy, approximation.depth, model, pool, scoring)
     if anatomy.task == "sequence_classification":
         labels = pools.inputs_and_labels(pool.data)[1]

@@ -30,7 +30,7 @@ def commit(folder: Path = Path(__file__).parent) -> str | None:
         None outside a git checkout of earlysift; an environment within another project's checkout is none.
     """
     tracked = _git(folder, "ls-files", "__init__.py")
-    return tracked and _git(folder, "describe", "--always", "--dirty")
+    return tracked and _git(folder, "describe", "--always", "--dirty", "--exclude", "*")
 
 
 def line() -> str:

@@ -241,6 +241,8 @@ def workload_settings(name: str, settings: Settings, given: Collection[str] = ()
         for field in dataclasses.fields(Settings)
         if field.name not in own and (field.name in given or getattr(settings, field.name) != field.default)
     }
+    if "budget" in requested and "steps" not in requested:
+        row.pop("steps", None)
     return Settings(**{**row, **requested, "out": settings.out / name})
 
 

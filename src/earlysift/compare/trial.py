@@ -29,6 +29,7 @@ from earlysift.pretrain.workloads import Workload
 Point = dict[str, float]
 Run = dict[str, Any]
 _KINDS = ("read", "score", "probe", "lesson", "train", "reference model")
+_MIDWAY = 0.5  # of the budget, where arms select that do not at its ends
 _ROUNDING = 1e-9  # of the budget: what shares of equal steps may miss of 1
 
 
@@ -58,7 +59,7 @@ def rehearse(settings: Settings, workload: Workload, *, choose_threads: bool) ->
             environment.choose_threads(lambda: bench.update(bench.loss(batch)))
         for arm in (ARMS[name] for name in settings.arms):
             bench.stream = Stream(workload.samples, seed=0)
-            arm.steps(bench)(1.0)
+            arm.steps(bench)(max(_MIDWAY, settings.select_after))
         validation = workload.samples.validation.items()
         evaluate(bench, {name: rows[: settings.batch].to(bench.device) for name, rows in validation})
     except (RuntimeError, ArithmeticError) as error:
@@ -160,7 +161,7 @@ def run_trial(
         over = spent >= 1 - _ROUNDING
         run["finished"] = over or diverged
         on_share(1.0 if run["finished"] else spent)
-        due = settings.evaluations if over else math.floor(advanced * (settings.evaluations - 1)) + 1
+        due = settings.evaluations if over else math.floor((advanced + _ROUNDING) * (settings.evaluations - 1)) + 1
         if due > evaluations or diverged:
             evaluations = due
             yield evaluated()

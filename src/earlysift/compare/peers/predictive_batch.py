@@ -180,7 +180,8 @@ ARM = Arm(
     "predictive batches",
     "keeps the candidates with the largest loss as predicted from four statistics of their tokens (mean log frequency, "
     "length, share of distinct and of rare ones) by ridge regression on the losses of the last hundred batches or so; "
-    "the paper draws from classes of predicted loss, and fits by gradient steps. Counting the tokens is not charged",
+    "the paper draws from classes of predicted loss, and fits by gradient steps. Counting the tokens "
+    "is not charged, nor is fitting before selection begins",
     steps,
     source="Rasal, 2026, arXiv 2602.17066",
     scoring=Operation("predictive", "score", _scoring),
