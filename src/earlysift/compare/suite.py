@@ -17,9 +17,8 @@ from earlysift.files import write_json
 from earlysift.report.page import RESULTS, read_results
 
 # Rows are settings. Data are folders below --data; a checkpoint names the workload whose encoder is fine-tuned. Budgets
-# are in steps, so that a slow machine trains what a fast one does; the time is what a fast core takes for all arms and
-# seeds. Every workload is long enough for uniform training to leave its plateau (`benchmarks/run.py plateau`), and has
-# the arms that can act on it.
+# are in steps, so that a slow machine trains what a fast one does. Every workload is meant to be long enough for
+# uniform training to leave its plateau (`benchmarks/run.py plateau` measures it), and has the arms that can act on it.
 _SIFT = ("uniform", "sift", "sift-entropy", "free", "auto")
 # Samples return, and most are learnt: where approximate losses can pay. Every approximation runs, with a small keep.
 _SCORES = ("uniform", "memory", "memory-unbiased", "probe-2", "probe-2-unbiased", "blend-2", "sift-2", "free", "auto")
@@ -82,8 +81,9 @@ _CPU: dict[str, dict[str, Any]] = {
     },
     "redundant-text": {
         **_EPOCHS,
+        "arms": (*_SCORES, "infobatch", "predictive-batch"),
         "task": "causal_lm",
-        "data": ("redundant-text",),
+        "data": ("redundant-text",),  # benchmarks/redundant_text.py writes it
         "layers": 6,
         "vocab_size": 512,
         "steps": 3000,
