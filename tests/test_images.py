@@ -409,6 +409,14 @@ def test_a_path_that_is_neither_archive_nor_folder_is_refused(tmp_path):
         load(tmp_path, tmp_path)
 
 
+def test_a_class_whose_images_cannot_be_read_is_no_silent_gap(tmp_path):
+    write_images(tmp_path / "train", dict.fromkeys(CLASSES, 1))
+    (tmp_path / "train" / "zebra").mkdir()
+    (tmp_path / "train" / "zebra" / "one.gif").write_bytes(b"GIF89a")
+    with pytest.raises(ValueError, match=r"train/zebra: expected images of this class .*, found none; convert them"):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize("parts", [[], ["train"], ["train", "test"]])
 def test_a_folder_without_images_is_refused_with_the_layout(parts, tmp_path):
     for part in parts[:-1]:

@@ -291,6 +291,10 @@ def test_the_overall_verdict_is_not_that_of_an_arm_that_never_acted_if_another_d
     assert overall_verdict({"comparison": {"mine": idle}}) == idle["verdict"]
 
 
+def test_uniform_training_alone_is_no_comparison():
+    assert overall_verdict({"comparison": {}}) == "No verdict: no arm beside uniform training has finished."
+
+
 def auto_run(seed, *steps_of_probes, switched=False):
     """Of 15 steps."""
     control = [{"step": step, "reference_s": 2.0 * step} for step in steps_of_probes]

@@ -313,7 +313,7 @@ def overall_verdict(results: dict[str, Any]) -> str:
     acted = [name for name, entry in comparison.items() if entry.get("withheld") != NEVER_ACTED.word]
     name = next((name for name in (AUTO, "sift", *acted, *comparison) if name in comparison), None)
     if name is None:
-        return "No verdict: the comparison was stopped before an arm finished."
+        return "No verdict: no arm beside uniform training has finished."
     return str(comparison[name]["verdict"])
 
 

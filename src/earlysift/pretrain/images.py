@@ -226,6 +226,13 @@ def _files_of(folder: Path) -> list[Path]:
             f"{folder}: expected a folder for every class with images ({' '.join(sorted(_SUFFIXES))}), found none; "
             "arrange them as train/<class>/ and validation/<class>/, or as <class>/ alone"
         )
+    classes = {file.parent for file in files}
+    without = [inner for inner in sorted(folder.iterdir()) if inner.is_dir() and inner not in classes]
+    if bare := [inner for inner in without if not inner.name.startswith(".")]:
+        raise ValueError(
+            f"{bare[0]}: expected images of this class ({' '.join(sorted(_SUFFIXES))}), found none; convert them, or "
+            "remove the folder"
+        )
     return files
 
 
