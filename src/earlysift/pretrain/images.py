@@ -227,11 +227,11 @@ def _files_of(folder: Path) -> list[Path]:
             "arrange them as train/<class>/ and validation/<class>/, or as <class>/ alone"
         )
     classes = {file.parent for file in files}
-    without = [inner for inner in sorted(folder.iterdir()) if inner.is_dir() and inner not in classes]
-    if bare := [inner for inner in without if not inner.name.startswith(".")]:
+    others = [inner for inner in sorted(folder.iterdir()) if inner.is_dir() and not inner.name.startswith(".")]
+    if unread := [inner for inner in others if inner not in classes and any(inner.iterdir())]:
         raise ValueError(
-            f"{bare[0]}: expected images of this class ({' '.join(sorted(_SUFFIXES))}), found none; convert them, or "
-            "remove the folder"
+            f"{unread[0]}: expected images of this class ({' '.join(sorted(_SUFFIXES))}), found other files alone; "
+            "convert them, or remove the folder"
         )
     return files
 
