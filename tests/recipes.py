@@ -29,6 +29,7 @@ def changed(loop, differ=difflib.ndiff):
 
 def run(loop, kind, folder, *arguments):
     """Copy a recipe into a folder, and run it there; nothing of it stays in this process."""
+    forget()  # other tests in this process may have left an Accelerator
     folder.mkdir(parents=True, exist_ok=True)
     script = RECIPES / loop / f"{kind}.py"
     before = Path.cwd(), sys.argv, dict(os.environ)

@@ -1196,7 +1196,7 @@ def test_unknown_score_is_refused_with_the_known_ones():
 @pytest.mark.parametrize("score", ["loss", "entropy", "exact"])
 def test_unknown_family_is_refused_with_the_way_out(score):
     with pytest.raises(
-        ValueError, match=r"Linear cannot be sifted with:\n- .* is unknown\. Pass a row: family=Family\("
+        ValueError, match=r"Linear cannot be sifted with:\n- .* is unknown, and .*\. Pass a row: family=Family\("
     ):
         Sifter(nn.Linear(2, 2), score=score)
 
