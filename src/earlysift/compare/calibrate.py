@@ -60,13 +60,16 @@ def measure_operations(
     bench = Bench(workload, settings, seed=0, medians_ms={}, ledger=ledger)
     bench.set_rate(1.0)  # a learning rate of zero costs the same and cannot diverge
     prepared = {operation.name: operation.prepare(bench) for operation in operations}
-    least_s = min(_LEAST_S, _LEAST_SHARE * settings.budget)
     started, rounds, done = time.perf_counter(), 0, 0.0
     while done < 1:
         for name, run in prepared.items():
             with ledger.timed(name):
                 run()
         rounds += 1
+        budget_s = settings.budget
+        if settings.steps is not None:
+            budget_s = settings.steps * statistics.median(ledger.times_ms(TRAIN.name)) / 1e3
+        least_s = min(_LEAST_S, _LEAST_SHARE * budget_s)
         measured, elapsed_s = rounds - _WARMUP_ROUNDS, time.perf_counter() - started
         enough = min(measured / _FEWEST_ROUNDS, elapsed_s / least_s)
         done = max(enough, elapsed_s / _MOST_S) if measured >= _WARMUP_ROUNDS else 0.0
