@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 
 .PHONY: demo demo-bert test lint bench scorecard docs site examples pages dist check-dist clean
 
-demo: .venv/runtime.stamp  ## where selection pays and where it does not, in three minutes
+demo: .venv/runtime.stamp  ## where selection pays and where it does not, in a few minutes
 	$(BIN)/earlysift compare --suite demo --jobs 2 --out runs/both --force
 
 demo-bert: .venv/runtime.stamp  ## a 12-layer BERT, uniformly and with SIFT, on text that every machine has; ten minutes

@@ -59,9 +59,7 @@ def measure(name: str) -> dict[str, Any]:
 
 def exit_and_stock(name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits at an exit, and those of a stock model of as many layers that holds the same weights."""
-    model, stock = zoo.build(name), zoo.build(name, DEPTH)
-    weights = model.state_dict()
-    stock.load_state_dict({key: weights[key] for key in stock.state_dict()})
+    model, stock = zoo.build(name), zoo.stock(name, DEPTH)
     inputs, _ = pools.inputs_and_labels(zoo.batch(name))
     with torch.no_grad():
         with exits.truncated(model, DEPTH):

@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,7 +15,7 @@ from earlysift.compare.suite import SUITES, missing_data, workload_settings
 
 TIMES = 3
 ENOUGH = 0.5
-SMOKE = {"evaluations": 2, "validation_samples": 32, "layers": 2, "width": 32}
+SMOKE: dict[str, Any] = {"steps": 10, "validation_samples": 32, "layers": 2, "width": 32}
 
 TITLE = "Whether workloads leave their plateau"
 ABOUT = f"""Uniform training of every workload of the suite (`earlysift compare --suite cpu`) on one seed, with its own
@@ -34,25 +35,33 @@ TABLES: dict[str, measuring.Columns] = {
 
 def plan(given: Namespace) -> dict[str, Callable[[], dict[str, Any]]]:
     """Workloads whose data are there, and how to measure them."""
-    names = ["digits"] if given.smoke else list(SUITES["cpu"])
-    rows = {name: workload_settings(name, Settings(suite="cpu", data=(given.data,), seeds=1)) for name in names}
+    suite = Settings(suite="cpu", data=(given.data,), arms=("uniform",), seeds=1, evaluations=2)
+    smaller = SMOKE if given.smoke else {}
+    rows = {
+        name: replace(workload_settings(name, suite, ("arms", "seeds", "evaluations")), save_encoder=False, **smaller)
+        for name in (["digits"] if given.smoke else SUITES["cpu"])
+    }
     return {
-        name: partial(measure, name, given.data, smoke=given.smoke)
+        name: partial(measure, row)
         for name, row in rows.items()
         if missing_data(row) is None and row.checkpoint is None
     }
 
 
-def measure(name: str, data: Path, *, smoke: bool = False) -> dict[str, Any]:
+def measure(workload: Settings) -> dict[str, Any]:
     """Accuracy with the budget of a workload, and with three times that."""
+    assert workload.steps is not None
     with TemporaryDirectory() as folder:
-        short, long = (_uniform(name, data, Path(folder), times, smoke=smoke) for times in (1, TIMES))
+        short, long = (
+            compare(replace(workload, steps=times * workload.steps, out=Path(folder, str(times))))
+            for times in (1, TIMES)
+        )
     ignoring = short["baseline"]["accuracy"]
     reached, longer = (results["arms"]["uniform"]["runs"][0]["final_accuracy"] for results in (short, long))
     return {
         "rows": [
             {
-                "steps": short["config"]["steps"],
+                "steps": workload.steps,
                 "ignoring": ignoring,
                 "accuracy": reached,
                 "longer": longer,
@@ -60,12 +69,3 @@ def measure(name: str, data: Path, *, smoke: bool = False) -> dict[str, Any]:
             }
         ]
     }
-
-
-def _uniform(name: str, data: Path, folder: Path, times: int, *, smoke: bool) -> dict[str, Any]:
-    row = SUITES["cpu"][name]
-    size: dict[str, Any] = SMOKE if smoke else {"evaluations": 2}
-    suite = Settings(suite="cpu", data=(data,), out=folder / str(times), arms=("uniform",), seeds=1)
-    steps = times * (10 if smoke else row["steps"])
-    workload = workload_settings(name, suite, ("arms", "seeds"))
-    return compare(Settings(**{**vars(workload), **size, "steps": steps, "save_encoder": False}))

@@ -140,6 +140,13 @@ def build(name: str, layers: int = LAYERS) -> nn.Module:
     return model.eval()
 
 
+def stock(name: str, layers: int) -> nn.Module:
+    """A model of so many layers that holds the weights of the whole one."""
+    model, weights = build(name, layers), build(name).state_dict()
+    model.load_state_dict({key: weights[key] for key in model.state_dict()})
+    return model
+
+
 def batch(name: str, rows: int = 4) -> dict[str, Tensor]:
     """Inputs with labels."""
     animal, draws = ZOO[name], Generator().manual_seed(1)

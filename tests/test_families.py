@@ -34,7 +34,7 @@ def test_an_exit_by_a_derived_row_is_a_stock_model_of_fewer_layers_with_the_same
     state = torch.get_rng_state()
     sifter = Sifter(model.train(), keep=0.5, depth=bench_families.DEPTH, dtype=None)
     batch = sifter.sift(pool)
-    kept = scorers.exact_loss(stock_of(name), pool, dtype=None).topk(2).indices.sort().values
+    kept = scorers.exact_loss(zoo.stock(name, bench_families.DEPTH), pool, dtype=None).topk(2).indices.sort().values
     assert all(torch.equal(batch[key], pool[key][kept]) for key in pool)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
@@ -87,6 +87,14 @@ def test_a_model_that_is_a_list_or_has_an_empty_place_is_a_problem_and_no_crash(
     model = Stacked()
     model.register_module("auxiliary", None)
     assert families.derived(model) == families.derived(Stacked())
+
+
+def test_a_row_that_was_derived_holds_while_the_model_is_shortened_to_one_layer():
+    model = zoo.build("mistral")
+    anatomy = exits.find_anatomy(model)
+    with exits.truncated(model, 1):
+        assert exits.find_anatomy(model)[:5] == anatomy[:5]
+    assert exits.find_anatomy(model) == anatomy
 
 
 class Pooled(nn.Module):
@@ -147,10 +155,3 @@ def test_a_derived_head_that_is_not_the_models_is_left_for_the_models_own_logits
         logits = exits.call(model.eval(), pools.inputs_and_labels(pool)[0])
     slow = nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), pool["labels"][:, 1:], reduction="none")
     torch.testing.assert_close(scores, slow.mean(dim=1), rtol=1e-4, atol=1e-4)
-
-
-def stock_of(name):
-    """A stock model of as many layers as run, with the weights of the whole one."""
-    weights, stock = zoo.build(name).state_dict(), zoo.build(name, bench_families.DEPTH)
-    stock.load_state_dict({key: weights[key] for key in stock.state_dict()})
-    return stock

@@ -11,6 +11,7 @@ A transformers config may contain its row, under ``earlysift_family``:
 
 from dataclasses import dataclass
 from typing import Any, get_args
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -91,6 +92,9 @@ FAMILIES: dict[str, Family] = {
 IN_CONFIG = "earlysift_family"
 """A row under this name in a transformers config takes precedence over `FAMILIES`."""
 
+# Rows derived so far: walking a model takes longer than many a kernel, and one that is shortened would not show them.
+_DERIVED: WeakKeyDictionary[nn.Module, Family] = WeakKeyDictionary()
+
 AS_JSON = """Write it as {"layers": "model.layers", "heads": [["lm_head"]], "task": "causal_lm"}."""
 
 
@@ -130,13 +134,15 @@ def derived(core: nn.Module) -> Family | None:
         >>> derived(model)
         Family(layers='blocks', heads=(('head',),), task=None, positionwise=())
     """
+    if core in _DERIVED:
+        return _DERIVED[core]
     paths = _layer_lists(core)
     if len(paths) != 1:
         return None
     names = [name for name, module in core._modules.items() if module is not None and _weighs(module)]
     place = names.index(paths[0].partition(".")[0])
     beside = names[place + 1 :] or names[:place]  # RoBERTa's head is defined in front of its layers
-    return Family(paths[0], ((beside[-1],),) if beside else ())
+    return _DERIVED.setdefault(core, Family(paths[0], ((beside[-1],),) if beside else ()))
 
 
 def found(core: nn.Module) -> str:

@@ -118,7 +118,7 @@ _CPU: dict[str, dict[str, Any]] = {
 _BERT_BASE = {"layers": 12, "width": 768, "length": 128, "vocab_size": 30_522}
 _GPU = _BERT_BASE | {"device": "cuda", "batch": 256, "learning_rate": 2e-4, "validation_samples": 2048}
 
-# Both faces in three minutes, on data that every machine has: one seed, so a demonstration and no evidence.
+# Both faces in a few minutes, on data that every machine has: one seed, so a demonstration and no evidence.
 _ONE_SEED = {"seeds": 1, "evaluations": 16}
 _DEMO: dict[str, dict[str, Any]] = {
     "digits": {**_CPU["digits"], **_ONE_SEED, "steps": 1000, "arms": ("uniform", "sift-2", "probe-2", "auto")},

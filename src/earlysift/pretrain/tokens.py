@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import itertools
 import json
 import os
 import tempfile
@@ -173,10 +172,7 @@ def character_tokenizer(documents: Sequence[str], vocab_size: int) -> "Tokenizer
         raise ValueError(f"expected a vocabulary of 7 entries or more, got vocab_size={vocab_size}; 64 suits English")
     tokenizers = optional_package("tokenizers", extra="hf")
     normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True, strip_accents=True)
-    counts = Counter[str]()
-    for character, count in Counter(itertools.chain.from_iterable(documents)).items():
-        counts.update(dict.fromkeys(normalizer.normalize_str(character), count))
-    known = sorted(counts, key=lambda character: (-counts[character], character))[:room]
+    known = _by_frequency(documents, normalizer)[:room]
     vocabulary = {token: number for number, token in enumerate([*SPECIAL_TOKENS, *known])}
     tokenizer: Tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizer
@@ -199,15 +195,19 @@ def _wordpiece(vocabulary: dict[str, int], *, lowercase: bool) -> "Tokenizer":
 
 def _alphabet(documents: Sequence[str], tokenizer: "Tokenizer", limit: int) -> list[str]:
     """The most frequent letters of the normalized documents, in order of frequency."""
+    return [letter for letter in _by_frequency(documents, tokenizer.normalizer) if not letter.isspace()][:limit]
+
+
+def _by_frequency(documents: Sequence[str], normalizer: Any) -> list[str]:
+    """All characters of the normalized documents, blanks among them, the most frequent first."""
     raw = Counter[str]()
     for document in documents:
         raw.update(document)
     counts = Counter[str]()
     for character, count in raw.items():
-        for letter in tokenizer.normalizer.normalize_str(character):
-            counts[letter] += count
-    letters = [letter for letter in counts if not letter.isspace()]
-    return sorted(letters, key=lambda letter: (-counts[letter], letter))[:limit]
+        for normalized in normalizer.normalize_str(character):
+            counts[normalized] += count
+    return sorted(counts, key=lambda character: (-counts[character], character))
 
 
 def _inside_word(letter: str, tokenizer: "Tokenizer") -> bool:

@@ -1,6 +1,6 @@
-"""Masked language modelling of single characters: a small ModernBERT leaves its plateau within minutes on one core.
+"""Masked language modelling of single characters, by a ModernBERT: a task that small models can get far in.
 
-BERT's learned positions and its norms behind the layers hold models as small as these back for hours.
+Learned positions and norms behind the layers, as BERT has them, hold small masked models back on their plateau.
 """
 
 from earlysift.pretrain.language import read_blocks
