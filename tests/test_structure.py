@@ -18,7 +18,7 @@ FLOORS = {
     "presets": -2,
     "helps": -1,
     "versions": -1,
-    "pools": 0,
+    "pools": -1,
     "losses": 0,
     "families": -1,
     "exits": 0,

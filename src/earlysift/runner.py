@@ -16,7 +16,7 @@ from earlysift.blend import Blend
 from earlysift.config import SiftConfig
 from earlysift.controller import Control
 from earlysift.exit_probe import ExitProbe
-from earlysift.exits import Anatomy, ExitHead
+from earlysift.exits import Anatomy, ExitHead, Problem
 from earlysift.fidelity import fidelity
 from earlysift.ledger import Ledger
 from earlysift.measures import LOSS
@@ -71,6 +71,8 @@ class Runner:
         optional = self._compared and config.family is None
         with suppress(ValueError) if optional else nullcontext():
             self.anatomy = exits.find_anatomy(model, config.family)
+        if self.anatomy is not None and (problems := _unfit(config, self.anatomy)):
+            raise ValueError(exits.problem_report(model, problems))
         self.control = self.candidates() if config.mode == "auto" else None
         exit_probes = {depth: ExitProbe(config.seed) for depth in self._probed_depths()}
         self.learnt = Learnt(
@@ -210,7 +212,7 @@ class Runner:
             return
         anatomy = exits.find_anatomy(self.model, self.config.family)
         if self._exits:
-            inputs, _ = pools.inputs_and_labels(pool.take(slice(0, 2)).data)
+            inputs, _ = pools.inputs_and_labels(pool.take(slice(0, 2)).data, anatomy.labels)
             problems = checks.dry_run(self.model, anatomy, self.config.depth, inputs, exit_head=self.exit_head)
             if problems:
                 raise ValueError(exits.problem_report(self.model, problems))
@@ -317,6 +319,10 @@ class Runner:
             self.exit_optimizer.step()
             self.exit_optimizer.zero_grad()
 
+    def has_labels(self, rows: Any) -> bool:
+        """Whether rows have labels where the model's family has them."""
+        return self.anatomy is not None and pools.has_labels(rows, self.anatomy.labels)
+
     def filled_up(self, pool: Pool, rows: int) -> Pool:
         """A pool as long as those of other ranks, by rows of its own, if it takes all ranks to run the model.
 
@@ -348,7 +354,7 @@ class Runner:
 
     def note_work(self, rows: Any, name: str, depth: int | None = None, *, passes: int = 1) -> None:
         """Note positions and FLOPs of passes to a depth (None: all layers), if they can be counted."""
-        if self.anatomy is None or not pools.has_labels(rows):
+        if self.anatomy is None or not self.has_labels(rows):
             return
         positions = self._max_positions(depth)
         try:
@@ -398,3 +404,22 @@ class Runner:
             skips = depth is not None and exits.skips_unlabelled(self.model, self.anatomy, self.config.max_positions)
             self._laws[depth] = costs.flops_law(self.anatomy, depth, skips_unlabelled=skips)
         return self._laws[depth]
+
+
+def _unfit(config: SiftConfig, anatomy: Anatomy) -> list[Problem]:
+    """Choices that a task does not allow."""
+    if anatomy.by_token or anatomy.task == "sequence_classification":
+        return []
+    rules = [
+        (
+            config.mode == "auto" or config.score in ("probe", "blend"),
+            f"Probes of exits and auto mode know classes and tokens, not {anatomy.task}.",
+            "Use mode='fixed' with score='loss', 'exact' or 'memory'.",
+        ),
+        (
+            config.trim,
+            f"trim=True would change the loss of a sample in {anatomy.task}, which depends on its padding.",
+            "Use trim=False.",
+        ),
+    ]
+    return [Problem(reason, remedy) for wrong, reason, remedy in rules if wrong]

@@ -132,7 +132,8 @@ class SiftTrainerMixin(_Base):  # type: ignore[misc, valid-type]
 
     def _observed_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         found: list[Tensor] = []
-        labels = inputs.get(pools.LABELS_KEY)
+        keys = self._anatomy.labels if self._anatomy else ()
+        labels = pools.inputs_and_labels(inputs, keys)[1] if keys and pools.has_labels(inputs, keys) else None
 
         def read(_model: nn.Module, _inputs: Any, outputs: Any) -> None:
             if not found:  # TRL may run the model again for its metrics
