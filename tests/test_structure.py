@@ -20,6 +20,7 @@ FLOORS = {
     "versions": -1,
     "pools": -1,
     "losses": 0,
+    "packing": 0,
     "families": -1,
     "exits": 0,
     "selectors": 0,

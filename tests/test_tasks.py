@@ -6,16 +6,19 @@ The slow twin is that model with copies of the weights, run on one sample at a t
 import copy
 import itertools
 import logging
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
 from torch import Generator, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainingArguments
 
 import models
-from earlysift import Family, SiftConfig, Sifter, check, losses, pools, scorers
+from earlysift import Family, SiftConfig, Sifter, check, checkup, costs, exits, losses, pools, scorers
 from earlysift.adapters.huggingface import SiftTrainer
 from earlysift.measures import ENTROPY, LOSS
 from models import CLASSES, VOCABULARY, build, shorter
@@ -85,6 +88,9 @@ def test_question_answering_at_an_exit_is_a_stock_model_of_fewer_layers(family):
 
 
 def test_the_loss_of_answers_and_its_gradients_are_the_models():
+    pool = questions()
+    pool["start_positions"][0] = LENGTH  # the comparison with the model takes rows whose answers are there
+    Sifter(reader(), keep=0.5).sift(pool)
     assert_sifted_loss_is_the_models(reader(), questions())
 
 
@@ -124,12 +130,34 @@ def test_other_measures_read_both_ends_of_an_answer():
     [
         ({"mode": "auto"}, "Probes of exits and auto mode know classes and tokens, not question_answering"),
         ({"score": "probe"}, "Probes of exits and auto mode know classes and tokens, not question_answering"),
-        ({"trim": True}, "depends on its padding"),
+        ({"trim": True}, "change the padding of samples"),
+        ({"scope": "global"}, "change the padding of samples"),
     ],
 )
 def test_what_answers_do_not_allow_is_refused_before_the_first_pool(options, reason):
     with pytest.raises(ValueError, match=reason):
         Sifter(reader(), keep=0.5, **options)
+
+
+def test_the_flops_of_reading_answers_are_those_that_torch_counts():
+    model = reader()
+    anatomy, pool = exits.find_anatomy(model), questions()
+    for depth in (None, DEPTH):
+        score = scorers.exact_loss if depth is None else partial(scorers.early_exit_loss, depth=depth)
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            score(model, pool, dtype=None)
+        work = costs.batch_work(anatomy, pool, "scored", costs.flops_law(anatomy, depth))
+        assert work == {
+            "scored_tokens": ROWS * LENGTH,
+            "scored_flops": pytest.approx(counter.get_total_flops(), rel=1e-3),
+        }
+
+
+def test_a_checkup_draws_answers_and_has_no_sounds():
+    pool = checkup.random_pool(reader(), 6, length=8, labelled_fraction=None, device=torch.device("cpu"))
+    assert check(reader(), inputs=pool) == []
+    with pytest.raises(ValueError, match="CTC needs sounds"):
+        checkup.random_pool(listener(), 6, length=8, labelled_fraction=None, device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize("options", [{}, {"score": "memory", "sample_id": "id"}], ids=["loss", "memory"])
@@ -308,8 +336,8 @@ def test_a_pool_without_labels_names_the_keys_that_it_has_and_how_to_name_one():
 
 def test_a_row_without_layers_changes_only_what_it_gives():
     model = build("llama", "causal_lm")
-    assert scorers.exits.find_anatomy(model, Family(labels="y"))[:7] == scorers.exits.find_anatomy(model)[:7]
-    assert scorers.exits.find_anatomy(model, Family(task="masked_lm")).task == "masked_lm"
+    assert exits.find_anatomy(model, Family(labels="y"))[:7] == exits.find_anatomy(model)[:7]
+    assert exits.find_anatomy(model, Family(task="masked_lm")).task == "masked_lm"
     for row, reason in (
         (Family(labels=("a", "b")), "Expected 1 keys of labels for causal_lm"),
         (Family(heads=(("nothing",),)), "has none of the heads"),

@@ -7,14 +7,15 @@ around them.
 
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from earlysift import exits, losses, pools
+from earlysift import exits, losses, packing, pools
 from earlysift.exits import Anatomy, Problem
 from earlysift.families import Family
 
@@ -32,7 +33,10 @@ _NO_MEAN = (
     "samples: it is a sum, or depends on the other samples of the batch, as that of contrastive pairs does.",
     "Score with your own callable, score=lambda model, pool: ..., or train on whole pools.",
 )
-_RESTARTING = "position_ids"  # which tell the documents of a row apart
+_CACHED = (
+    "Set model.config.use_cache = False: with a cache the model does not look whether position_ids begin anew within a "
+    "row, and lets the documents of a row attend to one another."
+)
 _LOGITS: dict[str, tuple[int, str]] = {
     "sequence_classification": (2, "(R, C)"),
     "question_answering": (3, "(R, 2, T) of starts and ends"),
@@ -105,6 +109,46 @@ def verified(model: nn.Module, batch: Any, family: Family | None = None) -> Anat
     if _key(anatomy) not in _COMPARED.get(anatomy.core, {}):
         _compare_and_remember(model, anatomy, batch)
     return as_compared(anatomy)
+
+
+def require_apart(model: nn.Module, rows: Any, flattened: Any, family: Family | None = None) -> None:
+    """Refuse documents of a flattened row that depend on one another: they would be scored as what they are not.
+
+    Args:
+        model: The model, wrapped or not; unchanged afterwards.
+        rows: Documents, a row each (`earlysift.packing.apart`).
+        flattened: The same documents in one row, as the model is trained on them.
+        family: A row for a model that `earlysift.families.FAMILIES` does not know.
+
+    Raises:
+        ValueError: If the model's logits differ, or a document is to predict the first token of the next one.
+    """
+    anatomy = exits.find_anatomy(model, family)
+    (inputs, _), (together, labels) = (pools.inputs_and_labels(each, anatomy.labels) for each in (rows, flattened))
+    with torch.no_grad(), exits.uncompiled(), exits.scoring_mode(model), _noted_tolerances(anatomy) as tolerances:
+        alone = exits.call(model, inputs)
+        own = exits.logits_of(exits.run(model, together, cache=True))
+    alone = alone[inputs[packing.MASK].bool()][None]
+    difference = "another shape" if alone.shape != own.shape else _difference(alone, own, max(tolerances))
+    cached = getattr(getattr(anatomy.core, "config", None), "use_cache", False)
+    begins = inputs[packing.MASK].sum(dim=1).cumsum(0)[:-1]
+    crossing = anatomy.task == "causal_lm" and bool((labels[0, begins] != losses.IGNORED_LABEL).any())
+    rules = [
+        (
+            difference is not None,
+            f"The model does not keep the documents of a flattened row apart: their logits are others than alone "
+            f"({difference}).",
+            _CACHED if cached else "Use an attention that looks at position_ids, or turn padding-free collation off.",
+        ),
+        (
+            crossing,
+            "A document of the flattened row is to predict the first token of the next one.",
+            f"Give the first token of every document the label {losses.IGNORED_LABEL}.",
+        ),
+    ]
+    problems = [Problem(reason, remedy) for wrong, reason, remedy in rules if wrong]
+    if problems:
+        raise ValueError(exits.problem_report(model, problems))
 
 
 def as_compared(anatomy: Anatomy) -> Anatomy:
@@ -209,10 +253,13 @@ def dry_run(
 
 
 def _compare_and_remember(model: nn.Module, anatomy: Anatomy, batch: Any) -> None:
-    _, labels = pools.inputs_and_labels(batch, anatomy.labels)
+    inputs, labels = pools.inputs_and_labels(batch, anatomy.labels)
     undecided = _undecided(anatomy, labels)
     # Preferably rows with labels; but all ranks of a sharded model must run the same passes, so any rows will do.
-    labelled = (labels.reshape(len(labels), -1) != losses.IGNORED_LABEL).any(dim=1)
+    if anatomy.task == "question_answering":
+        labelled = (labels < pools.length(inputs)).all(dim=1)
+    else:
+        labelled = (labels.reshape(len(labels), -1) != losses.IGNORED_LABEL).any(dim=1)
     rows = labelled.int().argsort(descending=True, stable=True)[:_ROWS]
     inputs, labels = pools.inputs_and_labels(pools.take(batch, rows), anatomy.labels)
     head_problems, other_problems = _comparison(model, anatomy, inputs, labels)
@@ -252,20 +299,29 @@ def _headless(anatomy: Anatomy) -> Anatomy:
     return anatomy._replace(head=(), classifier=(), positionwise=())
 
 
-def _comparison(
-    model: nn.Module, anatomy: Anatomy, inputs: Any, labels: Tensor | None
-) -> tuple[list[Problem], list[Problem]]:
-    """Problems of the head, which using the model's own logits solves, and other problems."""
-    tolerances = []
+@contextmanager
+def _noted_tolerances(anatomy: Anatomy) -> Iterator[list[float]]:
+    """Note which rounding errors the precision of the passes within this context explains."""
+    tolerances = [_PRECISE if torch.get_float32_matmul_precision() == "highest" else _COARSE]
 
-    def note_tolerance(_layer: nn.Module, _arguments: Any, output: Any) -> None:
+    def note(_layer: nn.Module, _arguments: Any, output: Any) -> None:
         states = output[0] if isinstance(output, tuple | list) else output
         autocast = torch.is_autocast_enabled(states.device.type)  # also if entered by the model's own forward
         tolerances.append(_COARSE if autocast or states.dtype.itemsize < 4 else _PRECISE)
 
-    handle = anatomy.layers[0].register_forward_hook(note_tolerance)
+    handle = anatomy.layers[0].register_forward_hook(note)
     try:
-        with torch.no_grad(), exits.uncompiled(), exits.scoring_mode(model):
+        yield tolerances
+    finally:
+        handle.remove()
+
+
+def _comparison(
+    model: nn.Module, anatomy: Anatomy, inputs: Any, labels: Tensor | None
+) -> tuple[list[Problem], list[Problem]]:
+    """Problems of the head, which using the model's own logits solves, and other problems."""
+    try:
+        with torch.no_grad(), exits.uncompiled(), exits.scoring_mode(model), _noted_tolerances(anatomy) as tolerances:
             own = exits.call(model, inputs)
     except Exception as error:  # models may fail in any way on inputs that do not fit
         return [], [
@@ -274,14 +330,11 @@ def _comparison(
                 _remedy(anatomy, inputs, "Check that the model can be called with a batch of the same loader."),
             )
         ]
-    finally:
-        handle.remove()
     dimensions, shape = _LOGITS.get(anatomy.task, (3, "(R, T, V)"))
     if own.ndim != dimensions or (labels is not None and len(own) != len(labels)):
         reason = f"Expected logits {shape} of two rows for {anatomy.task}, got {tuple(own.shape)}."
         return [], [Problem(reason, "Set the task in the family row.")]
-    exact = torch.get_float32_matmul_precision() == "highest"
-    tolerance = max(tolerances, default=_PRECISE) if exact else _COARSE
+    tolerance = max(tolerances)
     # Auto mode takes what is named behind the pooling of a classifier for its head.
     named = anatomy._replace(head=anatomy.head or anatomy.classifier) if anatomy.derived else anatomy
     head_problems = _head_problems(model, named, inputs, own, tolerance)
@@ -332,7 +385,8 @@ def _loss_problems(
     difference = _difference(computed, own, tolerance)
     if difference is None:
         return []
-    if _is_no_mean(model, anatomy, batch, tolerance):
+    # Ranks of a sharded model must all make the same passes.
+    if not hasattr(anatomy.core, "_get_fsdp_state") and _is_no_mean(model, anatomy, batch, tolerance):
         return [Problem(*_NO_MEAN)]
     return [
         Problem(
@@ -356,11 +410,8 @@ def _is_no_mean(model: nn.Module, anatomy: Anatomy, batch: Mapping[str, Any], to
 
 def _other_loss(anatomy: Anatomy, inputs: Mapping[str, Any], labels: Tensor) -> str:
     """The way out where the model computes another loss than the row says."""
-    if _RESTARTING in inputs and getattr(getattr(anatomy.core, "config", None), "use_cache", False):
-        return (
-            "Set model.config.use_cache = False: with a cache the model does not look whether position_ids restart "
-            "within a row, and lets the documents of a row attend to one another."
-        )
+    if packing.PLACES in inputs and getattr(getattr(anatomy.core, "config", None), "use_cache", False):
+        return _CACHED
     if anatomy.task != "sequence_classification":
         return (
             f"Set the task in the family row; it is now {anatomy.task!r}. causal_lm shifts the labels by one position, "
@@ -409,7 +460,7 @@ def _own_loss(model: nn.Module, anatomy: Anatomy, batch: Mapping[str, Any]) -> T
     before = getattr(config, "problem_type", None)
     try:
         with torch.no_grad(), exits.uncompiled(), exits.scoring_mode(model):
-            output = exits.run(model, batch, cache=_RESTARTING in batch)
+            output = exits.run(model, batch, cache=packing.PLACES in batch)
     except Exception:  # then there is no loss to compare with
         return None
     finally:

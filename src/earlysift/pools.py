@@ -46,7 +46,8 @@ def pool_size(pool: Any) -> int:
     if packed:
         raise ValueError(
             "The pool is one packed (padding-free) row, so its samples cannot be told apart by row. "
-            "Turn padding-free collation or packing off, or pad to a fixed length."
+            "Turn padding-free collation or packing off, pad to a fixed length, or give `Sifter.sift` position_ids "
+            "(1, T) and no attention_mask: it sets the documents apart."
         )
     if len(set(sizes.values())) > 1:
         listing = ", ".join(f"{path}: {size}" for path, size in sizes.items())
@@ -109,7 +110,7 @@ def checked(pool: Any, id_key: str | None = None, samples: int | None = None, gr
         ids = require_ids(ids, size, samples, f"under {id_key!r} in the pool")
     if group_key is not None:
         groups = require_groups(groups, size, f"under {group_key!r} in the pool")
-    return Pool(_like(pool, {key: value for key, value in pool.items() if key not in keys}), size, ids, groups)
+    return Pool(like(pool, {key: value for key, value in pool.items() if key not in keys}), size, ids, groups)
 
 
 def require_ids(ids: object, size: int, samples: int | None, place: str) -> Tensor:
@@ -312,7 +313,7 @@ def pad(batch: Any, length: int, fills: Mapping[str, int], *, left: bool = False
         return torch.cat([padding, rows] if left else [rows, padding], dim=1)
 
     items = {key: map_rows(value, partial(lengthened, fill=fills.get(key, 0)), size) for key, value in batch.items()}
-    return _like(batch, items)
+    return like(batch, items)
 
 
 def _has_positions(rows: Any, mask: Tensor) -> bool:
@@ -343,7 +344,7 @@ def map_rows(pool: Any, function: Callable[[Any], Any], size: int) -> Any:
     if isinstance(pool, Tensor):
         return pool if pool.ndim == 0 else function(pool)
     if isinstance(pool, Mapping):
-        return _like(pool, {key: map_rows(value, function, size) for key, value in pool.items()})
+        return like(pool, {key: map_rows(value, function, size) for key, value in pool.items()})
     if isinstance(pool, tuple | list):
         if len(pool) == size and not hasattr(pool, "_fields") and not any(True for _ in _tensors(pool)):
             return function(pool)  # a column of plain objects, one a candidate
@@ -352,7 +353,8 @@ def map_rows(pool: Any, function: Callable[[Any], Any], size: int) -> Any:
     return pool
 
 
-def _like(pool: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
+def like(pool: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
+    """Items in a mapping of the type of another one."""
     if isinstance(pool, defaultdict):
         return defaultdict(pool.default_factory, items)
     return items if type(pool) is dict else type(pool)(items)  # type: ignore[call-arg]

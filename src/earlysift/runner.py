@@ -11,7 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from earlysift import checks, controller, costs, exits, judging, losses, pools, probes, ranks, scorers, steering
+from earlysift import (
+    checks,
+    controller,
+    costs,
+    exits,
+    judging,
+    losses,
+    packing,
+    pools,
+    probes,
+    ranks,
+    scorers,
+    steering,
+)
 from earlysift.blend import Blend
 from earlysift.config import SiftConfig
 from earlysift.controller import Control
@@ -202,8 +215,12 @@ class Runner:
             told = {} if remembered is None else {str(MEMORY): remembered.to(self.device)}
             trained.add(kept.step, told | seen)
 
-    def verify(self, pool: Pool) -> None:
+    def verify(self, pool: Pool, flattened: Any = None) -> None:
         """Compare the model with what is known about it, on the first pool: see `earlysift.checks.verified`.
+
+        Args:
+            pool: The first pool.
+            flattened: What the loader gave, where the pool is its documents set apart.
 
         Raises:
             ValueError: With all problems found.
@@ -217,6 +234,10 @@ class Runner:
             if problems:
                 raise ValueError(exits.problem_report(self.model, problems))
         self.anatomy = checks.verified(self.model, pool.data, self.config.family)
+        if flattened is not None:
+            documents = pool.take(slice(0, 2)).data
+            joined = packing.joined(documents, flattened)
+            checks.require_apart(self.model, documents, joined, self.config.family)
         if self.config.mode == "auto":
             probes.with_head(self.anatomy)
         self._compared = True
@@ -319,6 +340,10 @@ class Runner:
             self.exit_optimizer.step()
             self.exit_optimizer.zero_grad()
 
+    def label_keys(self) -> tuple[str, ...]:
+        """Keys of a pool that hold the labels."""
+        return self.anatomy.labels if self.anatomy is not None else (pools.LABELS_KEY,)
+
     def has_labels(self, rows: Any) -> bool:
         """Whether rows have labels where the model's family has them."""
         return self.anatomy is not None and pools.has_labels(rows, self.anatomy.labels)
@@ -417,9 +442,9 @@ def _unfit(config: SiftConfig, anatomy: Anatomy) -> list[Problem]:
             "Use mode='fixed' with score='loss', 'exact' or 'memory'.",
         ),
         (
-            config.trim,
-            f"trim=True would change the loss of a sample in {anatomy.task}, which depends on its padding.",
-            "Use trim=False.",
+            config.trim or config.scope == "global",
+            f"trim=True and scope='global' change the padding of samples, and with it their loss in {anatomy.task}.",
+            "Use trim=False and scope='local'.",
         ),
     ]
     return [Problem(reason, remedy) for wrong, reason, remedy in rules if wrong]

@@ -283,7 +283,7 @@ def sample_losses(
 
     Returns:
         The sum of every sample's losses over its labelled positions, float32 ``(b,)``, 0 for unlabelled samples; and
-        the number of these positions, float32 ``(b,)`` (1 in classification).
+        the number of these positions, float32 ``(b,)`` (1 in classification and CTC).
     """
     anatomy = checks.verified(model, batch, family)
     inputs, labels = pools.inputs_and_labels(batch, anatomy.labels)

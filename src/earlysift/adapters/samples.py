@@ -27,6 +27,10 @@ NO_LOSSES = (
     "The losses of single samples are remembered, and read off the logits that the model returns and the batch's "
     "labels. One of them is missing, or the loss is a CTC loss. Use a loop of your own, with Sifter.observe."
 )
+NO_DOCUMENTS = (
+    "The losses of single samples are remembered, and cannot be read off batches that are one row of documents. Use "
+    "padding_free=False, or a loop of your own with Sifter.loss."
+)
 _READ_TOKENS = 4096  # positions whose logits are copied at once
 
 
