@@ -57,7 +57,7 @@ def check(model: nn.Module, *, depth: int = 1, family: Family | None = None, inp
         depth: Number of layers that should run.
         family: A row for a model that `earlysift.families.FAMILIES` does not know.
         inputs: Inputs of the model (a mapping of keyword arguments, or one argument), at least one row; two are enough.
-            With ``labels`` in the mapping, the loss is compared too.
+            With labels in the mapping, the loss is compared too.
 
     Returns:
         The problems, each with reason and remedy; empty if there are none.
