@@ -399,9 +399,11 @@ def _loss_problems(
 
 def _is_no_mean(model: nn.Module, anatomy: Anatomy, batch: Mapping[str, Any], tolerance: float) -> bool:
     """Whether the model's loss of two samples lies outside of those of each, where no weighted mean of them can be."""
+    if pools.pool_size(batch) < _ROWS:
+        return False
     parts = (slice(0, _ROWS), *(slice(row, row + 1) for row in range(_ROWS)))
     found = [_own_loss(model, anatomy, pools.take(batch, part)) for part in parts]
-    if pools.pool_size(batch) < _ROWS or not all(loss is not None and torch.isfinite(loss) for loss in found):
+    if not all(loss is not None and torch.isfinite(loss) for loss in found):
         return False
     together, *alone = (loss.item() for loss in found if loss is not None)
     margin = tolerance * abs(together) + 1e-6
