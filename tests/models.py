@@ -90,6 +90,7 @@ _SUFFIXES = {
     "causal_lm": "ForCausalLM",
     "token_classification": "ForTokenClassification",
     "sequence_classification": "ForSequenceClassification",
+    "question_answering": "ForQuestionAnswering",
 }
 _OTHER_SUFFIXES = {
     ("gpt2", "causal_lm"): "LMHeadModel",

@@ -687,13 +687,19 @@ def test_what_cannot_work_is_refused_at_construction_all_at_once(tmp_path):
     trainer_for(tmp_path, sift=ALL, per_device_train_batch_size=1)
 
 
-def test_flattened_batches_are_refused_at_the_first_one(tmp_path):
-    flat = transformers.DataCollatorWithFlattening(return_position_ids=True)
+def test_documents_of_flattened_batches_are_selected_but_their_losses_are_not_remembered(tmp_path):
+    flat = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True)
     rows = [{"input_ids": list(range(3, 9)), "labels": list(range(3, 9))} for _ in range(80)]
-    trainer = trainer_for(tmp_path, data=rows)
+    trainer = trainer_for(tmp_path, data=rows, model=llama(), max_steps=2)
     trainer.data_collator = flat
-    with pytest.raises(ValueError, match=r"one packed \(padding-free\) row"):
-        trainer.train()
+    metrics = trainer.train().metrics
+    assert (metrics["candidates_seen"], metrics["samples_trained"]) == (4 * BATCH, 2 * BATCH)
+    remembering = trainer_for(
+        tmp_path, data=rows, model=llama(), sift=dataclasses.replace(HALF, score="memory", sample_id="id")
+    )
+    remembering.data_collator = flat
+    with pytest.raises(ValueError, match="cannot be read off batches that are one row of documents"):
+        remembering.train()
 
 
 def test_a_first_pool_smaller_than_a_batch_is_refused(tmp_path):
@@ -951,7 +957,19 @@ def test_supervised_fine_tuning_keeps_the_largest_exit_losses_and_resumes_bit_eq
     assert first.items == [int((pool["labels"][kept][:, 1:] != -100).sum())]
 
 
-@pytest.mark.parametrize("layout", [{"packing": True}, {"padding_free": True, "max_length": None}])
-def test_padding_free_batches_are_refused_with_the_way_out(trl, tmp_path, layout):
-    with pytest.raises(ValueError, match=r"one row, .* Use packing_strategy='wrapped', or packing=False"):
-        fine_tuned(trl, tmp_path, **layout)
+def test_packing_of_varying_numbers_of_documents_is_refused_with_the_way_out(trl, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"varying number of documents .* Use packing_strategy='wrapped', or packing=False"
+    ):
+        fine_tuned(trl, tmp_path, packing=True)
+
+
+def test_padding_free_fine_tuning_keeps_the_documents_that_padded_fine_tuning_keeps(trl, tmp_path):
+    padded = fine_tuned(trl, tmp_path)
+    flat = fine_tuned(trl, tmp_path, padding_free=True, max_length=None)
+    kept = [[token for sample in batch for token in sample if token] for batch in padded.batches]
+    assert [batch[0] for batch in flat.batches] == kept  # token 0 is the padding
+    assert flat.items == padded.items
+    torch.testing.assert_close(
+        torch.tensor(logged(flat, "loss")), torch.tensor(logged(padded, "loss")), rtol=1e-3, atol=1e-3
+    )

@@ -266,7 +266,7 @@ def test_a_model_without_logits_or_labels_is_refused(tmp_path):
         pass
 
     for cls in (Headless, SiftAround):
-        with pytest.raises(ValueError, match=r"read off the logits that the model returns and the batch's 'labels'"):
+        with pytest.raises(ValueError, match=r"read off the logits that the model returns and the batch's labels"):
             trained(tmp_path, cls, sift=MEMORY)
 
 

@@ -16,7 +16,7 @@ from scorecard import FULL
 SETUP = """
 import json, sys
 import torch, models
-from earlysift import Sifter, selectors
+from earlysift import Family, Sifter, selectors
 rank, store, count = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count)
 
@@ -120,10 +120,14 @@ told = []
 for side in ("right", "left"):
     for trim in (False, True):
         model = models.build("llama", "causal_lm", pad_token_id=7).train()
-        sifter = Sifter(model, kept=3, scope="global", probe_every=2, dtype=None, trim=trim)
+        key = {"right": "labels", "left": "targets"}[side]
+        family = Family(labels=key)
+        sifter = Sifter(model, kept=3, scope="global", probe_every=2, dtype=None, trim=trim, family=family)
         for step in range(4):
             pool = models.ragged_pool_of_rank(rank, step, side)
+            pool[key] = pool.pop("labels")
             batch = sifter.sift(pool)
+            batch["labels"] = batch.pop(key)
             model(**batch).loss.backward()
             told.append({
                 "indices": sifter.selection.indices.tolist(), "offered": pool["input_ids"].size(1),

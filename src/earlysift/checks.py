@@ -7,25 +7,39 @@ around them.
 
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from earlysift import exits, losses, pools
+from earlysift import exits, losses, packing, pools
 from earlysift.exits import Anatomy, Problem
 from earlysift.families import Family
-from earlysift.measures import LOSS
 
 _LOG = logging.getLogger("earlysift")
 _ROWS = 2  # samples per comparison
+_SUMS_TO_ONE = 1e-2  # probabilities in 16 bits
 _PRECISE, _COARSE = 1e-4, 2e-2  # relative rounding errors in float32, and in shorter dtypes
 _PROBLEM_OF_CONFIG: dict[str, losses.Problem] = {
     "regression": "regression",
     "single_label_classification": "single_label",
     "multi_label_classification": "multi_label",
+}
+_NO_MEAN = (
+    "The loss that the model returns for two samples lies outside of the losses of each alone, so it is no mean over "
+    "samples: it is a sum, or depends on the other samples of the batch, as that of contrastive pairs does.",
+    "Score with your own callable, score=lambda model, pool: ..., or train on whole pools.",
+)
+_CACHED = (
+    "Set model.config.use_cache = False: with a cache the model does not look whether position_ids begin anew within a "
+    "row, and lets the documents of a row attend to one another."
+)
+_LOGITS: dict[str, tuple[int, str]] = {
+    "sequence_classification": (2, "(R, C)"),
+    "question_answering": (3, "(R, 2, T) of starts and ends"),
 }
 # Models compared so far, and whether the head of an anatomy yields the model's own logits.
 _COMPARED: WeakKeyDictionary[nn.Module, dict[Any, bool]] = WeakKeyDictionary()
@@ -43,7 +57,7 @@ def check(model: nn.Module, *, depth: int = 1, family: Family | None = None, inp
         depth: Number of layers that should run.
         family: A row for a model that `earlysift.families.FAMILIES` does not know.
         inputs: Inputs of the model (a mapping of keyword arguments, or one argument), at least one row; two are enough.
-            With ``labels`` in the mapping, the loss is compared too.
+            With labels in the mapping, the loss is compared too.
 
     Returns:
         The problems, each with reason and remedy; empty if there are none.
@@ -67,13 +81,13 @@ def check(model: nn.Module, *, depth: int = 1, family: Family | None = None, inp
     if inputs is None:
         return []
     labels = None
-    if isinstance(inputs, Mapping) and pools.has_labels(inputs):
-        inputs, labels = pools.inputs_and_labels(inputs)
+    if isinstance(inputs, Mapping) and pools.has_labels(inputs, anatomy.labels):
+        inputs, labels = pools.inputs_and_labels(inputs, anatomy.labels)
     problems = dry_run(model, anatomy, depth, inputs)
     if problems:
         return problems
     head_problems, other_problems = _comparison(model, anatomy, inputs, labels)
-    return head_problems + other_problems
+    return head_problems + other_problems + ([] if labels is None else _undecided(anatomy, labels))
 
 
 def verified(model: nn.Module, batch: Any, family: Family | None = None) -> Anatomy:
@@ -97,6 +111,46 @@ def verified(model: nn.Module, batch: Any, family: Family | None = None) -> Anat
     return as_compared(anatomy)
 
 
+def require_apart(model: nn.Module, rows: Any, flattened: Any, family: Family | None = None) -> None:
+    """Refuse documents of a flattened row that depend on one another: they would be scored as what they are not.
+
+    Args:
+        model: The model, wrapped or not; unchanged afterwards.
+        rows: Documents, a row each (`earlysift.packing.apart`).
+        flattened: The same documents in one row, as the model is trained on them.
+        family: A row for a model that `earlysift.families.FAMILIES` does not know.
+
+    Raises:
+        ValueError: If the model's logits differ, or a document is to predict the first token of the next one.
+    """
+    anatomy = exits.find_anatomy(model, family)
+    (inputs, _), (together, labels) = (pools.inputs_and_labels(each, anatomy.labels) for each in (rows, flattened))
+    with torch.no_grad(), exits.uncompiled(), exits.scoring_mode(model), _noted_tolerances(anatomy) as tolerances:
+        alone = exits.call(model, inputs)
+        own = exits.logits_of(exits.run(model, together, cache=True))
+    alone = alone[inputs[packing.MASK].bool()][None]
+    difference = "another shape" if alone.shape != own.shape else _difference(alone, own, max(tolerances))
+    cached = getattr(getattr(anatomy.core, "config", None), "use_cache", False)
+    begins = inputs[packing.MASK].sum(dim=1).cumsum(0)[:-1]
+    crossing = anatomy.task == "causal_lm" and bool((labels[0, begins] != losses.IGNORED_LABEL).any())
+    rules = [
+        (
+            difference is not None,
+            f"The model does not keep the documents of a flattened row apart: their logits are others than alone "
+            f"({difference}).",
+            _CACHED if cached else "Use an attention that looks at position_ids, or turn padding-free collation off.",
+        ),
+        (
+            crossing,
+            "A document of the flattened row is to predict the first token of the next one.",
+            f"Give the first token of every document the label {losses.IGNORED_LABEL}.",
+        ),
+    ]
+    problems = [Problem(reason, remedy) for wrong, reason, remedy in rules if wrong]
+    if problems:
+        raise ValueError(exits.problem_report(model, problems))
+
+
 def as_compared(anatomy: Anatomy) -> Anatomy:
     """The anatomy, without its head if `verified` found that the head does not yield the model's own logits."""
     head_is_right = _COMPARED.get(anatomy.core, {}).get(_key(anatomy), True)
@@ -104,7 +158,7 @@ def as_compared(anatomy: Anatomy) -> Anatomy:
 
 
 def _key(anatomy: Anatomy) -> tuple[Any, ...]:
-    return anatomy.head or anatomy.classifier, anatomy.task, anatomy.derived
+    return anatomy.head or anatomy.classifier, anatomy.task, anatomy.derived, anatomy.labels, anatomy.problem
 
 
 def usable(model: nn.Module, batch: Any, family: Family | None = None) -> Anatomy:
@@ -123,9 +177,11 @@ def usable(model: nn.Module, batch: Any, family: Family | None = None) -> Anatom
 
 
 def problem_of(anatomy: Anatomy) -> losses.Problem | None:
-    """The kind of classification that the model's config names, if it names one."""
+    """The kind of classification that the row or the model's config names, if one does."""
     # The config takes precedence over the look of the labels: those of several regression outputs look multi-label.
-    return _PROBLEM_OF_CONFIG.get(str(getattr(getattr(anatomy.core, "config", None), "problem_type", None)))
+    return anatomy.problem or _PROBLEM_OF_CONFIG.get(
+        str(getattr(getattr(anatomy.core, "config", None), "problem_type", None))
+    )
 
 
 def dry_run(
@@ -197,37 +253,75 @@ def dry_run(
 
 
 def _compare_and_remember(model: nn.Module, anatomy: Anatomy, batch: Any) -> None:
-    inputs, labels = pools.inputs_and_labels(batch)
+    inputs, labels = pools.inputs_and_labels(batch, anatomy.labels)
+    undecided = _undecided(anatomy, labels)
     # Preferably rows with labels; but all ranks of a sharded model must run the same passes, so any rows will do.
-    labelled = (labels.reshape(len(labels), -1) != losses.IGNORED_LABEL).any(dim=1)
+    if anatomy.task == "question_answering":
+        labelled = (labels < pools.length(inputs)).all(dim=1)
+    else:
+        labelled = (labels.reshape(len(labels), -1) != losses.IGNORED_LABEL).any(dim=1)
     rows = labelled.int().argsort(descending=True, stable=True)[:_ROWS]
-    inputs, labels = pools.inputs_and_labels(pools.take(batch, rows))
+    inputs, labels = pools.inputs_and_labels(pools.take(batch, rows), anatomy.labels)
     head_problems, other_problems = _comparison(model, anatomy, inputs, labels)
-    if other_problems:
-        raise ValueError(exits.problem_report(model, head_problems + other_problems))
+    if other_problems or undecided:
+        raise ValueError(exits.problem_report(model, head_problems + other_problems + undecided))
     for problem in head_problems:
         _LOG.warning("%s: %s The model's own logits are used.", type(anatomy.core).__name__, problem.reason)
     _COMPARED.setdefault(anatomy.core, {})[_key(anatomy)] = not head_problems
+
+
+def _undecided(anatomy: Anatomy, labels: Tensor) -> list[Problem]:
+    """Whether labels may be probabilities of classes, where neither row nor config nor the model's own loss tell."""
+    if anatomy.task != "sequence_classification" or problem_of(anatomy) or not losses.is_soft(labels):
+        return []
+    distributions = bool((labels >= 0).all() and ((labels.sum(dim=1) - 1).abs() < _SUMS_TO_ONE).all())
+    if labels.size(1) == 1 or not distributions:
+        return []
+    reason = f"The labels {tuple(labels.shape)} of every sample add up to 1, as probabilities of classes do"
+    if _takes_labels(anatomy):
+        _LOG.warning(
+            "%s. %s takes them for indicators of several classes, and so do the scores. For cross entropy set "
+            "config.problem_type = 'single_label_classification', and compute the loss in the loop.",
+            reason,
+            type(anatomy.core).__name__,
+        )
+        return []
+    return [
+        Problem(
+            f"{reason}, and may be indicators of several classes as well.",
+            "Say what the loop computes: family=Family(problem='single_label') for cross entropy, 'multi_label' for "
+            "binary cross entropy.",
+        )
+    ]
 
 
 def _headless(anatomy: Anatomy) -> Anatomy:
     return anatomy._replace(head=(), classifier=(), positionwise=())
 
 
-def _comparison(
-    model: nn.Module, anatomy: Anatomy, inputs: Any, labels: Tensor | None
-) -> tuple[list[Problem], list[Problem]]:
-    """Problems of the head, which using the model's own logits solves, and other problems."""
-    tolerances = []
+@contextmanager
+def _noted_tolerances(anatomy: Anatomy) -> Iterator[list[float]]:
+    """Note which rounding errors the precision of the passes within this context explains."""
+    tolerances = [_PRECISE if torch.get_float32_matmul_precision() == "highest" else _COARSE]
 
-    def note_tolerance(_layer: nn.Module, _arguments: Any, output: Any) -> None:
+    def note(_layer: nn.Module, _arguments: Any, output: Any) -> None:
         states = output[0] if isinstance(output, tuple | list) else output
         autocast = torch.is_autocast_enabled(states.device.type)  # also if entered by the model's own forward
         tolerances.append(_COARSE if autocast or states.dtype.itemsize < 4 else _PRECISE)
 
-    handle = anatomy.layers[0].register_forward_hook(note_tolerance)
+    handle = anatomy.layers[0].register_forward_hook(note)
     try:
-        with torch.no_grad(), exits.uncompiled(), exits.scoring_mode(model):
+        yield tolerances
+    finally:
+        handle.remove()
+
+
+def _comparison(
+    model: nn.Module, anatomy: Anatomy, inputs: Any, labels: Tensor | None
+) -> tuple[list[Problem], list[Problem]]:
+    """Problems of the head, which using the model's own logits solves, and other problems."""
+    try:
+        with torch.no_grad(), exits.uncompiled(), exits.scoring_mode(model), _noted_tolerances(anatomy) as tolerances:
             own = exits.call(model, inputs)
     except Exception as error:  # models may fail in any way on inputs that do not fit
         return [], [
@@ -236,14 +330,11 @@ def _comparison(
                 _remedy(anatomy, inputs, "Check that the model can be called with a batch of the same loader."),
             )
         ]
-    finally:
-        handle.remove()
-    dimensions, shape = (2, "(R, C)") if anatomy.task == "sequence_classification" else (3, "(R, T, V)")
+    dimensions, shape = _LOGITS.get(anatomy.task, (3, "(R, T, V)"))
     if own.ndim != dimensions or (labels is not None and len(own) != len(labels)):
         reason = f"Expected logits {shape} of two rows for {anatomy.task}, got {tuple(own.shape)}."
         return [], [Problem(reason, "Set the task in the family row.")]
-    exact = torch.get_float32_matmul_precision() == "highest"
-    tolerance = max(tolerances, default=_PRECISE) if exact else _COARSE
+    tolerance = max(tolerances)
     # Auto mode takes what is named behind the pooling of a classifier for its head.
     named = anatomy._replace(head=anatomy.head or anatomy.classifier) if anatomy.derived else anatomy
     head_problems = _head_problems(model, named, inputs, own, tolerance)
@@ -285,7 +376,8 @@ def _loss_problems(
     """Whether the loss that the library computes is the model's own, if it has one."""
     if labels is None or not isinstance(inputs, Mapping):
         return []
-    own = _own_loss(model, anatomy, {**inputs, pools.LABELS_KEY: labels})
+    batch = pools.with_labels(inputs, labels, anatomy.labels)
+    own = _own_loss(model, anatomy, batch)
     if own is None or not torch.isfinite(own):
         return []
     with torch.no_grad(), exits.uncompiled(), exits.scoring_mode(model):
@@ -293,17 +385,45 @@ def _loss_problems(
     difference = _difference(computed, own, tolerance)
     if difference is None:
         return []
-    remedy = (
-        f"Set the task in the family row; it is now {anatomy.task!r}. causal_lm shifts the labels by one position, "
-        "masked_lm and token_classification do not."
-    )
+    # Ranks of a sharded model must all make the same passes.
+    if not hasattr(anatomy.core, "_get_fsdp_state") and _is_no_mean(model, anatomy, batch, tolerance):
+        return [Problem(*_NO_MEAN)]
     return [
         Problem(
             f"The loss that the model returns for these labels is {own.item():.4f}, but by the family row it is "
             f"{computed.item():.4f} ({difference}).",
-            _remedy(anatomy, inputs, remedy),
+            _remedy(anatomy, inputs, _other_loss(anatomy, inputs, labels)),
         )
     ]
+
+
+def _is_no_mean(model: nn.Module, anatomy: Anatomy, batch: Mapping[str, Any], tolerance: float) -> bool:
+    """Whether the model's loss of two samples lies outside of those of each, where no weighted mean of them can be."""
+    if pools.pool_size(batch) < _ROWS:
+        return False
+    parts = (slice(0, _ROWS), *(slice(row, row + 1) for row in range(_ROWS)))
+    found = [_own_loss(model, anatomy, pools.take(batch, part)) for part in parts]
+    if not all(loss is not None and torch.isfinite(loss) for loss in found):
+        return False
+    together, *alone = (loss.item() for loss in found if loss is not None)
+    margin = tolerance * abs(together) + 1e-6
+    return not min(alone) - margin <= together <= max(alone) + margin
+
+
+def _other_loss(anatomy: Anatomy, inputs: Mapping[str, Any], labels: Tensor) -> str:
+    """The way out where the model computes another loss than the row says."""
+    if packing.PLACES in inputs and getattr(getattr(anatomy.core, "config", None), "use_cache", False):
+        return _CACHED
+    if anatomy.task != "sequence_classification":
+        return (
+            f"Set the task in the family row; it is now {anatomy.task!r}. causal_lm shifts the labels by one position, "
+            "masked_lm and token_classification do not."
+        )
+    return (
+        f"For labels {tuple(labels.shape)} of {labels.dtype} say what the model computes, "
+        "family=Family(problem='single_label' (cross entropy), 'multi_label' or 'regression'). If the loop computes "
+        "the loss, put the labels under a key that the model does not take, and name it: Family(labels='...')."
+    )
 
 
 def _remedy(anatomy: Anatomy, inputs: Any, otherwise: str) -> str:
@@ -318,31 +438,37 @@ def _remedy(anatomy: Anatomy, inputs: Any, otherwise: str) -> str:
 
 
 def _mean_loss(model: nn.Module, anatomy: Anatomy, inputs: Any, labels: Tensor) -> Tensor:
-    if anatomy.task == "sequence_classification":
-        per_sample = losses.class_scores(LOSS, exits.call(model, inputs), labels, problem=problem_of(anatomy))
-        return per_sample[per_sample != losses.UNLABELLED].mean()
-    causal = anatomy.task == "causal_lm"
     with exits.headless(anatomy):
-        states = exits.call(model, inputs)
-    sums = losses.token_scores(LOSS, states, labels, exits.head_of(anatomy), causal=causal, reduction="sum")
-    return sums[sums != losses.UNLABELLED].sum() / losses.labelled_positions(labels, causal=causal).sum()
+        states = exits.states(model, anatomy, inputs, labels)
+    head, problem = exits.head_of(anatomy), problem_of(anatomy)
+    sums, counts = losses.sample_sums(anatomy.task, states, labels, head, problem=problem)
+    return sums.sum() / (1 if adds_up(anatomy) else counts.sum())
+
+
+def adds_up(anatomy: Anatomy) -> bool:
+    """Whether the model's loss of a batch is the sum of its samples' losses, and not their mean."""
+    return anatomy.task == "ctc" and getattr(anatomy.core.config, "ctc_loss_reduction", "mean") == "sum"
+
+
+def _takes_labels(anatomy: Anatomy) -> bool:
+    return set(anatomy.labels) <= inspect.signature(anatomy.core.forward).parameters.keys()
 
 
 def _own_loss(model: nn.Module, anatomy: Anatomy, batch: Mapping[str, Any]) -> Tensor | None:
     """The loss that the model itself returns; None if it returns none."""
-    if pools.LABELS_KEY not in inspect.signature(anatomy.core.forward).parameters:
+    if not _takes_labels(anatomy):
         return None
     config: Any = getattr(anatomy.core, "config", None)
     before = getattr(config, "problem_type", None)
     try:
         with torch.no_grad(), exits.uncompiled(), exits.scoring_mode(model):
-            output = exits.run(model, batch)
+            output = exits.run(model, batch, cache=packing.PLACES in batch)
     except Exception:  # then there is no loss to compare with
         return None
     finally:
         if hasattr(config, "problem_type"):
             config.problem_type = before  # transformers models write the kind of labels into their config
-    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    loss = exits.named_output(output, "loss")
     return loss if isinstance(loss, Tensor) and loss.numel() == 1 else None
 
 

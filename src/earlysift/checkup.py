@@ -29,6 +29,8 @@ _CLASSES_OF_TASK: dict[Task, str] = {
     "causal_lm": "MODEL_FOR_CAUSAL_LM_MAPPING",
     "token_classification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
     "sequence_classification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+    "question_answering": "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
+    "ctc": "MODEL_FOR_CTC_MAPPING",
 }
 _MEMORY_MEASURE = {"cuda": "torch.cuda.max_memory_allocated", "cpu": "torch.profiler on torch's CPU allocator"}
 
@@ -141,7 +143,7 @@ def checkup(
             "seq_length": round(work["step_tokens"] / batch),
             "batch": batch,
             "pool": size,
-            "labels_per_sample": _labels_per_sample(pool["labels"], anatomy.task),
+            "labels_per_sample": _labels_per_sample(pool, anatomy),
         },
         "machine": _machine(device),
         "rounds": len(times_ms["train"]),
@@ -201,6 +203,9 @@ def random_pool(
         ValueError: If the length exceeds the model's maximum, or the share is not in (0, 1].
     """
     anatomy = exits.find_anatomy(model)
+    _require(
+        anatomy.task != "ctc", "Random pools are token ids or images, and CTC needs sounds. Choose another --task."
+    )
     config: Any = anatomy.core.config
     generator = seeded("check")
     if hasattr(config, "image_size"):
@@ -218,6 +223,8 @@ def random_pool(
             labels = torch.rand(rows, config.num_labels, generator=generator).round()
         else:
             labels = torch.randint(config.num_labels, (rows,), generator=generator)
+    elif anatomy.task == "question_answering":
+        labels = torch.randint(inputs["input_ids"].size(1), (rows, 2), generator=generator)
     else:
         fraction = LABELLED_FRACTION[anatomy.task] if labelled_fraction is None else labelled_fraction
         _require(0 < fraction <= 1, f"labelled_fraction must be in (0, 1], got {fraction}.")
@@ -226,7 +233,7 @@ def random_pool(
         labels = torch.randint(classes, shape, generator=generator)
         rank = torch.rand(shape, generator=generator).argsort(dim=1).argsort(dim=1)
         labels[rank >= max(1, round(fraction * shape[1]))] = losses.IGNORED_LABEL
-    return {name: tensor.to(device) for name, tensor in {**inputs, "labels": labels}.items()}
+    return {name: tensor.to(device) for name, tensor in pools.with_labels(inputs, labels, anatomy.labels).items()}
 
 
 def _require(condition: bool, message: str) -> None:
@@ -263,8 +270,9 @@ def _operations(
     options: dict[str, Any] = {"keep": keep, "max_positions": max_positions, "probe_every": 0}
     sifters = {f"depth {depth}": Sifter(model, depth=depth, **options) for depth in depths}
     sifters["exact"] = Sifter(model, keep=keep, score="exact", probe_every=0)
-    dtype = _training_dtype(pool["labels"].device)
-    precision = torch.autocast(pool["labels"].device.type, dtype=dtype) if dtype else nullcontext()
+    device = next(iter(pool.values())).device
+    dtype = _training_dtype(device)
+    precision = torch.autocast(device.type, dtype=dtype) if dtype else nullcontext()
 
     def train() -> None:
         with precision:
@@ -335,10 +343,11 @@ def peak_growth_bytes(operation: Callable[[], object], device: torch.device) -> 
     return max(itertools.accumulate(sizes, initial=0))
 
 
-def _labels_per_sample(labels: Tensor, task: Task) -> float:
-    if task == "sequence_classification":
-        return 1.0
-    return losses.labelled_positions(labels, causal=task == "causal_lm").sum().item() / len(labels)
+def _labels_per_sample(pool: dict[str, Tensor], anatomy: exits.Anatomy) -> float:
+    if not anatomy.by_token:
+        return float(len(anatomy.labels))
+    _, labels = pools.inputs_and_labels(pool, anatomy.labels)
+    return losses.labelled_positions(labels, causal=anatomy.task == "causal_lm").sum().item() / len(labels)
 
 
 def _machine(device: torch.device) -> dict[str, Any]:

@@ -53,7 +53,8 @@ class SiftConfig:
             `Sifter.weights`.
         control: What auto may choose from and spend; None is `earlysift.Control()`. The configured depth and
             keep are always among the candidates.
-        family: A row for a model that `earlysift.families.FAMILIES` does not know.
+        family: A row for a model that `earlysift.families.FAMILIES` does not know, or what differs from a known one, as
+            ``Family(labels="targets")``, the key of a pool that holds the labels.
         reduction: Mean or sum over a sample's labelled positions.
         max_positions: Labelled positions of a sample that an early exit reads at most, spread over its length: a
             cheaper and noisier score. Worth it where labels are many (causal language models); shapes are then fixed,

@@ -112,15 +112,14 @@ def pending_work(
     anatomy: Anatomy, batch: Any, name: str, law: FlopsLaw, *, passes: int = 1, max_positions: int | None = None
 ) -> dict[str, float | Pending]:
     """What `batch_work` returns, as entries for the ledger that wait for nothing."""
-    inputs, labels = pools.inputs_and_labels(batch)
+    inputs, labels = pools.inputs_and_labels(batch, anatomy.labels)
     rows = len(labels)
-    classified = anatomy.task == "sequence_classification"
-    length = _positions(anatomy, inputs) if classified else labels.size(1)
+    length = labels.size(1) if anatomy.by_token else _positions(anatomy, inputs)
 
     def flops(labelled: int) -> float:
         return passes * law.flops(rows=rows, length=length, labelled=labelled)
 
-    if classified:
+    if not anatomy.by_token:
         work: float | Pending = flops(rows)
     elif max_positions is not None:
         work = flops(rows * min(max_positions, length))

@@ -12,14 +12,15 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
-from earlysift import families
+from earlysift import families, pools
 from earlysift.families import FAMILIES, Family
-from earlysift.presets import Task
+from earlysift.presets import BY_TOKEN, Task
+from earlysift.presets import Problem as Kind
 
 _TASK_OF_CLASS_SUFFIX: dict[str, Task] = {
     "ForMaskedLM": "masked_lm",
@@ -28,7 +29,11 @@ _TASK_OF_CLASS_SUFFIX: dict[str, Task] = {
     "ForTokenClassification": "token_classification",
     "ForSequenceClassification": "sequence_classification",
     "ForImageClassification": "sequence_classification",
+    "ForQuestionAnswering": "question_answering",
+    "ForCTC": "ctc",
 }
+_CACHE = "use_cache"
+_ANSWER = ("start_positions", "end_positions")
 
 
 _REFUSED_WRAPPERS = {
@@ -58,7 +63,7 @@ class Anatomy(NamedTuple):
 
     In sequence classification the model pools between states and logits, so ``head`` is empty and ``classifier`` names
     the modules after (or including) the pooling. ``positionwise``: see `Family`. ``derived``: whether its row
-    is a guess.
+    is a guess. ``labels``: keys of a batch that hold the labels. ``problem``: kind of labels, by the row.
     """
 
     core: nn.Module
@@ -68,6 +73,13 @@ class Anatomy(NamedTuple):
     classifier: tuple[str, ...] = ()
     positionwise: tuple[tuple[str, ...], ...] = ()
     derived: bool = False
+    labels: tuple[str, ...] = ("labels",)
+    problem: Kind | None = None
+
+    @property
+    def by_token(self) -> bool:
+        """Whether the head predicts at every position; else the model's own output is scored as a whole."""
+        return self.task in BY_TOKEN
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -361,19 +373,73 @@ def call(model: nn.Module, inputs: Any, *, synchronized: bool = False) -> Tensor
     Raises:
         ValueError: If there is no such tensor.
     """
-    output = run(model, inputs, synchronized=synchronized)
+    return logits_of(run(model, inputs, synchronized=synchronized))
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in what a model returned; of question answering those of starts and ends, ``(R, 2, T)``.
+
+    Raises:
+        ValueError: If there are none.
+    """
     unnamed = output[0] if isinstance(output, tuple | list) and output else output
-    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", unnamed)
+    logits = named_output(output, "logits", unnamed)
+    starts, ends = named_output(output, "start_logits"), named_output(output, "end_logits")
+    if isinstance(starts, Tensor) and isinstance(ends, Tensor):
+        logits = torch.stack([starts, ends], dim=1)
     if not isinstance(logits, Tensor):
         raise ValueError(
-            "Expected the model to return logits (a tensor, a tuple that begins with one, or an output with 'logits'), "
-            f"got {type(output).__name__}. Score with your own callable, or wrap the model."
+            "Expected the model to return logits (a tensor, a tuple that begins with one, or an output with 'logits', "
+            f"or with 'start_logits' and 'end_logits'), got {type(output).__name__}. Score with your own callable, or "
+            "wrap the model."
         )
     return logits
 
 
-def run(model: nn.Module, inputs: Any, *, synchronized: bool = False) -> Any:
-    """The model's own output; arguments as in `call`, and the inputs may contain labels."""
+def named_output(output: Any, name: str, otherwise: Any = None) -> Any:
+    """What a model returned under a name, as an entry or as an attribute."""
+    return output.get(name, otherwise) if isinstance(output, Mapping) else getattr(output, name, otherwise)
+
+
+def states(model: nn.Module, anatomy: Anatomy, inputs: Any, labels: Tensor, *, synchronized: bool = False) -> Tensor:
+    """What the losses of a batch's samples are computed from.
+
+    That is what `call` returns, but for CTC the model's own losses of the samples, ``(R,)``.
+
+    Args:
+        model: The model, wrapped or not.
+        anatomy: Its anatomy.
+        inputs: What it is called with.
+        labels: ``(R, ...)``.
+        synchronized: As in `call`.
+
+    Raises:
+        ValueError: As `call`, and if a CTC model gets no mapping.
+    """
+    if anatomy.task != "ctc":
+        return call(model, inputs, synchronized=synchronized)
+    if not isinstance(inputs, Mapping):
+        raise ValueError(
+            f"Expected a mapping with the arguments of {type(anatomy.core).__name__}, whose CTC loss is its own, got "
+            f"{type(inputs).__name__}. Have the loader return a dict."
+        )
+    config: Any = anatomy.core.config
+    reduction, config.ctc_loss_reduction = config.ctc_loss_reduction, "none"
+    try:
+        output = run(model, {**inputs, pools.LABELS_KEY: labels}, synchronized=synchronized)
+    finally:
+        config.ctc_loss_reduction = reduction
+    targets = (labels >= 0) & (labels != config.pad_token_id)  # the blank is no target
+    weights = 1 / targets.sum(dim=1).clamp(min=1) if reduction == "mean" else 1.0
+    loss: Tensor = named_output(output, "loss") * weights
+    return loss
+
+
+def run(model: nn.Module, inputs: Any, *, synchronized: bool = False, cache: bool = False) -> Any:
+    """The model's own output; arguments as in `call`, and the inputs may contain labels.
+
+    With ``cache`` the model's config decides on a KV cache, as in a training loop.
+    """
     runnable = model
     wrapped = cast(nn.Module, model._modules.get("_forward_module", model))  # inside Fabric's wrapper
     if not synchronized and isinstance(wrapped, nn.parallel.DistributedDataParallel):
@@ -381,7 +447,8 @@ def run(model: nn.Module, inputs: Any, *, synchronized: bool = False) -> Any:
         runnable = wrapped.module
     if not isinstance(inputs, Mapping):
         return runnable(inputs)
-    return runnable(**{**inputs, **_quiet_arguments(unwrap(model))})
+    quiet = {name: value for name, value in _quiet_arguments(unwrap(model)).items() if not (cache and name == _CACHE)}
+    return runnable(**{**inputs, **quiet})
 
 
 class ExitHead(nn.Module):
@@ -537,11 +604,17 @@ def anatomy_or_problems(model: nn.Module, family: Family | None) -> Anatomy | li
     if family is not None and not isinstance(family, Family):
         raise ValueError(f"Expected family to be a Family(layers=..., heads=..., task=...), got {family!r}.")
     try:
-        given = family or families.configured(core)
+        configured = families.configured(core) if family is None or family.layers is None else None
     except ValueError as error:
         return [Problem(str(error), families.AS_JSON)]
-    known = given or FAMILIES.get(str(model_type))
+    given = [row for row in (configured, family) if row is not None]
+    listed = FAMILIES.get(str(model_type))
+    if listed is not None and _submodule(core, str(listed.layers)) is None:  # Llama's readers call their base another
+        listed = None
+    known = next((row for row in given if row.layers), None) or listed
     row = known or families.derived(core)
+    for changes in given:
+        row = families.changed(row, changes)
     if row is None:
         return [
             Problem(
@@ -552,13 +625,16 @@ def anatomy_or_problems(model: nn.Module, family: Family | None) -> Anatomy | li
                 f"or put one under '{families.IN_CONFIG}' into the model's config.json.",
             )
         ]
-    layers = _submodule(core, row.layers)
+    layers = _submodule(core, str(row.layers))
     found = "nothing" if layers is None else type(layers).__name__
     suffix = next((s for s in _TASK_OF_CLASS_SUFFIX if name.endswith(s)), None)
     task = row.task or (_TASK_OF_CLASS_SUFFIX[suffix] if suffix else None)
     named = next((h for h in row.heads if all(part in core._modules for part in h)), ())
     # In sequence classification the head pools over positions, so the model's own logits are scored.
-    head, classifier = ((), named) if task == "sequence_classification" else (named, ())
+    head = named if task in BY_TOKEN else ()
+    classifier = named if task == "sequence_classification" else ()
+    usual_keys = _ANSWER if task == "question_answering" else (pools.LABELS_KEY,)
+    keys = tuple(row.labels) or usual_keys
     rules = [
         (
             not isinstance(layers, nn.ModuleList | nn.Sequential),
@@ -574,10 +650,10 @@ def anatomy_or_problems(model: nn.Module, family: Family | None) -> Anatomy | li
             task is None,
             f"What the labels of {name} mean is unknown.",
             f"Set task= in the family row, as in family=Family(layers={row.layers!r}, heads={row.heads!r}, task=...): "
-            "masked_lm, causal_lm, token_classification or sequence_classification.",
+            f"{', '.join(get_args(Task))}.",
         ),
         (
-            task != "sequence_classification" and given is not None and bool(row.heads) and not head,
+            task != "sequence_classification" and any(each.heads for each in given) and not named,
             f"{name} has none of the heads {row.heads} named in its family row as direct submodules.",
             f"Its submodules are {tuple(core._modules)}; leave heads empty to use the model's own logits.",
         ),
@@ -586,6 +662,16 @@ def anatomy_or_problems(model: nn.Module, family: Family | None) -> Anatomy | li
             f"{name} is an encoder-decoder, which predicts labels at their own positions, but causal_lm shifts labels "
             "by one position.",
             "Set task='token_classification' in the family row.",
+        ),
+        (
+            len(keys) != len(usual_keys),
+            f"Expected {len(usual_keys)} keys of labels for {task}, as {usual_keys}, got {keys}.",
+            "Name as many in the family row.",
+        ),
+        (
+            task == "ctc" and not hasattr(config, "ctc_loss_reduction"),
+            f"A CTC loss is asked of the model itself, and {name} has no config.ctc_loss_reduction.",
+            "Use a CTC model of transformers, or score with your own callable.",
         ),
     ]
     problems = [Problem(reason, remedy) for wrong, reason, remedy in rules if wrong]
@@ -596,7 +682,7 @@ def anatomy_or_problems(model: nn.Module, family: Family | None) -> Anatomy | li
     assert isinstance(layers, nn.ModuleList | nn.Sequential)
     assert task is not None
     positionwise = row.positionwise if head and _can_skip_unlabelled(core, layers, row) else ()
-    return Anatomy(core, layers, head, task, classifier, positionwise, derived=known is None)
+    return Anatomy(core, layers, head, task, classifier, positionwise, known is None, keys, row.problem)
 
 
 def _can_skip_unlabelled(core: nn.Module, layers: nn.ModuleList | nn.Sequential, row: Family) -> bool:
@@ -622,8 +708,8 @@ def _quiet_arguments(core: nn.Module) -> dict[str, bool]:
     requested = (
         [name for name, value in vars(config).items() if name.startswith("output_") and value is True] if config else []
     )
-    if getattr(config, "use_cache", False):
-        requested.append("use_cache")
+    if getattr(config, _CACHE, False):
+        requested.append(_CACHE)
     parameters = inspect.signature(core.forward).parameters
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     return {name: False for name in requested if open_ended or name in parameters}

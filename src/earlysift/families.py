@@ -5,17 +5,22 @@ Many rows are known, a model of your own may come with one, and where the struct
     >>> Family(layers="blocks", heads=(("head",),), task="causal_lm").layers
     'blocks'
 
+A row without layers changes the known or derived row of a model in the fields that it gives:
+
+    >>> Family(labels="targets").labels
+    ('targets',)
+
 A transformers config may contain its row, under ``earlysift_family``:
 ``{"layers": "model.layers", "heads": [["lm_head"]], "task": "causal_lm", "positionwise": [["mlp"]]}``.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, get_args
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from earlysift.presets import Task
+from earlysift.presets import Problem, Task
 
 
 @dataclass(frozen=True)
@@ -23,7 +28,8 @@ class Family:
     """One row of data: where a model has the parts that an early exit needs.
 
     Attributes:
-        layers: Path from the (unwrapped) model to its ``ModuleList`` or ``Sequential`` of layers.
+        layers: Path from the (unwrapped) model to its ``ModuleList`` or ``Sequential`` of layers. None leaves what is
+            not given here to the row that is known or derived.
         heads: Alternatives for the modules between the last states ``(R, T, D)`` and the logits, in calling order; the
             first alternative that the model has is used. Without any, the model's own logits are used, which needs
             memory for the logits of all positions of a chunk.
@@ -31,25 +37,47 @@ class Family:
         positionwise: Chains of modules of a layer, by path and in calling order, that process every position
             independently; the output of a module is used only by the later ones of its chain. At the exit they run at
             labelled positions only (`at_positions`).
+        labels: Key of a batch that holds the labels, or the keys of starts and ends of answers; empty is ``"labels"``,
+            and in question answering ``("start_positions", "end_positions")``.
+        problem: What the labels of a sequence classification are: ``"single_label"`` (class ids, or probabilities of
+            all classes), ``"multi_label"`` or ``"regression"``; None asks the model's config, then their shape.
     """
 
-    layers: str
+    layers: str | None = None
     heads: tuple[tuple[str, ...], ...] = ()
     task: Task | None = None
     positionwise: tuple[tuple[str, ...], ...] = ()
+    labels: str | tuple[str, ...] = ()
+    problem: Problem | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.labels, str):
+            object.__setattr__(self, "labels", (self.labels,))
         problems = [
             f"{name} must be tuples (lists, in a config) of names within one, got {getattr(self, name)!r}."
             for name in ("heads", "positionwise")
             if not _are_chains(getattr(self, name))
         ]
-        if not (isinstance(self.layers, str) and self.layers):
+        if self.layers is not None and not (isinstance(self.layers, str) and self.layers):
             problems.insert(0, f"layers must be a path, such as 'model.layers', got {self.layers!r}.")
-        if self.task is not None and self.task not in get_args(Task):
-            problems.append(f"task must be one of {', '.join(get_args(Task))} or None, got {self.task!r}.")
+        if not (isinstance(self.labels, tuple) and all(isinstance(key, str) and key for key in self.labels)):
+            problems.append(f"labels must be the name of a key, or a tuple of two, got {self.labels!r}.")
+        for name, known in (("task", get_args(Task)), ("problem", get_args(Problem))):
+            if getattr(self, name) is not None and getattr(self, name) not in known:
+                problems.append(f"{name} must be one of {', '.join(known)} or None, got {getattr(self, name)!r}.")
         if problems:
             raise ValueError(" ".join(["Bad family row:", *problems]))
+
+
+def changed(row: Family | None, changes: Family) -> Family | None:
+    """A row with all that another one gives.
+
+    Example:
+        >>> changed(Family("blocks", task="causal_lm"), Family(labels="targets"))
+        Family(layers='blocks', heads=(), task='causal_lm', positionwise=(), labels=('targets',), problem=None)
+    """
+    given = {field.name: getattr(changes, field.name) for field in fields(Family)}
+    return row and replace(row, **{name: value for name, value in given.items() if value})
 
 
 def _are_chains(chains: object) -> bool:
@@ -132,7 +160,7 @@ def derived(core: nn.Module) -> Family | None:
         >>> model.blocks = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
         >>> model.head = nn.Linear(2, 9)
         >>> derived(model)
-        Family(layers='blocks', heads=(('head',),), task=None, positionwise=())
+        Family(layers='blocks', heads=(('head',),), task=None, positionwise=(), labels=(), problem=None)
     """
     if core in _DERIVED:
         return _DERIVED[core]

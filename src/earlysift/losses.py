@@ -20,7 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from earlysift.measures import IGNORED_LABEL as IGNORED_LABEL
-from earlysift.measures import Measure
+from earlysift.measures import LOSS, Measure
+from earlysift.presets import BY_TOKEN, Task
+from earlysift.presets import Problem as Problem
 
 UNLABELLED = -torch.inf
 _CHUNK_TOKENS, _CHUNK_TOKENS_ON_CPU = 4096, 1024
@@ -28,7 +30,100 @@ _SPREAD_OVER, _FAR_APART = 1 << 20, 648_055  # positions that a sample may have;
 
 Head = Callable[[Tensor], Tensor]
 Reduction = Literal["mean", "sum"]
-Problem = Literal["single_label", "multi_label", "regression"]
+
+
+def sample_scores(
+    measure: Measure,
+    task: Task,
+    states: Tensor,
+    labels: Tensor,
+    head: Head,
+    *,
+    problem: Problem | None = None,
+    reduction: Reduction = "mean",
+    max_positions: int | None = None,
+    positions: Tensor | None = None,
+    chunk_tokens: int | None = None,
+) -> Tensor:
+    """A measure of every sample of any task.
+
+    Args:
+        measure: What is read off the logits.
+        task: What the labels mean.
+        states: What enters the head: ``(R, T, D)`` by token, ``(R, D)`` or what its head takes in classification. Tasks
+            without a head have the logits here, of question answering ``(R, 2, T)``, and CTC its losses ``(R,)``.
+        labels: ``(R, T)`` by token; of question answering the positions of start and end ``(R, 2)``; or ``(R, ...)``.
+        head: From states to logits.
+        problem: Kind of the labels of a classification.
+        reduction: Mean or sum over the labelled positions of a sample.
+        max_positions: Labelled positions of a sample that are read at most.
+        positions: Those positions, where they are known already.
+        chunk_tokens: As in `token_scores`.
+
+    Returns:
+        float32 ``(R,)``; ``-inf`` for unlabelled samples.
+
+    Raises:
+        ValueError: As `token_scores` and `class_scores`, and for another measure than the loss in CTC.
+    """
+    if task == "sequence_classification":
+        return class_scores(measure, head(states), labels, problem=problem)
+    if task == "ctc":
+        if measure != LOSS:
+            raise ValueError(f"score={measure.name!r} needs a prediction of single labels, CTC has none. Use 'loss'.")
+        return states.float()
+    if task == "question_answering":
+        logits = head(states)
+        return token_scores(measure, logits, answers(labels, logits.size(-1)), lambda each: each, reduction=reduction)
+    causal = task == "causal_lm"
+    if positions is None and max_positions is not None:
+        positions = positions_to_read(labels, causal=causal, max_positions=max_positions)
+    return token_scores(
+        measure,
+        states,
+        labels,
+        head,
+        causal=causal,
+        reduction=reduction,
+        positions=positions,
+        chunk_tokens=chunk_tokens,
+    )
+
+
+def sample_sums(
+    task: Task,
+    states: Tensor,
+    labels: Tensor,
+    head: Head,
+    *,
+    problem: Problem | None = None,
+    chunk_tokens: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The sum of every sample's losses, and how many they are: arguments as in `sample_scores`.
+
+    Returns:
+        float32 ``(R,)``, 0 for unlabelled samples, and float32 ``(R,)`` (1 where a sample has one loss).
+    """
+    sums = sample_scores(LOSS, task, states, labels, head, problem=problem, reduction="sum", chunk_tokens=chunk_tokens)
+    if task in BY_TOKEN:
+        counts = labelled_positions(labels, causal=task == "causal_lm").sum(dim=1)
+    elif task == "question_answering":
+        counts = labelled_positions(answers(labels, states.size(-1))).sum(dim=1)
+    else:
+        counts = sums != UNLABELLED
+    return torch.where(counts > 0, sums, 0.0), counts.float()
+
+
+def answers(labels: Tensor, length: int) -> Tensor:
+    """Positions of starts and ends as class ids, by the rule of transformers: those behind the sequence are ignored.
+
+    Example:
+        >>> import torch
+        >>> answers(torch.tensor([[2, 9], [-1, 7]]), length=8)
+        tensor([[   2, -100],
+                [   0,    7]])
+    """
+    return torch.where(labels >= length, IGNORED_LABEL, labels.clamp(min=0))
 
 
 def token_scores(
@@ -116,8 +211,9 @@ def class_scores(measure: Measure, logits: Tensor, labels: Tensor, *, problem: P
         measure: What is read off the logits; for `earlysift.measures.LOSS` cross entropy, binary cross entropy or the
             squared error.
         logits: ``(R, C)``, any floating dtype.
-        labels: Class ids ``(R,)``; 0/1 indicators ``(R, C)``; or targets ``(R,)`` / ``(R, C)``. Class id -100, or a row
-            of labels that are all -100, marks an unlabelled sample.
+        labels: Class ids ``(R,)``; probabilities of all classes ``(R, C)`` (a single label that is not certain); 0/1
+            indicators ``(R, C)``; or targets ``(R,)`` / ``(R, C)``. Class id -100, or a row of labels that are all
+            -100, marks an unlabelled sample.
         problem: The kind of labels; found by `classification_problem` when None.
 
     Returns:
@@ -135,6 +231,9 @@ def class_scores(measure: Measure, logits: Tensor, labels: Tensor, *, problem: P
     """
     problem = _checked_problem(logits, labels, problem)
     logits = logits.float()
+    if problem == "single_label" and is_soft(labels):
+        values = measure.of_classes(logits, labels.to(logits.dtype))
+        return torch.where((labels == IGNORED_LABEL).all(dim=-1), UNLABELLED, values)
     if problem == "single_label":
         _require_class_ids(labels)
         return torch.where(labels == IGNORED_LABEL, UNLABELLED, measure.of_classes(logits, labels))
@@ -149,6 +248,11 @@ def class_scores(measure: Measure, logits: Tensor, labels: Tensor, *, problem: P
     counted = labelled if measure.reads_targets else torch.ones_like(labelled)
     means = torch.where(counted, values, 0.0).sum(dim=-1) / counted.sum(dim=-1).clamp(min=1)
     return torch.where(labelled.any(dim=-1), means, UNLABELLED)
+
+
+def is_soft(labels: Tensor) -> bool:
+    """Whether single labels are probabilities of all classes ``(R, C)`` instead of class ids."""
+    return labels.ndim == 2 and labels.is_floating_point()
 
 
 def classification_problem(logits: Tensor, labels: Tensor) -> Problem:
@@ -178,12 +282,13 @@ def classification_problem(logits: Tensor, labels: Tensor) -> Problem:
 
 def _checked_problem(logits: Tensor, labels: Tensor, problem: Problem | None) -> Problem:
     problem = problem or classification_problem(logits, labels)
-    shapes = {"single_label": logits.shape[:1]}
+    shapes = {} if is_soft(labels) else {"single_label": logits.shape[:1]}
     known = problem in get_args(Problem)
     if not known or labels.numel() != shapes.get(problem, logits.shape).numel() or len(labels) != len(logits):
         raise ValueError(
             f"Expected a problem of {', '.join(get_args(Problem))} and labels that fit logits {tuple(logits.shape)}, "
-            f"got {problem!r} and labels {tuple(labels.shape)}. Give one label per sample, or one per sample and class."
+            f"got {problem!r} and labels {tuple(labels.shape)} of {labels.dtype}. Give one label per sample, or one "
+            "per sample and class."
         )
     return problem
 

@@ -24,7 +24,8 @@ class Measure:
     Attributes:
         name: What settings, checkpoints and reports call it.
         keeps: Which candidates a greedy rule keeps by it, in words.
-        of_classes: From logits ``(N, V)`` and class ids int64 ``(N,)`` to ``(N,)``; for tokens and single labels.
+        of_classes: From logits ``(N, V)`` and class ids int64 ``(N,)``, or probabilities of classes ``(N, V)``, to
+            ``(N,)``; for tokens and single labels.
         of_indicators: From logits ``(R, C)`` and 0/1 indicators ``(R, C)`` to ``(R, C)``; for several labels at once.
         of_numbers: From outputs ``(R, C)`` and targets ``(R, C)`` to ``(R, C)``; None where a measure needs a predicted
             distribution, which a regression does not have.

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Generator
 
-from earlysift import controller, pools, ranks, selectors, steering
+from earlysift import controller, ranks, selectors, steering
 from earlysift.config import SiftConfig
 from earlysift.control import Control
 from earlysift.pools import Pool
@@ -112,7 +112,7 @@ def plan(pool: Pool, kept: int, micro_step: int, progress: Progress, control: Co
         rows = min(rows, round(kept / keep))
         considered = min(pool.size, rows)
     due = config.mode == "fixed" and config.probe_every > 0 and step % config.probe_every == 0
-    probes = first and due and runner.anatomy is not None and pools.has_labels(pool.data)
+    probes = first and due and runner.has_labels(pool.data)
     is_partial = pool.size < kept
     everywhere = selects and config.scope == "global" and approximation is not None and ranks.world() > 1
     # A partial pool is kept whole, so do only the work that other ranks wait for.
@@ -185,7 +185,7 @@ def steer(
         depth=runner.config.depth,
         keep=runner.config.keep,
         prices_of=prices,
-        probe=probe if pools.has_labels(pool.data) else None,
+        probe=probe if runner.has_labels(pool.data) else None,
         trained=trained if runner.learnt.trained is not None else None,
         free=free,
     )

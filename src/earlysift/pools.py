@@ -46,7 +46,8 @@ def pool_size(pool: Any) -> int:
     if packed:
         raise ValueError(
             "The pool is one packed (padding-free) row, so its samples cannot be told apart by row. "
-            "Turn padding-free collation or packing off, or pad to a fixed length."
+            "Turn padding-free collation or packing off, pad to a fixed length, or give `Sifter.sift` position_ids "
+            "(1, T) and no attention_mask: it sets the documents apart."
         )
     if len(set(sizes.values())) > 1:
         listing = ", ".join(f"{path}: {size}" for path, size in sizes.items())
@@ -109,7 +110,7 @@ def checked(pool: Any, id_key: str | None = None, samples: int | None = None, gr
         ids = require_ids(ids, size, samples, f"under {id_key!r} in the pool")
     if group_key is not None:
         groups = require_groups(groups, size, f"under {group_key!r} in the pool")
-    return Pool(_like(pool, {key: value for key, value in pool.items() if key not in keys}), size, ids, groups)
+    return Pool(like(pool, {key: value for key, value in pool.items() if key not in keys}), size, ids, groups)
 
 
 def require_ids(ids: object, size: int, samples: int | None, place: str) -> Tensor:
@@ -176,10 +177,15 @@ def mask_of(batch: Any) -> Tensor | None:
     return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
-def inputs_and_labels(pool: Any) -> tuple[Any, Tensor]:
+def inputs_and_labels(pool: Any, keys: tuple[str, ...] = (LABELS_KEY,)) -> tuple[Any, Tensor]:
     """Split a pool into what the model is called with and the labels.
 
-    A mapping gives its ``labels`` entry; a pair ``(inputs, labels)`` its second item.
+    Args:
+        pool: A mapping, or a pair ``(inputs, labels)``.
+        keys: Keys of the labels in a mapping.
+
+    Returns:
+        The inputs, and the labels ``(R, ...)``; those of several keys, each ``(R,)``, side by side.
 
     Raises:
         ValueError: If there are no labels, or a single one for all candidates.
@@ -190,22 +196,35 @@ def inputs_and_labels(pool: Any) -> tuple[Any, Tensor]:
         >>> labels
         tensor([0, 1])
     """
-    if has_labels(pool):
+    if has_labels(pool, keys):
         if isinstance(pool, Mapping):
-            inputs, labels = {key: value for key, value in pool.items() if key != LABELS_KEY}, pool[LABELS_KEY]
+            inputs, found = {key: value for key, value in pool.items() if key not in keys}, [pool[key] for key in keys]
         else:
-            inputs, labels = pool
-        if labels.ndim == 0:
+            inputs, found = pool[0], [pool[1]]
+        if any(labels.ndim == 0 for labels in found):
             raise ValueError("Expected labels with one row per candidate, got a single number.")
-        return inputs, labels
+        return inputs, found[0] if len(found) == 1 else torch.cat([each.reshape(len(each), 1) for each in found], dim=1)
     received = f"keys {sorted(map(str, pool))}" if isinstance(pool, Mapping) else type(pool).__name__
+    names = " and ".join(map(repr, keys))
     raise ValueError(
-        f"Expected a mapping with '{LABELS_KEY}' or a pair (inputs, labels), got {received}. "
-        f"Add '{LABELS_KEY}' to the batch, or pass a scorer of your own: score=lambda model, pool: ..."
+        f"Expected a mapping with {names} or a pair (inputs, labels), got {received}. Add {names} to the batch, or "
+        "name the key that has them: family=Family(labels='...'). Without labels pass a scorer of your own: "
+        "score=lambda model, pool: ..."
     )
 
 
-def has_labels(pool: Any) -> bool:
+def with_labels(inputs: Mapping[str, Any], labels: Tensor, keys: tuple[str, ...]) -> dict[str, Any]:
+    """The mapping that `inputs_and_labels` splits.
+
+    Example:
+        >>> import torch
+        >>> with_labels({}, torch.tensor([[0, 1]]), ("start_positions", "end_positions"))
+        {'start_positions': tensor([0]), 'end_positions': tensor([1])}
+    """
+    return {**inputs, **dict(zip(keys, labels.unbind(1) if len(keys) > 1 else [labels], strict=True))}
+
+
+def has_labels(pool: Any, keys: tuple[str, ...] = (LABELS_KEY,)) -> bool:
     """Whether `inputs_and_labels` can split the pool.
 
     Example:
@@ -214,7 +233,7 @@ def has_labels(pool: Any) -> bool:
         False
     """
     if isinstance(pool, Mapping):
-        return isinstance(pool.get(LABELS_KEY), Tensor)
+        return all(isinstance(pool.get(key), Tensor) for key in keys)
     return isinstance(pool, tuple | list) and len(pool) == 2 and isinstance(pool[1], Tensor)
 
 
@@ -294,7 +313,7 @@ def pad(batch: Any, length: int, fills: Mapping[str, int], *, left: bool = False
         return torch.cat([padding, rows] if left else [rows, padding], dim=1)
 
     items = {key: map_rows(value, partial(lengthened, fill=fills.get(key, 0)), size) for key, value in batch.items()}
-    return _like(batch, items)
+    return like(batch, items)
 
 
 def _has_positions(rows: Any, mask: Tensor) -> bool:
@@ -325,7 +344,7 @@ def map_rows(pool: Any, function: Callable[[Any], Any], size: int) -> Any:
     if isinstance(pool, Tensor):
         return pool if pool.ndim == 0 else function(pool)
     if isinstance(pool, Mapping):
-        return _like(pool, {key: map_rows(value, function, size) for key, value in pool.items()})
+        return like(pool, {key: map_rows(value, function, size) for key, value in pool.items()})
     if isinstance(pool, tuple | list):
         if len(pool) == size and not hasattr(pool, "_fields") and not any(True for _ in _tensors(pool)):
             return function(pool)  # a column of plain objects, one a candidate
@@ -334,7 +353,8 @@ def map_rows(pool: Any, function: Callable[[Any], Any], size: int) -> Any:
     return pool
 
 
-def _like(pool: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
+def like(pool: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
+    """Items in a mapping of the type of another one."""
     if isinstance(pool, defaultdict):
         return defaultdict(pool.default_factory, items)
     return items if type(pool) is dict else type(pool)(items)  # type: ignore[call-arg]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from earlysift import checks, costs, exits, pools, scorers, selectors
+from earlysift import checks, costs, exits, losses, pools, scorers, selectors
 from earlysift.control import Control, scored_depths
 from earlysift.exits import Anatomy
 from earlysift.fidelity import gain, rank_correlation
@@ -88,7 +88,13 @@ def probe(
     head = exits.head_of(anatomy)  # before the head is taken out of the model
     classifies = anatomy.task == "sequence_classification"
     rows = scoring.chunk_rows or pool.size
-    per_sample = partial(scorers.sample_scores, anatomy=anatomy, head=head, reduction=scoring.reduction)
+    per_sample = partial(
+        losses.sample_scores,
+        task=anatomy.task,
+        head=head,
+        problem=checks.problem_of(anatomy),
+        reduction=scoring.reduction,
+    )
     exact, gradients = [], []
     scores: dict[int, list[Tensor]] = {depth: [] for depth in depths}
     with ExitStack() as stack:
@@ -100,7 +106,7 @@ def probe(
         stack.enter_context(exits.headless(anatomy))
         for start in range(0, pool.size, rows):
             candidates = pool.take(slice(start, start + rows)).data
-            inputs, labels = pools.inputs_and_labels(candidates)
+            inputs, labels = pools.inputs_and_labels(candidates, anatomy.labels)
             with torch.no_grad():
                 with exits.captured(anatomy, max(depths)) as outputs:
                     states = exits.call(model, inputs)

@@ -53,13 +53,14 @@ def sharded(model: nn.Module) -> bool:
     return world() > 1 and any(hasattr(module, "_get_fsdp_state") for module in model.modules())
 
 
-def pad_together(pool: Any, token: int, device: torch.device) -> Any:
+def pad_together(pool: Any, token: int, device: torch.device, labels: tuple[str, ...] = (pools.LABELS_KEY,)) -> Any:
     """Pad to the longest pool of all ranks, on the side on which pools are already padded (right if none is).
 
     Args:
         pool: This rank's pool.
         token: The padding token.
         device: Device of the process group's backend.
+        labels: Keys of the labels, which are padded with -100.
 
     Returns:
         The padded pool; unchanged if the pool of any rank is no mapping with a two-dimensional ``attention_mask``.
@@ -72,7 +73,7 @@ def pad_together(pool: Any, token: int, device: torch.device) -> Any:
     lengths, lefts, rights = _all_gather(layout).reshape(-1, 3).T.tolist()
     if min(lengths) == 0:
         return pool
-    fills = {pools.LABELS_KEY: IGNORED_LABEL, "input_ids": token}
+    fills = {"input_ids": token, **dict.fromkeys(labels, IGNORED_LABEL)}
     return pools.pad(pool, max(lengths), fills, left=any(lefts) and not any(rights))
 
 

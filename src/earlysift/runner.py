@@ -11,12 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from earlysift import checks, controller, costs, exits, judging, losses, pools, probes, ranks, scorers, steering
+from earlysift import (
+    checks,
+    controller,
+    costs,
+    exits,
+    judging,
+    losses,
+    packing,
+    pools,
+    probes,
+    ranks,
+    scorers,
+    steering,
+)
 from earlysift.blend import Blend
 from earlysift.config import SiftConfig
 from earlysift.control import Control, scored_depths
 from earlysift.exit_probe import ExitProbe
-from earlysift.exits import Anatomy, ExitHead
+from earlysift.exits import Anatomy, ExitHead, Problem
 from earlysift.fidelity import fidelity
 from earlysift.ledger import Ledger
 from earlysift.measures import LOSS
@@ -71,6 +84,8 @@ class Runner:
         optional = self._compared and config.family is None
         with suppress(ValueError) if optional else nullcontext():
             self.anatomy = exits.find_anatomy(model, config.family)
+        if self.anatomy is not None and (problems := _unfit(config, self.anatomy)):
+            raise ValueError(exits.problem_report(model, problems))
         self.control = self.candidates() if config.mode == "auto" else None
         exit_probes = {depth: ExitProbe(config.seed) for depth in self._probed_depths()}
         self.learnt = Learnt(
@@ -200,8 +215,12 @@ class Runner:
             told = {} if remembered is None else {str(MEMORY): remembered.to(self.device)}
             trained.add(kept.step, told | seen)
 
-    def verify(self, pool: Pool) -> None:
+    def verify(self, pool: Pool, flattened: Any = None) -> None:
         """Compare the model with what is known about it, on the first pool: see `earlysift.checks.verified`.
+
+        Args:
+            pool: The first pool.
+            flattened: What the loader gave, where the pool is its documents set apart.
 
         Raises:
             ValueError: With all problems found.
@@ -210,11 +229,15 @@ class Runner:
             return
         anatomy = exits.find_anatomy(self.model, self.config.family)
         if self._exits:
-            inputs, _ = pools.inputs_and_labels(pool.take(slice(0, 2)).data)
+            inputs, _ = pools.inputs_and_labels(pool.take(slice(0, 2)).data, anatomy.labels)
             problems = checks.dry_run(self.model, anatomy, self.config.depth, inputs, exit_head=self.exit_head)
             if problems:
                 raise ValueError(exits.problem_report(self.model, problems))
         self.anatomy = checks.verified(self.model, pool.data, self.config.family)
+        if flattened is not None:
+            documents = pool.take(slice(0, 2)).data
+            joined = packing.joined(documents, flattened)
+            checks.require_apart(self.model, documents, joined, self.config.family)
         if self.config.mode == "auto":
             probes.with_head(self.anatomy)
         self._compared = True
@@ -317,6 +340,14 @@ class Runner:
             self.exit_optimizer.step()
             self.exit_optimizer.zero_grad()
 
+    def label_keys(self) -> tuple[str, ...]:
+        """Keys of a pool that hold the labels."""
+        return self.anatomy.labels if self.anatomy is not None else (pools.LABELS_KEY,)
+
+    def has_labels(self, rows: Any) -> bool:
+        """Whether rows have labels where the model's family has them."""
+        return self.anatomy is not None and pools.has_labels(rows, self.anatomy.labels)
+
     def filled_up(self, pool: Pool, rows: int) -> Pool:
         """A pool as long as those of other ranks, by rows of its own, if it takes all ranks to run the model.
 
@@ -348,7 +379,7 @@ class Runner:
 
     def note_work(self, rows: Any, name: str, depth: int | None = None, *, passes: int = 1) -> None:
         """Note positions and FLOPs of passes to a depth (None: all layers), if they can be counted."""
-        if self.anatomy is None or not pools.has_labels(rows):
+        if self.anatomy is None or not self.has_labels(rows):
             return
         positions = self._max_positions(depth)
         try:
@@ -398,3 +429,22 @@ class Runner:
             skips = depth is not None and exits.skips_unlabelled(self.model, self.anatomy, self.config.max_positions)
             self._laws[depth] = costs.flops_law(self.anatomy, depth, skips_unlabelled=skips)
         return self._laws[depth]
+
+
+def _unfit(config: SiftConfig, anatomy: Anatomy) -> list[Problem]:
+    """Choices that a task does not allow."""
+    if anatomy.by_token or anatomy.task == "sequence_classification":
+        return []
+    rules = [
+        (
+            config.mode == "auto" or config.score in ("probe", "blend"),
+            f"Probes of exits and auto mode know classes and tokens, not {anatomy.task}.",
+            "Use mode='fixed' with score='loss', 'exact' or 'memory'.",
+        ),
+        (
+            config.trim or config.scope == "global",
+            f"trim=True and scope='global' change the padding of samples, and with it their loss in {anatomy.task}.",
+            "Use trim=False and scope='local'.",
+        ),
+    ]
+    return [Problem(reason, remedy) for wrong, reason, remedy in rules if wrong]

@@ -23,7 +23,7 @@ from earlysift.exits import Anatomy, Recorder
 from earlysift.families import Family
 from earlysift.ledger import Ledger
 from earlysift.loss_memory import LossMemory
-from earlysift.losses import Head, Reduction
+from earlysift.losses import Reduction
 from earlysift.measures import ENTROPY, LOSS, MEASURES, Measure
 from earlysift.pools import Pool
 from earlysift.seeds import reseeded
@@ -239,7 +239,7 @@ def training_loss(
         batch: Batch of b samples with labels.
         weights: Weight of every sample, ``(b,)`` (unbiased selection); None weighs every labelled position equally.
         items: What to divide the sum by, where a step has more batches than this one (accumulation, several processes);
-            None is the number of labelled positions of this batch.
+            None is the number of labelled positions of this batch (1 for a CTC model whose losses are summed up).
         observe: Takes the mean loss of every sample, ``(b,)``, detached; ``-inf`` for unlabelled samples.
         options: Those of `sample_losses`; with ``depth`` it is the loss of the early exit, to be trained jointly.
 
@@ -254,7 +254,10 @@ def training_loss(
         observe(torch.where(counts > 0, sums / counts, losses.UNLABELLED).detach())
     if weights is not None:
         sums = sums * weights
-    return sums.sum() / (counts.sum().clamp(min=1) if items is None else items)
+    if items is None:
+        adds_up = checks.adds_up(exits.find_anatomy(model, options.get("family")))
+        items = 1.0 if adds_up else counts.sum().clamp(min=1)
+    return sums.sum() / items
 
 
 def sample_losses(
@@ -280,32 +283,17 @@ def sample_losses(
 
     Returns:
         The sum of every sample's losses over its labelled positions, float32 ``(b,)``, 0 for unlabelled samples; and
-        the number of these positions, float32 ``(b,)`` (1 in classification).
+        the number of these positions, float32 ``(b,)`` (1 in classification and CTC).
     """
     anatomy = checks.verified(model, batch, family)
-    inputs, labels = pools.inputs_and_labels(batch)
+    inputs, labels = pools.inputs_and_labels(batch, anatomy.labels)
     with ExitStack() as stack:
         if depth is not None:
             stack.enter_context(exits.shortened(anatomy, depth, exit_head=exit_head, detach_exit=detach_exit))
-        if anatomy.task == "sequence_classification":
-            logits = exits.call(model, inputs, synchronized=depth is None)
-            per_sample = losses.class_scores(LOSS, logits, labels, problem=checks.problem_of(anatomy))
-            counts = (per_sample != losses.UNLABELLED).float()
-        else:
-            with exits.headless(anatomy):
-                hidden = exits.call(model, inputs, synchronized=depth is None)
-            causal = anatomy.task == "causal_lm"
-            per_sample = losses.token_scores(
-                LOSS,
-                hidden,
-                labels,
-                exits.head_of(anatomy),
-                causal=causal,
-                reduction="sum",
-                chunk_tokens=chunk_tokens,
-            )
-            counts = losses.labelled_positions(labels, causal=causal).sum(dim=1).float()
-    return torch.where(counts > 0, per_sample, 0.0), counts
+        with exits.headless(anatomy):
+            states = exits.states(model, anatomy, inputs, labels, synchronized=depth is None)
+        head, problem = exits.head_of(anatomy), checks.problem_of(anatomy)
+        return losses.sample_sums(anatomy.task, states, labels, head, problem=problem, chunk_tokens=chunk_tokens)
 
 
 class Predictions(NamedTuple):
@@ -328,8 +316,8 @@ def predictions(model: nn.Module, batch: Any, *, family: Family | None = None) -
         family: A row for a model that `earlysift.families.FAMILIES` does not know.
     """
     anatomy = checks.verified(model, batch, family)
-    inputs, labels = pools.inputs_and_labels(batch)
-    if anatomy.task == "sequence_classification":
+    inputs, labels = pools.inputs_and_labels(batch, anatomy.labels)
+    if not anatomy.by_token:
         logits = exits.call(model, inputs, synchronized=True)
         return Predictions(logits.float(), labels, torch.ones_like(labels))
     with exits.headless(anatomy):
@@ -349,40 +337,6 @@ def scoring_dtype(device: torch.device) -> torch.dtype | None:
         able = torch.cpu.get_capabilities()
         return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else None
     return None
-
-
-def sample_scores(
-    measure: Measure,
-    anatomy: Anatomy,
-    head: Head,
-    states: Tensor,
-    labels: Tensor,
-    *,
-    reduction: Reduction,
-    max_positions: int | None = None,
-    positions: Tensor | None = None,
-) -> Tensor:
-    """A measure of every sample from the states in front of the head (its logits, if the head is the identity).
-
-    Args:
-        measure: What is read off the logits.
-        anatomy: Says what the labels mean.
-        head: From states to logits.
-        states: ``(R, T, D)``; in classification ``(R, D)`` or what its head takes.
-        labels: ``(R, T)`` or ``(R, ...)``.
-        reduction: Mean or sum over the labelled positions of a sample.
-        max_positions: Labelled positions of a sample that are read at most.
-        positions: Those positions, where they are known already.
-
-    Returns:
-        float32 ``(R,)``.
-    """
-    if anatomy.task == "sequence_classification":
-        return losses.class_scores(measure, head(states), labels, problem=checks.problem_of(anatomy))
-    causal = anatomy.task == "causal_lm"
-    if positions is None:
-        positions = losses.positions_to_read(labels, causal=causal, max_positions=max_positions)
-    return losses.token_scores(measure, states, labels, head, causal=causal, reduction=reduction, positions=positions)
 
 
 class _Chunk(NamedTuple):
@@ -427,8 +381,7 @@ def _run(
         ``(R, ...)``, in the order of the pool.
     """
     max_positions = None if depth is None else scoring.max_positions
-    classifies = anatomy.task == "sequence_classification"
-    skips = not classifies and depth is not None and exits.skips_unlabelled(model, anatomy, max_positions)
+    skips = anatomy.by_token and depth is not None and exits.skips_unlabelled(model, anatomy, max_positions)
     rows = scoring.chunk_rows or pool.size
     order = pools.by_length(pool.data) if scoring.trim else None
     if order is not None:
@@ -442,16 +395,18 @@ def _run(
         parts = []
         for start in range(0, pool.size, rows):
             chunk = pool.take(slice(start, start + rows)).data
-            inputs, labels = pools.inputs_and_labels(chunk if order is None else pools.trim_padding(chunk))
+            inputs, labels = pools.inputs_and_labels(
+                chunk if order is None else pools.trim_padding(chunk), anatomy.labels
+            )
             positions = None
             with ExitStack() as at_head:
-                if not classifies:
+                if anatomy.by_token:
                     causal = anatomy.task == "causal_lm"
                     positions = losses.positions_to_read(labels, causal=causal, max_positions=max_positions)
                     at_head.enter_context(exits.headless(anatomy))
                 if depth is not None and positions is not None and skips:
                     at_head.enter_context(exits.at_positions(anatomy, depth, positions, labels.shape))
-                states = exits.call(model, inputs)
+                states = exits.states(model, anatomy, inputs, labels)
             parts.append(read(_Chunk(inputs, labels, states, positions, None if recorder is None else recorder.states)))
         found = torch.cat(parts)
         return found if order is None else torch.empty_like(found).index_copy(0, order, found)
@@ -461,18 +416,17 @@ def _measured(approximation: Approximation, model: nn.Module, pool: Pool, scorin
     measure = approximation.measure
     assert measure is not None
     anatomy = checks.usable(model, pool.data, scoring.family)
-    head: Head = (lambda logits: logits) if anatomy.task == "sequence_classification" else exits.head_of(anatomy)
+    score = partial(
+        losses.sample_scores,
+        measure,
+        anatomy.task,
+        head=exits.head_of(anatomy),
+        problem=checks.problem_of(anatomy),
+        reduction=scoring.reduction,
+    )
 
     def read(chunk: _Chunk) -> Tensor:
-        return sample_scores(
-            measure,
-            anatomy,
-            head,
-            chunk.states,
-            chunk.labels,
-            reduction=scoring.reduction,
-            positions=chunk.positions,
-        )
+        return score(chunk.states, chunk.labels, positions=chunk.positions)
 
     return _run(anatomy, approximation.depth, model, pool, scoring, read)
 
@@ -505,7 +459,7 @@ def _read_by_probe(approximation: Approximation, model: nn.Module, pool: Pool, s
     anatomy = checks.usable(model, pool.data, scoring.family)
     run = partial(_run, anatomy, approximation.depth, model, pool, scoring)
     if anatomy.task == "sequence_classification":
-        labels = pools.inputs_and_labels(pool.data)[1]
+        labels = pools.inputs_and_labels(pool.data, anatomy.labels)[1]
         return _read_by_classifier(run, labels, exit_probe, checks.problem_of(anatomy))
     if ranks.sharded(model):
         raise ValueError(
@@ -572,7 +526,7 @@ def losses_by_probe(anatomy: Anatomy, exit_probe: ExitProbe, output: Any, pool: 
         pool: The pool that ran.
         classes: Number of the model's outputs.
     """
-    inputs, labels = pools.inputs_and_labels(pool)
+    inputs, labels = pools.inputs_and_labels(pool, anatomy.labels)
     at_exit = _features_of(exits.states_of(output).detach(), inputs)
     return _by_classifier(exit_probe, at_exit, labels, classes, checks.problem_of(anatomy), (LOSS,))[:, 0]
 
@@ -606,7 +560,7 @@ def lesson(
     modules[_HEAD] = last = anatomy.core.get_submodule((anatomy.head or anatomy.classifier)[-1])
     with exits.latest_outputs(modules) as outputs, exits.latest_inputs({_HEAD: last}) as inputs:
         yield seen
-    logits, labels = outputs.pop(_HEAD, None), pools.inputs_and_labels(batch)[1]
+    logits, labels = outputs.pop(_HEAD, None), pools.inputs_and_labels(batch, anatomy.labels)[1]
     if not isinstance(logits, Tensor):
         return  # the loop did something else
     with ledger.timed("lesson"), torch.enable_grad():
@@ -647,12 +601,12 @@ def _read_by_adapter(
     trained = []
 
     def score(chunk: _Chunk, rows: slice, positions: Tensor) -> Tensor:
-        return sample_scores(
+        return losses.sample_scores(
             LOSS,
-            anatomy,
-            lambda states: shared(exit_probe.adapt(states)),
+            anatomy.task,
             chunk.states[rows],
             chunk.labels[rows],
+            lambda states: shared(exit_probe.adapt(states)),
             reduction=reduction,
             positions=positions,
         )

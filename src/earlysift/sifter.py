@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from earlysift import judging, loss_memory, pending, planning, pools, progress, scorers, steering, stepping
+from earlysift import judging, loss_memory, packing, pending, planning, pools, progress, scorers, steering, stepping
 from earlysift.config import SiftConfig
 from earlysift.exits import ExitHead
 from earlysift.judging import Counted
@@ -138,7 +138,8 @@ class Sifter:
         A pool with fewer than b candidates, as the last one of an epoch, is trained on whole, unless it is the first.
 
         Args:
-            pool: A batch of R candidates: a mapping (dict, BatchEncoding), tuple, list, tensor, or nesting of these.
+            pool: A batch of R candidates: a mapping (dict, BatchEncoding), tuple, list, tensor, or nesting of these. Or
+                a flattened row of R documents (`earlysift.packing`), of which a shorter row is kept.
             micro_step: With gradient accumulation the number of this pool within its optimizer step: 0, 1, ..., so
                 ``sift(pool, micro_step=i % accumulate)`` for the pool i of an epoch. A number no larger than
                 the last one begins a new step. Schedules, probes and `step` count optimizer steps.
@@ -154,7 +155,9 @@ class Sifter:
         """
         micro_step = judging.require_micro_step(micro_step)
         before, runner = self._progress, self._runner
-        candidates = pools.checked(pool, self.config.sample_id, runner.samples, self.config.group)
+        flattened = packing.is_flattened(pool)
+        rows = packing.apart(pool, runner.label_keys()) if flattened else pool
+        candidates = pools.checked(rows, self.config.sample_id, runner.samples, self.config.group)
         kept = judging.require_kept(candidates.size, self.config.keep, before.kept, first=before.step == 0)
         self.begin(micro_step)
         runner.call_begins()
@@ -165,9 +168,9 @@ class Sifter:
             step, row = before.place(micro_step)[0], stepping.counted(candidates, chosen)
             self._commit(candidates.data, chosen.selection, step, micro_step, row)
             self.latest = stepping.remember(candidates, None, chosen, step, runner)
-            return candidates.data
+            return packing.joined(candidates.data, pool) if flattened else candidates.data
         judging.require_training(self.model)
-        runner.verify(candidates)
+        runner.verify(candidates, pool if flattened else None)
         plan = planning.plan(candidates, kept, micro_step, self._progress, self._control, runner)
         if plan.everywhere:
             candidates = stepping.padded(candidates, runner)
@@ -181,7 +184,7 @@ class Sifter:
         self._commit(batch, chosen.selection, plan.step, micro_step, row, kept=kept, steering=plan.steering)
         runner.note_scoring(candidates, plan.approximation, row)
         self._unjudged, self.latest = unjudged, stepping.remember(candidates, scored, chosen, plan.step, runner)
-        return batch
+        return packing.joined(batch, pool) if flattened else batch
 
     def judge(self) -> None:
         """Refuse, or warn of, the latest pool's scores if they were on an accelerator, which `sift` did not wait for.
@@ -221,6 +224,8 @@ class Sifter:
         Returns:
             A float32 scalar.
         """
+        if packing.is_flattened(batch):
+            batch = packing.apart(batch, self._runner.label_keys())
         observe = self.observe if self.observes else None
         with self.lesson(batch):
             return scorers.training_loss(self.model, batch, family=self.config.family, observe=observe, **options)

@@ -52,7 +52,8 @@ class Scored(NamedTuple):
 def padded(pool: Pool, runner: Runner) -> Pool:
     """The pool as long as the longest of all ranks."""
     with runner.ledger.timed("gather"):
-        return Pool(ranks.pad_together(pool.data, runner.padding_token(), runner.device), pool.size)
+        padded = ranks.pad_together(pool.data, runner.padding_token(), runner.device, runner.label_keys())
+        return Pool(padded, pool.size)
 
 
 def considered(pool: Pool, plan: Plan) -> Pool:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from earlysift import exits, pools, selectors
+from earlysift import exits, packing, pools, selectors
 from earlysift.config import SiftConfig as SiftConfig
 from earlysift.control import Control
 from earlysift.datasets import WithIds, is_map_style
@@ -132,7 +132,8 @@ class SiftTrainerMixin(_Base):  # type: ignore[misc, valid-type]
 
     def _observed_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         found: list[Tensor] = []
-        labels = inputs.get(pools.LABELS_KEY)
+        keys = self._anatomy.labels if self._anatomy else ()
+        labels = pools.inputs_and_labels(inputs, keys)[1] if keys and pools.has_labels(inputs, keys) else None
 
         def read(_model: nn.Module, _inputs: Any, outputs: Any) -> None:
             if not found:  # TRL may run the model again for its metrics
@@ -243,12 +244,14 @@ class SiftTrainerMixin(_Base):  # type: ignore[misc, valid-type]
 
     def _selected(self, pool: Any, micro_step: int) -> Any:
         pool = self._prepare_inputs(pool)
+        if self._wants_losses and packing.is_flattened(pool):
+            raise ValueError(samples.NO_DOCUMENTS)
         batch = self.sifter.sift(pool, micro_step=micro_step)
         if self.sifter.latest is not None:
             self._waiting.append(self.sifter.latest)
         # Pools are equally large on all processes: accelerate evens them out.
-        self._totals["candidates_seen"] += pools.pool_size(pool) * self.args.world_size
-        self._totals["samples_trained"] += pools.pool_size(batch) * self.args.world_size
+        self._totals["candidates_seen"] += packing.size(pool) * self.args.world_size
+        self._totals["samples_trained"] += packing.size(batch) * self.args.world_size
         return batch
 
     def _refuse_what_cannot_work(self) -> None:
@@ -259,9 +262,9 @@ class SiftTrainerMixin(_Base):  # type: ignore[misc, valid-type]
                 "train_sampling_strategy='batch_rebalance' builds batches of its own, not pools. Use another strategy.",
             ),
             (
-                getattr(self, "padding_free", False) or getattr(self.data_collator, "padding_free", False),
-                "Padding-free batches (also packing_strategy='bfd') are one row, whose samples cannot be told apart. "
-                "Use packing_strategy='wrapped', or packing=False and padding_free=False.",
+                getattr(self, "padding_free", False) and getattr(self.args, "packing", False),
+                "packing_strategy='bfd' packs a varying number of documents into a sample, of which a fixed number "
+                "cannot be kept. Use packing_strategy='wrapped', or packing=False.",
             ),
             (
                 self.get_tp_size() * self.get_cp_size() * self.get_sp_size() > 1,

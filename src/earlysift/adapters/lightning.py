@@ -233,7 +233,7 @@ class SiftCallback(Callback):
     def _reading(sifter: Sifter, batch: Any, losses: list[Tensor]) -> Iterator[None]:
         """Read the losses of a batch's samples off the first forward pass within this context."""
         anatomy = exits.find_anatomy(sifter.model, sifter.config.family)
-        labels = pools.inputs_and_labels(batch)[1]
+        labels = pools.inputs_and_labels(batch, anatomy.labels)[1]
 
         def read(_model: nn.Module, _inputs: Any, outputs: Any) -> None:
             if not losses:

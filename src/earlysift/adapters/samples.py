@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from earlysift import losses, pools, scorers
+from earlysift import checks, exits, losses, pools
 from earlysift.config import SiftConfig
 from earlysift.datasets import WithIds, is_map_style
 from earlysift.exits import Anatomy
@@ -24,7 +25,11 @@ NO_GROUPS = (
 )
 NO_LOSSES = (
     "The losses of single samples are remembered, and read off the logits that the model returns and the batch's "
-    f"{pools.LABELS_KEY!r}. One of them is missing. Use a loop of your own, with Sifter.observe."
+    "labels. One of them is missing, or the loss is a CTC loss. Use a loop of your own, with Sifter.observe."
+)
+NO_DOCUMENTS = (
+    "The losses of single samples are remembered, and cannot be read off batches that are one row of documents. Use "
+    "padding_free=False, or a loop of your own with Sifter.loss."
 )
 _READ_TOKENS = 4096  # positions whose logits are copied at once
 
@@ -84,12 +89,17 @@ def losses_of(outputs: Any, labels: Any, anatomy: Anatomy | None) -> Tensor:
             counts = outputs["label_mask"].sum(dim=1)
             means = -outputs["log_probs"].float().sum(dim=1) / counts
             return torch.where(counts > 0, means, losses.UNLABELLED)
-        if not isinstance(outputs, Mapping) or outputs.get("logits") is None or not isinstance(labels, Tensor):
+        named = outputs if isinstance(outputs, Mapping) and anatomy.task != "ctc" else {}
+        has_logits = any(named.get(name) is not None for name in ("logits", "start_logits"))
+        if not has_logits or not isinstance(labels, Tensor):
             raise ValueError(NO_LOSSES)
-        logits = outputs["logits"]
-        rows = max(1, _READ_TOKENS // pools.length(logits)) if logits.ndim == 3 else len(logits)
+        logits = exits.logits_of(outputs)
+        rows = max(1, _READ_TOKENS // pools.length(logits)) if anatomy.by_token else len(logits)
+        score = partial(
+            losses.sample_scores, LOSS, anatomy.task, head=nn.Identity(), problem=checks.problem_of(anatomy)
+        )
         parts = [
-            scorers.sample_scores(LOSS, anatomy, nn.Identity(), some, of_some, reduction="mean")
+            score(some, of_some)
             for some, of_some in zip(torch.split(logits, rows), torch.split(labels, rows), strict=True)
         ]
         return torch.cat(parts)

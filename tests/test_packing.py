@@ -1,0 +1,132 @@
+"""Flattened rows: each document is scored as alone, and the kept ones are what the collator makes of them alone."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Generator
+from transformers import DataCollatorWithFlattening
+
+import models
+from earlysift import SiftConfig, Sifter, packing, scorers
+from models import build, shorter
+
+DEPTH, LENGTHS = 2, (5, 9, 3, 7, 2, 6)
+COLLATE = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)
+
+
+def samples(lengths=LENGTHS):
+    generator = Generator().manual_seed(1)
+    return [{"input_ids": torch.randint(3, models.VOCABULARY, (n,), generator=generator).tolist()} for n in lengths]
+
+
+def model_of(family="llama", **config):
+    return build(family, "causal_lm", use_cache=False, **config)
+
+
+def alone(model, depth):
+    """The loss of each document by a stock model of fewer layers that sees nothing else."""
+    stock = shorter(model, depth).eval()
+    with torch.no_grad():
+        ids = [torch.tensor([sample["input_ids"]]) for sample in samples()]
+        return torch.stack([stock(input_ids=each, labels=each).loss for each in ids])
+
+
+def same(one, other):
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+        assert type(value) is type(other[key])
+        if isinstance(value, torch.Tensor):
+            assert value.dtype == other[key].dtype
+            assert torch.equal(value, other[key]), key
+        else:
+            assert value == other[key], key
+
+
+def test_documents_that_are_set_apart_and_joined_are_the_row_again():
+    pool = COLLATE(samples())
+    rows = packing.apart(pool)
+    assert packing.size(pool) == len(rows["input_ids"]) == len(LENGTHS)
+    for row, sample in enumerate(samples()):
+        assert rows["input_ids"][row][rows["attention_mask"][row] == 1].tolist() == sample["input_ids"]
+        assert (rows["labels"][row][rows["attention_mask"][row] == 0] == -100).all()
+    same(packing.joined(rows, pool), pool)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_documents_with_the_largest_losses_at_the_exit_are_kept_as_a_shorter_row(family):
+    model = model_of(family)
+    pool = COLLATE(samples())
+    scores = scorers.early_exit_loss(model, packing.apart(pool), depth=DEPTH, dtype=None)
+    torch.testing.assert_close(scores, alone(model, DEPTH), rtol=1e-4, atol=1e-4)
+    sifter = Sifter(model, keep=0.5, depth=DEPTH, dtype=None)
+    batch = sifter.sift(pool)
+    kept = alone(model, DEPTH).topk(3).indices.sort().values.tolist()
+    same(batch, COLLATE([samples()[row] for row in kept]))
+    assert sifter.latest.size == 3
+    model.eval()
+    torch.testing.assert_close(sifter.loss(batch), model(**batch).loss, rtol=1e-4, atol=1e-4)
+
+
+def test_keep_one_hands_the_row_out_as_it_is():
+    pool = COLLATE(samples())
+    same(Sifter(model_of(), keep=1.0).sift(pool), pool)
+
+
+def test_ids_belong_to_documents_and_losses_are_remembered_by_them():
+    model = model_of()
+    pool = COLLATE(samples()) | {"id": torch.arange(10, 16)}
+    sifter = Sifter(model, keep=0.5, score="memory", sample_id="id")
+    batch = sifter.sift(pool)
+    assert "id" not in batch
+    sifter.loss(batch)
+    sifter.stats()
+    remembered = sifter._runner.learnt.memory.look(sifter.ids, 1)[0]
+    expected = torch.stack(
+        [F.cross_entropy(model.eval()(input_ids=d).logits[0, :-1], d[0, 1:]) for d in documents_of(batch)]
+    )
+    torch.testing.assert_close(remembered, expected.detach(), rtol=1e-4, atol=1e-4)
+
+
+def documents_of(batch):
+    rows = packing.apart(batch)
+    return [ids[mask == 1][None] for ids, mask in zip(rows["input_ids"], rows["attention_mask"], strict=True)]
+
+
+class Blind(models.PlainTransformer):
+    """Takes position_ids, and does not look at them."""
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None):
+        return super().forward(input_ids, attention_mask)
+
+
+def test_a_model_that_mixes_the_documents_of_a_row_is_refused():
+    pool = COLLATE(samples())
+    with pytest.raises(
+        ValueError, match=r"does not keep the documents of a flattened row apart(?s:.*)use_cache = False"
+    ):
+        Sifter(build("llama", "causal_lm"), keep=0.5).sift(pool)
+    blind = build("plain", "causal_lm")
+    blind.__class__ = Blind
+    row = {key: pool[key] for key in ("input_ids", "labels", "position_ids")}
+    with pytest.raises(ValueError, match=r"apart(?s:.*)Use an attention that looks at position_ids"):
+        Sifter(blind, keep=0.5, family=models.row_of(blind)).sift(row)
+
+
+def test_a_document_that_is_to_predict_the_next_one_is_refused():
+    pool = COLLATE(samples())
+    pool["labels"] = pool["input_ids"].clone()
+    with pytest.raises(ValueError, match="predict the first token of the next one"):
+        Sifter(model_of(), keep=0.5).sift(pool)
+
+
+def test_what_belongs_neither_to_positions_nor_to_documents_is_refused_by_name():
+    pool = COLLATE(samples()) | {"strange": torch.zeros(4)}
+    with pytest.raises(ValueError, match=r"6 documents of a flattened pool, got 'strange' \(4,\)"):
+        Sifter(model_of(), keep=0.5).sift(pool)
+
+
+def test_one_document_is_a_pool_of_one():
+    pool = COLLATE(samples((4,)))
+    same(packing.joined(packing.apart(pool), pool), pool)
+    sifter = Sifter(model_of(), SiftConfig(kept=1, keep=0.5, probe_every=0))
+    same(sifter.sift(pool), pool)
