@@ -36,6 +36,7 @@ _DEEPSEEK = {
 _SPEECH = {
     **{"conv_dim": [8, 8], "conv_stride": [2, 2], "conv_kernel": [3, 3], "num_feat_extract_layers": 2},
     **{"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "classifier_proj_size": 16},
+    **{"layerdrop": 0.0, "apply_spec_augment": False},  # while training, both draw from global generators
 }
 _SEQ2SEQ = {
     **{"d_model": 32, "encoder_layers": LAYERS, "decoder_layers": LAYERS, "encoder_attention_heads": 4},
@@ -101,6 +102,7 @@ ZOO: dict[str, Animal] = {
     "mistral (classification)": Animal("SequenceClassification", _GROUPED),
     "xlm-roberta (classification)": Animal("SequenceClassification"),
     **dict.fromkeys(("vit", "beit", "dinov2"), Animal("ImageClassification", _IMAGES)),
+    "deit": Animal("ImageClassification", _IMAGES | {"architectures": ["DeiTForImageClassification"]}),
     "swin": Animal(
         "ImageClassification",
         {

@@ -1,5 +1,6 @@
 """Rows that are derived from the structure of a model, tried on the zoo of `benchmarks/zoo.py`."""
 
+import copy
 import sys
 from functools import partial
 from pathlib import Path
@@ -9,8 +10,11 @@ import torch
 from torch import nn
 
 import models
-from earlysift import Family, Sifter, check, exits, families, pools, probes, scorers
+from earlysift import Family, Sifter, check, checks, exits, families, pools, probes, scorers
 from models import BUILDERS
+from processes import on_ranks
+from test_exits import expected_calls, layer_calls
+from test_guests import assert_same, everything
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import bench_families
@@ -23,13 +27,14 @@ REFUSED = {
     "swin": "an exit before the last of 2 layers",
 }
 DERIVED = sorted(set(zoo.ZOO) - set(REFUSED) - set(families.FAMILIES))
+SPREAD = ["deit", "hubert", "mamba", "mistral", "opt"]  # of unlike structure
 
 
 @pytest.mark.parametrize("name", DERIVED)
 def test_an_exit_by_a_derived_row_is_a_stock_model_of_fewer_layers_with_the_same_weights(name):
     model, pool = zoo.build(name), zoo.batch(name)
     assert check(model, depth=bench_families.DEPTH, inputs=pool) == []
-    assert torch.equal(*bench_families.exit_and_stock(name))
+    assert torch.equal(bench_families.at_exit(model, pool), bench_families.logits(zoo.stock(name, 2), pool))
     before = {key: value.clone() for key, value in model.state_dict().items()}
     state = torch.get_rng_state()
     sifter = Sifter(model.train(), keep=0.5, depth=bench_families.DEPTH, dtype=None)
@@ -39,6 +44,106 @@ def test_an_exit_by_a_derived_row_is_a_stock_model_of_fewer_layers_with_the_same
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert len(exits.find_anatomy(model).layers) == zoo.LAYERS
+
+
+@pytest.mark.parametrize("name", ["deit", "mistral", "opt"])  # the whole zoo: `benchmarks/run.py families`
+def test_a_compiled_model_of_a_derived_family_runs_as_many_layers_as_the_exit_has(name):
+    torch.compiler.reset()
+    model, pool = zoo.build(name), zoo.batch(name)
+    expected = scorers.exact_loss(zoo.stock(name, 2), pool, dtype=None), bench_families.logits(model, pool)
+    compiled = torch.compile(model, backend="eager")
+    checks.usable(compiled, pool)  # compares the row with the model, once
+    with layer_calls(model) as calls:
+        for _ in range(2):
+            calls[:] = [0] * zoo.LAYERS
+            assert torch.equal(scorers.early_exit_loss(compiled, pool, depth=2, dtype=None), expected[0])
+            assert calls == expected_calls(2)
+            calls[:] = [0] * zoo.LAYERS
+            assert torch.equal(bench_families.logits(compiled, pool), expected[1])
+            assert calls == [1] * zoo.LAYERS
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("name", SPREAD)
+def test_sift_leaves_a_model_of_a_derived_family_as_it_found_it(name):
+    model, pool = zoo.build(name).train(), zoo.batch(name)
+    model(**pool).loss.backward()  # gradients of the user's step, and caches that models build themselves
+    next(iter(model.parameters())).requires_grad_(False)
+    frozen = exits.find_anatomy(model).layers[1]
+    frozen.eval()
+    next(frozen.children()).train()
+    before = copy.deepcopy(everything(model))
+    for score in ("loss", "probe", "exact"):
+        Sifter(model, keep=0.5, depth=2, score=score, probe_every=1).sift(pool)
+    assert_same(before, everything(model))
+
+
+WRAPPED = """
+import json, pathlib, sys, warnings
+warnings.simplefilter("ignore")
+import torch
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
+import earlysift
+sys.path.append(str(pathlib.Path(earlysift.__file__).parents[2] / "benchmarks"))
+import bench_families, zoo
+from earlysift import Sifter, exits
+
+rank, store, count = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count)
+told = {}
+
+
+def replicated(model):
+    return DistributedDataParallel(model, find_unused_parameters=True)  # as some use some only for pre-training
+
+
+def trained(model, batch):
+    torch.manual_seed(0)  # dropout
+    model(**batch).loss.backward()
+
+
+for name in NAMES:
+    pool = {key: values[rank::count] for key, values in zoo.batch(name, rows=8).items()}
+    plain = zoo.build(name).train()
+    for wrap in (replicated, bench_families.sharded):
+        model = wrap(zoo.build(name).train())
+        sifter = Sifter(model, keep=0.5, depth=2, dtype=None)
+        batch = sifter.sift(pool)
+        trained(model, batch)
+        plain.zero_grad()
+        trained(plain, batch)
+        apart = 0.0
+        for ours, alone in zip(exits.unwrap(model).parameters(), plain.parameters(), strict=True):
+            if alone.grad is not None:
+                distributed.all_reduce(alone.grad)
+                grad = ours.grad.full_tensor() if hasattr(ours.grad, "full_tensor") else ours.grad
+                apart = max(apart, (grad - alone.grad / count).abs().max().item())
+        told[f"{name} {wrap.__name__}"] = [sifter.selection.indices.tolist(), apart]
+print(json.dumps(told))
+distributed.destroy_process_group()
+"""
+
+
+def test_ranks_sift_and_train_models_of_derived_families_replicated_and_sharded(tmp_path):
+    by_rank = on_ranks(2, WRAPPED.replace("NAMES", repr(SPREAD)), tmp_path)
+    for rank, told in enumerate(by_rank):
+        for case, (kept, apart) in told.items():
+            name = case.split()[0]
+            pool = {key: values[rank::2] for key, values in zoo.batch(name, rows=8).items()}
+            expected = scorers.exact_loss(zoo.stock(name, 2), pool, dtype=None).topk(2).indices.sort().values
+            assert kept == expected.tolist(), case
+            assert apart < 1e-5, case
+    assert len(by_rank[0]) == 2 * len(SPREAD)
+
+
+def test_a_model_that_changes_its_weights_for_evaluation_is_refused_with_the_way_out():
+    model = zoo.build("rwkv")
+    for every, refused in ((0, 0), (2, 1), (zoo.LAYERS, 0)):
+        model.config.rescale_every = every
+        problems = check(model)
+        assert len(problems) == refused
+        assert all(problem.remedy == "Set rescale_every=0 in its config." for problem in problems)
 
 
 @pytest.mark.parametrize("name", REFUSED)

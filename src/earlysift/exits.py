@@ -587,6 +587,12 @@ def anatomy_or_problems(model: nn.Module, family: Family | None) -> Anatomy | li
             "by one position.",
             "Set task='token_classification' in the family row.",
         ),
+        (
+            isinstance(layers, nn.ModuleList | nn.Sequential) and 0 < getattr(config, "rescale_every", 0) < len(layers),
+            f"{name} halves weights of later layers for evaluation and doubles them again for training, also those of "
+            "layers that an exit left out: scoring would change its weights.",
+            "Set rescale_every=0 in its config.",
+        ),
     ]
     problems = [Problem(reason, remedy) for wrong, reason, remedy in rules if wrong]
     if problems:
