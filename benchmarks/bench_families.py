@@ -4,10 +4,11 @@ import logging
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -55,9 +56,13 @@ def measure(name: str) -> dict[str, Any]:
                 "rows": [row | {"row": "none", "layers": "–", "head": "–", "exit": f"refused: {problems[0].reason}"}]
             }
         anatomy = exits.find_anatomy(model)
-        path = next(path for path, module in anatomy.core.named_modules() if module is anatomy.layers)
+        paths = {module: path for path, module in anatomy.core.named_modules()}
         head = ", ".join(anatomy.head or anatomy.classifier) or "the model's own logits"
-        return {"rows": [row | {"layers": path, "head": head} | laws(name)]}
+        return {
+            "rows": [
+                row | {"layers": "`, `".join(paths[layers] for layers in anatomy.lists), "head": head} | laws(name)
+            ]
+        }
     finally:
         logging.disable(logging.NOTSET)
 
@@ -66,9 +71,10 @@ def laws(name: str) -> dict[str, str]:
     """Whether an exit of this family, wrapped or not, is a stock model of as many layers with the same weights."""
     batch = zoo.batch(name)
     expected = logits(zoo.stock(name, DEPTH), batch)
+    compiled = cast(nn.Module, torch.compile(zoo.build(name), backend="eager"))
     found = {
         "exit": at_exit(zoo.build(name), batch),
-        "compiled": at_exit(torch.compile(zoo.build(name), backend="eager"), batch),
+        "compiled": at_exit(compiled, batch),
         "sharded": at_exit_of_sharded(zoo.build(name), batch),
     }
     torch.compiler.reset()
@@ -97,7 +103,7 @@ def at_exit(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
 def at_exit_of_sharded(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Logits at an exit of a model that is sharded over this process alone."""
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
         return at_exit(sharded(model), batch)
     finally:
@@ -107,7 +113,8 @@ def at_exit_of_sharded(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 def sharded(model: nn.Module) -> nn.Module:
     """The model, and each of its layers, under ``fully_shard`` over all ranks."""
     mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
-    for layer in exits.find_anatomy(model).layers:
-        fully_shard(layer, mesh=mesh)
+    for layers in exits.find_anatomy(model).lists:
+        for layer in layers:
+            fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return model

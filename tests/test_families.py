@@ -21,9 +21,7 @@ import bench_families
 import zoo
 
 REFUSED = {
-    "albert": "there is no list of like modules",
-    "bart": "there are several lists of them, model.encoder.layers (4 layers), model.decoder.layers (4 layers)",
-    "t5": "there are several lists of them, encoder.block (4 layers), decoder.block (4 layers)",
+    "albert": "it calls 1 of them 4 times",
     "swin": "an exit before the last of 2 layers",
 }
 DERIVED = sorted(set(zoo.ZOO) - set(REFUSED) - set(families.FAMILIES))
@@ -152,11 +150,123 @@ def test_a_structure_that_is_not_plain_is_refused_and_says_what_was_found(name):
     assert REFUSED[name] in problem.reason
 
 
+def test_a_model_without_exits_is_sifted_by_remembered_losses_as_its_refusal_says():
+    sifter = Sifter(zoo.build("albert").train(), keep=0.5, score="memory", sample_id="id")
+    pool = zoo.batch("albert") | {"id": torch.arange(4)}
+    sifter.sift(pool)
+    sifter.observe(torch.tensor([0.1, 0.2]))
+    seen = sifter.ids
+    sifter.sift(pool)
+    assert sorted([*seen.tolist(), *sifter.ids.tolist()]) == [0, 1, 2, 3]  # unseen samples first
+
+
 @pytest.mark.parametrize(("family", "task"), [key for key in BUILDERS if key[0] in families.FAMILIES])
 def test_a_known_row_names_the_layers_that_would_be_derived(family, task):
     row = families.derived(exits.unwrap(models.build(family, task)))
     assert row is not None
     assert row.layers == families.FAMILIES[family].layers
+
+
+# Encoder-decoders: an exit cuts both lists
+
+
+SEQ2SEQ = sorted(name for name, animal in zoo.ZOO.items() if "Seq2Seq" in animal.kind)
+
+
+@pytest.mark.parametrize("name", SEQ2SEQ)
+def test_an_encoder_decoder_is_scored_with_the_decoder_inputs_that_it_makes_of_its_labels(name):
+    model, pool = zoo.build(name), zoo.batch(name)
+    anatomy = exits.find_anatomy(model)
+    assert (anatomy.task, [len(layers) for layers in anatomy.lists]) == ("seq2seq_lm", [zoo.LAYERS] * 2)
+    logits, labels = bench_families.logits(zoo.stock(name, 2), pool), pool["labels"]
+    slow = nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none").sum(dim=1)
+    slow /= (labels != -100).sum(dim=1)
+    torch.testing.assert_close(scorers.early_exit_loss(model, pool, depth=2, dtype=None), slow, rtol=1e-5, atol=1e-5)
+    ours, own = scorers.training_loss(model, pool), model(**pool).loss
+    torch.testing.assert_close(ours, own, rtol=1e-5, atol=1e-6)
+
+
+def test_decoder_inputs_of_the_pool_are_left_as_they_are():
+    model, pool = zoo.build("t5"), zoo.batch("t5")
+    other = pool | {"decoder_input_ids": pool["labels"].clamp(min=0)}
+    scores = [scorers.early_exit_loss(model, each, depth=2, dtype=None) for each in (pool, other)]
+    expected = scorers.exact_loss(zoo.stock("t5", 2), other, dtype=None)
+    torch.testing.assert_close(scores[1], expected)
+    assert not torch.allclose(*scores)
+
+
+def test_a_row_of_the_decoder_alone_runs_the_encoder_in_full():
+    model, pool = zoo.build("bart"), zoo.batch("bart")
+    weights, short = model.state_dict(), copy.deepcopy(model.config)
+    short.decoder_layers = 2
+    with torch.random.fork_rng(devices=[]):
+        stock = type(model)(short).eval()
+    stock.load_state_dict({key: weights[key] for key in stock.state_dict()})
+    row = Family("model.decoder.layers", task="seq2seq_lm")
+    scores = scorers.early_exit_loss(model, pool, depth=2, family=row, dtype=None)
+    assert torch.equal(scores, scorers.exact_loss(stock, pool, dtype=None))
+    assert not torch.equal(scores, scorers.early_exit_loss(model, pool, depth=2, dtype=None))
+
+
+def test_an_exit_deeper_than_the_encoder_runs_it_whole():
+    model, pool = zoo.build("t5"), zoo.batch("t5")
+    model.encoder.block = model.encoder.block[:2]
+    with exits.truncated(model, 3):
+        assert [len(model.encoder.block), len(model.decoder.block)] == [2, 3]
+    assert check(model, depth=3, inputs=pool) == []
+
+
+def test_a_classifier_with_encoder_and_decoder_exits_in_both():
+    from transformers import BartForSequenceClassification
+
+    config = zoo.build("bart").config
+    with torch.random.fork_rng(devices=[]):
+        model = BartForSequenceClassification(config).eval()
+    ids = zoo.batch("bart")["input_ids"].clone()
+    ids[:, -1] = config.eos_token_id  # whose state it classifies
+    pool = {"input_ids": ids, "labels": torch.arange(len(ids)) % 3}
+    assert check(model, depth=2, inputs=pool) == []
+    with exits.truncated(model, 2):
+        slow = nn.functional.cross_entropy(model(ids).logits, pool["labels"], reduction="none")
+    torch.testing.assert_close(scorers.early_exit_loss(model, pool, depth=2, dtype=None), slow)
+
+
+def test_what_cannot_be_done_with_an_encoder_decoder_is_refused_with_the_way_out():
+    model, pool = zoo.build("t5"), zoo.batch("t5")
+    with pytest.raises(ValueError, match=r"lengths of their own\. Use trim=False"):
+        Sifter(model, trim=True)
+    with pytest.raises(ValueError, match=r"lengths of their own\. Use trim=False"):
+        scorers.early_exit_loss(model, pool, trim=True)
+    with pytest.raises(ValueError, match="Use mode='fixed'"):
+        Sifter(model, mode="auto")
+    model.config.decoder_start_token_id = None
+    (problem,) = check(model, inputs=pool)
+    assert problem.remedy.startswith("Set decoder_start_token_id and pad_token_id in the model's config")
+    with_decoder_inputs = pool | {"decoder_input_ids": pool["labels"].clamp(min=0)}
+    assert check(model, inputs=with_decoder_inputs) == []
+
+
+def test_flops_of_an_encoder_decoder_are_left_out_of_the_ledger_once_and_for_all(caplog):
+    sifter = Sifter(zoo.build("t5").train(), keep=0.5)
+    for _ in range(2):
+        sifter.sift(zoo.batch("t5"))
+    assert caplog.text.count("positions of two kinds") == 1
+    assert not any("flops" in name for name in sifter.stats())
+
+
+def test_rows_with_several_lists_come_from_configs_and_each_list_is_checked():
+    model = zoo.build("t5")
+    model.config.earlysift_family = {"layers": ["encoder.block", "decoder.block"], "heads": [["lm_head"]]}
+    anatomy = exits.find_anatomy(model)
+    assert anatomy.lists == (model.encoder.block, model.decoder.block)
+    assert not anatomy.derived
+    problems = check(model, family=Family(("encoder.layers", "decoder.block")))
+    assert [problem.reason for problem in problems] == [
+        "Expected a ModuleList or Sequential of layers at 'encoder.layers' of T5ForConditionalGeneration, got nothing."
+    ]
+    for wrong in ((), ("",), (3,), "", None):
+        with pytest.raises(ValueError, match="layers must be a path"):
+            Family(wrong)
 
 
 class Stacked(nn.Module):

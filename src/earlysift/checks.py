@@ -6,6 +6,7 @@ around them.
 """
 
 import inspect
+import itertools
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from earlysift import exits, losses, pools
+from earlysift import exits, families, losses, pools
 from earlysift.exits import Anatomy, Problem
 from earlysift.families import Family
 from earlysift.measures import LOSS
@@ -69,7 +70,7 @@ def check(model: nn.Module, *, depth: int = 1, family: Family | None = None, inp
     labels = None
     if isinstance(inputs, Mapping) and pools.has_labels(inputs):
         inputs, labels = pools.inputs_and_labels(inputs)
-    problems = dry_run(model, anatomy, depth, inputs)
+    problems = dry_run(model, anatomy, depth, exits.model_inputs(anatomy, inputs, labels))
     if problems:
         return problems
     head_problems, other_problems = _comparison(model, anatomy, inputs, labels)
@@ -128,6 +129,15 @@ def problem_of(anatomy: Anatomy) -> losses.Problem | None:
     return _PROBLEM_OF_CONFIG.get(str(getattr(getattr(anatomy.core, "config", None), "problem_type", None)))
 
 
+def require_trimmable(anatomy: Anatomy) -> None:
+    """Raise where padding cannot be cut from inputs and labels alike."""
+    if families.is_encoder_decoder(anatomy.core):
+        raise ValueError(
+            "trim=True cuts padding from inputs and labels alike, and those of an encoder-decoder "
+            f"({type(anatomy.core).__name__}) have lengths of their own. Use trim=False."
+        )
+
+
 def dry_run(
     model: nn.Module, anatomy: Anatomy, depth: int, inputs: Any, *, exit_head: nn.Module | None = None
 ) -> list[Problem]:
@@ -140,7 +150,8 @@ def dry_run(
         inputs: Inputs of the model, without labels; two rows are enough.
         exit_head: Module after the exit, if any.
     """
-    calls = [0] * len(anatomy.layers)
+    lists = [list(layers) for layers in anatomy.lists]
+    calls = [0] * sum(map(len, lists))
 
     def count_call(position: int) -> Callable[..., None]:
         def hook(*_: Any) -> None:
@@ -148,7 +159,7 @@ def dry_run(
 
         return hook
 
-    handles = [layer.register_forward_hook(count_call(i)) for i, layer in enumerate(anatomy.layers)]
+    handles = [layer.register_forward_hook(count_call(i)) for i, layer in enumerate(itertools.chain(*lists))]
     random_state = torch.get_rng_state()
     values = inputs.values() if isinstance(inputs, Mapping) else [inputs]
     rows = next((len(value) for value in values if isinstance(value, Tensor) and value.ndim > 0), None)
@@ -171,7 +182,7 @@ def dry_run(
     finally:
         for handle in handles:
             handle.remove()
-    expected = [1] * depth + [0] * (len(calls) - depth)
+    expected = [int(place < depth) for layers in lists for place in range(len(layers))]
     returned = len(logits) if logits.ndim else 0
     draws = not torch.equal(torch.get_rng_state(), random_state)
     torch.set_rng_state(random_state)
@@ -226,9 +237,10 @@ def _comparison(
         tolerances.append(_COARSE if autocast or states.dtype.itemsize < 4 else _PRECISE)
 
     handle = anatomy.layers[0].register_forward_hook(note_tolerance)
+    complete = exits.model_inputs(anatomy, inputs, labels)
     try:
         with torch.no_grad(), exits.uncompiled(), exits.scoring_mode(model):
-            own = exits.call(model, inputs)
+            own = exits.call(model, complete)
     except Exception as error:  # models may fail in any way on inputs that do not fit
         return [], [
             Problem(
@@ -246,7 +258,7 @@ def _comparison(
     tolerance = max(tolerances, default=_PRECISE) if exact else _COARSE
     # Auto mode takes what is named behind the pooling of a classifier for its head.
     named = anatomy._replace(head=anatomy.head or anatomy.classifier) if anatomy.derived else anatomy
-    head_problems = _head_problems(model, named, inputs, own, tolerance)
+    head_problems = _head_problems(model, named, complete, own, tolerance)
     used = _headless(anatomy) if head_problems else anatomy
     return head_problems, _loss_problems(model, used, inputs, labels, tolerance)
 
@@ -308,16 +320,16 @@ def _loss_problems(
 
 def _remedy(anatomy: Anatomy, inputs: Any, otherwise: str) -> str:
     """The remedy for an encoder-decoder whose decoder gets no inputs, otherwise the given one."""
-    encoder_decoder = getattr(getattr(anatomy.core, "config", None), "is_encoder_decoder", False)
-    if not encoder_decoder or not isinstance(inputs, Mapping) or "decoder_input_ids" in inputs:
+    if not families.is_encoder_decoder(anatomy.core) or "decoder_input_ids" in inputs:
         return otherwise
-    return (
-        "Put decoder_input_ids into the pool: pools are scored without labels, from which the model would make them. "
-        "model.prepare_decoder_input_ids_from_labels(labels) returns them."
-    )
+    made_of = "decoder_input_ids are made of the labels"
+    made = {"seq2seq_lm": f"Set decoder_start_token_id and pad_token_id in the model's config, by which {made_of}"}
+    remedy = made.get(anatomy.task, f"Set task='seq2seq_lm' in the family row, by which {made_of}")
+    return f"{remedy}, or put them into the pool: it is scored without labels."
 
 
 def _mean_loss(model: nn.Module, anatomy: Anatomy, inputs: Any, labels: Tensor) -> Tensor:
+    inputs = exits.model_inputs(anatomy, inputs, labels)
     if anatomy.task == "sequence_classification":
         per_sample = losses.class_scores(LOSS, exits.call(model, inputs), labels, problem=problem_of(anatomy))
         return per_sample[per_sample != losses.UNLABELLED].mean()

@@ -10,27 +10,31 @@ Where a model has its layers and head is a row of data: see `earlysift.families`
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from earlysift import families
 from earlysift.families import FAMILIES, Family
+from earlysift.measures import IGNORED_LABEL
 from earlysift.presets import Task
 
 _TASK_OF_CLASS_SUFFIX: dict[str, Task] = {
     "ForMaskedLM": "masked_lm",
     "ForCausalLM": "causal_lm",
     "LMHeadModel": "causal_lm",
+    "ForConditionalGeneration": "seq2seq_lm",
+    "MTModel": "seq2seq_lm",
     "ForTokenClassification": "token_classification",
     "ForSequenceClassification": "sequence_classification",
     "ForImageClassification": "sequence_classification",
 }
 
 
+_DECODED = {"decoder_input_ids", "decoder_inputs_embeds"}
 _REFUSED_WRAPPERS = {
     "DataParallel": (
         "DataParallel copies the model at every call, and the copies are not shortened.",
@@ -58,7 +62,7 @@ class Anatomy(NamedTuple):
 
     In sequence classification the model pools between states and logits, so ``head`` is empty and ``classifier`` names
     the modules after (or including) the pooling. ``positionwise``: see `Family`. ``derived``: whether its row
-    is a guess.
+    is a guess. ``earlier``: lists of layers that run before ``layers`` and are cut to the same depth.
     """
 
     core: nn.Module
@@ -68,6 +72,12 @@ class Anatomy(NamedTuple):
     classifier: tuple[str, ...] = ()
     positionwise: tuple[tuple[str, ...], ...] = ()
     derived: bool = False
+    earlier: tuple[nn.ModuleList | nn.Sequential, ...] = ()
+
+    @property
+    def lists(self) -> tuple[nn.ModuleList | nn.Sequential, ...]:
+        """All lists of layers, in calling order."""
+        return *self.earlier, self.layers
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -136,7 +146,8 @@ def truncated(
 
     Args:
         model: The model, wrapped or not.
-        depth: Number of layers to keep, 1 to the number of layers (all of them: the full model).
+        depth: Number of layers to keep, 1 to the number of layers (all of them: the full model); of every list, where
+            the family has several, and of the last one counted.
         family: A row for a model that `FAMILIES` does not know.
         exit_head: Module that follows the last remaining layer (see `ExitHead`).
         detach_exit: Whether gradients of the exit stop at the exit head.
@@ -170,7 +181,10 @@ def shortened(
     if hasattr(anatomy.core, "_get_fsdp_state"):
         # FSDP2 collects the modules of the model in its first pass, which must see the full model.
         cast(Any, anatomy.core)._get_fsdp_state()._lazy_init()
-    with _replaced_layers(anatomy, list(anatomy.layers)[:depth], exit_head, detach_exit):
+    with ExitStack() as stack:
+        for layers in anatomy.earlier:
+            stack.enter_context(_in_place_of(layers, list(layers)[:depth]))
+        stack.enter_context(_replaced_layers(anatomy, list(anatomy.layers)[:depth], exit_head, detach_exit))
         hooked = _modules_with_capture_hooks(anatomy.core)  # in the shortened model, as the other layers do not run
         try:
             yield
@@ -178,19 +192,24 @@ def shortened(
             _drop_new_capture_hooks(anatomy.core, hooked)
 
 
-@contextmanager
 def _replaced_layers(
     anatomy: Anatomy, layers: list[nn.Module], exit_head: nn.Module | None, detach_exit: bool = False
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Put these layers, the last one followed by the exit head, in place of all layers within this context."""
     if exit_head is not None:
         layers[-1] = _ExitLayer(layers[-1], exit_head, detach_exit)
-    all_layers = anatomy.layers._modules
-    anatomy.layers._modules = dict(zip(all_layers, layers, strict=False))
+    return _in_place_of(anatomy.layers, layers)
+
+
+@contextmanager
+def _in_place_of(all_layers: nn.Module, layers: list[nn.Module]) -> Iterator[None]:
+    """Let a list hold these layers, its first ones or as many others, within this context."""
+    modules = all_layers._modules
+    all_layers._modules = dict(zip(modules, layers, strict=False))
     try:
         yield
     finally:
-        anatomy.layers._modules = all_layers
+        all_layers._modules = modules
 
 
 @contextmanager
@@ -293,7 +312,7 @@ def skips_unlabelled(model: nn.Module, anatomy: Anatomy, max_positions: int | No
 
 def is_compiled(model: nn.Module, anatomy: Anatomy) -> bool:
     """Whether the model or one of its layers is compiled."""
-    return _compiled([*_layers_of_wrapping(model), *anatomy.layers])
+    return _compiled([*_layers_of_wrapping(model), *(layer for layers in anatomy.lists for layer in layers)])
 
 
 def _compiled(modules: Iterable[nn.Module]) -> bool:
@@ -382,6 +401,31 @@ def run(model: nn.Module, inputs: Any, *, synchronized: bool = False) -> Any:
     if not isinstance(inputs, Mapping):
         return runnable(inputs)
     return runnable(**{**inputs, **_quiet_arguments(unwrap(model))})
+
+
+def model_inputs(anatomy: Anatomy, inputs: Any, labels: Tensor | None) -> Any:
+    """What a model is called with where it is not given its labels.
+
+    An encoder-decoder makes its decoder's inputs of its labels; here they are made as it does. Where that fails, inputs
+    stay as they are, and the model says what it lacks.
+
+    Args:
+        anatomy: The model's.
+        inputs: What came without the labels.
+        labels: ``(R, T)`` in a task over tokens; None leaves inputs as they are.
+    """
+    if labels is None or anatomy.task != "seq2seq_lm" or not isinstance(inputs, Mapping) or _DECODED & inputs.keys():
+        return inputs
+    made_by_model = getattr(anatomy.core, "prepare_decoder_input_ids_from_labels", None)
+    make = made_by_model or partial(_shifted_right, getattr(anatomy.core, "config", None))
+    with suppress(Exception):  # configs may lack the tokens, and models refuse in many ways
+        return {**inputs, "decoder_input_ids": make(labels)}
+    return inputs
+
+
+def _shifted_right(config: Any, labels: Tensor) -> Tensor:
+    shifted = nn.functional.pad(labels[:, :-1], (1, 0), value=config.decoder_start_token_id)
+    return shifted.masked_fill(shifted == IGNORED_LABEL, config.pad_token_id)
 
 
 class ExitHead(nn.Module):
@@ -533,6 +577,15 @@ def anatomy_or_problems(model: nn.Module, family: Family | None) -> Anatomy | li
     if name in _REFUSED_WRAPPERS:
         return [Problem(*_REFUSED_WRAPPERS[name])]
     config = getattr(core, "config", None)
+    groups, count = (getattr(config, name, None) for name in ("num_hidden_groups", "num_hidden_layers"))
+    if groups and count and groups < count:
+        return [
+            Problem(
+                f"{name} shares weights between its layers, as ALBERT does: it calls {groups} of them {count} times, "
+                "and an exit is behind a layer, not behind a call.",
+                "Use a score that needs no exit: remembered losses (score='memory'), or your own callable.",
+            )
+        ]
     model_type = getattr(config, "model_type", None)
     if family is not None and not isinstance(family, Family):
         raise ValueError(f"Expected family to be a Family(layers=..., heads=..., task=...), got {family!r}.")
@@ -552,29 +605,19 @@ def anatomy_or_problems(model: nn.Module, family: Family | None) -> Anatomy | li
                 f"or put one under '{families.IN_CONFIG}' into the model's config.json.",
             )
         ]
-    layers = _submodule(core, row.layers)
-    found = "nothing" if layers is None else type(layers).__name__
-    suffix = next((s for s in _TASK_OF_CLASS_SUFFIX if name.endswith(s)), None)
-    task = row.task or (_TASK_OF_CLASS_SUFFIX[suffix] if suffix else None)
+    lists = [_submodule(core, path) for path in row.paths]
+    layers = lists[-1]
+    task = row.task or _task_of_class(core)
     named = next((h for h in row.heads if all(part in core._modules for part in h)), ())
     # In sequence classification the head pools over positions, so the model's own logits are scored.
     head, classifier = ((), named) if task == "sequence_classification" else (named, ())
-    rules = [
-        (
-            not isinstance(layers, nn.ModuleList | nn.Sequential),
-            f"Expected a ModuleList or Sequential of layers at '{row.layers}' of {name}, got {found}.",
-            "Give the path of the layer list in the family row; `model.named_modules()` lists the paths.",
-        ),
-        (
-            isinstance(layers, nn.ModuleList | nn.Sequential) and not len(layers),
-            f"The list of layers at '{row.layers}' of {name} is empty.",
-            "Give the path of another list.",
-        ),
+    rules = [rule for path, found in zip(row.paths, lists, strict=True) for rule in _rules_of_layers(name, path, found)]
+    rules += [
         (
             task is None,
             f"What the labels of {name} mean is unknown.",
             f"Set task= in the family row, as in family=Family(layers={row.layers!r}, heads={row.heads!r}, task=...): "
-            "masked_lm, causal_lm, token_classification or sequence_classification.",
+            f"{', '.join(get_args(Task))}.",
         ),
         (
             task != "sequence_classification" and given is not None and bool(row.heads) and not head,
@@ -582,10 +625,10 @@ def anatomy_or_problems(model: nn.Module, family: Family | None) -> Anatomy | li
             f"Its submodules are {tuple(core._modules)}; leave heads empty to use the model's own logits.",
         ),
         (
-            task == "causal_lm" and getattr(config, "is_encoder_decoder", False),
+            task == "causal_lm" and families.is_encoder_decoder(core),
             f"{name} is an encoder-decoder, which predicts labels at their own positions, but causal_lm shifts labels "
             "by one position.",
-            "Set task='token_classification' in the family row.",
+            "Set task='seq2seq_lm' in the family row.",
         ),
         (
             isinstance(layers, nn.ModuleList | nn.Sequential) and 0 < getattr(config, "rescale_every", 0) < len(layers),
@@ -597,12 +640,36 @@ def anatomy_or_problems(model: nn.Module, family: Family | None) -> Anatomy | li
     problems = [Problem(reason, remedy) for wrong, reason, remedy in rules if wrong]
     if problems:
         return problems
-    if getattr(config, "final_logit_softcapping", None):
-        head = ()  # the model's forward applies the cap after the head
+    if getattr(config, "final_logit_softcapping", None) or "final_logits_bias" in core._buffers:
+        head = ()  # the model's forward applies the cap, or adds the bias, after the head
     assert isinstance(layers, nn.ModuleList | nn.Sequential)
     assert task is not None
     positionwise = row.positionwise if head and _can_skip_unlabelled(core, layers, row) else ()
-    return Anatomy(core, layers, head, task, classifier, positionwise, derived=known is None)
+    earlier = tuple(cast(list[nn.ModuleList | nn.Sequential], lists[:-1]))
+    return Anatomy(core, layers, head, task, classifier, positionwise, known is None, earlier)
+
+
+def _task_of_class(core: nn.Module) -> Task | None:
+    name = type(core).__name__
+    task = next((task for suffix, task in _TASK_OF_CLASS_SUFFIX.items() if name.endswith(suffix)), None)
+    # Models that read images and texts, as Llava, generate, too, and are decoders.
+    return None if task == "seq2seq_lm" and not families.is_encoder_decoder(core) else task
+
+
+def _rules_of_layers(name: str, path: str, layers: nn.Module | None) -> list[tuple[bool, str, str]]:
+    found = "nothing" if layers is None else type(layers).__name__
+    return [
+        (
+            not isinstance(layers, nn.ModuleList | nn.Sequential),
+            f"Expected a ModuleList or Sequential of layers at '{path}' of {name}, got {found}.",
+            "Give the path of the layer list in the family row; `model.named_modules()` lists the paths.",
+        ),
+        (
+            isinstance(layers, nn.ModuleList | nn.Sequential) and not len(layers),
+            f"The list of layers at '{path}' of {name} is empty.",
+            "Give the path of another list.",
+        ),
+    ]
 
 
 def _can_skip_unlabelled(core: nn.Module, layers: nn.ModuleList | nn.Sequential, row: Family) -> bool:

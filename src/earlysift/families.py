@@ -23,7 +23,8 @@ class Family:
     """One row of data: where a model has the parts that an early exit needs.
 
     Attributes:
-        layers: Path from the (unwrapped) model to its ``ModuleList`` or ``Sequential`` of layers.
+        layers: Path from the (unwrapped) model to its ``ModuleList`` or ``Sequential`` of layers; or several paths in
+            calling order, as of an encoder and a decoder. An exit after d layers then runs the first d of each.
         heads: Alternatives for the modules between the last states ``(R, T, D)`` and the logits, in calling order; the
             first alternative that the model has is used. Without any, the model's own logits are used, which needs
             memory for the logits of all positions of a chunk.
@@ -33,7 +34,7 @@ class Family:
             labelled positions only (`at_positions`).
     """
 
-    layers: str
+    layers: str | tuple[str, ...]
     heads: tuple[tuple[str, ...], ...] = ()
     task: Task | None = None
     positionwise: tuple[tuple[str, ...], ...] = ()
@@ -44,12 +45,17 @@ class Family:
             for name in ("heads", "positionwise")
             if not _are_chains(getattr(self, name))
         ]
-        if not (isinstance(self.layers, str) and self.layers):
-            problems.insert(0, f"layers must be a path, such as 'model.layers', got {self.layers!r}.")
+        if not (self.layers and _are_chains((self.paths,)) and all(self.paths)):
+            problems.insert(0, f"layers must be a path, such as 'model.layers', or several, got {self.layers!r}.")
         if self.task is not None and self.task not in get_args(Task):
             problems.append(f"task must be one of {', '.join(get_args(Task))} or None, got {self.task!r}.")
         if problems:
             raise ValueError(" ".join(["Bad family row:", *problems]))
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The paths of all lists of layers, in calling order."""
+        return (self.layers,) if isinstance(self.layers, str) else self.layers
 
 
 def _are_chains(chains: object) -> bool:
@@ -120,9 +126,9 @@ def _tuples(value: Any) -> Any:
 def derived(core: nn.Module) -> Family | None:
     """The row of a model whose structure is plain; None if it is not.
 
-    Its layers are the only list of like modules with weights (lists within a layer, as of experts, do not count), its
-    head the last module with weights beside them, as the model's own forward does all before that. That is a guess:
-    `earlysift.checks.verified` compares it with the model.
+    Its layers are the only list of like modules with weights (lists within a layer, as of experts, do not count), or
+    the only two of an encoder-decoder; its head is the last module with weights beside them, as the model's own forward
+    does all before that. That is a guess: `earlysift.checks.verified` compares it with the model.
 
     Args:
         core: The model, without wrappers.
@@ -137,18 +143,25 @@ def derived(core: nn.Module) -> Family | None:
     if core in _DERIVED:
         return _DERIVED[core]
     paths = _layer_lists(core)
-    if len(paths) != 1:
+    if len(paths) != (2 if is_encoder_decoder(core) else 1):
         return None
     names = [name for name, module in core._modules.items() if module is not None and _weighs(module)]
-    place = names.index(paths[0].partition(".")[0])
+    place = names.index(paths[-1].partition(".")[0])
     beside = names[place + 1 :] or names[:place]  # RoBERTa's head is defined in front of its layers
-    return _DERIVED.setdefault(core, Family(paths[0], ((beside[-1],),) if beside else ()))
+    layers = paths[0] if len(paths) == 1 else tuple(paths)
+    return _DERIVED.setdefault(core, Family(layers, ((beside[-1],),) if beside else ()))
+
+
+def is_encoder_decoder(core: nn.Module) -> bool:
+    """Whether a model's config says that it is one."""
+    return bool(getattr(getattr(core, "config", None), "is_encoder_decoder", False))
 
 
 def found(core: nn.Module) -> str:
     """What `derived` found in place of a single list of layers, in words."""
     lists = [f"{path} ({len(core.get_submodule(path)._modules)} layers)" for path in _layer_lists(core)]
-    return f"there are several lists of them, {', '.join(lists)}" if lists else "there is no list of like modules"
+    number = "are several lists" if len(lists) > 1 else "is one list"
+    return f"there {number} of them, {', '.join(lists)}" if lists else "there is no list of like modules"
 
 
 def _layer_lists(core: nn.Module) -> list[str]:

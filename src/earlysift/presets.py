@@ -5,7 +5,7 @@ import reprlib
 from pathlib import Path
 from typing import Any, Literal
 
-Task = Literal["masked_lm", "causal_lm", "token_classification", "sequence_classification"]
+Task = Literal["masked_lm", "causal_lm", "seq2seq_lm", "token_classification", "sequence_classification"]
 
 # Values that are not given have the defaults of transformers, which are those of the original model.
 _BERT: dict[str, Any] = {"model_type": "bert", "architectures": ["BertForMaskedLM"]}

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from earlysift import checks, exits, pools, scorers
+from earlysift import checks, exits, families, pools, scorers
 from earlysift.exits import Anatomy
 from earlysift.loss_memory import unseen_first
 from earlysift.measures import LOSS, Measure
@@ -142,6 +142,11 @@ def with_head(anatomy: Anatomy) -> Anatomy:
         raise ValueError(
             f"Expected a family row that names the head of {type(anatomy.core).__name__}, got none. Probes look at the "
             "states that enter the head: Family(layers=..., heads=((...),))."
+        )
+    if families.is_encoder_decoder(anatomy.core):
+        raise ValueError(
+            f"{type(anatomy.core).__name__} is an encoder-decoder. Probes and auto mode read all exits off one full "
+            "pass, in which its encoder is not cut. Use mode='fixed'."
         )
     return anatomy._replace(head=anatomy.head or anatomy.classifier)
 

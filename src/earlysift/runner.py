@@ -71,6 +71,8 @@ class Runner:
         optional = self._compared and config.family is None
         with suppress(ValueError) if optional else nullcontext():
             self.anatomy = exits.find_anatomy(model, config.family)
+        if config.trim and self.anatomy is not None:
+            checks.require_trimmable(self.anatomy)
         self.control = self.candidates() if config.mode == "auto" else None
         exit_probes = {depth: ExitProbe(config.seed) for depth in self._probed_depths()}
         self.learnt = Learnt(
@@ -210,7 +212,8 @@ class Runner:
             return
         anatomy = exits.find_anatomy(self.model, self.config.family)
         if self._exits:
-            inputs, _ = pools.inputs_and_labels(pool.take(slice(0, 2)).data)
+            inputs, labels = pools.inputs_and_labels(pool.take(slice(0, 2)).data)
+            inputs = exits.model_inputs(anatomy, inputs, labels)
             problems = checks.dry_run(self.model, anatomy, self.config.depth, inputs, exit_head=self.exit_head)
             if problems:
                 raise ValueError(exits.problem_report(self.model, problems))

@@ -284,6 +284,7 @@ def sample_losses(
     """
     anatomy = checks.verified(model, batch, family)
     inputs, labels = pools.inputs_and_labels(batch)
+    inputs = exits.model_inputs(anatomy, inputs, labels)
     with ExitStack() as stack:
         if depth is not None:
             stack.enter_context(exits.shortened(anatomy, depth, exit_head=exit_head, detach_exit=detach_exit))
@@ -329,6 +330,7 @@ def predictions(model: nn.Module, batch: Any, *, family: Family | None = None) -
     """
     anatomy = checks.verified(model, batch, family)
     inputs, labels = pools.inputs_and_labels(batch)
+    inputs = exits.model_inputs(anatomy, inputs, labels)
     if anatomy.task == "sequence_classification":
         logits = exits.call(model, inputs, synchronized=True)
         return Predictions(logits.float(), labels, torch.ones_like(labels))
@@ -430,6 +432,8 @@ def _run(
     classifies = anatomy.task == "sequence_classification"
     skips = not classifies and depth is not None and exits.skips_unlabelled(model, anatomy, max_positions)
     rows = scoring.chunk_rows or pool.size
+    if scoring.trim:
+        checks.require_trimmable(anatomy)
     order = pools.by_length(pool.data) if scoring.trim else None
     if order is not None:
         pool = pool.take(order)
@@ -443,6 +447,7 @@ def _run(
         for start in range(0, pool.size, rows):
             chunk = pool.take(slice(start, start + rows)).data
             inputs, labels = pools.inputs_and_labels(chunk if order is None else pools.trim_padding(chunk))
+            inputs = exits.model_inputs(anatomy, inputs, labels)
             positions = None
             with ExitStack() as at_head:
                 if not classifies:
