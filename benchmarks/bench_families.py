@@ -24,7 +24,8 @@ ABOUT = f"""Tiny models of transformers with random weights, {zoo.LAYERS} layers
 earlysift, or derived from the structure of the model and compared with the model itself. "Exit": whether the logits at
 the exit are those of a stock model of that many layers with the same weights, bit for bit. "Compiled": the same of
 `torch.compile(model)`, traced and run eagerly; "sharded": of model and layers under `fully_shard`, in one process.
-What is refused says why; a row of your own may help."""
+"By a probe": the model's own head cannot read an exit, and `score="probe"` can. What is refused says why; a row of
+your own may help."""
 TABLES: dict[str, measuring.Columns] = {
     "rows": {
         "model": ("model", "{}"),
@@ -51,18 +52,15 @@ def measure(name: str) -> dict[str, Any]:
         known = str(getattr(model, "config").model_type) in families.FAMILIES  # noqa: B009
         row: dict[str, Any] = {"model": type(model).__name__, "row": "known" if known else "derived"}
         problems = checks.check(model, depth=DEPTH, inputs=pool)
-        if problems:
-            return {
-                "rows": [row | {"row": "none", "layers": "–", "head": "–", "exit": f"refused: {problems[0].reason}"}]
-            }
+        by_probe = any("score='probe'" in problem.remedy for problem in problems)
+        if problems and not by_probe:
+            return {"rows": [row | REFUSED | {"exit": f"refused: {problems[0].reason}"}]}
+        found = {"exit": f"by a probe: {problems[0].reason}"} if by_probe else laws(name)
         anatomy = exits.find_anatomy(model)
         paths = {module: path for path, module in anatomy.core.named_modules()}
+        layers = "`, `".join(paths[layers] for layers in anatomy.lists)
         head = ", ".join(anatomy.head or anatomy.classifier) or "the model's own logits"
-        return {
-            "rows": [
-                row | {"layers": "`, `".join(paths[layers] for layers in anatomy.lists), "head": head} | laws(name)
-            ]
-        }
+        return {"rows": [row | {"layers": layers, "head": head} | found]}
     finally:
         logging.disable(logging.NOTSET)
 

@@ -45,7 +45,7 @@ _SEQ2SEQ = {
 
 
 _OF_BOTH = ("encoder_layers", "decoder_layers")
-_BY_STAGE = ("hidden_sizes", "depths")  # lists with a number for every stage
+_STAGES = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
 
 
 class Animal(NamedTuple):
@@ -107,24 +107,12 @@ ZOO: dict[str, Animal] = {
     "swin": Animal(
         "ImageClassification",
         {
-            **_IMAGES,
-            "image_size": 32,
-            "embed_dim": 16,
-            "depths": [2, 2],
-            "num_attention_heads": [2, 2],
-            "window_size": 4,
+            **{**_IMAGES, "image_size": 64, "embed_dim": 8, "window_size": 4},
+            **{"depths": [1, 1, 1, 1], "num_attention_heads": [2, 2, 2, 2]},
         },
     ),
-    "convnext": Animal(
-        "ImageClassification", {"num_channels": 1, "hidden_sizes": [8, 16, 16, 16], "depths": [1, 1, 1, 1]}
-    ),
-    "resnet": Animal(
-        "ImageClassification",
-        {
-            **{"num_channels": 1, "embedding_size": 8, "hidden_sizes": [8, 16, 16, 16], "depths": [1, 1, 1, 1]},
-            "layer_type": "basic",
-        },
-    ),
+    "convnext": Animal("ImageClassification", {"num_channels": 1, **_STAGES}),
+    "resnet": Animal("ImageClassification", {"num_channels": 1, "embedding_size": 8, "layer_type": "basic", **_STAGES}),
     **dict.fromkeys(("wav2vec2", "hubert"), Animal("AudioClassification", _SPEECH)),
     **dict.fromkeys(
         ("bart", "mbart", "pegasus", "m2m_100", "marian"), Animal("Seq2SeqLM", _SEQ2SEQ, depths_named=_OF_BOTH)
@@ -141,8 +129,7 @@ ZOO: dict[str, Animal] = {
 def build(name: str, layers: int = LAYERS) -> nn.Module:
     """A model in evaluation mode with weights from a seed; the global generator is left as it was."""
     animal = ZOO[name]
-    by_stage = {key: value[:layers] for key, value in animal.config.items() if key in _BY_STAGE}
-    sizes = {**_COMMON, **dict.fromkeys(animal.depths_named, layers), **animal.config, **by_stage}
+    sizes = {**_COMMON, **dict.fromkeys(animal.depths_named, layers), **animal.config}
     config = transformers.AutoConfig.for_model(name.partition(" ")[0], **sizes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -11,6 +11,7 @@ from torch import nn
 
 import models
 from earlysift import Family, Sifter, check, checks, exits, families, pools, probes, scorers
+from earlysift.exit_probe import ExitProbe, features
 from models import BUILDERS
 from processes import on_ranks
 from test_exits import expected_calls, layer_calls
@@ -22,9 +23,9 @@ import zoo
 
 REFUSED = {
     "albert": "it calls 1 of them 4 times",
-    "swin": "an exit before the last of 2 layers",
 }
-DERIVED = sorted(set(zoo.ZOO) - set(REFUSED) - set(families.FAMILIES))
+STAGED = ["convnext", "resnet", "swin"]  # whose head cannot read the states of earlier stages
+DERIVED = sorted(set(zoo.ZOO) - set(REFUSED) - set(STAGED) - set(families.FAMILIES))
 SPREAD = ["deit", "hubert", "mamba", "mistral", "opt"]  # of unlike structure
 
 
@@ -267,6 +268,61 @@ def test_rows_with_several_lists_come_from_configs_and_each_list_is_checked():
     for wrong in ((), ("",), (3,), "", None):
         with pytest.raises(ValueError, match="layers must be a path"):
             Family(wrong)
+
+
+# Stages: an exit is read by a probe
+
+
+def probe_scores(model, pool, depth=2):
+    learnt = scorers.Learnt(probes={depth: ExitProbe()})
+    return scorers.probe(depth)(model, pool, learnt=learnt, dtype=None)
+
+
+@pytest.mark.parametrize("name", STAGED)
+def test_an_exit_behind_a_stage_is_refused_to_the_head_with_the_way_out(name):
+    model, pool = zoo.build(name).train(), zoo.batch(name)
+    (problem,) = check(model, depth=2, inputs=pool)
+    assert problem.reason.startswith("States of a sample behind layer 2 have shape")
+    for score in ("loss", "entropy"):
+        with pytest.raises(ValueError, match="Use score='probe', which learns to read them"):
+            Sifter(model, keep=0.5, depth=2, score=score).sift(pool)
+    with pytest.raises(ValueError, match=r"stages, .* Use mode='fixed' with score='probe'"):
+        Sifter(model, mode="auto")
+
+
+@pytest.mark.parametrize("name", STAGED)
+def test_a_probe_behind_a_stage_reads_its_states_and_runs_no_later_one(name):
+    model, pool = zoo.build(name), zoo.batch(name)
+    stages = exits.find_anatomy(model).layers
+    with exits.latest_outputs({2: stages[1]}) as outputs:
+        bench_families.logits(model, pool)
+    logits = ExitProbe().classify(features(exits.states_of(outputs[2])), classes=5)
+    slow = nn.functional.cross_entropy(logits, pool["labels"], reduction="none")
+    torch.testing.assert_close(probe_scores(model, pool), slow)
+    with layer_calls(model) as calls:
+        assert torch.equal(probe_scores(model, pool), probe_scores(model, pool))
+    assert calls == expected_calls(2, times=2)
+
+
+@pytest.mark.parametrize("name", STAGED)
+def test_sifting_by_a_probe_behind_a_stage_leaves_the_model_and_its_running_statistics_as_they_were(name):
+    model, pool = zoo.build(name).train(), zoo.batch(name)
+    model(**pool).loss.backward()
+    before = copy.deepcopy(everything(model))
+    for score in ("probe", "blend"):
+        sifter = Sifter(model, keep=0.5, depth=2, score=score, probe_every=1)
+        for _ in range(2):
+            sifter.sift(pool)
+    assert_same(before, everything(model))
+
+
+def test_compiled_and_sharded_models_are_read_by_a_probe_behind_a_stage(process_group):
+    pool = zoo.batch("convnext")
+    expected = probe_scores(zoo.build("convnext"), pool)
+    compiled = torch.compile(zoo.build("convnext"), backend="eager")
+    for model in (compiled, bench_families.sharded(zoo.build("convnext"))):
+        torch.testing.assert_close(probe_scores(model, pool), expected)
+    torch.compiler.reset()
 
 
 class Stacked(nn.Module):

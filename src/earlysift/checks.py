@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from earlysift import exits, families, losses, pools
-from earlysift.exits import Anatomy, Problem
+from earlysift.exits import Anatomy, ExitHead, Problem, Recorder
 from earlysift.families import Family
 from earlysift.measures import LOSS
 
@@ -30,6 +30,8 @@ _PROBLEM_OF_CONFIG: dict[str, losses.Problem] = {
 }
 # Models compared so far, and whether the head of an anatomy yields the model's own logits.
 _COMPARED: WeakKeyDictionary[nn.Module, dict[Any, bool]] = WeakKeyDictionary()
+# Depths asked for so far, and what `unlike_the_last` found there.
+_UNLIKE: WeakKeyDictionary[nn.Module, dict[int, tuple[torch.Size, torch.Size] | None]] = WeakKeyDictionary()
 
 
 def check(model: nn.Module, *, depth: int = 1, family: Family | None = None, inputs: Any = None) -> list[Problem]:
@@ -138,6 +140,32 @@ def require_trimmable(anatomy: Anatomy) -> None:
         )
 
 
+def unlike_the_last(
+    model: nn.Module, anatomy: Anatomy, depth: int, inputs: Any
+) -> tuple[torch.Size, torch.Size] | None:
+    """Shapes of the states of a sample at an exit and behind the last layer, where they differ, as stages do.
+
+    Found by a full pass of one row, once a model and depth.
+
+    Args:
+        model: The model, wrapped or not; left as it was.
+        anatomy: Where its layers are.
+        depth: The exit.
+        inputs: Inputs of the model, at least one row.
+    """
+    known = _UNLIKE.setdefault(anatomy.core, {})
+    if depth not in known:
+        shapes = exits.shapes_of_states(model, anatomy, pools.take(inputs, slice(0, 1)))
+        known[depth] = (shapes[depth - 1], shapes[-1]) if shapes[depth - 1] != shapes[-1] else None
+    return known[depth]
+
+
+def recorder(model: nn.Module, anatomy: Anatomy, depth: int, inputs: Any) -> Recorder:
+    """What reads the states at an exit for a probe of classes; arguments as in `unlike_the_last`."""
+    unlike = unlike_the_last(model, anatomy, depth, inputs)
+    return Recorder(unlike and unlike[1])
+
+
 def dry_run(
     model: nn.Module, anatomy: Anatomy, depth: int, inputs: Any, *, exit_head: nn.Module | None = None
 ) -> list[Problem]:
@@ -172,10 +200,19 @@ def dry_run(
         ):
             logits = exits.call(model, inputs)
     except Exception as error:  # models without some of their layers may fail in any way
-        return _comparison(model, anatomy, inputs, None)[1] or [
+        problems = _comparison(model, anatomy, inputs, None)[1]
+        if not problems and (unlike := unlike_the_last(model, anatomy, depth, inputs)):
+            problems = [
+                Problem(
+                    f"States of a sample behind layer {depth} have shape {tuple(unlike[0])}, and those that the head "
+                    f"reads have {tuple(unlike[1])}.",
+                    "Use score='probe', which learns to read them.",
+                )
+            ]
+        return problems or [
             Problem(
                 f"The model fails with only the first {depth} of its layers"
-                f"{' and an exit_head after them' * (exit_head is not None)}: {error!r}.",
+                f"{' and an exit_head after them' * isinstance(exit_head, ExitHead)}: {error!r}.",
                 "Give the path of the list that it loops over, or score with your own callable.",
             )
         ]

@@ -51,6 +51,8 @@ def flops_law(anatomy: Anatomy, depth: int | None = None, *, skips_unlabelled: b
     """
     if families.is_encoder_decoder(anatomy.core):
         raise ValueError("an encoder-decoder runs at positions of two kinds, of inputs and of labels")
+    if families.has_stages(anatomy.core):
+        raise ValueError("its stages run at several resolutions")
     everywhere, head = _outer_weights(anatomy)
     distances = _distances(anatomy)
     attention = fixed = 0.0

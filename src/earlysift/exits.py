@@ -319,6 +319,18 @@ def _compiled(modules: Iterable[nn.Module]) -> bool:
     return any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in modules)
 
 
+def shapes_of_states(model: nn.Module, anatomy: Anatomy, inputs: Any) -> list[torch.Size]:
+    """Shape of the states of a sample behind every layer, by a full pass of these inputs."""
+    with (
+        torch.no_grad(),
+        uncompiled(),
+        scoring_mode(model),
+        captured(anatomy, len(anatomy.layers)) as outputs,
+    ):
+        run(model, inputs)
+    return [states_of(output).shape[1:] for output in outputs.values()]
+
+
 @contextmanager
 def headless(anatomy: Anatomy) -> Iterator[None]:
     """Make the model return the states ``(R, T, D)`` that enter its head, instead of logits, within this context.
@@ -471,16 +483,22 @@ class ExitHead(nn.Module):
 
 
 class Recorder(nn.Module):
-    """Follows the layer at an exit like an `ExitHead`, hands its output on, and keeps it as ``states``."""
+    """Follows the layer at an exit like an `ExitHead`, keeps its output as ``states``, and hands it on.
 
-    def __init__(self) -> None:
+    Args:
+        handed_on: Shape ``(...)`` of zeros that are handed on instead, ``(R, ...)``: for an exit whose states have
+            another shape than the model's head reads.
+    """
+
+    def __init__(self, handed_on: torch.Size | None = None) -> None:
         super().__init__()
+        self.handed_on = handed_on
         self.states: Tensor | None = None
 
     def forward(self, states: Tensor) -> Tensor:
-        """The states, unchanged."""
+        """The states, or zeros."""
         self.states = states
-        return states
+        return states if self.handed_on is None else states.new_zeros(len(states), *self.handed_on)
 
 
 def _attribute_of_replaced(module: nn.Module, name: str) -> Any:

@@ -157,6 +157,11 @@ def is_encoder_decoder(core: nn.Module) -> bool:
     return bool(getattr(getattr(core, "config", None), "is_encoder_decoder", False))
 
 
+def has_stages(core: nn.Module) -> bool:
+    """Whether a model's config says that its layers are stages, of several widths and resolutions."""
+    return bool(getattr(getattr(core, "config", None), "depths", None))
+
+
 def found(core: nn.Module) -> str:
     """What `derived` found in place of a single list of layers, in words."""
     lists = [f"{path} ({len(core.get_submodule(path)._modules)} layers)" for path in _layer_lists(core)]

@@ -148,6 +148,11 @@ def with_head(anatomy: Anatomy) -> Anatomy:
             f"{type(anatomy.core).__name__} is an encoder-decoder. Probes and auto mode read all exits off one full "
             "pass, in which its encoder is not cut. Use mode='fixed'."
         )
+    if families.has_stages(anatomy.core):
+        raise ValueError(
+            f"{type(anatomy.core).__name__} has stages, whose states its head cannot read, but auto mode reads exits "
+            "by it until their probes have learnt. Use mode='fixed' with score='probe'."
+        )
     return anatomy._replace(head=anatomy.head or anatomy.classifier)
 
 

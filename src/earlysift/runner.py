@@ -214,7 +214,10 @@ class Runner:
         if self._exits:
             inputs, labels = pools.inputs_and_labels(pool.take(slice(0, 2)).data)
             inputs = exits.model_inputs(anatomy, inputs, labels)
-            problems = checks.dry_run(self.model, anatomy, self.config.depth, inputs, exit_head=self.exit_head)
+            behind: nn.Module | None = self.exit_head
+            if behind is None and self.config.score in ("probe", "blend") and anatomy.task == "sequence_classification":
+                behind = checks.recorder(self.model, anatomy, self.config.depth, inputs)
+            problems = checks.dry_run(self.model, anatomy, self.config.depth, inputs, exit_head=behind)
             if problems:
                 raise ValueError(exits.problem_report(self.model, problems))
         self.anatomy = checks.verified(self.model, pool.data, self.config.family)

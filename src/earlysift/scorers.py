@@ -510,8 +510,10 @@ def _read_by_probe(approximation: Approximation, model: nn.Module, pool: Pool, s
     anatomy = checks.usable(model, pool.data, scoring.family)
     run = partial(_run, anatomy, approximation.depth, model, pool, scoring)
     if anatomy.task == "sequence_classification":
-        labels = pools.inputs_and_labels(pool.data)[1]
-        return _read_by_classifier(run, labels, exit_probe, checks.problem_of(anatomy))
+        assert approximation.depth is not None
+        inputs, labels = pools.inputs_and_labels(pool.data)
+        recorder = checks.recorder(model, anatomy, approximation.depth, inputs)
+        return _read_by_classifier(run, recorder, labels, exit_probe, checks.problem_of(anatomy))
     if ranks.sharded(model):
         raise ValueError(
             "A probe of a language model learns through the head, whose weights are sharded here. Use score='loss', or "
@@ -521,7 +523,11 @@ def _read_by_probe(approximation: Approximation, model: nn.Module, pool: Pool, s
 
 
 def _read_by_classifier(
-    run: Callable[..., Tensor], labels: Tensor, exit_probe: ExitProbe, problem: losses.Problem | None
+    run: Callable[..., Tensor],
+    recorder: Recorder,
+    labels: Tensor,
+    exit_probe: ExitProbe,
+    problem: losses.Problem | None,
 ) -> Tensor:
     classes = 0
 
@@ -531,7 +537,7 @@ def _read_by_classifier(
         assert chunk.at_exit is not None
         return _features_of(chunk.at_exit, chunk.inputs)
 
-    inputs = run(read, Recorder())
+    inputs = run(read, recorder)
     with torch.enable_grad():
         values = _by_classifier(exit_probe, inputs, labels, classes, problem, (LOSS, ENTROPY))
         exit_probe.propose(values[:, 0])
