@@ -143,9 +143,9 @@ def require_trimmable(anatomy: Anatomy) -> None:
 def unlike_the_last(
     model: nn.Module, anatomy: Anatomy, depth: int, inputs: Any
 ) -> tuple[torch.Size, torch.Size] | None:
-    """Shapes of the states of a sample at an exit and behind the last layer, where they differ, as stages do.
+    """Shapes of the states of a sample at an exit and behind the last layer, where they differ, as those of stages do.
 
-    Found by a full pass of one row, once a model and depth.
+    Found by a full pass of one row, once a model and depth, and without one where layers are of the same sizes.
 
     Args:
         model: The model, wrapped or not; left as it was.
@@ -155,8 +155,11 @@ def unlike_the_last(
     """
     known = _UNLIKE.setdefault(anatomy.core, {})
     if depth not in known:
-        shapes = exits.shapes_of_states(model, anatomy, pools.take(inputs, slice(0, 1)))
-        known[depth] = (shapes[depth - 1], shapes[-1]) if shapes[depth - 1] != shapes[-1] else None
+        known[depth] = None
+        sizes = [[weight.shape for weight in layer.parameters()] for layer in list(anatomy.layers)[depth - 1 :]]
+        if any(each != sizes[0] for each in sizes):
+            shapes = exits.shapes_of_states(model, anatomy, pools.take(inputs, slice(0, 1)))
+            known[depth] = (shapes[depth - 1], shapes[-1]) if shapes[depth - 1] != shapes[-1] else None
     return known[depth]
 
 
