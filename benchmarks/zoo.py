@@ -77,12 +77,13 @@ ZOO: dict[str, Animal] = {
     "gpt2": Animal("CausalLM", {"n_embd": 32, "n_head": 4}, depths_named=("n_layer",)),
     **dict.fromkeys(("gpt_neox", "phi"), Animal("CausalLM")),
     "opt": Animal("CausalLM", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
-    "falcon": Animal("CausalLM"),
+    **dict.fromkeys(("falcon", "biogpt", "olmo"), Animal("CausalLM")),
+    "gptj": Animal("CausalLM", {"n_embd": 32, "n_head": 4, "rotary_dim": 4}, depths_named=("n_layer",)),
     "bloom": Animal("CausalLM", {"n_head": 4}, depths_named=("n_layer",)),
     **dict.fromkeys(
         (
             *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "granite", "cohere"),
-            *("smollm3", "nanochat", "stablelm", "starcoder2", "glm", "glm4"),
+            *("smollm3", "nanochat", "stablelm", "starcoder2", "glm", "glm4", "exaone4"),
         ),
         Animal("CausalLM", _GROUPED),
     ),
@@ -100,10 +101,13 @@ ZOO: dict[str, Animal] = {
         {"state_size": 8, "num_heads": 8, "head_dim": 8, "expand": 2, "n_groups": 1, "chunk_size": 8},
         masks=False,
     ),
+    "xlstm": Animal("CausalLM", {"num_heads": 4, "chunk_size": 8}, masks=False, depths_named=("num_blocks",)),
+    "jamba": Animal("CausalLM", _GROUPED | {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2}),
     "mistral (classification)": Animal("SequenceClassification", _GROUPED),
     "xlm-roberta (classification)": Animal("SequenceClassification"),
     **dict.fromkeys(("vit", "beit", "dinov2"), Animal("ImageClassification", _IMAGES)),
     "deit": Animal("ImageClassification", _IMAGES | {"architectures": ["DeiTForImageClassification"]}),
+    **dict.fromkeys(("clip", "siglip"), Animal("ImageClassification", {"vision_config": _IMAGES})),
     "swin": Animal(
         "ImageClassification",
         {
@@ -117,6 +121,7 @@ ZOO: dict[str, Animal] = {
     **dict.fromkeys(
         ("bart", "mbart", "pegasus", "m2m_100", "marian"), Animal("Seq2SeqLM", _SEQ2SEQ, depths_named=_OF_BOTH)
     ),
+    "led": Animal("Seq2SeqLM", {**_SEQ2SEQ, "attention_window": 8}, depths_named=_OF_BOTH),
     "t5": Animal(
         "Seq2SeqLM",
         {"d_model": 32, "num_heads": 4, "d_ff": 48, "d_kv": 8, "decoder_start_token_id": 0},
@@ -130,6 +135,7 @@ def build(name: str, layers: int = LAYERS) -> nn.Module:
     """A model in evaluation mode with weights from a seed; the global generator is left as it was."""
     animal = ZOO[name]
     sizes = {**_COMMON, **dict.fromkeys(animal.depths_named, layers), **animal.config}
+    sizes |= {part: {**sizes, **sizes[part]} for part in ("vision_config",) if part in sizes}
     config = transformers.AutoConfig.for_model(name.partition(" ")[0], **sizes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -149,7 +155,7 @@ def batch(name: str, rows: int = 4) -> dict[str, Tensor]:
     animal, draws = ZOO[name], Generator().manual_seed(1)
     classes = torch.arange(rows) % 5
     if animal.kind == "ImageClassification":
-        size = animal.config.get("image_size", 32)
+        size = animal.config.get("vision_config", animal.config).get("image_size", 32)
         return {"pixel_values": torch.randn(rows, 1, size, size, generator=draws), "labels": classes}
     if animal.kind == "AudioClassification":
         return {"input_values": torch.randn(rows, 64, generator=draws), "labels": classes}

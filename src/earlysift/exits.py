@@ -34,6 +34,7 @@ _TASK_OF_CLASS_SUFFIX: dict[str, Task] = {
 }
 
 
+_CAPS = ("final_logit_softcapping", "output_logit_soft_cap")
 _DECODED = {"decoder_input_ids", "decoder_inputs_embeds"}
 _REFUSED_WRAPPERS = {
     "DataParallel": (
@@ -658,7 +659,7 @@ def anatomy_or_problems(model: nn.Module, family: Family | None) -> Anatomy | li
     problems = [Problem(reason, remedy) for wrong, reason, remedy in rules if wrong]
     if problems:
         return problems
-    if getattr(config, "final_logit_softcapping", None) or "final_logits_bias" in core._buffers:
+    if any(getattr(config, name, None) for name in _CAPS) or "final_logits_bias" in core._buffers:
         head = ()  # the model's forward applies the cap, or adds the bias, after the head
     assert isinstance(layers, nn.ModuleList | nn.Sequential)
     assert task is not None
