@@ -103,6 +103,9 @@ ZOO: dict[str, Animal] = {
     ),
     "xlstm": Animal("CausalLM", {"num_heads": 4, "chunk_size": 8}, masks=False, depths_named=("num_blocks",)),
     "jamba": Animal("CausalLM", _GROUPED | {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2}),
+    "recurrent_gemma": Animal(
+        "CausalLM", {"num_key_value_heads": 1, "lru_width": 32, "block_types": ["recurrent", "attention"]}
+    ),
     "mistral (classification)": Animal("SequenceClassification", _GROUPED),
     "xlm-roberta (classification)": Animal("SequenceClassification"),
     **dict.fromkeys(("vit", "beit", "dinov2"), Animal("ImageClassification", _IMAGES)),

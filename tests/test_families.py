@@ -4,6 +4,7 @@ import copy
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +23,6 @@ import bench_families
 import zoo
 
 REFUSED = {
-    "jamba": "there is no list of like modules",
     "albert": "it calls 1 of them 4 times",
 }
 STAGED = ["convnext", "resnet", "swin"]  # whose head cannot read the states of earlier stages
@@ -352,6 +352,8 @@ def test_layers_of_several_classes_are_not_plain_nor_is_what_lies_within_one_of_
     model.blocks.append(nn.Linear(2, 2))
     assert families.derived(model) is None
     assert families.found(model) == "there is no list of like modules"
+    model.config = SimpleNamespace(num_hidden_layers=4)  # as many as the list has
+    assert families.derived(model) == Family("blocks", (("head",),))
 
 
 def test_a_model_that_is_a_list_or_has_an_empty_place_is_a_problem_and_no_crash():

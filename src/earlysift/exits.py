@@ -34,7 +34,7 @@ _TASK_OF_CLASS_SUFFIX: dict[str, Task] = {
 }
 
 
-_CAPS = ("final_logit_softcapping", "output_logit_soft_cap")
+_CAPS = ("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap")
 _DECODED = {"decoder_input_ids", "decoder_inputs_embeds"}
 _REFUSED_WRAPPERS = {
     "DataParallel": (
