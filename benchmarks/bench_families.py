@@ -2,15 +2,19 @@
 
 import logging
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import Tensor, distributed, nn
+from torch.distributed import HashStore  # type: ignore[attr-defined]
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import measuring
 import zoo
-from earlysift import checks, exits, families, pools
+from earlysift import checks, exits, families
 
 DEPTH = 2
 REFUSED = {"row": "none", "layers": "–", "head": "–"}
@@ -18,8 +22,10 @@ REFUSED = {"row": "none", "layers": "–", "head": "–"}
 TITLE = "Model families"
 ABOUT = f"""Tiny models of transformers with random weights, {zoo.LAYERS} layers, an exit after {DEPTH}. "Row": known to
 earlysift, or derived from the structure of the model and compared with the model itself. "Exit": whether the logits at
-the exit are those of a stock model of that many layers with the same weights, bit for bit. What is refused says why;
-a row of your own may help."""
+the exit are those of a stock model of that many layers with the same weights, bit for bit. "Compiled": the same of
+`torch.compile(model)`, traced and run eagerly; "sharded": of model and layers under `fully_shard`, in one process.
+"By a probe": the model's own head cannot read an exit, and `score="probe"` can. What is refused says why; a row of
+your own may help."""
 TABLES: dict[str, measuring.Columns] = {
     "rows": {
         "model": ("model", "{}"),
@@ -27,6 +33,8 @@ TABLES: dict[str, measuring.Columns] = {
         "layers": ("layers", "`{}`"),
         "head": ("head", "{}"),
         "exit": ("exit", "{}"),
+        "compiled": ("compiled", "{}"),
+        "sharded": ("sharded", "{}"),
     }
 }
 
@@ -44,24 +52,67 @@ def measure(name: str) -> dict[str, Any]:
         known = str(getattr(model, "config").model_type) in families.FAMILIES  # noqa: B009
         row: dict[str, Any] = {"model": type(model).__name__, "row": "known" if known else "derived"}
         problems = checks.check(model, depth=DEPTH, inputs=pool)
-        if problems:
-            return {
-                "rows": [row | {"row": "none", "layers": "–", "head": "–", "exit": f"refused: {problems[0].reason}"}]
-            }
+        by_probe = any("score='probe'" in problem.remedy for problem in problems)
+        if problems and not by_probe:
+            return {"rows": [row | REFUSED | {"exit": f"refused: {problems[0].reason}"}]}
+        found = {"exit": f"by a probe: {problems[0].reason}"} if by_probe else laws(name)
         anatomy = exits.find_anatomy(model)
-        path = next(path for path, module in anatomy.core.named_modules() if module is anatomy.layers)
+        paths = {module: path for path, module in anatomy.core.named_modules()}
+        layers = "`, `".join(paths[layers] for layers in anatomy.lists)
         head = ", ".join(anatomy.head or anatomy.classifier) or "the model's own logits"
-        same = torch.equal(*exit_and_stock(name))
-        return {"rows": [row | {"layers": path, "head": head, "exit": "equal" if same else "differs"}]}
+        return {"rows": [row | {"layers": layers, "head": head} | found]}
     finally:
         logging.disable(logging.NOTSET)
 
 
-def exit_and_stock(name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits at an exit, and those of a stock model of as many layers that holds the same weights."""
-    model, stock = zoo.build(name), zoo.stock(name, DEPTH)
-    inputs, _ = pools.inputs_and_labels(zoo.batch(name))
+def laws(name: str) -> dict[str, str]:
+    """Whether an exit of this family, wrapped or not, is a stock model of as many layers with the same weights."""
+    batch = zoo.batch(name)
+    expected = logits(zoo.stock(name, DEPTH), batch)
+    compiled = cast(nn.Module, torch.compile(zoo.build(name), backend="eager"))
+    found = {
+        "exit": at_exit(zoo.build(name), batch),
+        "compiled": at_exit(compiled, batch),
+        "sharded": at_exit_of_sharded(zoo.build(name), batch),
+    }
+    torch.compiler.reset()
+    return {law: likeness(values, expected) for law, values in found.items()}
+
+
+def likeness(found: Tensor, expected: Tensor) -> str:
+    """Whether two tensors are alike, in words."""
+    if torch.equal(found, expected):
+        return "equal"
+    return "equal but for rounding" if torch.allclose(found, expected, rtol=1e-4, atol=1e-5) else "differs"
+
+
+def logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """What the model makes of a batch with labels, which are more than it is scored with."""
     with torch.no_grad():
-        with exits.truncated(model, DEPTH):
-            at_exit = exits.call(model, inputs)
-        return at_exit, exits.call(stock, inputs)
+        found: Tensor = exits.run(model, batch).logits
+    return found
+
+
+def at_exit(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """Logits at an exit."""
+    with exits.truncated(model, DEPTH):
+        return logits(model, batch)
+
+
+def at_exit_of_sharded(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """Logits at an exit of a model that is sharded over this process alone."""
+    distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        return at_exit(sharded(model), batch)
+    finally:
+        distributed.destroy_process_group()
+
+
+def sharded(model: nn.Module) -> nn.Module:
+    """The model, and each of its layers, under ``fully_shard`` over all ranks."""
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    for layers in exits.find_anatomy(model).lists:
+        for layer in layers:
+            fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model

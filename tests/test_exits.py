@@ -642,13 +642,16 @@ def test_albert_is_refused_with_a_problem_and_left_as_it_was(groups):
     row = Family("albert.encoder.albert_layer_groups", (("predictions",),))
     before = structure(model)
     inputs = {"input_ids": torch.randint(3, models.VOCABULARY, (2, 8), generator=Generator().manual_seed(0))}
-    assert len(check(model, depth=1, family=row, inputs=inputs)) == 1
+    for given in (row, None):
+        (problem,) = check(model, depth=1, family=given, inputs=inputs)
+        assert f"it calls {groups} of them 8 times" in problem.reason
+        assert "score='memory'" in problem.remedy
     assert structure(model) == before
 
 
 @pytest.mark.parametrize("known_type", [False, True])
 def test_unknown_family_tells_how_to_pass_a_row(known_type):
-    model = albert(1) if known_type else nn.Linear(2, 2)
+    model = albert(1, layers=1) if known_type else nn.Linear(2, 2)
     (problem,) = check(model)
     name = "AlbertForMaskedLM is unknown (model_type 'albert')" if known_type else "Linear is unknown"
     assert problem.reason == (
@@ -990,7 +993,7 @@ def test_detached_exit_trains_the_exit_head_and_not_the_trunk(family, task, deta
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"layers": 5}, "layers must be a path, such as 'model.layers', got 5"),
+        ({"layers": 5}, "layers must be a path, such as 'model.layers', or several, got 5"),
         (
             {"layers": "blocks", "heads": ("lm_head",)},
             r"heads must be tuples .* of names within one, got \('lm_head',\)",

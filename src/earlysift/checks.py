@@ -6,6 +6,7 @@ around them.
 """
 
 import inspect
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,8 +16,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from earlysift import exits, losses, packing, pools
-from earlysift.exits import Anatomy, Problem
+from earlysift import exits, families, losses, packing, pools
+from earlysift.exits import Anatomy, ExitHead, Problem, Recorder
 from earlysift.families import Family
 
 _LOG = logging.getLogger("earlysift")
@@ -43,6 +44,8 @@ _LOGITS: dict[str, tuple[int, str]] = {
 }
 # Models compared so far, and whether the head of an anatomy yields the model's own logits.
 _COMPARED: WeakKeyDictionary[nn.Module, dict[Any, bool]] = WeakKeyDictionary()
+# Depths asked for so far, and what `unlike_the_last` found there.
+_UNLIKE: WeakKeyDictionary[nn.Module, dict[int, tuple[torch.Size, torch.Size] | None]] = WeakKeyDictionary()
 
 
 def check(model: nn.Module, *, depth: int = 1, family: Family | None = None, inputs: Any = None) -> list[Problem]:
@@ -83,7 +86,7 @@ def check(model: nn.Module, *, depth: int = 1, family: Family | None = None, inp
     labels = None
     if isinstance(inputs, Mapping) and pools.has_labels(inputs, anatomy.labels):
         inputs, labels = pools.inputs_and_labels(inputs, anatomy.labels)
-    problems = dry_run(model, anatomy, depth, inputs)
+    problems = dry_run(model, anatomy, depth, exits.model_inputs(anatomy, inputs, labels))
     if problems:
         return problems
     head_problems, other_problems = _comparison(model, anatomy, inputs, labels)
@@ -184,6 +187,44 @@ def problem_of(anatomy: Anatomy) -> losses.Problem | None:
     )
 
 
+def require_trimmable(anatomy: Anatomy) -> None:
+    """Raise where padding cannot be cut from inputs and labels alike."""
+    if families.is_encoder_decoder(anatomy.core):
+        raise ValueError(
+            "trim=True cuts padding from inputs and labels alike, and those of an encoder-decoder "
+            f"({type(anatomy.core).__name__}) have lengths of their own. Use trim=False."
+        )
+
+
+def unlike_the_last(
+    model: nn.Module, anatomy: Anatomy, depth: int, inputs: Any
+) -> tuple[torch.Size, torch.Size] | None:
+    """Shapes of the states of a sample at an exit and behind the last layer, where they differ, as those of stages do.
+
+    Found by a full pass of one row, once a model and depth, and without one where layers are of the same sizes.
+
+    Args:
+        model: The model, wrapped or not; left as it was.
+        anatomy: Where its layers are.
+        depth: The exit.
+        inputs: Inputs of the model, at least one row.
+    """
+    known = _UNLIKE.setdefault(anatomy.core, {})
+    if depth not in known:
+        known[depth] = None
+        sizes = [[weight.shape for weight in layer.parameters()] for layer in list(anatomy.layers)[depth - 1 :]]
+        if any(each != sizes[0] for each in sizes):
+            shapes = exits.shapes_of_states(model, anatomy, pools.take(inputs, slice(0, 1)))
+            known[depth] = (shapes[depth - 1], shapes[-1]) if shapes[depth - 1] != shapes[-1] else None
+    return known[depth]
+
+
+def recorder(model: nn.Module, anatomy: Anatomy, depth: int, inputs: Any) -> Recorder:
+    """What reads the states at an exit for a probe of classes; arguments as in `unlike_the_last`."""
+    unlike = unlike_the_last(model, anatomy, depth, inputs)
+    return Recorder(unlike and unlike[1])
+
+
 def dry_run(
     model: nn.Module, anatomy: Anatomy, depth: int, inputs: Any, *, exit_head: nn.Module | None = None
 ) -> list[Problem]:
@@ -196,7 +237,8 @@ def dry_run(
         inputs: Inputs of the model, without labels; two rows are enough.
         exit_head: Module after the exit, if any.
     """
-    calls = [0] * len(anatomy.layers)
+    lists = [list(layers) for layers in anatomy.lists]
+    calls = [0] * sum(map(len, lists))
 
     def count_call(position: int) -> Callable[..., None]:
         def hook(*_: Any) -> None:
@@ -204,7 +246,7 @@ def dry_run(
 
         return hook
 
-    handles = [layer.register_forward_hook(count_call(i)) for i, layer in enumerate(anatomy.layers)]
+    handles = [layer.register_forward_hook(count_call(i)) for i, layer in enumerate(itertools.chain(*lists))]
     random_state = torch.get_rng_state()
     values = inputs.values() if isinstance(inputs, Mapping) else [inputs]
     rows = next((len(value) for value in values if isinstance(value, Tensor) and value.ndim > 0), None)
@@ -217,17 +259,26 @@ def dry_run(
         ):
             logits = exits.call(model, inputs)
     except Exception as error:  # models without some of their layers may fail in any way
-        return _comparison(model, anatomy, inputs, None)[1] or [
+        problems = _comparison(model, anatomy, inputs, None)[1]
+        if not problems and (unlike := unlike_the_last(model, anatomy, depth, inputs)):
+            problems = [
+                Problem(
+                    f"States of a sample behind layer {depth} have shape {tuple(unlike[0])}, and those that the head "
+                    f"reads have {tuple(unlike[1])}.",
+                    "Use score='probe', which learns to read them.",
+                )
+            ]
+        return problems or [
             Problem(
                 f"The model fails with only the first {depth} of its layers"
-                f"{' and an exit_head after them' * (exit_head is not None)}: {error!r}.",
+                f"{' and an exit_head after them' * isinstance(exit_head, ExitHead)}: {error!r}.",
                 "Give the path of the list that it loops over, or score with your own callable.",
             )
         ]
     finally:
         for handle in handles:
             handle.remove()
-    expected = [1] * depth + [0] * (len(calls) - depth)
+    expected = [int(place < depth) for layers in lists for place in range(len(layers))]
     returned = len(logits) if logits.ndim else 0
     draws = not torch.equal(torch.get_rng_state(), random_state)
     torch.set_rng_state(random_state)
@@ -320,9 +371,10 @@ def _comparison(
     model: nn.Module, anatomy: Anatomy, inputs: Any, labels: Tensor | None
 ) -> tuple[list[Problem], list[Problem]]:
     """Problems of the head, which using the model's own logits solves, and other problems."""
+    complete = exits.model_inputs(anatomy, inputs, labels)
     try:
         with torch.no_grad(), exits.uncompiled(), exits.scoring_mode(model), _noted_tolerances(anatomy) as tolerances:
-            own = exits.call(model, inputs)
+            own = exits.call(model, complete)
     except Exception as error:  # models may fail in any way on inputs that do not fit
         return [], [
             Problem(
@@ -337,7 +389,7 @@ def _comparison(
     tolerance = max(tolerances)
     # Auto mode takes what is named behind the pooling of a classifier for its head.
     named = anatomy._replace(head=anatomy.head or anatomy.classifier) if anatomy.derived else anatomy
-    head_problems = _head_problems(model, named, inputs, own, tolerance)
+    head_problems = _head_problems(model, named, complete, own, tolerance)
     used = _headless(anatomy) if head_problems else anatomy
     return head_problems, _loss_problems(model, used, inputs, labels, tolerance)
 
@@ -428,16 +480,16 @@ def _other_loss(anatomy: Anatomy, inputs: Mapping[str, Any], labels: Tensor) -> 
 
 def _remedy(anatomy: Anatomy, inputs: Any, otherwise: str) -> str:
     """The remedy for an encoder-decoder whose decoder gets no inputs, otherwise the given one."""
-    encoder_decoder = getattr(getattr(anatomy.core, "config", None), "is_encoder_decoder", False)
-    if not encoder_decoder or not isinstance(inputs, Mapping) or "decoder_input_ids" in inputs:
+    if not families.is_encoder_decoder(anatomy.core) or "decoder_input_ids" in inputs:
         return otherwise
-    return (
-        "Put decoder_input_ids into the pool: pools are scored without labels, from which the model would make them. "
-        "model.prepare_decoder_input_ids_from_labels(labels) returns them."
-    )
+    made_of = "decoder_input_ids are made of the labels"
+    made = {"seq2seq_lm": f"Set decoder_start_token_id and pad_token_id in the model's config, by which {made_of}"}
+    remedy = made.get(anatomy.task, f"Set task='seq2seq_lm' in the family row, by which {made_of}")
+    return f"{remedy}, or put them into the pool: it is scored without labels."
 
 
 def _mean_loss(model: nn.Module, anatomy: Anatomy, inputs: Any, labels: Tensor) -> Tensor:
+    inputs = exits.model_inputs(anatomy, inputs, labels)
     with exits.headless(anatomy):
         states = exits.states(model, anatomy, inputs, labels)
     head, problem = exits.head_of(anatomy), problem_of(anatomy)

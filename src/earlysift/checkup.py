@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from earlysift import checks, costs, exits, losses, pools, scorers
+from earlysift import checks, costs, exits, families, losses, pools, scorers
 from earlysift.presets import Task, read_config
 from earlysift.seeds import seeded
 from earlysift.sifter import Sifter
@@ -27,6 +27,7 @@ MIN_ROUNDS, MAX_ROUNDS = 3, 20
 _CLASSES_OF_TASK: dict[Task, str] = {
     "masked_lm": "MODEL_FOR_MASKED_LM_MAPPING",
     "causal_lm": "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "seq2seq_lm": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
     "token_classification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
     "sequence_classification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
     "question_answering": "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
@@ -203,8 +204,13 @@ def random_pool(
         ValueError: If the length exceeds the model's maximum, or the share is not in (0, 1].
     """
     anatomy = exits.find_anatomy(model)
+    name = type(anatomy.core).__name__
     _require(
         anatomy.task != "ctc", "Random pools are token ids or images, and CTC needs sounds. Choose another --task."
+    )
+    _require(
+        not families.is_encoder_decoder(anatomy.core),
+        f"{name} is an encoder-decoder, whose FLOPs are not counted. Time it in your own loop.",
     )
     config: Any = anatomy.core.config
     generator = seeded("check")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from earlysift import losses, pending, pools
+from earlysift import families, losses, pending, pools
 from earlysift.exits import Anatomy
 from earlysift.pending import Pending
 
@@ -49,6 +49,10 @@ def flops_law(anatomy: Anatomy, depth: int | None = None, *, skips_unlabelled: b
         skips_unlabelled: Whether the last of them runs behind its attention at labelled positions only
             (`earlysift.exits.skips_unlabelled`).
     """
+    if families.is_encoder_decoder(anatomy.core):
+        raise ValueError("an encoder-decoder runs at positions of two kinds, of inputs and of labels")
+    if families.has_stages(anatomy.core):
+        raise ValueError("its stages run at several resolutions")
     everywhere, head = _outer_weights(anatomy)
     distances = _distances(anatomy)
     attention = fixed = 0.0

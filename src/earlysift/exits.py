@@ -10,7 +10,7 @@ Where a model has its layers and head is a row of data: see `earlysift.families`
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any, NamedTuple, cast, get_args
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from earlysift import families, pools
 from earlysift.families import FAMILIES, Family
+from earlysift.measures import IGNORED_LABEL
 from earlysift.presets import BY_TOKEN, Task
 from earlysift.presets import Problem as Kind
 
@@ -26,6 +27,8 @@ _TASK_OF_CLASS_SUFFIX: dict[str, Task] = {
     "ForMaskedLM": "masked_lm",
     "ForCausalLM": "causal_lm",
     "LMHeadModel": "causal_lm",
+    "ForConditionalGeneration": "seq2seq_lm",
+    "MTModel": "seq2seq_lm",
     "ForTokenClassification": "token_classification",
     "ForSequenceClassification": "sequence_classification",
     "ForImageClassification": "sequence_classification",
@@ -36,6 +39,8 @@ _CACHE = "use_cache"
 _ANSWER = ("start_positions", "end_positions")
 
 
+_CAPS = ("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap")
+_DECODED = {"decoder_input_ids", "decoder_inputs_embeds"}
 _REFUSED_WRAPPERS = {
     "DataParallel": (
         "DataParallel copies the model at every call, and the copies are not shortened.",
@@ -63,7 +68,8 @@ class Anatomy(NamedTuple):
 
     In sequence classification the model pools between states and logits, so ``head`` is empty and ``classifier`` names
     the modules after (or including) the pooling. ``positionwise``: see `Family`. ``derived``: whether its row
-    is a guess. ``labels``: keys of a batch that hold the labels. ``problem``: kind of labels, by the row.
+    is a guess. ``labels``: keys of a batch that hold the labels. ``problem``: kind of labels, by the row. ``earlier``:
+    lists of layers that run before ``layers`` and are cut to the same depth.
     """
 
     core: nn.Module
@@ -75,11 +81,17 @@ class Anatomy(NamedTuple):
     derived: bool = False
     labels: tuple[str, ...] = ("labels",)
     problem: Kind | None = None
+    earlier: tuple[nn.ModuleList | nn.Sequential, ...] = ()
 
     @property
     def by_token(self) -> bool:
         """Whether the head predicts at every position; else the model's own output is scored as a whole."""
         return self.task in BY_TOKEN
+
+    @property
+    def lists(self) -> tuple[nn.ModuleList | nn.Sequential, ...]:
+        """All lists of layers, in calling order."""
+        return *self.earlier, self.layers
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -148,7 +160,8 @@ def truncated(
 
     Args:
         model: The model, wrapped or not.
-        depth: Number of layers to keep, 1 to the number of layers (all of them: the full model).
+        depth: Number of layers to keep, 1 to the number of layers (all of them: the full model); of every list, where
+            the family has several, and of the last one counted.
         family: A row for a model that `FAMILIES` does not know.
         exit_head: Module that follows the last remaining layer (see `ExitHead`).
         detach_exit: Whether gradients of the exit stop at the exit head.
@@ -182,7 +195,10 @@ def shortened(
     if hasattr(anatomy.core, "_get_fsdp_state"):
         # FSDP2 collects the modules of the model in its first pass, which must see the full model.
         cast(Any, anatomy.core)._get_fsdp_state()._lazy_init()
-    with _replaced_layers(anatomy, list(anatomy.layers)[:depth], exit_head, detach_exit):
+    with ExitStack() as stack:
+        for layers in anatomy.earlier:
+            stack.enter_context(_in_place_of(layers, list(layers)[:depth]))
+        stack.enter_context(_replaced_layers(anatomy, list(anatomy.layers)[:depth], exit_head, detach_exit))
         hooked = _modules_with_capture_hooks(anatomy.core)  # in the shortened model, as the other layers do not run
         try:
             yield
@@ -190,19 +206,24 @@ def shortened(
             _drop_new_capture_hooks(anatomy.core, hooked)
 
 
-@contextmanager
 def _replaced_layers(
     anatomy: Anatomy, layers: list[nn.Module], exit_head: nn.Module | None, detach_exit: bool = False
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Put these layers, the last one followed by the exit head, in place of all layers within this context."""
     if exit_head is not None:
         layers[-1] = _ExitLayer(layers[-1], exit_head, detach_exit)
-    all_layers = anatomy.layers._modules
-    anatomy.layers._modules = dict(zip(all_layers, layers, strict=False))
+    return _in_place_of(anatomy.layers, layers)
+
+
+@contextmanager
+def _in_place_of(all_layers: nn.Module, layers: list[nn.Module]) -> Iterator[None]:
+    """Let a list hold these layers, its first ones or as many others, within this context."""
+    modules = all_layers._modules
+    all_layers._modules = dict(zip(modules, layers, strict=False))
     try:
         yield
     finally:
-        anatomy.layers._modules = all_layers
+        all_layers._modules = modules
 
 
 @contextmanager
@@ -305,11 +326,23 @@ def skips_unlabelled(model: nn.Module, anatomy: Anatomy, max_positions: int | No
 
 def is_compiled(model: nn.Module, anatomy: Anatomy) -> bool:
     """Whether the model or one of its layers is compiled."""
-    return _compiled([*_layers_of_wrapping(model), *anatomy.layers])
+    return _compiled([*_layers_of_wrapping(model), *(layer for layers in anatomy.lists for layer in layers)])
 
 
 def _compiled(modules: Iterable[nn.Module]) -> bool:
     return any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in modules)
+
+
+def shapes_of_states(model: nn.Module, anatomy: Anatomy, inputs: Any) -> list[torch.Size]:
+    """Shape of the states of a sample behind every layer, by a full pass of these inputs."""
+    with (
+        torch.no_grad(),
+        uncompiled(),
+        scoring_mode(model),
+        captured(anatomy, len(anatomy.layers)) as outputs,
+    ):
+        run(model, inputs)
+    return [states_of(output).shape[1:] for output in outputs.values()]
 
 
 @contextmanager
@@ -451,6 +484,37 @@ def run(model: nn.Module, inputs: Any, *, synchronized: bool = False, cache: boo
     return runnable(**{**inputs, **quiet})
 
 
+def inputs_and_labels(anatomy: Anatomy, batch: Any) -> tuple[Any, Tensor]:
+    """A batch in two parts, as of `pools.inputs_and_labels`, the first one completed by `model_inputs`."""
+    inputs, labels = pools.inputs_and_labels(batch, anatomy.labels)
+    return model_inputs(anatomy, inputs, labels), labels
+
+
+def model_inputs(anatomy: Anatomy, inputs: Any, labels: Tensor | None) -> Any:
+    """What a model is called with where it is not given its labels.
+
+    An encoder-decoder makes its decoder's inputs of its labels; here they are made as it does. Where that fails, inputs
+    stay as they are, and the model says what it lacks.
+
+    Args:
+        anatomy: The model's.
+        inputs: What came without the labels.
+        labels: ``(R, T)`` in a task over tokens; None leaves inputs as they are.
+    """
+    if labels is None or anatomy.task != "seq2seq_lm" or not isinstance(inputs, Mapping) or _DECODED & inputs.keys():
+        return inputs
+    made_by_model = getattr(anatomy.core, "prepare_decoder_input_ids_from_labels", None)
+    make = made_by_model or partial(_shifted_right, getattr(anatomy.core, "config", None))
+    with suppress(Exception):  # configs may lack the tokens, and models refuse in many ways
+        return {**inputs, "decoder_input_ids": make(labels)}
+    return inputs
+
+
+def _shifted_right(config: Any, labels: Tensor) -> Tensor:
+    shifted = nn.functional.pad(labels[:, :-1], (1, 0), value=config.decoder_start_token_id)
+    return shifted.masked_fill(shifted == IGNORED_LABEL, config.pad_token_id)
+
+
 class ExitHead(nn.Module):
     """A norm and a small residual layer after the exit, for models whose shared head ranks poorly there.
 
@@ -494,16 +558,22 @@ class ExitHead(nn.Module):
 
 
 class Recorder(nn.Module):
-    """Follows the layer at an exit like an `ExitHead`, hands its output on, and keeps it as ``states``."""
+    """Follows the layer at an exit like an `ExitHead`, keeps its output as ``states``, and hands it on.
 
-    def __init__(self) -> None:
+    Args:
+        handed_on: Shape ``(...)`` of zeros that are handed on instead, ``(R, ...)``: for an exit whose states have
+            another shape than the model's head reads.
+    """
+
+    def __init__(self, handed_on: torch.Size | None = None) -> None:
         super().__init__()
+        self.handed_on = handed_on
         self.states: Tensor | None = None
 
     def forward(self, states: Tensor) -> Tensor:
-        """The states, unchanged."""
+        """The states, or zeros."""
         self.states = states
-        return states
+        return states if self.handed_on is None else states.new_zeros(len(states), *self.handed_on)
 
 
 def _attribute_of_replaced(module: nn.Module, name: str) -> Any:
@@ -600,6 +670,15 @@ def anatomy_or_problems(model: nn.Module, family: Family | None) -> Anatomy | li
     if name in _REFUSED_WRAPPERS:
         return [Problem(*_REFUSED_WRAPPERS[name])]
     config = getattr(core, "config", None)
+    groups, count = (getattr(config, name, None) for name in ("num_hidden_groups", "num_hidden_layers"))
+    if groups and count and groups < count:
+        return [
+            Problem(
+                f"{name} shares weights between its layers, as ALBERT does: it calls {groups} of them {count} times, "
+                "and an exit is behind a layer, not behind a call.",
+                "Use a score that needs no exit: remembered losses (score='memory'), or your own callable.",
+            )
+        ]
     model_type = getattr(config, "model_type", None)
     if family is not None and not isinstance(family, Family):
         raise ValueError(f"Expected family to be a Family(layers=..., heads=..., task=...), got {family!r}.")
@@ -625,27 +704,17 @@ def anatomy_or_problems(model: nn.Module, family: Family | None) -> Anatomy | li
                 f"or put one under '{families.IN_CONFIG}' into the model's config.json.",
             )
         ]
-    layers = _submodule(core, str(row.layers))
-    found = "nothing" if layers is None else type(layers).__name__
-    suffix = next((s for s in _TASK_OF_CLASS_SUFFIX if name.endswith(s)), None)
-    task = row.task or (_TASK_OF_CLASS_SUFFIX[suffix] if suffix else None)
+    lists = [_submodule(core, path) for path in row.paths]
+    layers = lists[-1]
+    task = row.task or _task_of_class(core)
     named = next((h for h in row.heads if all(part in core._modules for part in h)), ())
     # In sequence classification the head pools over positions, so the model's own logits are scored.
     head = named if task in BY_TOKEN else ()
     classifier = named if task == "sequence_classification" else ()
     usual_keys = _ANSWER if task == "question_answering" else (pools.LABELS_KEY,)
     keys = tuple(row.labels) or usual_keys
-    rules = [
-        (
-            not isinstance(layers, nn.ModuleList | nn.Sequential),
-            f"Expected a ModuleList or Sequential of layers at '{row.layers}' of {name}, got {found}.",
-            "Give the path of the layer list in the family row; `model.named_modules()` lists the paths.",
-        ),
-        (
-            isinstance(layers, nn.ModuleList | nn.Sequential) and not len(layers),
-            f"The list of layers at '{row.layers}' of {name} is empty.",
-            "Give the path of another list.",
-        ),
+    rules = [rule for path, found in zip(row.paths, lists, strict=True) for rule in _rules_of_layers(name, path, found)]
+    rules += [
         (
             task is None,
             f"What the labels of {name} mean is unknown.",
@@ -658,10 +727,16 @@ def anatomy_or_problems(model: nn.Module, family: Family | None) -> Anatomy | li
             f"Its submodules are {tuple(core._modules)}; leave heads empty to use the model's own logits.",
         ),
         (
-            task == "causal_lm" and getattr(config, "is_encoder_decoder", False),
+            task == "causal_lm" and families.is_encoder_decoder(core),
             f"{name} is an encoder-decoder, which predicts labels at their own positions, but causal_lm shifts labels "
             "by one position.",
-            "Set task='token_classification' in the family row.",
+            "Set task='seq2seq_lm' in the family row.",
+        ),
+        (
+            isinstance(layers, nn.ModuleList | nn.Sequential) and 0 < getattr(config, "rescale_every", 0) < len(layers),
+            f"{name} halves weights of later layers for evaluation and doubles them again for training, also those of "
+            "layers that an exit left out: scoring would change its weights.",
+            "Set rescale_every=0 in its config.",
         ),
         (
             len(keys) != len(usual_keys),
@@ -677,12 +752,36 @@ def anatomy_or_problems(model: nn.Module, family: Family | None) -> Anatomy | li
     problems = [Problem(reason, remedy) for wrong, reason, remedy in rules if wrong]
     if problems:
         return problems
-    if getattr(config, "final_logit_softcapping", None):
-        head = ()  # the model's forward applies the cap after the head
+    if any(getattr(config, name, None) for name in _CAPS) or "final_logits_bias" in core._buffers:
+        head = ()  # the model's forward applies the cap, or adds the bias, after the head
     assert isinstance(layers, nn.ModuleList | nn.Sequential)
     assert task is not None
     positionwise = row.positionwise if head and _can_skip_unlabelled(core, layers, row) else ()
-    return Anatomy(core, layers, head, task, classifier, positionwise, known is None, keys, row.problem)
+    earlier = tuple(cast(list[nn.ModuleList | nn.Sequential], lists[:-1]))
+    return Anatomy(core, layers, head, task, classifier, positionwise, known is None, keys, row.problem, earlier)
+
+
+def _task_of_class(core: nn.Module) -> Task | None:
+    name = type(core).__name__
+    task = next((task for suffix, task in _TASK_OF_CLASS_SUFFIX.items() if name.endswith(suffix)), None)
+    # Models that read images and texts, as Llava, generate, too, and are decoders.
+    return None if task == "seq2seq_lm" and not families.is_encoder_decoder(core) else task
+
+
+def _rules_of_layers(name: str, path: str, layers: nn.Module | None) -> list[tuple[bool, str, str]]:
+    found = "nothing" if layers is None else type(layers).__name__
+    return [
+        (
+            not isinstance(layers, nn.ModuleList | nn.Sequential),
+            f"Expected a ModuleList or Sequential of layers at '{path}' of {name}, got {found}.",
+            "Give the path of the layer list in the family row; `model.named_modules()` lists the paths.",
+        ),
+        (
+            isinstance(layers, nn.ModuleList | nn.Sequential) and not len(layers),
+            f"The list of layers at '{path}' of {name} is empty.",
+            "Give the path of another list.",
+        ),
+    ]
 
 
 def _can_skip_unlabelled(core: nn.Module, layers: nn.ModuleList | nn.Sequential, row: Family) -> bool:

@@ -28,8 +28,9 @@ class Family:
     """One row of data: where a model has the parts that an early exit needs.
 
     Attributes:
-        layers: Path from the (unwrapped) model to its ``ModuleList`` or ``Sequential`` of layers. None leaves what is
-            not given here to the row that is known or derived.
+        layers: Path from the (unwrapped) model to its ``ModuleList`` or ``Sequential`` of layers; or several paths in
+            calling order, as of an encoder and a decoder. An exit after d layers then runs the first d of each. None
+            leaves what is not given here to the row that is known or derived.
         heads: Alternatives for the modules between the last states ``(R, T, D)`` and the logits, in calling order; the
             first alternative that the model has is used. Without any, the model's own logits are used, which needs
             memory for the logits of all positions of a chunk.
@@ -43,7 +44,7 @@ class Family:
             all classes), ``"multi_label"`` or ``"regression"``; None asks the model's config, then their shape.
     """
 
-    layers: str | None = None
+    layers: str | tuple[str, ...] | None = None
     heads: tuple[tuple[str, ...], ...] = ()
     task: Task | None = None
     positionwise: tuple[tuple[str, ...], ...] = ()
@@ -58,8 +59,8 @@ class Family:
             for name in ("heads", "positionwise")
             if not _are_chains(getattr(self, name))
         ]
-        if self.layers is not None and not (isinstance(self.layers, str) and self.layers):
-            problems.insert(0, f"layers must be a path, such as 'model.layers', got {self.layers!r}.")
+        if self.layers is not None and not (self.layers and _are_chains((self.paths,)) and all(self.paths)):
+            problems.insert(0, f"layers must be a path, such as 'model.layers', or several, got {self.layers!r}.")
         if not (isinstance(self.labels, tuple) and all(isinstance(key, str) and key for key in self.labels)):
             problems.append(f"labels must be the name of a key, or a tuple of two, got {self.labels!r}.")
         for name, known in (("task", get_args(Task)), ("problem", get_args(Problem))):
@@ -67,6 +68,11 @@ class Family:
                 problems.append(f"{name} must be one of {', '.join(known)} or None, got {getattr(self, name)!r}.")
         if problems:
             raise ValueError(" ".join(["Bad family row:", *problems]))
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The paths of all lists of layers, in calling order."""
+        return (self.layers,) if isinstance(self.layers, str) else self.layers or ()
 
 
 def changed(row: Family | None, changes: Family) -> Family | None:
@@ -148,9 +154,9 @@ def _tuples(value: Any) -> Any:
 def derived(core: nn.Module) -> Family | None:
     """The row of a model whose structure is plain; None if it is not.
 
-    Its layers are the only list of like modules with weights (lists within a layer, as of experts, do not count), its
-    head the last module with weights beside them, as the model's own forward does all before that. That is a guess:
-    `earlysift.checks.verified` compares it with the model.
+    Its layers are the only list of like modules with weights (lists within a layer, as of experts, do not count), or
+    the only two of an encoder-decoder; its head is the last module with weights beside them, as the model's own forward
+    does all before that. That is a guess: `earlysift.checks.verified` compares it with the model.
 
     Args:
         core: The model, without wrappers.
@@ -165,35 +171,49 @@ def derived(core: nn.Module) -> Family | None:
     if core in _DERIVED:
         return _DERIVED[core]
     paths = _layer_lists(core)
-    if len(paths) != 1:
+    if len(paths) != (2 if is_encoder_decoder(core) else 1):
         return None
     names = [name for name, module in core._modules.items() if module is not None and _weighs(module)]
-    place = names.index(paths[0].partition(".")[0])
+    place = names.index(paths[-1].partition(".")[0])
     beside = names[place + 1 :] or names[:place]  # RoBERTa's head is defined in front of its layers
-    return _DERIVED.setdefault(core, Family(paths[0], ((beside[-1],),) if beside else ()))
+    layers = paths[0] if len(paths) == 1 else tuple(paths)
+    return _DERIVED.setdefault(core, Family(layers, ((beside[-1],),) if beside else ()))
+
+
+def is_encoder_decoder(core: nn.Module) -> bool:
+    """Whether a model's config says that it is one."""
+    return bool(getattr(getattr(core, "config", None), "is_encoder_decoder", False))
+
+
+def has_stages(core: nn.Module) -> bool:
+    """Whether a model's config says that its layers are stages, of several widths and resolutions."""
+    return bool(getattr(getattr(core, "config", None), "depths", None))
 
 
 def found(core: nn.Module) -> str:
     """What `derived` found in place of a single list of layers, in words."""
     lists = [f"{path} ({len(core.get_submodule(path)._modules)} layers)" for path in _layer_lists(core)]
-    return f"there are several lists of them, {', '.join(lists)}" if lists else "there is no list of like modules"
+    number = "are several lists" if len(lists) > 1 else "is one list"
+    return f"there {number} of them, {', '.join(lists)}" if lists else "there is no list of like modules"
 
 
 def _layer_lists(core: nn.Module) -> list[str]:
-    """Paths of the outermost lists of two or more modules of one class that all have weights.
+    """Paths of the outermost lists of layers: of two or more modules that all have weights.
 
-    What lies within a list of several classes is part of one of its layers, and no list of layers either.
+    They are of one class, or, as those of hybrids, as many as the config says that the model has layers. What lies
+    within any other list is part of one of its modules, and no list of layers either.
     """
     lists: dict[str, nn.Module] = {}
     for path, module in core.named_modules():
         several = isinstance(module, nn.ModuleList | nn.Sequential) and sum(map(_weighs, module)) > 1
         if path and several and not any(path.startswith(f"{outer}.") for outer in lists):
             lists[path] = module
-    return [path for path, module in lists.items() if _are_alike(list(module.children()))]
+    named = getattr(getattr(core, "config", None), "num_hidden_layers", None)
+    return [path for path, module in lists.items() if _are_layers(list(module.children()), named)]
 
 
-def _are_alike(layers: list[nn.Module]) -> bool:
-    return all(map(_weighs, layers)) and len({type(layer) for layer in layers}) == 1
+def _are_layers(modules: list[nn.Module], named: int | None) -> bool:
+    return all(map(_weighs, modules)) and (len({type(module) for module in modules}) == 1 or len(modules) == named)
 
 
 def _weighs(module: nn.Module) -> bool:

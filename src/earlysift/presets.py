@@ -5,8 +5,16 @@ import reprlib
 from pathlib import Path
 from typing import Any, Literal
 
-Task = Literal["masked_lm", "causal_lm", "token_classification", "sequence_classification", "question_answering", "ctc"]
-BY_TOKEN = ("masked_lm", "causal_lm", "token_classification")
+Task = Literal[
+    "masked_lm",
+    "causal_lm",
+    "seq2seq_lm",
+    "token_classification",
+    "sequence_classification",
+    "question_answering",
+    "ctc",
+]
+BY_TOKEN = ("masked_lm", "causal_lm", "seq2seq_lm", "token_classification")
 """Tasks whose head predicts at every position, so that it need run at labelled ones only."""
 Problem = Literal["single_label", "multi_label", "regression"]
 """What the labels of a sequence classification are."""

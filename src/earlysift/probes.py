@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from earlysift import checks, costs, exits, losses, pools, scorers, selectors
+from earlysift import checks, costs, exits, families, losses, pools, scorers, selectors
 from earlysift.control import Control, scored_depths
 from earlysift.exits import Anatomy
 from earlysift.fidelity import gain, rank_correlation
@@ -154,6 +154,16 @@ def with_head(anatomy: Anatomy) -> Anatomy:
         raise ValueError(
             f"Expected a family row that names the head of {type(anatomy.core).__name__}, got none. Probes look at the "
             "states that enter the head: Family(layers=..., heads=((...),))."
+        )
+    if families.is_encoder_decoder(anatomy.core):
+        raise ValueError(
+            f"{type(anatomy.core).__name__} is an encoder-decoder. Probes and auto mode read all exits off one full "
+            "pass, in which its encoder is not cut. Use mode='fixed'."
+        )
+    if families.has_stages(anatomy.core):
+        raise ValueError(
+            f"{type(anatomy.core).__name__} has stages, whose states its head cannot read, but auto mode reads exits "
+            "by it until their probes have learnt. Use mode='fixed' with score='probe'."
         )
     return anatomy._replace(head=anatomy.head or anatomy.classifier)
 

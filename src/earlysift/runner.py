@@ -86,6 +86,8 @@ class Runner:
             self.anatomy = exits.find_anatomy(model, config.family)
         if self.anatomy is not None and (problems := _unfit(config, self.anatomy)):
             raise ValueError(exits.problem_report(model, problems))
+        if config.trim and self.anatomy is not None:
+            checks.require_trimmable(self.anatomy)
         self.control = self.candidates() if config.mode == "auto" else None
         exit_probes = {depth: ExitProbe(config.seed) for depth in self._probed_depths()}
         self.learnt = Learnt(
@@ -229,8 +231,12 @@ class Runner:
             return
         anatomy = exits.find_anatomy(self.model, self.config.family)
         if self._exits:
-            inputs, _ = pools.inputs_and_labels(pool.take(slice(0, 2)).data, anatomy.labels)
-            problems = checks.dry_run(self.model, anatomy, self.config.depth, inputs, exit_head=self.exit_head)
+            inputs, labels = pools.inputs_and_labels(pool.take(slice(0, 2)).data, anatomy.labels)
+            inputs = exits.model_inputs(anatomy, inputs, labels)
+            behind: nn.Module | None = self.exit_head
+            if behind is None and self.config.score in ("probe", "blend") and anatomy.task == "sequence_classification":
+                behind = checks.recorder(self.model, anatomy, self.config.depth, inputs)
+            problems = checks.dry_run(self.model, anatomy, self.config.depth, inputs, exit_head=behind)
             if problems:
                 raise ValueError(exits.problem_report(self.model, problems))
         self.anatomy = checks.verified(self.model, pool.data, self.config.family)

@@ -286,7 +286,7 @@ def sample_losses(
         the number of these positions, float32 ``(b,)`` (1 in classification and CTC).
     """
     anatomy = checks.verified(model, batch, family)
-    inputs, labels = pools.inputs_and_labels(batch, anatomy.labels)
+    inputs, labels = exits.inputs_and_labels(anatomy, batch)
     with ExitStack() as stack:
         if depth is not None:
             stack.enter_context(exits.shortened(anatomy, depth, exit_head=exit_head, detach_exit=detach_exit))
@@ -316,7 +316,7 @@ def predictions(model: nn.Module, batch: Any, *, family: Family | None = None) -
         family: A row for a model that `earlysift.families.FAMILIES` does not know.
     """
     anatomy = checks.verified(model, batch, family)
-    inputs, labels = pools.inputs_and_labels(batch, anatomy.labels)
+    inputs, labels = exits.inputs_and_labels(anatomy, batch)
     if not anatomy.by_token:
         logits = exits.call(model, inputs, synchronized=True)
         return Predictions(logits.float(), labels, torch.ones_like(labels))
@@ -383,6 +383,8 @@ def _run(
     max_positions = None if depth is None else scoring.max_positions
     skips = anatomy.by_token and depth is not None and exits.skips_unlabelled(model, anatomy, max_positions)
     rows = scoring.chunk_rows or pool.size
+    if scoring.trim:
+        checks.require_trimmable(anatomy)
     order = pools.by_length(pool.data) if scoring.trim else None
     if order is not None:
         pool = pool.take(order)
@@ -395,9 +397,7 @@ def _run(
         parts = []
         for start in range(0, pool.size, rows):
             chunk = pool.take(slice(start, start + rows)).data
-            inputs, labels = pools.inputs_and_labels(
-                chunk if order is None else pools.trim_padding(chunk), anatomy.labels
-            )
+            inputs, labels = exits.inputs_and_labels(anatomy, chunk if order is None else pools.trim_padding(chunk))
             positions = None
             with ExitStack() as at_head:
                 if anatomy.by_token:
@@ -459,8 +459,10 @@ def _read_by_probe(approximation: Approximation, model: nn.Module, pool: Pool, s
     anatomy = checks.usable(model, pool.data, scoring.family)
     run = partial(_run, anatomy, approximation.depth, model, pool, scoring)
     if anatomy.task == "sequence_classification":
-        labels = pools.inputs_and_labels(pool.data, anatomy.labels)[1]
-        return _read_by_classifier(run, labels, exit_probe, checks.problem_of(anatomy))
+        assert approximation.depth is not None
+        inputs, labels = pools.inputs_and_labels(pool.data, anatomy.labels)
+        recorder = checks.recorder(model, anatomy, approximation.depth, inputs)
+        return _read_by_classifier(run, recorder, labels, exit_probe, checks.problem_of(anatomy))
     if ranks.sharded(model):
         raise ValueError(
             "A probe of a language model learns through the head, whose weights are sharded here. Use score='loss', or "
@@ -470,7 +472,11 @@ def _read_by_probe(approximation: Approximation, model: nn.Module, pool: Pool, s
 
 
 def _read_by_classifier(
-    run: Callable[..., Tensor], labels: Tensor, exit_probe: ExitProbe, problem: losses.Problem | None
+    run: Callable[..., Tensor],
+    recorder: Recorder,
+    labels: Tensor,
+    exit_probe: ExitProbe,
+    problem: losses.Problem | None,
 ) -> Tensor:
     classes = 0
 
@@ -480,7 +486,7 @@ def _read_by_classifier(
         assert chunk.at_exit is not None
         return _features_of(chunk.at_exit, chunk.inputs)
 
-    inputs = run(read, Recorder())
+    inputs = run(read, recorder)
     with torch.enable_grad():
         values = _by_classifier(exit_probe, inputs, labels, classes, problem, (LOSS, ENTROPY))
         exit_probe.propose(values[:, 0])
