@@ -17,7 +17,7 @@ from torch import Generator, nn
 
 import earlysift
 import models
-from earlysift import SiftConfig, Sifter, selectors
+from earlysift import Family, SiftConfig, Sifter, selectors
 from earlysift.controller import Control
 from earlysift.ledger import read_rows
 
@@ -685,6 +685,39 @@ def test_what_cannot_work_is_refused_at_construction_all_at_once(tmp_path):
     with pytest.raises(ValueError, match=r"(?s)kept=4 is given, .*Leave kept out.*only select=greedy is possible"):
         trainer_for(tmp_path, sift=SiftConfig(kept=4, select=selectors.proportional))
     trainer_for(tmp_path, sift=ALL, per_device_train_batch_size=1)
+
+
+class Normed(nn.Module):
+    """A classifier whose norm learns the statistics of what it is trained on."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = models.build("plain", "masked_lm", norm=nn.BatchNorm1d)
+        self.model.requires_grad_(False)
+
+    def forward(self, input_ids, labels=None):
+        return {"logits": self.model(input_ids)}
+
+
+def test_batch_norm_is_refused_as_the_trainer_would_train_it_on_selected_samples(tmp_path):
+    row = Family("model.blocks", task="masked_lm")
+    for mode in (True, False):  # the Trainer ends evaluation mode, in which saved models are loaded
+        with pytest.raises(ValueError, match=r"statistics of the selected samples \(model\.norm\)\. Use another norm"):
+            trainer_for(tmp_path, model=Normed().train(mode), sift=dataclasses.replace(HALF, family=row))
+    trainer_for(tmp_path, model=Normed(), sift=ALL)
+
+
+def test_several_devices_in_one_process_are_refused_with_the_way_out(tmp_path):
+    model = llama()
+    for devices in (1, 2):
+        arguments = TrainingArguments(str(tmp_path), per_device_train_batch_size=BATCH, report_to="none", use_cpu=True)
+        arguments._n_gpu = devices  # as on a machine with as many
+        given = {"model": model, "args": arguments, "train_dataset": samples(8), "sift": HALF}
+        if devices == 1:
+            SiftTrainer(**given)
+        else:
+            with pytest.raises(ValueError, match=r"2 devices by nn\.DataParallel.*torchrun --nproc-per-node 2, or set"):
+                SiftTrainer(**given)
 
 
 def test_flattened_batches_are_refused_at_the_first_one(tmp_path):

@@ -167,6 +167,8 @@ class Sifter:
             self.latest = stepping.remember(candidates, None, chosen, step, runner)
             return candidates.data
         judging.require_training(self.model)
+        if before.step == 0:
+            judging.mention_batch_norms(self.model)
         runner.verify(candidates)
         plan = planning.plan(candidates, kept, micro_step, self._progress, self._control, runner)
         if plan.everywhere:
