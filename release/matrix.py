@@ -18,7 +18,7 @@ CELLS = {f"{torch}-{transformers}": (torch, transformers) for torch, transformer
 """Name of a cell to the ages of torch and of transformers."""
 CORNERS = ("oldest-oldest", "oldest-newest", "newest-oldest", "newest-newest")
 FREE = ("torch", "transformers", "accelerate", "tokenizers", "huggingface_hub", "safetensors")
-"""Packages that constraints.txt does not pin in a cell: the two, and those of which transformers wants some versions."""
+"""Packages that constraints.txt does not pin in a cell: the two, and those that transformers wants in some versions."""
 TESTS = (
     "tests/test_exits.py::test_cut_model_equals_a_really_shorter_one",
     "tests/test_exits.py::test_scoring_runs_exactly_depth_layers_of_a_sharded_model_and_leaves_its_gradients_exact",

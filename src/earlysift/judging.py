@@ -181,7 +181,7 @@ def mention_batch_norms(model: nn.Module) -> None:
     """Tell the user of norms that learn from selected samples what evaluation will apply to all."""
     if names := [name for name, norm in checks.batch_norms(model).items() if norm.training]:
         _LOG.warning(
-            "BatchNorm in training mode (%s) will evaluate with the statistics of the selected samples. Call .eval() on "
-            "these modules after model.train(), or use another norm.",
+            "BatchNorm in training mode (%s) will evaluate with the statistics of the selected samples. Call .eval() "
+            "on these modules after model.train(), or use another norm.",
             ", ".join(names),
         )

@@ -271,14 +271,14 @@ class SiftTrainerMixin(_Base):  # type: ignore[misc, valid-type]
             ),
             (
                 self.args.n_gpu > 1,
-                f"The Trainer would train on {self.args.n_gpu} devices by nn.DataParallel, and scores would be computed "
-                f"on one. Start the script by torchrun --nproc-per-node {self.args.n_gpu}, or set CUDA_VISIBLE_DEVICES "
-                "to one device.",
+                f"The Trainer would train on {self.args.n_gpu} devices by nn.DataParallel, and score on one of them. "
+                f"Start the script by torchrun --nproc-per-node {self.args.n_gpu}, or set CUDA_VISIBLE_DEVICES to one "
+                "device.",
             ),
             (
                 bool(norms) and keep < 1,
-                f"BatchNorm would evaluate with the statistics of the selected samples ({', '.join(norms)}). Use another "
-                "norm, or a loop of your own that calls .eval() on these modules after model.train().",
+                f"BatchNorm would evaluate with the statistics of the selected samples ({', '.join(norms)}). Use "
+                "another norm, or a loop of your own that calls .eval() on these modules after model.train().",
             ),
             (
                 0 < keep < 1 and round(batch_size / keep) == batch_size,
