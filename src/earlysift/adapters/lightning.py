@@ -299,8 +299,8 @@ class ResumableLoader(DataLoader[Any]):
         rules = [
             (
                 not is_map_style(self.dataset),
-                f"Expected a map-style data set, with a length and an index, got {type(self.dataset).__name__}. Read "
-                "streams by a loader that saves their state, as torchdata's StatefulDataLoader.",
+                f"Expected a map-style data set, with a length and an index, got {type(self.dataset).__name__}. "
+                "Streams go on exactly in a loop of your own (docs/data.md); a plain DataLoader begins their epoch again.",
             ),
             (
                 getattr(self.sampler, "generator", self) is None,
