@@ -300,7 +300,7 @@ class ResumableLoader(DataLoader[Any]):
             (
                 not is_map_style(self.dataset),
                 f"Expected a map-style data set, with a length and an index, got {type(self.dataset).__name__}. "
-                "Streams go on exactly in a loop of your own (docs/data.md); a plain DataLoader begins their epoch again.",
+                "Streams go on exactly in a loop of your own (docs/data.md); here an epoch begins again.",
             ),
             (
                 getattr(self.sampler, "generator", self) is None,
