@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo demo-bert test lint bench scorecard docs site examples pages dist check-dist clean
+.PHONY: demo demo-bert test lint bench scorecard docs site examples pages dist check-dist matrix clean
 
 demo: .venv/runtime.stamp  ## where selection pays and where it does not, in a few minutes
 	$(BIN)/earlysift compare --suite demo --jobs 2 --out runs/both --force
@@ -41,8 +41,11 @@ dist: .venv/release.stamp  ## sdist, and the wheel from it, each built in an env
 	rm -rf dist
 	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m build --outdir dist
 
-check-dist: dist  ## the wheel in clean environments: torch alone, command line, all extras (ten minutes); docs/versioning.md
+check-dist: dist  ## the wheel in clean environments, recipes included (half an hour); docs/versioning.md
 	$(BIN)/python release/check.py
+
+matrix: .venv/release.stamp  ## a part of the tests with oldest and newest torch and transformers (gigabytes, an hour); docs/versioning.md
+	OMP_NUM_THREADS=1 $(BIN)/python release/matrix.py
 
 # torch comes first and under the constraint: what depends on it would otherwise bring the newest one.
 .venv/runtime.stamp: pyproject.toml constraints.txt
@@ -68,4 +71,4 @@ check-dist: dist  ## the wheel in clean environments: torch alone, command line,
 	touch $@
 
 clean:
-	rm -rf .venv site dist
+	rm -rf .venv .matrix site dist

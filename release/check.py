@@ -1,8 +1,9 @@
 """Whether what `make dist` built can be released: ``python release/check.py [--versions oldest|pinned|newest ...]``.
 
 It reads the metadata, holds the wheel against the source tree and against a wheel built from the tree itself, and then
-installs the wheel into clean environments, with torch alone, with the command line's packages, and with all extras,
-and runs what a user would run first. It prints a line per check and ends with exit code 1 if one failed.
+installs the wheel into clean environments, with torch alone, with the command line's packages, with the extras that
+recipes name, and with all extras, and runs what a user would run first: commands, and every file of recipes/, copied
+into an empty folder. It prints a line per check and ends with exit code 1 if one failed.
 
 - pinned: the versions of constraints.txt
 - oldest: the lower bounds of pyproject.toml
@@ -13,6 +14,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,9 +30,19 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-BASE, CLI, ALL = "torch alone", "cli", "all"
-EXTRAS = {BASE: "", CLI: "[cli]", ALL: "[all]"}
+BASE, CLI, HF, TRL, LIGHTNING, ALL = "torch alone", "cli", "hf", "trl", "hf and lightning", "all"
+EXTRAS = {BASE: "", CLI: "[cli]", HF: "[hf]", TRL: "[trl]", LIGHTNING: "[hf,lightning]", ALL: "[all]"}
 """Environment to the extras that are installed with the wheel."""
+RECIPES = {
+    "pytorch": HF,
+    "trainer": HF,
+    "trl": TRL,
+    "accelerate": HF,
+    "lightning": LIGHTNING,
+    "fabric": LIGHTNING,
+    "fsdp": HF,
+}
+"""Folder of recipes/ to the environment that has what its files need, and no more (docs/loops.md)."""
 FIELDS = (
     *("name", "version", "summary", "description", "description_content_type", "keywords", "classifiers"),
     *("author", "license_expression", "license_files", "requires_python", "requires_dist", "provides_extra"),
@@ -98,6 +110,7 @@ class Check:
         where: Environments in which it is run.
         code: The exit code.
         says: A pattern that matches all of what is printed to stderr, if the command is to fail, else part of stdout.
+        copied: A file of the repository that is copied into an empty folder first, where the command then runs.
     """
 
     name: str
@@ -105,6 +118,14 @@ class Check:
     where: tuple[str, ...] = (BASE, CLI, ALL)
     code: int = 0
     says: str = ""
+    copied: str = ""
+
+
+def _of_recipe(name: str) -> list[Check]:
+    """Both files of a recipe, as its user starts them."""
+    start = ("torchrun", "--standalone", "--nproc-per-node", "2") if name == "fsdp" else ("python",)
+    files = [f"recipes/{name}/{kind}.py" for kind in ("plain", "sift")]
+    return [Check(file, (*start, Path(file).name, "--steps", "3"), (RECIPES[name],), copied=file) for file in files]
 
 
 VERSION = rf"\Aearlysift {re.escape(PROJECT['version'])} \(python \S+, torch \S+[^\n]*\)\n\Z"
@@ -153,6 +174,7 @@ CHECKS = (
     ),
     Check("earlysift compare", ("earlysift", *COMPARISON), (ALL,), says="Report: "),
     Check("earlysift report", ("earlysift", "report", "run", "--out", "page.html"), (ALL,)),
+    *(check for name in RECIPES for check in _of_recipe(name)),
 )
 
 
@@ -229,7 +251,7 @@ def environment_problems(wheel: Path, versions: str, extras: str) -> list[str]:
             done = run([*install, requirement], check=False)
             if done.returncode:
                 return [_failed(f"install {requirement}", done)]
-        print(f"  {', '.join(_installed(folder / 'env'))}", flush=True)
+        print(f"  {', '.join(installed(folder / 'env'))}", flush=True)
         work = folder / "work"
         work.mkdir()
         return [
@@ -239,6 +261,9 @@ def environment_problems(wheel: Path, versions: str, extras: str) -> list[str]:
 
 def _problem(check: Check, environment: Path, work: Path) -> Iterable[str]:
     program, *arguments = check.command
+    if check.copied:
+        work = Path(tempfile.mkdtemp(dir=work))
+        shutil.copy(ROOT / check.copied, work)
     done = run([str(environment / "bin" / program), *arguments], check=False, cwd=work)
     printed = done.stderr if check.code else done.stdout
     if done.returncode == check.code and re.search(check.says, printed):
@@ -253,7 +278,7 @@ def _failed(name: str, done: subprocess.CompletedProcess[str]) -> str:
     return problem
 
 
-def _installed(environment: Path) -> list[str]:
+def installed(environment: Path) -> list[str]:
     """The direct dependencies in an environment, with their versions."""
     listed = run([str(environment / "bin/python"), "-m", "pip", "list", "--format", "json"]).stdout
     return [f"{each['name']} {each['version']}" for each in json.loads(listed) if each["name"] in lower_bounds()]

@@ -248,6 +248,10 @@ BROKEN = {
     "no mapping": ("[]", "Expected a mapping in"),
     "no type": ("{}", "Expected a model_type that transformers"),
     "unknown type": ('{"model_type": "nonesuch"}', "got 'nonesuch'"),
+    "remote code": (
+        '{"model_type": "own", "auto_map": {"AutoModel": "own.Own"}}',
+        "Code that a config names (auto_map) is not run",
+    ),
     "unknown class": ('{"model_type": "bert", "architectures": ["BertForNothing"]}', "BertForNothing"),
     "wrong value": ('{"model_type": "bert", "hidden_size": "wide"}', "cannot build a model"),
     "heads that do not divide": (json.dumps(CONFIGS["bert"] | {"num_attention_heads": 5}), "cannot build a model"),

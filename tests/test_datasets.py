@@ -1,5 +1,7 @@
 """Data sets with ids: samples carry their index, whatever asks for them, and what cannot carry one is refused."""
 
+import pickle
+
 import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset
@@ -68,3 +70,34 @@ def test_what_cannot_carry_an_index_is_refused_with_the_way_out():
         WithIds([(1, 2)])[0]
     with pytest.raises(ValueError, match=r"have 'x' already\. Use them without WithIds"):
         WithIds(ROWS, "x")[0]
+
+
+class Drawing:
+    """A data set whose samples depend on how many were read before, and which can save that."""
+
+    def __init__(self):
+        self.read = 0
+
+    def __len__(self):
+        return 7
+
+    def __getitem__(self, index):
+        self.read += 1
+        return {"x": torch.tensor(100 * self.read + index)}
+
+    def state_dict(self):
+        return {"read": self.read}
+
+    def load_state_dict(self, state):
+        self.read = state["read"]
+
+
+def test_the_state_of_a_data_set_is_saved_through_it_and_none_is_made_up():
+    first, second = WithIds(Drawing()), WithIds(Drawing())
+    assert [int(first[3]["x"]) for _ in range(2)] == [103, 203]
+    second.load_state_dict(first.state_dict())
+    assert second[3] == first[3]
+    assert not hasattr(WithIds(ROWS), "state_dict")
+    assert pickle.loads(pickle.dumps(first)).state_dict() == {"read": 3}
+    with pytest.raises(AttributeError, match="'WithIds' object has no attribute 'column_names'"):
+        first.column_names  # noqa: B018

@@ -17,7 +17,7 @@ from torch import Generator, nn
 
 import earlysift
 import models
-from earlysift import SiftConfig, Sifter, selectors
+from earlysift import Family, SiftConfig, Sifter, selectors
 from earlysift.control import Control
 from earlysift.ledger import read_rows
 
@@ -685,6 +685,28 @@ def test_what_cannot_work_is_refused_at_construction_all_at_once(tmp_path):
     with pytest.raises(ValueError, match=r"(?s)kept=4 is given, .*Leave kept out.*only select=greedy is possible"):
         trainer_for(tmp_path, sift=SiftConfig(kept=4, select=selectors.proportional))
     trainer_for(tmp_path, sift=ALL, per_device_train_batch_size=1)
+
+
+def test_batch_norm_is_refused_as_the_trainer_would_train_it_on_selected_samples(tmp_path):
+    row = Family("blocks", task="masked_lm")
+    for mode in (True, False):  # the Trainer ends evaluation mode, in which saved models are loaded
+        model = models.build("plain", "masked_lm", norm=nn.BatchNorm1d).train(mode)
+        with pytest.raises(ValueError, match=r"statistics of the selected samples \(norm\)\. Use another norm"):
+            trainer_for(tmp_path, model=model, sift=dataclasses.replace(HALF, family=row))
+        trainer_for(tmp_path, model=model, sift=dataclasses.replace(ALL, family=row))
+
+
+def test_several_devices_in_one_process_are_refused_with_the_way_out(tmp_path):
+    model = llama()
+    for devices in (1, 2):
+        arguments = TrainingArguments(str(tmp_path), per_device_train_batch_size=BATCH, report_to="none", use_cpu=True)
+        arguments._n_gpu = devices  # as on a machine with as many
+        given = {"model": model, "args": arguments, "train_dataset": samples(8), "sift": HALF}
+        if devices == 1:
+            SiftTrainer(**given)
+        else:
+            with pytest.raises(ValueError, match=r"2 devices by nn\.DataParallel.*torchrun --nproc-per-node 2, or set"):
+                SiftTrainer(**given)
 
 
 def test_documents_of_flattened_batches_are_selected_but_their_losses_are_not_remembered(tmp_path):

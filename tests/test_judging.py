@@ -5,8 +5,10 @@ import warnings
 
 import pytest
 import torch
+from torch import Generator, nn
 
-from earlysift import judging
+import models
+from earlysift import Sifter, judging
 from earlysift.judging import Counted, Unusable
 
 INF, NAN = float("inf"), float("nan")
@@ -65,3 +67,17 @@ def test_the_second_broken_probe_in_a_row_is_warned_of(caplog):
         before = judging.broken_probes(correlation, step, 1, before)
     assert before == 3
     assert [record.args[0] for record in caplog.records] == [4]  # not 0, where an exit is untrained, and not again
+
+
+def test_norms_that_would_learn_from_selected_samples_are_warned_of_once(caplog):
+    model = models.build("plain", "masked_lm", norm=nn.BatchNorm1d)
+    pool = models.batch_for(model, "masked_lm", 8, 10, Generator().manual_seed(0))
+    caplog.set_level(logging.WARNING, logger="earlysift")
+    for keep in (1.0, 0.5):
+        sifter = Sifter(model, keep=keep, family=models.row_of(model))
+        for _ in range(2):
+            sifter.sift(pool)
+        assert [record.args for record in caplog.records] == [("norm",)] * (keep < 1)
+    model.norm.eval()
+    Sifter(model, keep=0.5, family=models.row_of(model)).sift(pool)
+    assert len(caplog.records) == 1

@@ -374,7 +374,7 @@ BAD = {
         {"data": lambda: DataLoader(rows(), batch_size=8, collate_fn=tuple)},
         r"a dictionary or a list.*got tuple.*collate_fn",
     ),
-    "resumable stream": ({"data": lambda: loader(Stream(), shuffle=False)}, r"map-style.*got Stream.*Stateful"),
+    "resumable stream": ({"data": lambda: loader(Stream(), shuffle=False)}, r"map-style.*got Stream.*loop of your own"),
     "no generator": ({"data": lambda: loader(generator=None)}, r"generator for RandomSampler, got None.*manual_seed"),
 }
 

@@ -87,9 +87,35 @@ def test_extras_are_all_in_all():
 def test_every_environment_has_a_loop_and_every_missing_extra_a_sentence(check):
     names = {where: {each.name for each in check.CHECKS if where in each.where} for where in check.EXTRAS}
     everywhere = {"import, and every public name", "a loop over pools", "earlysift --help"}
-    assert all(everywhere <= has for has in names.values())
+    assert all(everywhere <= names[where] for where in (check.BASE, check.CLI, check.ALL))
     assert sum("one sentence" in name for has in names.values() for name in has) == 5
     assert not any("one sentence" in name for name in names[check.ALL])
+
+
+def test_every_file_of_the_recipes_is_run_with_the_extras_that_the_page_names(check):
+    copied = {each.copied: each.where for each in check.CHECKS if each.copied}
+    assert sorted(copied) == sorted(str(path.relative_to(ROOT)) for path in (ROOT / "recipes").rglob("*.py"))
+    page = (ROOT / "docs" / "loops.md").read_text(encoding="utf-8")
+    named = re.findall(r"^\| \[.+?\]\(#\w+\) \| \d+ \| `(\S+)` \|", page, flags=re.MULTILINE)
+    assert named == [check.EXTRAS[check.RECIPES[name]] for name in check.RECIPES]
+    for file, where in copied.items():
+        assert where == (check.RECIPES[Path(file).parent.name],)
+
+
+def test_the_matrix_has_exact_versions_but_for_what_is_newest_and_runs_tests_that_there_are(check, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "release")
+    matrix = importlib.import_module("matrix")
+    oldest, pinned = ("\n".join(check.VERSIONS[age]()) for age in ("oldest", "pinned"))
+    for cell, ages in matrix.CELLS.items():
+        lines = matrix.constraints_of(cell)
+        exact_versions("\n".join(lines))
+        for name, age in zip(("torch", "transformers"), ages, strict=True):
+            found = [line for line in lines if line.startswith(f"{name}==")]
+            expected = {"oldest": oldest, "pinned": pinned, "newest": ""}[age]
+            assert found == re.findall(rf"^{name}==.*$", expected, flags=re.MULTILINE)
+    for test in matrix.TESTS:
+        file, _, name = test.partition("::")
+        assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8"), test
 
 
 # CITATION.cff

@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from earlysift import exits, families, losses, packing, pools
 from earlysift.exits import Anatomy, ExitHead, Problem, Recorder
@@ -177,6 +178,20 @@ def usable(model: nn.Module, batch: Any, family: Family | None = None) -> Anatom
     """
     anatomy = exits.find_anatomy(model, family)
     return verified(model, batch, family) if anatomy.derived else as_compared(anatomy)
+
+
+def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
+    """The BatchNorm modules of a model by name, which in training would learn the statistics of selected samples.
+
+    Example:
+        >>> list(batch_norms(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))))
+        ['1']
+    """
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.track_running_stats
+    }
 
 
 def problem_of(anatomy: Anatomy) -> losses.Problem | None:

@@ -172,10 +172,13 @@ def build_model(source: str, task: Task | None = None, changes: Mapping[str, Any
     except ImportError as error:
         raise ImportError("Building models needs transformers: pip install 'earlysift[hf]'.") from error
     model_type: Any = values.get("model_type")
+    remedy = "Correct it, or update transformers."
+    if "auto_map" in values:
+        remedy = "Code that a config names (auto_map) is not run. Build the model in Python, and call earlysift.check."
     _require(
         isinstance(model_type, str) and model_type in transformers.CONFIG_MAPPING,
         f"Expected a model_type that transformers {transformers.__version__} knows in the config of {source}, "
-        f"got {model_type!r}.",
+        f"got {model_type!r}. {remedy}",
     )
     try:
         config = transformers.CONFIG_MAPPING[model_type].from_dict(values)

@@ -43,6 +43,12 @@ class WithIds(Dataset[dict[str, Any]]):
         samples = together(indices) if together else [self.dataset[index] for index in indices]
         return [self._numbered(index, sample) for index, sample in zip(indices, samples, strict=True)]
 
+    def __getattr__(self, name: str) -> Any:
+        """The state of a data set that has one, which loaders such as torchdata's save."""
+        if name in ("state_dict", "load_state_dict"):
+            return getattr(self.dataset, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     def _numbered(self, index: int, sample: Any) -> dict[str, Any]:
         if not isinstance(sample, Mapping):
             raise ValueError(

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from earlysift import controller, losses, pending
+from earlysift import checks, controller, losses, pending
 from earlysift.options import whole
 from earlysift.pending import Pending
 
@@ -175,3 +175,13 @@ def mention_partial(step: int, size: int, kept: int) -> None:
         size,
         kept,
     )
+
+
+def mention_batch_norms(model: nn.Module) -> None:
+    """Tell the user of norms that learn from selected samples what evaluation will apply to all."""
+    if names := [name for name, norm in checks.batch_norms(model).items() if norm.training]:
+        _LOG.warning(
+            "BatchNorm in training mode (%s) will evaluate with the statistics of the selected samples. Call .eval() "
+            "on these modules after model.train(), or use another norm.",
+            ", ".join(names),
+        )

@@ -231,8 +231,7 @@ class Runner:
             return
         anatomy = exits.find_anatomy(self.model, self.config.family)
         if self._exits:
-            inputs, labels = pools.inputs_and_labels(pool.take(slice(0, 2)).data, anatomy.labels)
-            inputs = exits.model_inputs(anatomy, inputs, labels)
+            inputs, _ = exits.inputs_and_labels(anatomy, pool.take(slice(0, 2)).data)
             behind: nn.Module | None = self.exit_head
             if behind is None and self.config.score in ("probe", "blend") and anatomy.task == "sequence_classification":
                 behind = checks.recorder(self.model, anatomy, self.config.depth, inputs)

@@ -170,6 +170,8 @@ class Sifter:
             self.latest = stepping.remember(candidates, None, chosen, step, runner)
             return packing.joined(candidates.data, pool) if flattened else candidates.data
         judging.require_training(self.model)
+        if before.step == 0:
+            judging.mention_batch_norms(self.model)
         runner.verify(candidates, pool if flattened else None)
         plan = planning.plan(candidates, kept, micro_step, self._progress, self._control, runner)
         if plan.everywhere:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from earlysift import exits, packing, pools, selectors
+from earlysift import checks, exits, packing, pools, selectors
 from earlysift.config import SiftConfig as SiftConfig
 from earlysift.control import Control
 from earlysift.datasets import WithIds, is_map_style
@@ -256,6 +256,7 @@ class SiftTrainerMixin(_Base):  # type: ignore[misc, valid-type]
 
     def _refuse_what_cannot_work(self) -> None:
         batch_size, keep = self._train_batch_size, self.sift.keep
+        norms = checks.batch_norms(self.model)
         problems = [
             (
                 self.args.train_sampling_strategy == "batch_rebalance",
@@ -270,6 +271,17 @@ class SiftTrainerMixin(_Base):  # type: ignore[misc, valid-type]
                 self.get_tp_size() * self.get_cp_size() * self.get_sp_size() > 1,
                 "Tensor, context and sequence parallelism share a batch between processes, which select on their own. "
                 "Use data parallelism.",
+            ),
+            (
+                self.args.n_gpu > 1,
+                f"The Trainer would train on {self.args.n_gpu} devices by nn.DataParallel, and score on one of them. "
+                f"Start the script by torchrun --nproc-per-node {self.args.n_gpu}, or set CUDA_VISIBLE_DEVICES to one "
+                "device.",
+            ),
+            (
+                bool(norms) and keep < 1,
+                f"BatchNorm would evaluate with the statistics of the selected samples ({', '.join(norms)}). Use "
+                "another norm, or a loop of your own that calls .eval() on these modules after model.train().",
             ),
             (
                 0 < keep < 1 and round(batch_size / keep) == batch_size,

@@ -14,10 +14,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
-from earlysift import exits, pools, ranks
+from earlysift import checks, exits, pools, ranks
 from earlysift.adapters import samples
 from earlysift.config import SiftConfig as SiftConfig
 from earlysift.control import Control
@@ -107,7 +106,7 @@ class SiftCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the sifter, now that model, data and length of the training are known, and load its state."""
         model = self._scored(pl_module)
-        trains = [name for name, part in pl_module.named_modules() if isinstance(part, _BatchNorm) and part.training]
+        trains = [name for name, norm in checks.batch_norms(pl_module).items() if norm.training]
         steps_per_epoch = math.inf
         if math.isfinite(trainer.num_training_batches):
             steps_per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
@@ -300,8 +299,8 @@ class ResumableLoader(DataLoader[Any]):
         rules = [
             (
                 not is_map_style(self.dataset),
-                f"Expected a map-style data set, with a length and an index, got {type(self.dataset).__name__}. Read "
-                "streams by a loader that saves their state, as torchdata's StatefulDataLoader.",
+                f"Expected a map-style data set, with a length and an index, got {type(self.dataset).__name__}. "
+                "Streams go on exactly in a loop of your own (docs/data.md); here an epoch begins again.",
             ),
             (
                 getattr(self.sampler, "generator", self) is None,
