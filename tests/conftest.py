@@ -2,7 +2,6 @@
 
 import gc
 import importlib.util
-import json
 import os
 import re
 import shutil
@@ -103,24 +102,32 @@ def environment(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def start(data, environment, tmp_path_factory):
-    """Run ``earlysift pretrain`` in a process; gives exit code, what it printed, and what it printed as errors."""
-    folder = tmp_path_factory.mktemp("output")
-    command = [sys.executable, "-c", pretraining.STARTER]
-    starter = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+def faulty_disk(environment, tmp_path_factory):
+    """The environment of processes whose disk can be told to fail: disk.c in front of the C library."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler on this machine")
+    library = tmp_path_factory.mktemp("disk") / "disk.so"
+    source = Path(__file__).with_name("disk.c")
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
+    return environment | {"LD_PRELOAD": str(library)}
 
-    def run(out, *options, at=None, fault=None, model="model.json"):
-        out_path, err_path = folder / "out", folder / "err"
-        arguments = ["pretrain", *pretraining.arguments_for(data, out, model), *map(str, options)]
-        told = {"arguments": arguments, "at": at, "fault": fault, "out": str(out_path), "err": str(err_path)}
-        starter.stdin.write(json.dumps(told) + "\n")
-        starter.stdin.flush()
-        code = int(starter.stdout.readline())
-        return code, out_path.read_text(), err_path.read_text()
 
-    with starter:
+@pytest.fixture(scope="session")
+def launch(environment, tmp_path_factory):
+    """Run commands of ``earlysift`` in processes: see `pretraining.starter`."""
+    with pretraining.starter(environment, tmp_path_factory.mktemp("output")) as run:
         yield run
-        starter.stdin.close()
+
+
+@pytest.fixture(scope="session")
+def start(data, launch):
+    """Run ``earlysift pretrain`` in a process; gives exit code, what it printed, and what it printed as errors."""
+
+    def run(out, *options, model="model.json", **told):
+        return launch(["pretrain", *pretraining.arguments_for(data, out, model), *options], **told)
+
+    return run
 
 
 @pytest.fixture(scope="session")
