@@ -38,8 +38,8 @@ def wait_until(process, happened):
 
 
 # Forks ranks from a process that has imported what they need, and waits for them; where one fails, the others are
-# killed (unless told otherwise), as they would wait for it. Without the interpreter's own end, in which a thread of gloo
-# now and then aborts a process that has done its work.
+# killed (unless told otherwise), as they would wait for it. Without the interpreter's own end, in which a thread of
+# gloo now and then aborts a process that has done its work.
 _FORKER = """
 import json, os, signal, sys, traceback
 import ranked

@@ -1,9 +1,10 @@
-"""How much of the scorecard runs: all of it for ``make scorecard``, a few cases of each line for ``make test``."""
+"""How much of the scorecard runs: all for ``make scorecard``, more for ``make torture``, little for ``make test``."""
 
 import math
 import os
 
-FULL = os.environ.get("EARLYSIFT_SCORECARD") == "1"
+LONG = os.environ.get("EARLYSIFT_SCORECARD") == "long"
+FULL = LONG or os.environ.get("EARLYSIFT_SCORECARD") == "1"
 
 
 def cases(everything, few):

@@ -8,10 +8,10 @@ import pytest
 
 import faults
 from processes import ends_of_ranks, on_ranks
-from scorecard import FULL, cases
+from scorecard import FULL, LONG, cases
 
 # Six steps of DDP with remembered losses, or with rows that change places. On the struck rank something befalls the
-# third call of a function. The other rank waits for no longer than its process group does, and then ends the struck one.
+# third call of a function. The other rank waits no longer than its process group does, and then ends the struck one.
 STEPS = """
 import json, os, signal, sys
 from contextlib import suppress
@@ -110,7 +110,7 @@ torch.distributed.destroy_process_group()
 
 
 def test_s17_ranks_with_uneven_pools_keep_no_other_waiting_and_train_on_no_row_twice(tmp_path, record_property):
-    pools = 100 if FULL else 20
+    pools = 5_000 if LONG else 100 if FULL else 20
     by_rank = on_ranks(2, f"POOLS = {pools}\n{UNEVEN}", tmp_path)
     for entries in zip(*by_rank, strict=True):
         numbers = [number for entry in entries for number in entry[4]]
