@@ -98,7 +98,7 @@ def environment(tmp_path_factory):
     """Of processes that train: nothing is cached outside, and both source and tests are found."""
     path = os.pathsep.join(map(str, (pretraining.SOURCE, Path(__file__).parent)))
     cache = str(tmp_path_factory.mktemp("cache"))
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": cache}
+    return {**os.environ, **pretraining.SECRETS, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": cache}
 
 
 @pytest.fixture(scope="session")

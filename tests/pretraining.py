@@ -24,6 +24,11 @@ MODEL = {
     "intermediate_size": 64,
     "max_position_embeddings": 32,
 }
+SECRETS = {  # in the environment of every process, and to be found nowhere else
+    "HF_TOKEN": "hf_planted0secret0of0the0hub",
+    "WANDB_API_KEY": "planted0secret0of0a0tracker",
+    "AWS_SECRET_ACCESS_KEY": "planted0secret0of0a0cloud",
+}
 WITHOUT_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 STEPS, EVERY, ACCUMULATE = 12, 3, 2
 

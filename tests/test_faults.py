@@ -124,9 +124,7 @@ def test_s02_trainings_killed_at_a_named_point_go_on_bit_equal(kind, point, trai
 
 # S4: damage to the state of selection in a Trainer's checkpoint
 
-STATE_DAMAGES = [
-    (damage, i) for damage, count in ((flip, 60), (truncate, 20), (delete, 2), (empty, 2)) for i in range(count)
-]
+STATE_DAMAGES = {flip: 60, truncate: 20, delete: 2, empty: 2}
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +187,7 @@ COMPARE = {
 
 
 def comparison(data, out, *options):
-    size = ["--layers", 2, "--width", 16, "--length", 16, "--vocab-size", 300, "--batch", 4, "--validation-samples", 16]
+    size = ["--layers", 2, "--width", 32, "--length", 16, "--vocab-size", 300, "--batch", 4, "--validation-samples", 16]
     much = ["--evaluations", 2, "--steps", 12, "--arms", "uniform,sift", "--seeds", 2]
     return ["compare", "--data", data / "text.txt", "--out", out, *size, *much, *options]
 
@@ -244,7 +242,9 @@ def on_faulty_disk(faulty_disk, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("place", "fault"), cases(itertools.product(PLACES, FAULTS), 2))
-def test_s03_a_disk_that_fails_loses_nothing_that_was_finished(place, fault, on_faulty_disk, data, uncut, tmp_path):
+def test_s03_pretrain_on_a_disk_that_fails_loses_nothing_that_was_finished(
+    place, fault, on_faulty_disk, data, uncut, tmp_path
+):
     out = tmp_path / "run"
     arguments = ["pretrain", *pretraining.arguments_for(data, out)]
     code, _, err = on_faulty_disk(arguments, disk=f"{fault}:{PLACES[place]}")
@@ -272,3 +272,61 @@ def test_s03_a_disk_that_fails_loses_nothing_that_was_finished(place, fault, on_
     assert log(out) == log(uncut)
     assert all(ours.equal(theirs) for ours, theirs in zip(weights(out), weights(uncut), strict=True))
     assert not [name for name in names_of(out) if name.endswith(".part") or ".tmp" in name]
+
+
+COMPARED = {  # of a run of compare
+    "config": "/.config.json",
+    "results": "/.results.json",
+    "ledger": "/ledgers/",
+    "report": "/.report.html",
+}
+
+
+@pytest.mark.parametrize(("place", "fault"), cases(itertools.product(COMPARED, FAULTS), 1))
+def test_s03_compare_on_a_disk_that_fails_says_so_once_and_goes_on(place, fault, on_faulty_disk, data, tmp_path):
+    out = tmp_path / "run"
+    code, _, err = on_faulty_disk(comparison(data, out), disk=f"{fault}:{COMPARED[place]}")
+    assert "Traceback" not in err
+    if fault in HARMLESS or place == "ledger":
+        assert code == 0, err
+        assert fault in ("fsync", *HARMLESS) or re.search(r"The ledger .* cannot be written \(.+\); it ends here", err)
+    else:
+        assert code == 2, err
+        (line,) = [line for line in err.splitlines() if line.startswith("earlysift: ")]
+        assert re.search("No space|Read-only|Input/output", line), line
+    kept = finished_runs(out)
+    assert len(kept) == (4 if code == 0 or place == "report" else 0)
+    code, _, err = on_faulty_disk(comparison(data, out, "--resume"))
+    assert code == 0, err
+    after = finished_runs(out)
+    assert len(after) == 4
+    assert {name: after[name] for name in kept} == kept
+    assert not [name for name in names_of(out) if name.endswith(".part")]
+
+
+SAVED = {  # of a training's third checkpoint
+    ("transformers", "weights"): "/checkpoint-3/.tmp",
+    ("transformers", "optimizer"): "/checkpoint-3/optimizer",
+    ("transformers", "selection"): "/checkpoint-3/.sifter_0.json",
+    ("transformers", "its tensors"): "/checkpoint-3/.tmp",
+    ("transformers", "state of the Trainer"): "/checkpoint-3/trainer_state",
+    ("lightning", "checkpoint"): "/step=3",
+}
+
+
+@pytest.mark.parametrize(
+    ("saved", "fault"), cases(itertools.product(SAVED, ("full", "read-only", "fsync", "error")), 1)
+)
+def test_s03_trainings_on_a_disk_that_fails_go_on_from_the_checkpoint_before(
+    saved, fault, on_faulty_disk, whole, tmp_path
+):
+    kind = saved[0]
+    code, _, err = on_faulty_disk([kind, tmp_path], disk=f"{fault}:{SAVED[saved]}")
+    failed = code != 0
+    assert code == 0 or re.search("No space|Read-only|Input/output|inline_container", err.splitlines()[-1]), err
+    code, _, err = on_faulty_disk([kind, tmp_path])
+    assert code == 0, err
+    ours, theirs = json.loads((tmp_path / "end.json").read_text()), dict(whole(kind))
+    batches = ours.pop("batches")
+    assert batches == theirs.pop("batches")[-len(batches) :] if failed else not batches
+    assert ours == theirs
