@@ -67,6 +67,12 @@ LINES = {
     ),
     "S17": Line("uneven pools: no rank waits, no row is trained on twice", 200, "rank_faults", "s17", 10_000),
     "S18": Line("a signal ends the run, saved or clean (worst: seconds)", 25, "scorecard", "s18_a_signal"),
+    "picks": Line(
+        "the same picks again, with workers, on two threads, compiled and in other chunks, by every score",
+        40,
+        "determinism",
+        "picks",
+    ),
     "S26": Line(
         "a program in place of a file that is read never runs",
         37,
@@ -89,7 +95,7 @@ NOT_RUN = {
     "S24": "ten million samples",
     "S25": "accounting over ten schedules",
     "S27": "hostile text in reports: in `make test` (tests/test_report.py)",
-    "S28": "secrets of the environment: tests/test_security.py; not names of runs, nor archives that unpack to too much",
+    "S28": "secrets: tests/test_security.py; not names of runs, nor archives that unpack to too much",
     "S29": "tests/test_structure.py in `make test`; no audit of dependencies",
     "S30": "mutants of the code",
     "S31": "nothing has been released yet",
@@ -102,6 +108,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("lines", nargs="*", metavar="line", help=f"of {', '.join(LINES)} (default: all)")
     parser.add_argument("--long", action="store_true", help="as many cases as for a release")
+    parser.add_argument("--so-far", action="store_true", help="run nothing; note what is known of lines that were cut")
     given = parser.parse_args()
     if unknown := [name for name in given.lines if name not in LINES]:
         parser.error(f"unknown lines: {', '.join(unknown)}")
@@ -109,21 +116,28 @@ def main() -> int:
     for name in given.lines or LINES:
         line = LINES[name]
         bar = line.long if given.long and line.long else line.cases
+        path = OUTCOMES / str(commit) / f"{name}{' long' if given.long else ''}.jsonl"
+        if given.so_far and not path.is_file():
+            continue
         result = _results().get(name, {})
         if result.get("commit") == commit and result["cases"] >= bar:
             print(f"{name}: there is a result of {commit}")
             continue
         print(f"{name}: {line.what}", flush=True)
+        if not given.so_far:
+            _run(name, path, long=given.long)
         found = {
             "what": line.what,
             "cases": bar,
-            **_run(name, OUTCOMES / str(commit), long=given.long),
+            **summary(path.read_text(encoding="utf-8").splitlines()),
             "commit": commit,
             "machine": environment.machine(torch.device("cpu")),
             "versions": versions.installed(),
         }
         known = _results() | {name: found}  # other lines may have ended meanwhile
         write_json(RESULTS, {each: known[each] for each in LINES if each in known})
+        if not given.so_far:
+            path.unlink()
         print(f"{name}: {found['passed']} of {bar}", flush=True)
     known = _results()
     return 0 if all(name in known and known[name]["passed"] >= known[name]["cases"] for name in LINES) else 1
@@ -133,31 +147,28 @@ def _results() -> dict[str, Any]:
     return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
 
 
-def _run(name: str, folder: Path, *, long: bool) -> dict[str, Any]:
-    """Run the cases of a line that have no outcome yet; gives what came of all, and removes the outcomes."""
-    line, path = LINES[name], folder / f"{name}{' long' if long else ''}.jsonl"
-    if folder.name.endswith("-dirty"):
-        shutil.rmtree(folder, ignore_errors=True)  # the source may have changed since
-    folder.mkdir(parents=True, exist_ok=True)
-    tests = [str(ROOT / "tests" / f"test_{file}.py") for file in line.files.split()]
-    options = ["-p", "outcomes", "-p", "no:cacheprovider", "-k", line.names]
+def _run(name: str, path: Path, *, long: bool) -> None:
+    """Run the cases of a line that have no outcome in this file yet."""
+    if path.parent.name.endswith("-dirty"):
+        shutil.rmtree(path.parent, ignore_errors=True)  # the source may have changed since
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tests = [str(ROOT / "tests" / f"test_{file}.py") for file in LINES[name].files.split()]
+    options = ["-p", "outcomes", "-p", "no:cacheprovider", "-k", LINES[name].names]
     environ = os.environ | {"EARLYSIFT_SCORECARD": "long" if long else "1", "EARLYSIFT_OUTCOMES": str(path)}
     environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "pytest", "-q", *tests, *options]
     code = subprocess.run(command, cwd=ROOT, env=environ, check=False).returncode
     if code not in _ENDED:
         sys.exit(f"{name} was cut (pytest ended with {code}). The same command goes on behind {path}.")
-    rows = [json.loads(row) for row in path.read_text(encoding="utf-8").splitlines()]
-    path.unlink()
-    return summary(rows)
 
 
-def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def summary(outcomes: list[str]) -> dict[str, Any]:
     """What came of cases: how many passed, which failed, what they told, and their seconds.
 
     Args:
-        rows: Of tests/outcomes.py. A test may have tried several cases, which it tells.
+        outcomes: Lines of tests/outcomes.py. A test may have tried several cases, which it tells.
     """
+    rows = [json.loads(line) for line in outcomes]
     failed = {row["case"] for row in rows if row["outcome"] != "passed"}
     good = [row for row in rows if row["case"] not in failed]
     told = [(str(name), str(value)) for row in good for name, value in row["properties"]]
@@ -166,6 +177,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     within = sum(name == "within a save" for name, _ in told)
     return {
         "passed": sum(counts),
+        "tried": sum(counts) + len(failed),
         "failed": sorted(case.rpartition("::")[2] for case in failed),
         "detail": [
             *dict.fromkeys(value for name, value in told if name == "detail"),

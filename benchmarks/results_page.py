@@ -76,8 +76,7 @@ def scorecard_section() -> str:
         elif (result := lines.get(name)) is None:
             rows.append([name, LINES[name].what, f"{LINES[name].cases:,}", "not run", "", "", ""])
         else:
-            word = "" if result["passed"] >= result["cases"] else " **missed**"
-            passed = f"{result['passed']:,}{word}"
+            passed = _passed(result)
             detail = "; ".join(result["detail"])
             cells = [result["what"], f"{result['cases']:,}", passed, detail, f"{result['seconds']} s"]
             rows.append([name, *cells, str(result["commit"])])
@@ -88,10 +87,19 @@ def scorecard_section() -> str:
     return f"{markdown(headings, rows)}\n\n{machine}"
 
 
+def _passed(result: dict[str, Any]) -> str:
+    """How many cases passed; a line that was cut before it had tried all says so."""
+    if result["passed"] >= result["cases"]:
+        return f"{result['passed']:,}"
+    if result["passed"] == result.get("tried"):
+        return f"{result['passed']:,} of {result['tried']:,} tried"
+    return f"{result['passed']:,} **missed**"
+
+
 def _place(name: str) -> tuple[bool, int, str]:
-    """Where a line stands: by its number, hazards (A1) last."""
+    """Where a line stands: by its number, others (A1) last."""
     number = name.partition(" ")[0][1:].rstrip(",")
-    return not name.startswith("S"), int(number), name
+    return not name.startswith("S"), int(number) if number.isdecimal() else 0, name
 
 
 def fuzz_section() -> str:

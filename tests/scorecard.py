@@ -5,9 +5,12 @@ import os
 
 LONG = os.environ.get("EARLYSIFT_SCORECARD") == "long"
 FULL = LONG or os.environ.get("EARLYSIFT_SCORECARD") == "1"
+_GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 def cases(everything, few):
-    """All cases of a line, or a few, spread evenly."""
+    """All cases of a line, or a few, spread evenly; all in an order whose beginning is of every kind, as it may be cut."""
     everything = list(everything)
-    return everything if FULL else everything[:: math.ceil(len(everything) / few)]
+    if not FULL:
+        return everything[:: math.ceil(len(everything) / few)]
+    return [everything[i] for i in sorted(range(len(everything)), key=lambda i: i * _GOLDEN % 1)]
