@@ -9,7 +9,7 @@ _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 def cases(everything, few):
-    """All cases of a line, or a few, spread evenly; all in an order whose beginning is of every kind, as it may be cut."""
+    """All cases of a line, or a few, spread evenly; all in an order of which any beginning is of every kind."""
     everything = list(everything)
     if not FULL:
         return everything[:: math.ceil(len(everything) / few)]
