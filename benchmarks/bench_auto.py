@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 import measuring
 import streams
 from earlysift import Sifter, exit_probe, selectors
-from earlysift.controller import Control
+from earlysift.control import Control
 from earlysift.families import Family
 from earlysift.seeds import seeded
 from streams import Stream

@@ -18,7 +18,7 @@ import earlysift
 from earlysift import Sifter, exits, losses, schedules, scorers, selectors
 from earlysift.adapters.huggingface import SiftConfig, SiftTrainer
 from earlysift.compare.settings import Settings
-from earlysift.controller import Control
+from earlysift.control import Control
 from earlysift.families import Family
 from earlysift.measures import LOSS
 from earlysift.pretrain.settings import PretrainSettings

@@ -350,7 +350,7 @@ def test_resume_with_other_settings_is_refused_and_lists_them(finished, text, ca
     assert "keep: was 0.5, is 0.25" in capsys.readouterr().err
 
 
-def test_a_run_from_before_images_could_be_augmented_goes_on_without(finished, text, tmp_path, capsys):
+def test_a_run_that_is_older_than_a_setting_goes_on_with_its_default(finished, text, tmp_path, capsys):
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy)
     results = results_of(copy)
@@ -670,6 +670,7 @@ def test_an_accelerator_that_is_not_there_is_one_clear_line(device, text, tmp_pa
         ({"arms": ("sift",)}, "'uniform' is needed"),
         ({"evaluations": 1}, "evaluations must be at least 2"),
         ({"resume": True, "force": True}, "Choose one of resume and force"),
+        ({"budget": 30.0, "steps": 100}, "give one of them"),
     ],
 )
 def test_settings_out_of_range_are_refused_with_what_was_expected(values, message):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from earlysift import SiftConfig, selectors, warmup
-from earlysift.controller import Control
+from earlysift.control import Control
 from earlysift.measures import MEASURES
 
 

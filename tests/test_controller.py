@@ -6,373 +6,53 @@ import functools
 import itertools
 import json
 import math
-from statistics import median
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Generator
 
-from earlysift import controller, selectors
+from earlysift import controller
+from earlysift.control import Choice, Control, choices
 from earlysift.controller import (
     BY_HEART,
     EARLY_PROBES,
     EARLY_SHARE,
     ENOUGH,
     KEEP,
-    LATEST,
     LEAST_CORRELATION,
     MOVE,
     SURE,
     TAKE,
     WINDOW,
-    Choice,
-    Control,
     State,
     advance,
-    choices,
     decide,
-    estimates,
     next_probe,
-    record,
-    record_names,
 )
-from earlysift.fidelity import fidelity
-from earlysift.probes import Probe
+from earlysift.payoffs import estimates
+from earlysift.probes import record
+from probing import (
+    BOTH,
+    CHEAP,
+    CHOICE,
+    FREE,
+    GREEDY,
+    GREEDY_BOTH,
+    ONE,
+    REMEMBERED,
+    UNBIASED,
+    easy_heavy,
+    forgotten,
+    plateau,
+    pure_noise,
+    run,
+    seeded,
+)
 
 laws = settings(deadline=None, derandomize=True, database=None, max_examples=200)
 
 NAN, INF = float("nan"), float("inf")
-ONE = Control(depths=(1,), keeps=(0.5,))
-GREEDY = Control(depths=(1,), keeps=(0.5,), rules=("greedy",))
-BOTH = Control(depths=(1,), memory=True, keeps=(0.5,))
-GREEDY_BOTH = Control(depths=(1,), memory=True, keeps=(0.5,), rules=("greedy",))
-CHEAP = {"train": 100.0, "probe": 60.0, "score_1": 5.0, "score_2": 8.0, "score_3": 11.0}
-FREE = {**CHEAP, "score_1": 0.0}
-CHOICE = Choice("greedy", 1, 0.5)
-UNBIASED = Choice("unbiased", 1, 0.5)
-REMEMBERED = Choice("greedy", 0, 0.5)
-
-
-def seeded(seed):
-    return Generator().manual_seed(seed)
-
-
-def probe_of(gradients, losses, *scores):
-    """A probe that saw these gradients ``(R, D)`` and losses; scores at depths 1, 2, ..., the losses if none."""
-    depths = dict(enumerate(scores or (losses,), start=1))
-    return Probe(losses.float(), {depth: s.float() for depth, s in depths.items()}, gradients @ gradients.T)
-
-
-def noisy(rows, generator, *, along=1.0, width=64, noise=4.0):
-    """Gradients of a length ``along`` in one direction, with noise of length ``noise`` in all."""
-    gradients = torch.randn(rows, width, generator=generator, dtype=torch.float64) * noise / math.sqrt(width)
-    gradients[:, 0] += along
-    return gradients
-
-
-def easy_heavy(seed, rows=64):
-    """Seven samples of eight are learnt: hardly a loss, no gradient."""
-    generator = seeded(seed)
-    gradients, losses = noisy(rows, generator, noise=6.0), 1 + torch.rand(rows, generator=generator)
-    easy = torch.randperm(rows, generator=generator)[: 7 * rows // 8]
-    gradients[easy] = 0
-    losses[easy] *= 0.01
-    return probe_of(gradients, losses)
-
-
-def pure_noise(seed, rows=64):
-    """Gradients that agree on nothing, losses that differ."""
-    generator = seeded(seed)
-    gradients = noisy(rows, generator, along=0.0, width=1000)
-    return probe_of(gradients, 0.5 + torch.rand(rows, generator=generator))
-
-
-def plateau(seed, rows=64, *, size=1.0):
-    """The larger half of the losses, which are of that size, pulls away from where the mean gradient leads."""
-    generator = seeded(seed)
-    hard = torch.arange(rows) % 2 == 1
-    gradients = noisy(rows, generator, along=0.0, noise=1.0)
-    gradients[:, 0] += torch.where(hard, -1.0, 3.0)
-    return probe_of(gradients, size * (torch.where(hard, 2.0, 1.0) + 0.1 * torch.rand(rows, generator=generator)))
-
-
-def forgotten(_):
-    """A loss that has risen everywhere, and gradients that agree on nothing."""
-    return probe_of(torch.eye(64, dtype=torch.float64), easy_heavy(99).exact + 1)
-
-
-def run(make, probes=8, *, control=ONE, prices=CHEAP, state=None, first=0):
-    """The verdicts on that many probes in a row."""
-    state, verdicts = state or State(), []
-    for step in range(first, first + probes):
-        seen = make(step)
-        verdicts.append(advance(state, record(seen, len(seen.exact) // 2, control), prices, control, 0.5, step))
-        state = verdicts[-1].state
-    return verdicts
-
-
-def close(one, other):
-    assert one.keys() == other.keys()
-    for name, value in one.items():
-        assert other[name] == pytest.approx(value, rel=1e-6, abs=1e-9), name
-
-
-# Records
-
-
-def slow_record(gradients, losses, scores, kept, keeps):
-    """Signal and squared length of uniform and greedy steps, pair by pair."""
-    g, size = gradients.tolist(), len(losses)
-
-    def product(i, j):
-        return sum(a * b for a, b in zip(g[i], g[j], strict=True))
-
-    unit = sum(product(i, i) for i in range(size)) / size
-    others = [sum(product(i, j) for j in range(size) if j != i) / (size - 1) / unit for i in range(size)]
-
-    def step(rows):
-        signal = sum(others[i] for i in rows) / len(rows)
-        return signal, sum(product(i, j) for i in rows for j in rows) / unit / len(rows) ** 2
-
-    numbers = {"uniform.signal": sum(others) / size, "floor": max(losses) / (sum(losses) / size)}
-    subsets = list(itertools.combinations(range(size), kept))
-    numbers["uniform.length2"] = sum(step(rows)[1] for rows in subsets) / len(subsets)
-    for depth, of_depth in enumerate(scores, start=1):
-        for keep in keeps:
-            considered = range(min(size, round(kept / keep)))
-            best = sorted(considered, key=lambda i: -of_depth[i])[:kept]
-            numbers[f"greedy.{depth}.{keep:g}.signal"], numbers[f"greedy.{depth}.{keep:g}.length2"] = step(best)
-    return numbers
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_uniform_and_greedy_steps_are_those_of_a_loop_over_pairs_and_subsets(seed):
-    generator = seeded(seed)
-    gradients = noisy(10, generator, width=5) * torch.rand(10, 1, generator=generator, dtype=torch.float64)
-    losses, *scores = (torch.rand(10, generator=generator) for _ in range(3))
-    control = Control(depths=(1, 2), keeps=(0.5, 0.8), rules=("greedy",))
-    numbers = record(probe_of(gradients, losses, *scores), 5, control)
-    expected = slow_record(gradients, losses.tolist(), [s.tolist() for s in scores], 5, control.keeps)
-    close({name: numbers[name] for name in expected}, expected)
-    assert numbers["loss"] == pytest.approx(losses.mean().item())
-    assert numbers["loss_error"] == pytest.approx(losses.std().item() / math.sqrt(10))
-    for depth, of_depth in enumerate(scores, start=1):
-        assert numbers[f"correlation.{depth}"] == pytest.approx(fidelity(of_depth, losses, 5)["rank_correlation"])
-        for keep, rows in ((0.5, 10), (0.8, 6)):
-            gain = fidelity(of_depth[:rows], losses[:rows], 5)["gain"]
-            assert numbers[f"gain.{depth}.{keep:g}"] == pytest.approx(gain)
-
-
-def drawn(gradients, draw, count=2000):
-    """Mean signal and squared length of drawn weighted steps, with standard errors."""
-    gram = gradients @ gradients.T
-    gram = gram / gram.diagonal().mean()
-    others = (gram.sum(dim=1) - gram.diagonal()) / (len(gram) - 1)
-    signals, lengths = [], []
-    for _ in range(count):
-        indices, weights = draw()
-        weights = weights.double() / len(indices)
-        signals.append(weights @ others[indices])
-        lengths.append(weights @ gram[indices][:, indices] @ weights)
-    return [(torch.stack(v).mean().item(), torch.stack(v).std().item() / math.sqrt(count)) for v in (signals, lengths)]
-
-
-@pytest.mark.parametrize("along", [0.0, 1.0, 6.0])
-def test_uniform_steps_are_those_of_drawn_subsets(along):
-    gradients = noisy(32, seeded(0), along=along)
-    numbers = record(probe_of(gradients, torch.rand(32, generator=seeded(1))), 16, ONE)
-    generator = seeded(2)
-    (signal, signal_error), (length2, length_error) = drawn(
-        gradients, lambda: selectors.uniform_subset(32, 16, generator)
-    )
-    assert abs(numbers["uniform.signal"] - signal) <= 4 * signal_error
-    assert abs(numbers["uniform.length2"] - length2) <= 4 * length_error
-
-
-@pytest.mark.parametrize("along", [0.0, 1.0, 6.0])
-@pytest.mark.parametrize("kind", ["even", "skewed", "capped"])
-def test_unbiased_steps_are_those_of_drawn_batches(kind, along):
-    generator = seeded(0)
-    gradients = noisy(64, generator, along=along)
-    if kind != "even":
-        gradients *= torch.rand(64, 1, generator=generator, dtype=torch.float64) + 0.1
-    scores = gradients.norm(dim=1).float() ** (4 if kind == "capped" else 1)
-    included = selectors.inclusion_probabilities(scores, 32)
-    assert bool((included == 1).any()) == (kind == "capped")
-    numbers = record(probe_of(gradients, scores), 32, ONE)
-    (signal, signal_error), (length2, length_error) = drawn(
-        gradients, lambda: selectors.proportional(scores, 32, generator)
-    )
-    assert abs(numbers["uniform.signal"] - signal) <= 4 * signal_error
-    # Joint inclusion is taken as that of independent draws, which is off by little.
-    assert abs(numbers["unbiased.1.0.5.length2"] - length2) <= 4 * length_error + 0.015 * length2
-
-
-def test_drawing_by_scores_that_are_all_alike_is_uniform_training_whatever_the_keep():
-    generator = seeded(0)
-    gradients = noisy(30, generator) * torch.rand(30, 1, generator=generator, dtype=torch.float64)
-    control = Control(depths=(1,), keeps=(0.5, 0.75))
-    numbers = record(probe_of(gradients, torch.rand(30, generator=generator), torch.ones(30)), 15, control)
-    for keep in control.keeps:
-        assert numbers[f"unbiased.1.{keep:g}.length2"] == pytest.approx(numbers["uniform.length2"])
-
-
-def test_a_larger_keep_looks_at_the_first_part_of_the_pool():
-    generator = seeded(0)
-    gradients, losses = noisy(30, generator), torch.rand(30, generator=generator)
-    control = Control(depths=(1,), keeps=(0.5, 0.75))
-    before = record(probe_of(gradients, losses), 15, control)
-    later = losses.clone()
-    later[20:] = losses[20:].flip(0)  # behind the part that keep = 0.75 scores
-    after = record(probe_of(gradients, losses, later), 15, control)
-    of_larger = [name for name in before if ".0.75" in name]
-    assert len(of_larger) == 4
-    assert all(before[name] == after[name] for name in of_larger)
-    assert before["greedy.1.0.5.signal"] != after["greedy.1.0.5.signal"]
-    assert before["unbiased.1.0.5.length2"] != after["unbiased.1.0.5.length2"]
-
-
-@laws
-@given(seed=st.integers(0, 100), scale=st.floats(1e-3, 1e3))
-def test_records_are_free_of_the_scale_of_gradients_and_of_losses(seed, scale):
-    generator = seeded(seed)
-    gradients, losses = noisy(16, generator), 0.5 + torch.rand(16, generator=generator)
-    numbers = record(probe_of(gradients, losses), 8, ONE)
-    expected = numbers | {name: 4 * numbers[name] for name in ("loss", "loss_error")}
-    close(record(probe_of(gradients * scale, losses * 4), 8, ONE), expected)
-
-
-def test_candidates_without_a_finite_loss_or_score_count_for_nothing():
-    generator = seeded(0)
-    gradients, losses, scores = noisy(20, generator), torch.rand(20, generator=generator), torch.rand(2, 20)
-    exact, at_1, at_2 = (torch.cat([values, torch.ones(3)]) for values in (losses, *scores))
-    exact[20], at_1[21], at_2[22] = NAN, -INF, INF
-    broken = torch.cat([gradients, noisy(3, generator)])
-    control = Control(depths=(1, 2), keeps=(0.5,))
-    close(
-        record(probe_of(broken, exact, at_1, at_2), 10, control),
-        record(probe_of(gradients, losses, *scores), 10, control),
-    )
-
-
-@pytest.mark.parametrize(
-    ("gradients", "losses"),
-    [
-        (torch.zeros(6, 3), torch.rand(6, generator=seeded(0))),
-        (torch.ones(6, 3), torch.full((6,), NAN)),
-        (torch.ones(6, 3), torch.tensor([1.0, *[-INF] * 5])),
-    ],
-    ids=["no gradient", "no loss", "one loss"],
-)
-def test_pools_that_say_nothing_give_nan(gradients, losses):
-    numbers = record(probe_of(gradients.double(), losses), 3, ONE)
-    assert all(math.isnan(value) for value in numbers.values())
-
-
-@pytest.mark.parametrize("kept", [1, 3, 5, 8])
-def test_names_of_a_record_are_known_whatever_the_pool(kept):
-    losses = torch.rand(8, generator=seeded(0))
-    for control in (ONE, Control(), Control(depths=(2,), keeps=(0.3, 0.9), rules=("unbiased",))):
-        names = record_names(control)
-        assert len(set(names)) == len(names)
-        scores = dict.fromkeys(control.depths, losses)
-        for seen in (losses, torch.full((8,), NAN)):
-            numbers = record(Probe(seen, scores, torch.eye(8, dtype=torch.float64)), kept, control)
-            assert sorted(numbers) == sorted(names)
-            assert all(isinstance(value, float) for value in numbers.values())
-    assert record_names(ONE) == record_names(GREEDY)  # whatever may be chosen
-
-
-# Estimates
-
-
-def test_identical_gradients_leave_nothing_to_gain():
-    gradients = torch.ones(16, 4, dtype=torch.float64)
-    numbers = run(lambda seed: probe_of(gradients, torch.rand(16, generator=seeded(seed))), 3, prices=FREE)[-1].numbers
-    assert numbers["progress.1.0.5"] == pytest.approx(1)
-    assert 0.95 < numbers["payoff_T7.1.0.5"] < 1
-    assert numbers["noise_scale"] == pytest.approx(0)
-
-
-def test_payoffs_are_gains_and_moments_over_cost_in_the_median():
-    records = [record(easy_heavy(seed), 32, Control(depths=(1,))) for seed in range(5)]
-    control = Control(depths=(1,))
-    dear = estimates(records, control, {**CHEAP, "score_1": 40.0}, 0.5)
-    for keep in control.keeps:
-        cost, pair = dear[f"cost.1.{keep:g}"], f"1.{keep:g}"
-        assert cost == pytest.approx(1 + 40 / 100 * 0.5 / keep)  # a larger keep scores a smaller part of the pool
-        latest = records[-LATEST:]
-        gain = median(entry[f"gain.{pair}"] for entry in latest)
-        moment = median(entry[f"unbiased.{pair}.length2"] / entry["uniform.length2"] for entry in latest)
-        assert dear[f"payoff_C2.{pair}"] == pytest.approx(gain / cost)
-        assert dear[f"payoff_T7.{pair}"] == pytest.approx(1 / (moment * cost))
-        along, uniform = (
-            sum(entry[f"{of}.signal"] / math.sqrt(entry[f"{of}.length2"]) for entry in records)
-            for of in (f"greedy.{pair}", "uniform")
-        )
-        assert dear[f"progress.{pair}"] == pytest.approx(along / uniform)
-
-
-def test_of_records_before_the_latest_three_only_progress_and_their_number_are_left():
-    latest = [record(easy_heavy(seed), 32, ONE) for seed in range(LATEST)]
-    early = [record(plateau(seed), 32, ONE) for seed in range(LATEST)]
-    alone, after = (estimates(records, ONE, CHEAP, 0.5) for records in (latest, [*early, *latest]))
-    assert LATEST == 3
-    assert {name for name in alone if alone[name] != after[name]} == {"progress.1.0.5", "records"}
-    assert after["progress.1.0.5"] < alone["progress.1.0.5"]
-
-
-@pytest.mark.parametrize("prices", [FREE, CHEAP])
-def test_payoff_by_variance_is_of_gradients_and_not_of_losses(prices):
-    heavy = torch.full((64,), 0.01)
-    heavy[::8] = 2.0
-    same = torch.eye(64, dtype=torch.float64)  # noise: what is large is the loss, no gradient is
-    carrying = same * heavy.unsqueeze(1)
-    noise, learnt = (run(lambda _, g=g: probe_of(g, heavy), 3, prices=prices)[-1] for g in (same, carrying))
-    assert noise.numbers["concentration"] == learnt.numbers["concentration"] > 7
-    assert noise.numbers["payoff_T7.1.0.5"] < 1 < TAKE.variance < learnt.numbers["payoff_T7.1.0.5"]
-    assert (noise.state.choice, learnt.state.choice) == (None, UNBIASED)
-
-
-def test_one_probe_that_deceives_does_not_decide():
-    usual, odd = ([record(easy_heavy(seed), 32, ONE) for seed in range(4)], record(easy_heavy(9), 32, ONE))
-    numbers = estimates(usual, ONE, CHEAP, 0.5)
-    misled = estimates([*usual, {name: 1e6 * value for name, value in odd.items()}], ONE, CHEAP, 0.5)
-    for name in ("payoff_C2.1.0.5", "correlation.1", "concentration"):
-        assert misled[name] == pytest.approx(numbers[name], rel=0.5)
-
-
-def test_progress_is_how_far_a_step_of_given_length_goes_along_the_mean_gradient():
-    # Known by construction: an eighth of the gradients are a direction of length 1 and noise of length 6, others zero.
-    rows, kept = 1024, 512
-    numbers = run(lambda seed: easy_heavy(seed, rows), ENOUGH, prices=FREE)[-1].numbers
-    hard, share = rows / 8, 1 / 8
-    greedy = (hard / kept) / math.sqrt((hard / kept) ** 2 + 36 * hard / kept**2)
-    uniform = share / math.sqrt(share**2 + (37 * share - share**2) / kept)
-    assert numbers["progress.1.0.5"] == pytest.approx(greedy / uniform, rel=0.05)
-
-
-def test_noise_scale_is_that_of_the_gradients():
-    # Trace of the covariance over the squared mean gradient: 16 / 4.
-    numbers = run(lambda seed: probe_of(noisy(512, seeded(seed), along=2.0), torch.ones(512)), 4)[-1].numbers
-    assert numbers["noise_scale"] == pytest.approx(4, rel=0.1)
-
-
-def test_what_a_uniform_step_cannot_see_no_choice_is_said_to_do_better():
-    gradients = torch.tensor([[1.0], [-1.0], [1.0], [-1.0]], dtype=torch.float64)  # the mean of the others points back
-    numbers = run(lambda _: probe_of(gradients, torch.tensor([4.0, 1.0, 3.0, 2.0])), 3)[-1].numbers
-    assert numbers["progress.1.0.5"] == 0
-    assert numbers["noise_scale"] == INF
-
-
-def test_concentration_is_the_mean_square_of_the_losses_over_their_squared_mean():
-    numbers = record(probe_of(noisy(4, seeded(0)), torch.tensor([0.0, 0.0, 2.0, 2.0])), 2, ONE)
-    assert numbers["concentration"] == pytest.approx(2.0)
-
-
-# Decisions
 
 
 def test_the_same_probes_give_the_same_verdicts_and_inputs_stay_as_they_were():
@@ -905,63 +585,3 @@ def test_greedy_selection_ends_at_its_share_of_the_training_and_keeps_its_record
     assert controller.end(state, GREEDY, 10**6).state == state  # of unknown length
     unbiased = state_of(UNBIASED)
     assert controller.end(unbiased, control, 60).state == unbiased
-
-
-# What may be chosen
-
-
-def test_everything_is_chosen_from():
-    assert choices(Control(depths=(1, 3), keeps=(0.5,), rules=("greedy",))) == [
-        Choice("greedy", 1, 0.5),
-        Choice("greedy", 3, 0.5),
-    ]
-    assert len(set(choices(Control()))) == 12
-    assert str(Choice("unbiased", 2, 0.67)) == "unbiased, depth 2, keep 0.67"
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"depths": ()}, r"depths must be positive, got \(\)\."),
-        ({"depths": (0, 1)}, r"depths must be positive, got \(0, 1\)\."),
-        ({"depths": (1.5,)}, r"depths must be positive, got \(1\.5,\)\. They are whole numbers of layers\."),
-        ({"depths": (True,)}, "depths must"),
-        ({"depths": 2}, "depths must"),
-        ({"depths": "12"}, "depths must"),
-        ({"keeps": ("0.5",)}, "keeps must"),
-        ({"keeps": (NAN,)}, "keeps must"),
-        ({"keeps": 0.5}, "keeps must"),
-        ({"rules": "greedy"}, r"rules must be of greedy and unbiased, got 'greedy'\."),
-        ({"rules": (["greedy"],)}, "rules must"),
-        ({"total_steps": 0}, r"total_steps must be a whole number of at least 1 or None, got 0\."),
-        ({"total_steps": -5}, "total_steps must"),
-        ({"total_steps": 2.5}, "total_steps must"),
-        ({"total_steps": "100"}, "total_steps must"),
-        ({"probe_share": NAN}, "probe_share must"),
-        ({"probe_share": "1%"}, "probe_share must"),
-        ({"end_share": None}, "end_share must"),
-        ({"end_share": NAN}, "end_share must"),
-        ({"reference_costs": {**CHEAP, "probe": NAN}}, "reference_costs must be finite times, none negative"),
-        ({"reference_costs": {**CHEAP, "probe": INF}}, "reference_costs must"),
-        ({"reference_costs": {**CHEAP, "score_1": -1.0}}, "reference_costs must"),
-        ({"reference_costs": {**CHEAP, "train": 0.0}}, "reference_costs must"),
-        ({"reference_costs": {**CHEAP, "train": "1"}}, "reference_costs must"),
-        ({"reference_costs": [1.0, 2.0]}, "reference_costs must"),
-        ({"keeps": ()}, r"keeps must be in \(0, 1\), got \(\)\."),
-        ({"keeps": (0.5, 1.0)}, r"keeps must be in \(0, 1\), got \(0\.5, 1\.0\)\."),
-        ({"rules": ()}, r"rules must be of greedy and unbiased, got \(\)\."),
-        ({"rules": ("greedy", "lazy")}, r"rules must be of greedy and unbiased, got \('greedy', 'lazy'\)\."),
-        ({"probe_share": 0.0}, r"probe_share must be in \(0, 1\), got 0\.0\. The usual value is 0\.01\."),
-        ({"probe_share": 1.0}, r"probe_share must be in \(0, 1\), got 1\.0\. The usual value is 0\.01\."),
-        ({"end_share": 0.0}, r"end_share must be in \(0, 1\], got 0\.0\."),
-        ({"end_share": 1.5}, r"end_share must be in \(0, 1\], got 1\.5\."),
-    ],
-)
-def test_what_cannot_be_controlled_is_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        Control(**options)
-
-
-def test_all_that_is_wrong_is_said_at_once():
-    with pytest.raises(ValueError, match=r"(?s)depths must.*\n.*keeps must.*\n.*probe_share must"):
-        Control(depths=(0,), keeps=(2.0,), probe_share=2.0)

@@ -9,7 +9,7 @@ from torch import Generator
 
 import models
 from earlysift import Sifter, scorers
-from earlysift.controller import Control
+from earlysift.control import Control
 from earlysift.fidelity import fidelity
 from earlysift.measures import MEASURES
 from models import BUILDERS, build, row_of

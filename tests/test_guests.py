@@ -16,7 +16,7 @@ from torch import Generator, nn
 import earlysift
 import models
 from earlysift import Family, Sifter
-from earlysift.controller import Control
+from earlysift.control import Control
 from earlysift.exits import ExitHead, find_anatomy
 from earlysift.probes import probe
 from earlysift.selectors import proportional

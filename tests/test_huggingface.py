@@ -18,7 +18,7 @@ from torch import Generator, nn
 import earlysift
 import models
 from earlysift import SiftConfig, Sifter, selectors
-from earlysift.controller import Control
+from earlysift.control import Control
 from earlysift.ledger import read_rows
 
 with warnings.catch_warnings():

@@ -313,7 +313,7 @@ GOOD = {
             {"y_train": numpy.zeros(9, int)},
             "two classes or more in training, found only 0; add images of another class",
         ),
-        ({"y_test": numpy.array([0, 7, 8])}, "the held-out part has labels that training does not have: 7, 8;"),
+        ({"y_test": numpy.array([0, 7, 8])}, "the held-out part has classes that training does not have: 7, 8;"),
         ({"x_train": images_of((9, 8, 8)) / 255 * 2}, "expected x_train as floats from -1 to 1, got 0.0 to 2.0; scale"),
         ({"x_train": numpy.full((9, 8, 8), numpy.nan)}, "expected x_train as floats from -1 to 1, got nan to nan"),
         ({"x_train": numpy.zeros((9, 8, 8), int)}, "expected x_train as uint8 from 0 to 255 or .* got int64; convert"),
@@ -393,7 +393,7 @@ def test_a_pickle_in_an_archive_never_runs(place, tmp_path):
 
 
 def test_too_few_images_to_hold_any_out_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="expected labels of two classes or more in training, found none"):
+    with pytest.raises(ValueError, match="expected samples of two classes or more in training, found none"):
         load(saved(tmp_path / "a.npz", images=images_of((1, 8, 8)), labels=[0]))
 
 

@@ -9,7 +9,7 @@ import torch
 
 import models
 from earlysift import Sifter, costs, exits, scorers
-from earlysift.controller import Control
+from earlysift.control import Control
 from earlysift.measures import MEASURES, Measure
 from models import build
 

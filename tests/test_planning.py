@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from earlysift import SiftConfig, planning, pools, selectors, warmup
-from earlysift.controller import Choice, Control, State
+from earlysift.control import Choice, Control
+from earlysift.controller import State
 from earlysift.ledger import Ledger
 from earlysift.progress import Progress
 from earlysift.runner import Runner

@@ -1,18 +1,25 @@
 """Probes: one forward pass sees exact losses, every exit's scores, and inner products of the samples' gradients."""
 
+import itertools
+import math
 import warnings
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Generator, nn
 
 import models
-from earlysift import Sifter, scorers
+from earlysift import Sifter, scorers, selectors
+from earlysift.control import Control
 from earlysift.exits import ExitHead, find_anatomy
 from earlysift.families import Family
+from earlysift.fidelity import fidelity
 from earlysift.measures import MEASURES
-from earlysift.probes import probe
+from earlysift.probes import Probe, probe, record, record_names
 from models import BUILDERS, LAYERS, WIDTH, build, logits_of, loss_of, row_of
+from probing import GREEDY, ONE, close, noisy, probe_of, seeded
 
 ALL = [pytest.param(family, task, id=f"{family}-{task}") for family, task in BUILDERS]
 FEW = [
@@ -23,6 +30,8 @@ FEW = [
 ]
 DEPTHS = (1, 2, 3)
 NAN, INF = float("nan"), float("inf")
+
+laws = settings(deadline=None, derandomize=True, database=None, max_examples=200)
 
 
 def batch_of(model, rows=6, length=12, seed=1):
@@ -372,3 +381,177 @@ def test_a_probe_of_a_sifter_that_scores_by_an_adapter_leaves_it_as_it_is():
     after = sifter.state_dict()["probe_1"]
     assert after["shape"] == before["shape"]
     assert all(torch.equal(after["module"][name], weight) for name, weight in before["module"].items())
+
+
+# Records
+
+
+def slow_record(gradients, losses, scores, kept, keeps):
+    """Signal and squared length of uniform and greedy steps, pair by pair."""
+    g, size = gradients.tolist(), len(losses)
+
+    def product(i, j):
+        return sum(a * b for a, b in zip(g[i], g[j], strict=True))
+
+    unit = sum(product(i, i) for i in range(size)) / size
+    others = [sum(product(i, j) for j in range(size) if j != i) / (size - 1) / unit for i in range(size)]
+
+    def step(rows):
+        signal = sum(others[i] for i in rows) / len(rows)
+        return signal, sum(product(i, j) for i in rows for j in rows) / unit / len(rows) ** 2
+
+    numbers = {"uniform.signal": sum(others) / size, "floor": max(losses) / (sum(losses) / size)}
+    subsets = list(itertools.combinations(range(size), kept))
+    numbers["uniform.length2"] = sum(step(rows)[1] for rows in subsets) / len(subsets)
+    for depth, of_depth in enumerate(scores, start=1):
+        for keep in keeps:
+            considered = range(min(size, round(kept / keep)))
+            best = sorted(considered, key=lambda i: -of_depth[i])[:kept]
+            numbers[f"greedy.{depth}.{keep:g}.signal"], numbers[f"greedy.{depth}.{keep:g}.length2"] = step(best)
+    return numbers
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_uniform_and_greedy_steps_are_those_of_a_loop_over_pairs_and_subsets(seed):
+    generator = seeded(seed)
+    gradients = noisy(10, generator, width=5) * torch.rand(10, 1, generator=generator, dtype=torch.float64)
+    losses, *scores = (torch.rand(10, generator=generator) for _ in range(3))
+    control = Control(depths=(1, 2), keeps=(0.5, 0.8), rules=("greedy",))
+    numbers = record(probe_of(gradients, losses, *scores), 5, control)
+    expected = slow_record(gradients, losses.tolist(), [s.tolist() for s in scores], 5, control.keeps)
+    close({name: numbers[name] for name in expected}, expected)
+    assert numbers["loss"] == pytest.approx(losses.mean().item())
+    assert numbers["loss_error"] == pytest.approx(losses.std().item() / math.sqrt(10))
+    for depth, of_depth in enumerate(scores, start=1):
+        assert numbers[f"correlation.{depth}"] == pytest.approx(fidelity(of_depth, losses, 5)["rank_correlation"])
+        for keep, rows in ((0.5, 10), (0.8, 6)):
+            gain = fidelity(of_depth[:rows], losses[:rows], 5)["gain"]
+            assert numbers[f"gain.{depth}.{keep:g}"] == pytest.approx(gain)
+
+
+def drawn(gradients, draw, count=2000):
+    """Mean signal and squared length of drawn weighted steps, with standard errors."""
+    gram = gradients @ gradients.T
+    gram = gram / gram.diagonal().mean()
+    others = (gram.sum(dim=1) - gram.diagonal()) / (len(gram) - 1)
+    signals, lengths = [], []
+    for _ in range(count):
+        indices, weights = draw()
+        weights = weights.double() / len(indices)
+        signals.append(weights @ others[indices])
+        lengths.append(weights @ gram[indices][:, indices] @ weights)
+    return [(torch.stack(v).mean().item(), torch.stack(v).std().item() / math.sqrt(count)) for v in (signals, lengths)]
+
+
+@pytest.mark.parametrize("along", [0.0, 1.0, 6.0])
+def test_uniform_steps_are_those_of_drawn_subsets(along):
+    gradients = noisy(32, seeded(0), along=along)
+    numbers = record(probe_of(gradients, torch.rand(32, generator=seeded(1))), 16, ONE)
+    generator = seeded(2)
+    (signal, signal_error), (length2, length_error) = drawn(
+        gradients, lambda: selectors.uniform_subset(32, 16, generator)
+    )
+    assert abs(numbers["uniform.signal"] - signal) <= 4 * signal_error
+    assert abs(numbers["uniform.length2"] - length2) <= 4 * length_error
+
+
+@pytest.mark.parametrize("along", [0.0, 1.0, 6.0])
+@pytest.mark.parametrize("kind", ["even", "skewed", "capped"])
+def test_unbiased_steps_are_those_of_drawn_batches(kind, along):
+    generator = seeded(0)
+    gradients = noisy(64, generator, along=along)
+    if kind != "even":
+        gradients *= torch.rand(64, 1, generator=generator, dtype=torch.float64) + 0.1
+    scores = gradients.norm(dim=1).float() ** (4 if kind == "capped" else 1)
+    included = selectors.inclusion_probabilities(scores, 32)
+    assert bool((included == 1).any()) == (kind == "capped")
+    numbers = record(probe_of(gradients, scores), 32, ONE)
+    (signal, signal_error), (length2, length_error) = drawn(
+        gradients, lambda: selectors.proportional(scores, 32, generator)
+    )
+    assert abs(numbers["uniform.signal"] - signal) <= 4 * signal_error
+    # Joint inclusion is taken as that of independent draws, which is off by little.
+    assert abs(numbers["unbiased.1.0.5.length2"] - length2) <= 4 * length_error + 0.015 * length2
+
+
+def test_drawing_by_scores_that_are_all_alike_is_uniform_training_whatever_the_keep():
+    generator = seeded(0)
+    gradients = noisy(30, generator) * torch.rand(30, 1, generator=generator, dtype=torch.float64)
+    control = Control(depths=(1,), keeps=(0.5, 0.75))
+    numbers = record(probe_of(gradients, torch.rand(30, generator=generator), torch.ones(30)), 15, control)
+    for keep in control.keeps:
+        assert numbers[f"unbiased.1.{keep:g}.length2"] == pytest.approx(numbers["uniform.length2"])
+
+
+def test_a_larger_keep_looks_at_the_first_part_of_the_pool():
+    generator = seeded(0)
+    gradients, losses = noisy(30, generator), torch.rand(30, generator=generator)
+    control = Control(depths=(1,), keeps=(0.5, 0.75))
+    before = record(probe_of(gradients, losses), 15, control)
+    later = losses.clone()
+    later[20:] = losses[20:].flip(0)  # behind the part that keep = 0.75 scores
+    after = record(probe_of(gradients, losses, later), 15, control)
+    of_larger = [name for name in before if ".0.75" in name]
+    assert len(of_larger) == 4
+    assert all(before[name] == after[name] for name in of_larger)
+    assert before["greedy.1.0.5.signal"] != after["greedy.1.0.5.signal"]
+    assert before["unbiased.1.0.5.length2"] != after["unbiased.1.0.5.length2"]
+
+
+@laws
+@given(seed=st.integers(0, 100), scale=st.floats(1e-3, 1e3))
+def test_records_are_free_of_the_scale_of_gradients_and_of_losses(seed, scale):
+    generator = seeded(seed)
+    gradients, losses = noisy(16, generator), 0.5 + torch.rand(16, generator=generator)
+    numbers = record(probe_of(gradients, losses), 8, ONE)
+    expected = numbers | {name: 4 * numbers[name] for name in ("loss", "loss_error")}
+    close(record(probe_of(gradients * scale, losses * 4), 8, ONE), expected)
+
+
+def test_candidates_without_a_finite_loss_or_score_count_for_nothing():
+    generator = seeded(0)
+    gradients, losses, scores = noisy(20, generator), torch.rand(20, generator=generator), torch.rand(2, 20)
+    exact, at_1, at_2 = (torch.cat([values, torch.ones(3)]) for values in (losses, *scores))
+    exact[20], at_1[21], at_2[22] = NAN, -INF, INF
+    broken = torch.cat([gradients, noisy(3, generator)])
+    control = Control(depths=(1, 2), keeps=(0.5,))
+    close(
+        record(probe_of(broken, exact, at_1, at_2), 10, control),
+        record(probe_of(gradients, losses, *scores), 10, control),
+    )
+
+
+@pytest.mark.parametrize(
+    ("gradients", "losses"),
+    [
+        (torch.zeros(6, 3), torch.rand(6, generator=seeded(0))),
+        (torch.ones(6, 3), torch.full((6,), NAN)),
+        (torch.ones(6, 3), torch.tensor([1.0, *[-INF] * 5])),
+    ],
+    ids=["no gradient", "no loss", "one loss"],
+)
+def test_pools_that_say_nothing_give_nan(gradients, losses):
+    numbers = record(probe_of(gradients.double(), losses), 3, ONE)
+    assert all(math.isnan(value) for value in numbers.values())
+
+
+@pytest.mark.parametrize("kept", [1, 3, 5, 8])
+def test_names_of_a_record_are_known_whatever_the_pool(kept):
+    losses = torch.rand(8, generator=seeded(0))
+    for control in (ONE, Control(), Control(depths=(2,), keeps=(0.3, 0.9), rules=("unbiased",))):
+        names = record_names(control)
+        assert len(set(names)) == len(names)
+        scores = dict.fromkeys(control.depths, losses)
+        for seen in (losses, torch.full((8,), NAN)):
+            numbers = record(Probe(seen, scores, torch.eye(8, dtype=torch.float64)), kept, control)
+            assert sorted(numbers) == sorted(names)
+            assert all(isinstance(value, float) for value in numbers.values())
+    assert record_names(ONE) == record_names(GREEDY)  # whatever may be chosen
+
+
+# Estimates
+
+
+def test_concentration_is_the_mean_square_of_the_losses_over_their_squared_mean():
+    numbers = record(probe_of(noisy(4, seeded(0)), torch.tensor([0.0, 0.0, 2.0, 2.0])), 2, ONE)
+    assert numbers["concentration"] == pytest.approx(2.0)

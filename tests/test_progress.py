@@ -6,7 +6,8 @@ import json
 import pytest
 
 from earlysift import progress
-from earlysift.controller import Choice, State
+from earlysift.control import Choice
+from earlysift.controller import State
 from earlysift.progress import COUNTS, Progress
 
 STARTED = progress.start(None, None)

@@ -304,7 +304,7 @@ WATCHED = (
     SETUP
     + """
 from torch.nn.parallel import DistributedDataParallel
-from earlysift.controller import Control
+from earlysift.control import Control
 model = models.build("bert", "sequence_classification").train()
 costs = {"train": 1.0, "probe": 50.0, "score_1": 0.1, "score_2": 0.2, "score_3": 0.3}
 parallel = DistributedDataParallel(model, find_unused_parameters=True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from earlysift import SiftConfig, costs, exits, pools, scorers
-from earlysift.controller import Control
+from earlysift.control import Control
 from earlysift.ledger import Ledger
 from earlysift.measures import MEASURES
 from earlysift.runner import Runner

@@ -16,7 +16,7 @@ import golden
 import ranked
 from earlysift import Sifter, selectors
 from earlysift.adapters.huggingface import SiftConfig
-from earlysift.controller import Control
+from earlysift.control import Control
 from earlysift.pretrain import checkpoints, run
 from earlysift.seeds import seeded
 from faults import PLACES, SIGNALS

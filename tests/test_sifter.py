@@ -24,14 +24,14 @@ from earlysift import (
     Sifter,
     anneal,
     constant,
-    controller,
     costs,
     pending,
+    probes,
     scorers,
     selectors,
     warmup,
 )
-from earlysift.controller import Control
+from earlysift.control import Control
 from earlysift.exits import find_anatomy
 from earlysift.fidelity import fidelity
 from earlysift.judging import Unusable
@@ -1900,7 +1900,7 @@ def test_a_probe_outside_of_steps_tells_what_a_record_tells_and_changes_nothing(
     assert values(run.save()) == values(before)
     assert run.sifter.ledger.end() == {}
     control = Control(depths=(1, 2, 3), keeps=(0.5, 0.67))
-    assert set(numbers) == set(controller.record_names(control))
+    assert set(numbers) == set(probes.record_names(control))
     assert numbers == run.sifter.probe(pool)
     fixed = sifter_of(run.model, family=models.LADDER)
     assert fixed.probe(pool) == numbers
@@ -2047,7 +2047,7 @@ import json, sys, time
 import torch, models
 from torch import nn
 from earlysift import Sifter
-from earlysift.controller import Control
+from earlysift.control import Control
 rank, store = int(sys.argv[1]), sys.argv[2]
 torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=int(sys.argv[3]))
 

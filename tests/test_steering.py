@@ -5,8 +5,9 @@ import math
 
 import pytest
 
-from earlysift import controller, steering
-from earlysift.controller import Choice, Control, State
+from earlysift import controller, probes, steering
+from earlysift.control import Choice, Control, scored_depths
+from earlysift.controller import State
 from earlysift.steering import Measured
 
 PRICES = {"train": 60.0, "probe": 30.0, "score_1": 6.0}
@@ -80,20 +81,20 @@ def test_candidates_are_what_the_model_has_and_the_configured_choice():
     control = steering.candidates(Control(depths=(1, 3, 9), keeps=(0.1, 0.5)), **options)
     assert (control.depths, control.keeps) == ((1, 2, 3), (0.25, 0.5))
     assert steering.candidates(Control(), **options | {"one_depth": True}).depths == (2,)
-    assert controller.scored_depths(steering.candidates(Control(), **options, remembers=True)) == (0, 1, 2, 3)
+    assert scored_depths(steering.candidates(Control(), **options, remembers=True)) == (0, 1, 2, 3)
     with pytest.raises(ValueError, match=r"reference_costs of probe, score_1, .*, train, got \['train'\]"):
         steering.candidates(Control(reference_costs={"train": 1.0}), **options)
 
 
 def test_a_record_has_all_names_and_nan_where_nothing_was_seen():
     record = steering.record_of({"loss": 2.0}, CONTROL)
-    assert list(record) == controller.record_names(CONTROL)
+    assert list(record) == probes.record_names(CONTROL)
     assert record.pop("loss") == 2.0
     assert all(map(math.isnan, record.values()))
 
 
 def test_what_is_free_is_looked_at_now_and_then_between_probes_and_changes_are_noted():
-    record = dict.fromkeys(controller.record_names(CONTROL), 1.0) | {"correlation.1": 0.5, "gain.1.0.5": 1.6}
+    record = dict.fromkeys(probes.record_names(CONTROL), 1.0) | {"correlation.1": 0.5, "gain.1.0.5": 1.6}
     record |= {
         "unbiased.1.0.5.length2": 0.5,
         "concentration": 5.0,
@@ -121,7 +122,7 @@ def test_what_is_free_is_looked_at_now_and_then_between_probes_and_changes_are_n
 @pytest.mark.parametrize("weighted", [False, True])
 def test_a_free_look_gives_the_unbiased_rule_to_loops_that_weigh_samples_alone(weighted):
     control = Control(depths=(1,), keeps=(0.5,), rules=("unbiased",))
-    record = dict.fromkeys(controller.record_names(control), 1.0) | {"unbiased.1.0.5.length2": 0.2}
+    record = dict.fromkeys(probes.record_names(control), 1.0) | {"unbiased.1.0.5.length2": 0.2}
     state = State(records=(record, record), next_probe=1000)
     options = {"first": True, "pools_per_step": 1, "depth": 1, "keep": 0.5, "probe": None, "prices_of": lambda: PRICES}
     measured = Measured({"concentration": 5.0, "loss": 1.0, "loss_error": 0.1}, weighted)
@@ -130,7 +131,7 @@ def test_a_free_look_gives_the_unbiased_rule_to_loops_that_weigh_samples_alone(w
 
 
 def test_a_free_look_at_a_loss_that_has_risen_ends_greedy_selection_until_the_training_is_twice_as_long():
-    record = dict.fromkeys(controller.record_names(CONTROL), 1.0) | {"gain.1.0.5": 1.6, "unbiased.1.0.5.length2": 0.5}
+    record = dict.fromkeys(probes.record_names(CONTROL), 1.0) | {"gain.1.0.5": 1.6, "unbiased.1.0.5.length2": 0.5}
     on = State(Choice("greedy", 1, 0.5), (record, record), next_probe=1000, before=(1.0, 0.1))
     options = {"first": True, "pools_per_step": 1, "depth": 1, "keep": 0.5, "probe": None, "prices_of": lambda: PRICES}
 
@@ -146,7 +147,7 @@ def test_a_free_look_at_a_loss_that_has_risen_ends_greedy_selection_until_the_tr
     assert (again.choice, again.harmed, row) == (None, controller.FREE_EVERY, {"mode": "off"})
 
 
-RECORDED = dict.fromkeys(controller.record_names(CONTROL), 1.0) | {"gain.1.0.5": 1.6, "unbiased.1.0.5.length2": 0.5}
+RECORDED = dict.fromkeys(probes.record_names(CONTROL), 1.0) | {"gain.1.0.5": 1.6, "unbiased.1.0.5.length2": 0.5}
 
 
 def known():

@@ -11,6 +11,7 @@ from torch import Generator
 import models
 from earlysift import Sifter, controller, probes, scorers
 from earlysift.adapters import states
+from earlysift.control import Control
 from earlysift.exit_probe import ExitProbe
 from earlysift.fidelity import fidelity
 from earlysift.ledger import Ledger
@@ -190,7 +191,7 @@ def run(sifter, steps, offered=4, first=0):
 
 
 def test_while_training_is_uniform_auto_mode_looks_often_and_probes_nothing_once_enough_losses_are_known():
-    control = controller.Control(reference_costs=PRICES)
+    control = Control(reference_costs=PRICES)
     rows = run(auto(build("bert", "sequence_classification"), control=control), SEEN + 200)
     probed = [row["step"] for row in rows if "rank_correlation" in row]
     looked = [row["step"] for row in rows if "control" in row and "rank_correlation" not in row]
@@ -201,7 +202,7 @@ def test_while_training_is_uniform_auto_mode_looks_often_and_probes_nothing_once
 
 
 def test_a_loop_whose_passes_nobody_looks_into_is_probed_as_before():
-    control, model = controller.Control(reference_costs=PRICES), build("bert", "sequence_classification")
+    control, model = Control(reference_costs=PRICES), build("bert", "sequence_classification")
     sifter, rows = auto(model, control=control), []
     for step in range(200):
         batch = sifter.sift(pool_for(model, seed=step))

@@ -25,7 +25,8 @@ from earlysift.compare.verdict import (
     t_quantile,
     time_to_target,
 )
-from earlysift.controller import ENOUGH, Control, next_probe
+from earlysift.control import Control
+from earlysift.controller import ENOUGH, next_probe
 from earlysift.report.tables import outcome
 
 

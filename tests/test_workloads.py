@@ -563,7 +563,7 @@ def test_a_class_that_only_validation_has_is_named(tmp_path):
     (tmp_path / "train.tsv").write_text("label\ttext\n" + "1\tx y\n2\tz\n" * 5)
     (tmp_path / "dev.tsv").write_text("label\ttext\n3\tx y\n")
     with pytest.raises(
-        ValueError, match="labels that training does not have: 3; leave these texts out, or add some to training"
+        ValueError, match="classes that training does not have: 3; leave their samples out, or add some to training"
     ):
         load_small(task="classification", data=(tmp_path,))
 

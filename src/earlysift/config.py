@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from earlysift import schedules, scorers, selectors
-from earlysift.controller import Control
+from earlysift.control import Control
 from earlysift.families import Family
 from earlysift.losses import Reduction
 from earlysift.measures import MEASURES
@@ -51,7 +51,7 @@ class SiftConfig:
             chooses rule, depth and keep, or goes back to uniform batches (`earlysift.controller`). With ``sample_id``
             it may choose by remembered losses, too. The unbiased rule is a candidate only in loops that read
             `Sifter.weights`.
-        control: What auto may choose from and spend; None is `earlysift.controller.Control()`. The configured depth and
+        control: What auto may choose from and spend; None is `earlysift.Control()`. The configured depth and
             keep are always among the candidates.
         family: A row for a model that `earlysift.families.FAMILIES` does not know.
         reduction: Mean or sum over a sample's labelled positions.

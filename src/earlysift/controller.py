@@ -10,26 +10,18 @@ losses of trained samples (`earlysift.recent.Recent`) are free, too, and always 
 
 import math
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from statistics import median
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
-import torch
-
-from earlysift import costs, selectors
-from earlysift.fidelity import gain, rank_correlation
-from earlysift.options import finite, option, problems, several, whole
-from earlysift.probes import Probe
+from earlysift.control import Choice, Control, Rule, choices, score_name
+from earlysift.options import finite, whole
+from earlysift.payoffs import estimates, known
+from earlysift.probes import Record, record_names
 from earlysift.recent import MEMORY
 
-Rule = Literal["greedy", "unbiased"]
-Record = dict[str, float]
-"""Numbers of one probe, by name; medians over records are what choices are made from."""
-
 WINDOW = 6  # records that a choice looks back on
-LATEST = 3  # of them that medians are taken of, as training goes on; sums need all
 ENOUGH = 2  # records before the first choice
 SURE = 3.0  # standard errors
 BY_HEART = 0.25  # where less is left of large losses when their samples come back, these are memorised
@@ -75,75 +67,6 @@ KEEP = Bounds(
     correlation=LEAST_CORRELATION, payoff=1.0, variance=0.98, promise=1.0, progress=0.75, retention=0.9, room=0.7
 )
 """The gap between both is a hysteresis."""
-
-
-@dataclass(frozen=True)
-class Control:
-    """What `Sifter(mode="auto")` may choose from, and what it may spend on finding out.
-
-    Attributes:
-        depths: Exits to choose from.
-        memory: Whether remembered losses are chosen from as well; a `Sifter` sets it where samples have ids.
-        keeps: Values of keep to choose from, none below the sifter's own; a larger keep scores a smaller part of the
-            pool, so that the batch stays the same.
-        rules: Rules to choose from.
-        total_steps: Optimizer steps of the training, if known: greedy selection ends at ``end_share`` of them, as it
-            has a floor.
-        end_share: Share of the training after which greedy selection ends, at once and not at the next probe.
-        probe_share: Most that probes may cost, as a share of the time of training.
-        reference_costs: Times in any one unit that make choices reproducible, instead of measured ones: ``train``
-            (training on b samples), ``probe``, and ``score_1``, ``score_2``, ... (the whole pool, by depth).
-    """
-
-    depths: tuple[int, ...] = option(
-        (1, 2, 3),
-        lambda depths: several(depths, lambda d: whole(d, 1)),
-        "positive",
-        "They are whole numbers of layers.",
-    )
-    memory: bool = option(False, lambda value: isinstance(value, bool), "True or False")
-    keeps: tuple[float, ...] = option(
-        (0.5, 0.67), lambda keeps: several(keeps, lambda k: finite(k) and 0 < k < 1), "in (0, 1)"
-    )
-    rules: tuple[Rule, ...] = option(
-        ("greedy", "unbiased"),
-        lambda rules: several(rules, lambda rule: isinstance(rule, str) and rule in get_args(Rule)),
-        "of greedy and unbiased",
-    )
-    total_steps: int | None = option(
-        None, lambda steps: steps is None or whole(steps, 1), "a whole number of at least 1 or None"
-    )
-    end_share: float = option(0.85, lambda share: finite(share) and 0 < share <= 1, "in (0, 1]")
-    probe_share: float = option(
-        0.01, lambda share: finite(share) and 0 < share < 1, "in (0, 1)", "The usual value is 0.01."
-    )
-    reference_costs: Mapping[str, float] | None = option(
-        None,
-        lambda costs: (
-            costs is None
-            or (
-                isinstance(costs, Mapping)
-                and all(finite(cost) and cost >= 0 for cost in costs.values())
-                and costs.get("train", 1) > 0
-            )
-        ),
-        "finite times, none negative and train above 0",
-    )
-
-    def __post_init__(self) -> None:
-        if wrong := problems(self):
-            raise ValueError("\n".join(wrong.values()))
-
-
-class Choice(NamedTuple):
-    """How a step selects: the rule, the depth of the exit (0: by remembered losses), and keep."""
-
-    rule: Rule
-    depth: int
-    keep: float
-
-    def __str__(self) -> str:
-        return f"{self.rule}, {score_name(self.depth)}, keep {self.keep:g}"
 
 
 @dataclass(frozen=True)
@@ -252,153 +175,6 @@ def _near_end(control: Control, step: int) -> bool:
     return control.total_steps is not None and step >= control.end_share * control.total_steps
 
 
-def scored_depths(control: Control) -> tuple[int, ...]:
-    """The exits that may be chosen, behind depth 0 if remembered losses may be."""
-    return (MEMORY, *control.depths) if control.memory else control.depths
-
-
-def choices(control: Control) -> list[Choice]:
-    """Everything that may be chosen besides uniform training."""
-    depths = scored_depths(control)
-    return [Choice(rule, depth, keep) for rule in control.rules for depth in depths for keep in control.keeps]
-
-
-def record(probe: Probe, kept: int, control: Control) -> Record:
-    r"""The numbers of one probe, or of a pool that was trained on.
-
-    For a rule with weights w over the candidates (sum 1) and gradients g: ``signal = sum_i w_i <g_i, mean of the other
-    candidates' g>``, the part of the step that goes along the mean gradient, and ``length2 = |sum_i w_i g_i|^2``; both
-    relative to the mean ``|g_i|^2``. Uniform batches have them in closed form, and so has the unbiased rule, whose
-    signal is uniform's.
-
-    Args:
-        probe: What the probe measured.
-        kept: b.
-        control: What may be chosen.
-
-    Returns:
-        ``uniform.signal``, ``uniform.length2``; for each depth ``correlation.{depth}``, for each depth and keep
-        ``gain.{depth}.{keep}``, ``greedy...signal``, ``greedy...length2`` and ``unbiased...length2``; ``floor``, the
-        largest loss over the mean one (an upper estimate of M* / F in T1); ``concentration``, the mean square of the
-        exact losses over their squared mean; and ``loss``, the pool's mean exact loss, with its standard error
-        ``loss_error``. All are nan if fewer than two candidates have a finite loss, or none has a gradient.
-    """
-    finite = torch.isfinite(probe.exact)
-    for scores in probe.scores.values():
-        finite &= torch.isfinite(scores)
-    exact, gram = probe.exact[finite], probe.gram[finite][:, finite]
-    total = len(exact)
-    if total < 2 or not float(gram.diagonal().sum()) > 0:
-        return dict.fromkeys(record_names(control), math.nan)
-    kept = min(kept, total)
-    gram = gram / gram.diagonal().mean()
-    squares = gram.diagonal()
-    others = (gram.sum(dim=1) - squares) / (total - 1)
-    signal = others.mean().item()
-    numbers = {
-        "uniform.signal": signal,
-        "uniform.length2": signal * (1 - 1 / kept) + 1 / kept,
-        "floor": (exact.max() / exact.mean()).item(),
-        "concentration": 1 / costs.second_moment_ratio(exact.clamp(min=0)),
-        "loss": exact.mean().item(),
-        "loss_error": exact.std().item() / math.sqrt(total),
-    }
-    for depth, all_scores in probe.scores.items():
-        scores = all_scores[finite]
-        for keep in control.keeps:
-            rows = min(total, round(kept / keep))
-            best = selectors.greedy(scores[:rows], min(kept, rows)).indices
-            numbers[f"gain.{depth}.{keep:g}"] = gain(exact[:rows], best)
-            name = f"{depth}.{keep:g}"
-            numbers[f"greedy.{name}.signal"] = others[best].mean().item()
-            numbers[f"greedy.{name}.length2"] = gram[best][:, best].mean().item()
-            included = selectors.inclusion_probabilities(scores[:rows].clamp(min=0), min(kept, rows))
-            noise = (squares[:rows] / squares[:rows].mean().clamp(min=1e-12) / included).sum().item() / rows**2
-            numbers[f"unbiased.{name}.length2"] = signal * (1 - 1 / kept) + noise
-        numbers[f"correlation.{depth}"] = rank_correlation(scores, exact)
-    return numbers
-
-
-def record_names(control: Control) -> list[str]:
-    """The names of a record's numbers: the same on every rank, whatever its pool."""
-    depths = scored_depths(control)
-    pairs = [f"{depth}.{keep:g}" for depth in depths for keep in control.keeps]
-    parts = ("greedy.{}.signal", "greedy.{}.length2", "unbiased.{}.length2")
-    return [
-        "uniform.signal",
-        "uniform.length2",
-        "floor",
-        "concentration",
-        "loss",
-        "loss_error",
-        *(f"correlation.{depth}" for depth in depths),
-        *(part.format(pair) for part in ("gain.{}", *parts) for pair in pairs),
-    ]
-
-
-def estimates(
-    records: Sequence[Record], control: Control, prices: Mapping[str, float], pool_keep: float
-) -> dict[str, float]:
-    r"""What the records say, in their medians, for the ledger and for `decide`.
-
-    For greedy selection ``payoff_C2 = rho_r / c`` and ``progress = (signal / sqrt(length2)) / (uniform's)``: how much
-    farther a step of the same length goes along the mean gradient than a uniform one's. Loss-based gain (rho) takes for
-    granted that samples with a larger loss lead downhill (T1's convexity), and near a plateau, on noise, or with many
-    classes, they do not.
-
-    For unbiased selection ``payoff_T7 = 1 / (V c)``, V the length2 of its steps over uniform's: the second moment of
-    the gradients themselves, and not what losses would let one expect of it. Noise has large losses, too.
-
-    Args:
-        records: Of the latest probes, at least one.
-        control: What may be chosen.
-        prices: ``train`` and ``score_{depth}`` (scoring the whole pool), in one unit.
-        pool_keep: b / R.
-
-    Returns:
-        For each depth ``correlation``, for each depth and keep ``gain``, ``cost``, ``progress``, ``payoff_C2`` and
-        ``payoff_T7``; ``concentration``, ``floor``, ``loss`` and ``loss_error``;
-        ``signal`` (squared length of the mean gradient over the mean squared length) and ``noise_scale`` (in samples,
-        McCandlish et al. 2018, arXiv 1812.06162); ``records``, their number.
-    """
-    fresh, latest = records[-LATEST:], records[-1]
-    middle = {name: median(entry[name] for entry in fresh) for name in latest}
-    numbers = {name: value for name, value in middle.items() if name.startswith(("correlation.", "gain.", "floor"))}
-    numbers |= {name: latest[name] for name in ("loss", "loss_error")} | {"concentration": middle["concentration"]}
-    numbers["records"] = len(records)
-    numbers["signal"] = signal = middle["uniform.signal"]
-    numbers["noise_scale"] = (1 - signal) / signal if signal > 0 else math.inf
-    for depth in scored_depths(control):
-        for keep in control.keeps:
-            cost, pair = cost_of(depth, keep, prices, pool_keep), f"{depth}.{keep:g}"
-            moment = median(_ratio(entry[f"unbiased.{pair}.length2"], entry["uniform.length2"]) for entry in fresh)
-            numbers[f"cost.{pair}"] = cost
-            numbers[f"payoff_C2.{pair}"] = costs.payoff(middle[f"gain.{pair}"], cost)
-            numbers[f"payoff_T7.{pair}"] = costs.unbiased_payoff(moment, cost)
-            numbers[f"progress.{pair}"] = _progress(records, pair)
-    return numbers
-
-
-def known(
-    free: Mapping[str, float], control: Control, prices: Mapping[str, float], pool_keep: float
-) -> dict[str, float]:
-    """What is known for nothing, in the names of `estimates`, which it replaces: it is fresher, and of more samples."""
-    numbers = dict(free)
-    for keep in control.keeps:
-        if (times := free.get(f"gain.{MEMORY}.{keep:g}")) is not None:
-            cost = cost_of(MEMORY, keep, prices, pool_keep)
-            numbers[f"payoff_C2.{MEMORY}.{keep:g}"] = costs.payoff(times, cost)
-    return numbers
-
-
-def cost_of(depth: int, keep: float, prices: Mapping[str, float], pool_keep: float) -> float:
-    """c: what a step that selects costs, relative to a uniform one. Prices are of scoring whole pools.
-
-    What has no price, as remembering may, is free.
-    """
-    return 1 + prices.get(f"score_{depth}", 0.0) / prices["train"] * pool_keep / keep
-
-
 def decide(
     state: State, numbers: Mapping[str, float], control: Control, step: int, weighted: bool = True
 ) -> tuple[Choice | None, str]:
@@ -500,16 +276,6 @@ def _doubt(keep: float, numbers: Mapping[str, float], bounds: Bounds) -> str:
     if keep * numbers["concentration"] < bounds.room:
         return f"too many samples carry the loss (concentration {numbers['concentration']:.1f})"
     return ""
-
-
-def score_name(depth: int) -> str:
-    """What a choice scores by, in words.
-
-    Example:
-        >>> score_name(0), score_name(2)
-        ('memory', 'depth 2')
-    """
-    return "memory" if depth == MEMORY else f"depth {depth}"
 
 
 def _payoff(choice: Choice, numbers: Mapping[str, float]) -> float:
@@ -630,19 +396,3 @@ def state_problems(saved: Any, control: Control) -> list[str]:
         ),
     ]
     return [message for sound, message in rows if not sound]
-
-
-def _ratio(length2: float, uniform: float) -> float:
-    """The former over the latter; inf where steps of either have no length, so that nothing is promised."""
-    return length2 / uniform if length2 > 0 and uniform > 0 else math.inf
-
-
-def _progress(records: Sequence[Record], pair: str) -> float:
-    """Ratio of sums: a single probe's ratio has a denominator near zero where gradients are noisy."""
-
-    def along(name: str) -> float:
-        return sum(entry[f"{name}.signal"] / math.sqrt(max(entry[f"{name}.length2"], 1e-12)) for entry in records)
-
-    uniform = along("uniform")
-    # Where uniform's own signal drowns in noise, nothing can be called better.
-    return along(f"greedy.{pair}") / uniform if uniform > 0 else 0.0

@@ -9,7 +9,7 @@ from torch import Generator
 
 from earlysift import controller, pools, ranks, selectors, steering
 from earlysift.config import SiftConfig
-from earlysift.controller import Control
+from earlysift.control import Control
 from earlysift.pools import Pool
 from earlysift.progress import Progress
 from earlysift.runner import Runner

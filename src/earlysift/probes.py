@@ -3,6 +3,7 @@
 What a probe measures decides whether selection pays (`earlysift.controller`). It is charged like everything else.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -11,12 +12,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from earlysift import checks, exits, pools, scorers
+from earlysift import checks, costs, exits, pools, scorers, selectors
+from earlysift.control import Control, scored_depths
 from earlysift.exits import Anatomy
+from earlysift.fidelity import gain, rank_correlation
 from earlysift.loss_memory import unseen_first
 from earlysift.measures import LOSS, Measure
 from earlysift.recent import MEMORY
 from earlysift.trained_pool import EXACT, TrainedPool
+
+Record = dict[str, float]
+"""Numbers of one probe, by name; what they promise is for `earlysift.payoffs`."""
 
 
 class Probe(NamedTuple):
@@ -157,3 +163,76 @@ def _losses_and_gradients(per_sample: Callable[..., Tensor], states: Tensor, lab
     delta, entering = (t.reshape(rows, -1, t.shape[-1]).float() for t in (delta, entering.detach()))
     gradient = torch.einsum("rtd,rte->rde", delta, entering).flatten(1)
     return loss.detach(), torch.where(finite[:, None], gradient, 0.0)
+
+
+def record(probe: Probe, kept: int, control: Control) -> Record:
+    r"""The numbers of one probe, or of a pool that was trained on.
+
+    For a rule with weights w over the candidates (sum 1) and gradients g: ``signal = sum_i w_i <g_i, mean of the other
+    candidates' g>``, the part of the step that goes along the mean gradient, and ``length2 = |sum_i w_i g_i|^2``; both
+    relative to the mean ``|g_i|^2``. Uniform batches have them in closed form, and so has the unbiased rule, whose
+    signal is uniform's.
+
+    Args:
+        probe: What the probe measured.
+        kept: b.
+        control: What may be chosen.
+
+    Returns:
+        ``uniform.signal``, ``uniform.length2``; for each depth ``correlation.{depth}``, for each depth and keep
+        ``gain.{depth}.{keep}``, ``greedy...signal``, ``greedy...length2`` and ``unbiased...length2``; ``floor``, the
+        largest loss over the mean one (an upper estimate of M* / F in T1); ``concentration``, the mean square of the
+        exact losses over their squared mean; and ``loss``, the pool's mean exact loss, with its standard error
+        ``loss_error``. All are nan if fewer than two candidates have a finite loss, or none has a gradient.
+    """
+    finite = torch.isfinite(probe.exact)
+    for scores in probe.scores.values():
+        finite &= torch.isfinite(scores)
+    exact, gram = probe.exact[finite], probe.gram[finite][:, finite]
+    total = len(exact)
+    if total < 2 or not float(gram.diagonal().sum()) > 0:
+        return dict.fromkeys(record_names(control), math.nan)
+    kept = min(kept, total)
+    gram = gram / gram.diagonal().mean()
+    squares = gram.diagonal()
+    others = (gram.sum(dim=1) - squares) / (total - 1)
+    signal = others.mean().item()
+    numbers = {
+        "uniform.signal": signal,
+        "uniform.length2": signal * (1 - 1 / kept) + 1 / kept,
+        "floor": (exact.max() / exact.mean()).item(),
+        "concentration": 1 / costs.second_moment_ratio(exact.clamp(min=0)),
+        "loss": exact.mean().item(),
+        "loss_error": exact.std().item() / math.sqrt(total),
+    }
+    for depth, all_scores in probe.scores.items():
+        scores = all_scores[finite]
+        for keep in control.keeps:
+            rows = min(total, round(kept / keep))
+            best = selectors.greedy(scores[:rows], min(kept, rows)).indices
+            numbers[f"gain.{depth}.{keep:g}"] = gain(exact[:rows], best)
+            name = f"{depth}.{keep:g}"
+            numbers[f"greedy.{name}.signal"] = others[best].mean().item()
+            numbers[f"greedy.{name}.length2"] = gram[best][:, best].mean().item()
+            included = selectors.inclusion_probabilities(scores[:rows].clamp(min=0), min(kept, rows))
+            noise = (squares[:rows] / squares[:rows].mean().clamp(min=1e-12) / included).sum().item() / rows**2
+            numbers[f"unbiased.{name}.length2"] = signal * (1 - 1 / kept) + noise
+        numbers[f"correlation.{depth}"] = rank_correlation(scores, exact)
+    return numbers
+
+
+def record_names(control: Control) -> list[str]:
+    """The names of a record's numbers: the same on every rank, whatever its pool."""
+    depths = scored_depths(control)
+    pairs = [f"{depth}.{keep:g}" for depth in depths for keep in control.keeps]
+    parts = ("greedy.{}.signal", "greedy.{}.length2", "unbiased.{}.length2")
+    return [
+        "uniform.signal",
+        "uniform.length2",
+        "floor",
+        "concentration",
+        "loss",
+        "loss_error",
+        *(f"correlation.{depth}" for depth in depths),
+        *(part.format(pair) for part in ("gain.{}", *parts) for pair in pairs),
+    ]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from earlysift import controller
 from earlysift.config_files import differences
-from earlysift.controller import Control
+from earlysift.control import Control
 from earlysift.options import finite, option, problems, whole
 from earlysift.pending import Pending
 

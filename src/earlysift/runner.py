@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from earlysift import checks, controller, costs, exits, judging, losses, pools, probes, ranks, scorers, steering
 from earlysift.blend import Blend
 from earlysift.config import SiftConfig
-from earlysift.controller import Control
+from earlysift.control import Control, scored_depths
 from earlysift.exit_probe import ExitProbe
 from earlysift.exits import Anatomy, ExitHead
 from earlysift.fidelity import fidelity
@@ -246,7 +246,7 @@ class Runner:
             losses_of_pool = self._fitting(exact, pool, kept, partial(exact, self.model, pool))
             return fidelity(scores, losses_of_pool[: len(scores)], kept)
 
-    def record(self, pool: Pool, control: Control, kept: int) -> controller.Record:
+    def record(self, pool: Pool, control: Control, kept: int) -> probes.Record:
         """The record of one probe of auto mode."""
         measure = (self.approximation and self.approximation.measure) or LOSS
 
@@ -256,15 +256,15 @@ class Runner:
         probe = self._fitting(scorers.exact(), pool, kept, run)
         if control.memory and self.learnt.memory is not None and pool.ids is not None:
             probe.scores[MEMORY] = ranks.recall(self.learnt.memory, pool.ids, self.device).to(probe.exact.device)
-        return controller.record(probe, kept, control)
+        return probes.record(probe, kept, control)
 
-    def trained_record(self, control: Control, kept: int, step: int) -> controller.Record:
+    def trained_record(self, control: Control, kept: int, step: int) -> probes.Record:
         """The record of a pool of batches that were trained on lately, for nothing; empty where there is none."""
         trained = self.learnt.trained
         if trained is None or not trained.is_full(since=step - controller.FREE_EVERY):
             return {}
         with self.ledger.timed("look"):
-            record = controller.record(probes.of_trained(trained), kept, control)
+            record = probes.record(probes.of_trained(trained), kept, control)
         trained.clear()  # so that records have no batch in common
         return record
 
@@ -272,7 +272,7 @@ class Runner:
         """Time scoring a pool by whatever has not been timed: choices rest on times, and only probes measure them."""
         if control.reference_costs is not None:
             return
-        for depth in controller.scored_depths(control):
+        for depth in scored_depths(control):
             approximation = self.at(depth)
             if approximation is not None and not self.ledger.times_ms(f"score_{depth}"):
                 self._time_at(pool, approximation, depth, kept)
@@ -281,9 +281,9 @@ class Runner:
         with self.ledger.timed(f"score_{depth}"):
             self._fitting(approximation, pool, kept, partial(approximation, self.model, pool))
 
-    def steering_record(self, pool: Pool, control: Control, kept: int) -> controller.Record:
+    def steering_record(self, pool: Pool, control: Control, kept: int) -> probes.Record:
         """The record of a probe within a step, timed; times scoring at one of the depths, too, where times decide."""
-        depths = controller.scored_depths(control)
+        depths = scored_depths(control)
         timed_depth = depths[len(self.ledger.times_ms("probe")) % len(depths)]
         with self.ledger.timed("probe"):
             record = self.record(pool, control, kept)

@@ -197,7 +197,7 @@ class Sifter:
             judging.require_usable(counted._replace(counts=pending.arrived(counted.counts)), before, late=True)
 
     def probe(self, pool: Any) -> dict[str, float]:
-        """One probe outside of any step, as auto mode makes them: see `earlysift.controller.record`.
+        """One probe outside of any step, as auto mode makes them: see `earlysift.probes.record`.
 
         Nothing of the sifter's state changes. Useful to look at a model before choosing a mode, and to time a probe.
 

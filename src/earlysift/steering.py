@@ -8,8 +8,9 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from earlysift import controller
-from earlysift.controller import Control, State
+from earlysift import controller, probes
+from earlysift.control import Choice, Control
+from earlysift.controller import State
 from earlysift.recent import MEMORY
 
 
@@ -150,7 +151,7 @@ def steer(
     return state, row | {"mode": state.choice.rule if state.choice else "off"}
 
 
-def _words(choice: controller.Choice | None) -> str:
+def _words(choice: Choice | None) -> str:
     return "uniform" if choice is None else str(choice)
 
 
@@ -163,4 +164,4 @@ def free_of(numbers: Mapping[str, float], control: Control) -> dict[str, float]:
 
 def record_of(numbers: Mapping[str, float], control: Control) -> dict[str, float]:
     """A record with every name that it must have, nan where a number is missing: the same names on every rank."""
-    return {name: numbers.get(name, math.nan) for name in controller.record_names(control)}
+    return {name: numbers.get(name, math.nan) for name in probes.record_names(control)}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from earlysift import exits, pools, selectors
 from earlysift.config import SiftConfig as SiftConfig
-from earlysift.controller import Control
+from earlysift.control import Control
 from earlysift.datasets import WithIds, is_map_style
 from earlysift.exits import Anatomy
 from earlysift.ledger import Ledger

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from earlysift import exits, pools, ranks
 from earlysift.adapters import samples
 from earlysift.config import SiftConfig as SiftConfig
-from earlysift.controller import Control
+from earlysift.control import Control
 from earlysift.datasets import is_map_style
 from earlysift.ledger import Ledger
 from earlysift.schedules import Schedule

@@ -10,7 +10,7 @@ from torch import Tensor
 from earlysift import environment, scorers, selectors
 from earlysift.compare.arm import Operation, uniform_ms
 from earlysift.compare.settings import Settings
-from earlysift.controller import Control
+from earlysift.control import Control
 from earlysift.exits import ExitHead
 from earlysift.ledger import Ledger
 from earlysift.pretrain.stream import Rows, Stream

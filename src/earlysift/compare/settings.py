@@ -141,6 +141,13 @@ def _no_suite(settings: Settings) -> str:
     return "only names workloads of a suite: give --suite, too." if missing else ""
 
 
+def _two_budgets(settings: Settings) -> str:
+    both = settings.steps is not None and settings.budget != Settings.budget
+    return (
+        "The budget is in seconds (budget) or in steps of uniform training (steps); give one of them." if both else ""
+    )
+
+
 def _both(settings: Settings) -> str:
     return "Choose one of resume and force." if settings.resume and settings.force else ""
 
@@ -154,6 +161,7 @@ _RULES: tuple[schema.Rule, ...] = (
     (("depth", "layers"), _no_such_depth),
     (("width",), _no_such_width),
     schema.POOL_FITS,
+    (("budget", "steps"), _two_budgets),
     (("only", "suite"), _no_suite),
     (("resume", "force"), _both),
 )

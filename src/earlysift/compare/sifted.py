@@ -154,17 +154,18 @@ def _looking(bench: Bench) -> Callable[[], object]:
     """A look of auto mode at a pool that was trained on."""
     import torch
 
-    from earlysift import controller, probes
+    from earlysift import probes
+    from earlysift.control import scored_depths
     from earlysift.trained_pool import EXACT, INPUTS, SLOPES, TrainedPool
 
     settings, batches = bench.settings, round(1 / AUTO_KEEP)
     control = replace(bench.control(usable_exits(AUTO_EXITS, settings), AUTO_KEEP, AUTO_SCORING), memory=True)
     pool, rows = TrainedPool(batches), torch.arange(1.0, settings.batch + 1, device=bench.device)
-    scores = {str(depth): rows for depth in controller.scored_depths(control)}
+    scores = {str(depth): rows for depth in scored_depths(control)}
     for step in range(batches):
         slopes, inputs = rows[:, None].expand(-1, 10), rows[:, None].expand(-1, settings.width)
         pool.add(step, {EXACT: rows, SLOPES: slopes, INPUTS: inputs, **scores})
-    return lambda: controller.record(probes.of_trained(pool), settings.batch, control)
+    return lambda: probes.record(probes.of_trained(pool), settings.batch, control)
 
 
 def _probing(bench: Bench) -> Callable[[], object]:

@@ -7,7 +7,8 @@ from functools import cache
 from typing import Any
 
 from earlysift.compare.arms import ARMS
-from earlysift.controller import EARLY_PROBES, EARLY_SHARE, ENOUGH, Control
+from earlysift.control import Control
+from earlysift.controller import EARLY_PROBES, EARLY_SHARE, ENOUGH
 from earlysift.report.tables import GAIN, HARM, NEVER_ACTED, NO_VERDICT, NOT_PROVED, UNDECIDED, Outcome, outcome
 
 AUTO = "auto"

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from earlysift.pretrain.classes import class_ids
 from earlysift.pretrain.optional import optional_package
 from earlysift.pretrain.stream import Rows
 from earlysift.seeds import seeded
@@ -99,24 +100,12 @@ def read_images(path: Path) -> LabelledImages:
 def _labelled(name: str, train: Part, validation: Part | None) -> LabelledImages:
     """Both parts with class ids for names; without a validation part one is held out."""
     (train_images, train_labels), (images, labels) = (train, validation) if validation else _hold_out(*train)
-    classes = sorted(set(train_labels), key=lambda label: (len(label), label))  # 2 before 10
-    unknown = sorted(set(labels) - set(classes))
-    if len(classes) < 2:
-        listed = f"only {classes[0]}" if classes else "none"
-        raise ValueError(
-            f"{name}: expected labels of two classes or more in training, found {listed}; add images of another class"
-        )
-    if unknown:
-        raise ValueError(
-            f"{name}: the held-out part has labels that training does not have: {', '.join(unknown[:5])}; leave these "
-            "images out, or add some to training"
-        )
-    id_of = {label: number for number, label in enumerate(classes)}
+    classes, train_ids, ids = class_ids(name, train_labels, labels)
     return LabelledImages(
         name,
         classes,
-        train={"pixel_values": train_images, "labels": torch.tensor([id_of[label] for label in train_labels])},
-        validation={"pixel_values": images, "labels": torch.tensor([id_of[label] for label in labels])},
+        train={"pixel_values": train_images, "labels": train_ids},
+        validation={"pixel_values": images, "labels": ids},
     )
 
 

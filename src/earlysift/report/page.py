@@ -51,7 +51,7 @@ CSS = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 CURVE_AXES = tuple(Axis(key, title, from_zero=True) for key, title in COLUMNS)
 TIMES = tuple(axis for axis in CURVE_AXES if axis.key != "trained_samples")
 
-# Estimates of the controller (`earlysift.controller.estimates`). Keys such as "payoff.greedy.1.0.5", for the greedy
+# Estimates of the controller (`earlysift.payoffs.estimates`). Keys such as "payoff.greedy.1.0.5", for the greedy
 # rule at exit 1 and keep 0.5, are the lines of "payoff".
 ESTIMATES = {
     "payoff": Measure("payoff", levels={"break-even": 1.0}),

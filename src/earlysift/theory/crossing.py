@@ -12,7 +12,8 @@ from statistics import median
 import torch
 from torch import Generator, Tensor
 
-from earlysift import controller
+from earlysift import controller, probes
+from earlysift.control import Control
 from earlysift.probes import Probe
 from earlysift.report.series import Style
 from earlysift.seeds import seeded
@@ -125,7 +126,7 @@ def live_switch(
     Returns the step at which it first leaves greedy selection, None if never, and F after every step ``(K + 1,)``. The
     steps after that one are uniform.
     """
-    control = controller.Control(depths=(1,), keeps=(kept / pool,), rules=("greedy",), probe_share=1 / every)
+    control = Control(depths=(1,), keeps=(kept / pool,), rules=("greedy",), probe_share=1 / every)
     generator = Generator().manual_seed(seed)
     state, off = controller.State(), None
     w = problem.start.unsqueeze(0)
@@ -135,7 +136,7 @@ def live_switch(
         losses = problem.losses(w, index)
         if off is None and k >= state.next_probe:
             gradients = problem.gradients(w, index)[0]
-            entry = controller.record(Probe(losses[0], {1: losses[0]}, gradients @ gradients.T), kept, control)
+            entry = probes.record(Probe(losses[0], {1: losses[0]}, gradients @ gradients.T), kept, control)
             before = state.choice
             state = controller.advance(state, entry, PRICES, control, kept / pool, k).state
             off = k if before is not None and state.choice is None else None

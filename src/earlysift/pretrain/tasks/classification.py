@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from earlysift.pretrain.corpus import LabelledCorpus, joined, read_labelled
+from earlysift.pretrain.classes import class_ids
+from earlysift.pretrain.corpus import joined, read_labelled
 from earlysift.pretrain.models import TOKENIZER, build_bert_classifier, require_checkpoint
 from earlysift.pretrain.stream import Rows
 from earlysift.pretrain.tokens import load_blocks
@@ -31,7 +31,11 @@ def read(settings: WorkloadSettings, *, tokenizer_file: Path | None = None) -> T
     blocks = load_blocks(
         texts, vocab_size=settings.vocab_size, length=settings.length, packed=False, tokenizer_file=tokenizer_file
     )
-    classes, train_labels, validation_labels = _class_ids(texts.name, tables)
+    classes, train_labels, validation_labels = class_ids(
+        texts.name,
+        [label for table in tables for label in table.train_labels],
+        [label for table in tables for label in table.validation_labels],
+    )
     shape = {"length": settings.length, "vocab_size": blocks.vocab_size, "classes": len(classes)}
 
     def rows(ids: Tensor, labels: Tensor) -> Rows:
@@ -49,24 +53,3 @@ def read(settings: WorkloadSettings, *, tokenizer_file: Path | None = None) -> T
         facts={**shape, "checkpoint": checkpoint and str(checkpoint)},
         tokenizer_json=blocks.tokenizer_json,
     )
-
-
-def _class_ids(name: str, tables: list[LabelledCorpus]) -> tuple[list[str], Tensor, Tensor]:
-    """The names of the classes, in the order of their ids, and the ids of both parts."""
-    train = [label for table in tables for label in table.train_labels]
-    validation = [label for table in tables for label in table.validation_labels]
-    classes = sorted(set(train), key=lambda label: (len(label), label))  # 2 before 10
-    unknown = sorted(set(validation) - set(classes))
-    if len(classes) < 2:
-        raise ValueError(
-            f"{name}: expected labels of two classes or more, found only {classes[0]!r} in training; add texts of "
-            "another class."
-        )
-    if unknown:
-        raise ValueError(
-            f"{name}: validation has labels that training does not have: {', '.join(unknown[:5])}; leave these texts "
-            "out, or add some to training."
-        )
-    id_of = {label: number for number, label in enumerate(classes)}
-    train_ids, validation_ids = (torch.tensor([id_of[label] for label in part]) for part in (train, validation))
-    return classes, train_ids, validation_ids
