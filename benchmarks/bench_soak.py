@@ -15,7 +15,7 @@ from transformers import BertConfig, BertForMaskedLM
 
 import measuring
 from earlysift import Ledger, Sifter, pools
-from earlysift.controller import Control
+from earlysift.control import Control
 
 TITLE = "Soak"
 ABOUT = """Steps of a tiny BERT (two layers of width 16, a pool of 8 rows of 8 tokens, SGD) by every approximation, each

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForMaskedLM
 
 from earlysift import Sifter
-from earlysift.controller import Control
+from earlysift.control import Control
 from earlysift.datasets import WithIds
 from scorecard import FULL, cases
 
