@@ -62,7 +62,12 @@ def plan(given: Namespace) -> dict[str, partial[dict[str, Any]]]:
 def measure(name: str, minutes: float) -> dict[str, Any]:
     """Train for so long, and look at memory and speed at the end of every window."""
     torch.manual_seed(0)
-    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    shape: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
     model = BertForMaskedLM(BertConfig(vocab_size=_VOCABULARY, max_position_embeddings=_LENGTH, **shape))
     optimizer = torch.optim.SGD(model.parameters(), 1e-3)
     ids = torch.randint(_VOCABULARY, (_SAMPLES, _LENGTH))

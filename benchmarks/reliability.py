@@ -91,7 +91,7 @@ NOT_RUN = {
     "S19": "an hour under torchrun with 20 kills",
     "S20": "run by another command: [what is refused](#what-is-refused)",
     "S21": "damaged data is among what is refused, without readers that hang or die",
-    "S23": "20,000 steps of `pretrain`; `benchmarks/run.py soak` is shorter: [results](results.md#soak)",
+    "S23": "20,000 steps of `pretrain`; `benchmarks/run.py soak` has run for minutes only",
     "S24": "ten million samples",
     "S25": "accounting over ten schedules",
     "S27": "hostile text in reports: in `make test` (tests/test_report.py)",
