@@ -5,7 +5,6 @@ import importlib.util
 import os
 import re
 import shutil
-import subprocess
 import sys
 import warnings
 from contextlib import contextmanager
@@ -99,18 +98,6 @@ def environment(tmp_path_factory):
     path = os.pathsep.join(map(str, (pretraining.SOURCE, Path(__file__).parent)))
     cache = str(tmp_path_factory.mktemp("cache"))
     return {**os.environ, **pretraining.SECRETS, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": cache}
-
-
-@pytest.fixture(scope="session")
-def faulty_disk(environment, tmp_path_factory):
-    """The environment of processes whose disk can be told to fail: disk.c in front of the C library."""
-    compiler = shutil.which("cc")
-    if compiler is None:
-        pytest.skip("no C compiler on this machine")
-    library = tmp_path_factory.mktemp("disk") / "disk.so"
-    source = Path(__file__).with_name("disk.c")
-    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
-    return environment | {"LD_PRELOAD": str(library)}
 
 
 @pytest.fixture(scope="session")

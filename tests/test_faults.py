@@ -5,6 +5,9 @@ import json
 import re
 import shutil
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -21,6 +24,8 @@ from trainings import MEMORY
 from trainings import STEPS as TRAINED
 
 KILLED = -signal.SIGKILL
+DISK = Path(__file__).with_name("disk.c")
+CAN_FAIL = sys.platform == "linux" and shutil.which("cc") is not None
 
 
 def names_of(folder):
@@ -71,7 +76,13 @@ def test_s02_pretrain_killed_at_a_named_point_goes_on_bit_equal(point, start, un
 
 @pytest.fixture(scope="module")
 def train(environment, tmp_path_factory):
-    with pretraining.starter(environment, tmp_path_factory.mktemp("trained"), "trainings") as run:
+    """Run commands and trainings in processes, whose disk can be told to fail if there is a C compiler."""
+    folder = tmp_path_factory.mktemp("trained")
+    if CAN_FAIL:
+        library = folder / "disk.so"
+        subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", library, DISK, "-ldl"], check=True)
+        environment = environment | {"LD_PRELOAD": str(library)}
+    with pretraining.starter(environment, folder, "trainings") as run:
         yield run
 
 
@@ -235,10 +246,12 @@ PLACES = {  # of a run of pretrain, by part of a path
 CHECKPOINT = [place for place, part in PLACES.items() if "checkpoint" in part]
 
 
-@pytest.fixture(scope="module")
-def on_faulty_disk(faulty_disk, tmp_path_factory):
-    with pretraining.starter(faulty_disk, tmp_path_factory.mktemp("struck"), "trainings") as run:
-        yield run
+@pytest.fixture
+def on_faulty_disk(train):
+    """The same, where there is one."""
+    if not CAN_FAIL:
+        pytest.skip("no C compiler on this machine, or no Linux")
+    return train
 
 
 @pytest.mark.parametrize(("place", "fault"), cases(itertools.product(PLACES, FAULTS), 2))

@@ -111,11 +111,9 @@ def test_s28_secrets_of_the_environment_are_written_and_said_nowhere(start, tmp_
     told = [
         start(out, at=["compute_loss", 7, signal.SIGTERM]),
         start(out, "--resume", "--learning-rate", 1e30, "--warmup", 0),  # refused
-        start(out, "--resume"),
-        start(tmp_path / "diverges", "--learning-rate", 1e30, "--warmup", 0.5),
         start(tmp_path / "broken", fault=["nowhere", "no number", 3]),  # a traceback
     ]
-    assert [code for code, _, _ in told] == [130, 2, 0, 3, 1]
+    assert [code for code, _, _ in told] == [130, 2, 1]
     assert "Traceback" in told[-1][2]
     texts = [text.encode() for _, said, err in told for text in (said, err)]
     files = held_by(tmp_path)
