@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo demo-bert test lint bench scorecard docs site examples pages dist check-dist matrix clean
+.PHONY: demo demo-bert test lint bench scorecard torture docs site examples pages dist check-dist matrix clean
 
 demo: .venv/runtime.stamp  ## where selection pays and where it does not, in a few minutes
 	$(BIN)/earlysift compare --suite demo --jobs 2 --out runs/both --force
@@ -24,6 +24,11 @@ bench: .venv/runtime.stamp  ## all benchmarks on this machine (hours on two core
 
 scorecard: .venv/dev.stamp  ## every case of docs/reliability.md (half an hour on two cores; goes on where it was cut)
 	$(BIN)/python benchmarks/reliability.py
+	$(BIN)/python benchmarks/results_page.py
+
+torture: .venv/dev.stamp  ## the same at the numbers of a release, and an hour of soak by every score (a day; goes on where it was cut)
+	$(BIN)/python benchmarks/reliability.py --long
+	$(BIN)/python benchmarks/run.py soak --minutes 60 --out runs/torture
 	$(BIN)/python benchmarks/results_page.py
 
 docs: .venv/runtime.stamp  ## docs/results.md again, from the committed results

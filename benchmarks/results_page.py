@@ -66,23 +66,40 @@ def theory_section() -> str:
 
 def scorecard_section() -> str:
     """Lines of the scorecard, as Markdown: what passed of how many cases."""
-    from reliability import LINES
+    from reliability import LINES, NOT_RUN
 
     lines = json.loads((RESULTS / "reliability.json").read_text(encoding="utf-8"))
     rows = []
-    for name, line in LINES.items():
-        if (result := lines.get(name)) is None:
-            rows.append([name, line.what, f"{line.cases:,}", "not run", "", "", ""])
-            continue
-        word = "" if result["passed"] == line.cases else " **missed**"
-        passed = f"{result['passed']:,}{word}"
-        cells = [result["what"], f"{line.cases:,}", passed, "; ".join(result["detail"]), f"{result['seconds']} s"]
-        rows.append([name, *cells, str(result["commit"])])
+    for name in sorted([*LINES, *NOT_RUN], key=_place):
+        if name in NOT_RUN:
+            rows.append([name, "", "", "not run", NOT_RUN[name], "", ""])
+        elif (result := lines.get(name)) is None:
+            rows.append([name, LINES[name].what, f"{LINES[name].cases:,}", "not run", "its cases are there", "", ""])
+        else:
+            passed = _passed(result)
+            detail = "; ".join(result["detail"])
+            cells = [result["what"], f"{result['cases']:,}", passed, detail, f"{result['seconds']} s"]
+            rows.append([name, *cells, str(result["commit"])])
     measured = list(lines.values())[-1]
     versions = ", ".join(f"{name} {version}" for name, version in measured["versions"].items())
     machine = f"{measured['machine']['cpu']}, {measured['machine']['cores']} cores; {versions}."
-    headings = ["line", "what holds", "bar (cases)", "passed", "measured", "took", "commit"]
+    headings = ["line", "what holds", "bar (cases)", "passed", "measured, or why not", "took", "commit"]
     return f"{markdown(headings, rows)}\n\n{machine}"
+
+
+def _passed(result: dict[str, Any]) -> str:
+    """How many cases passed; a line that was cut before it had tried all says so."""
+    if result["passed"] >= result["cases"]:
+        return f"{result['passed']:,}"
+    if result["passed"] == result.get("tried"):
+        return f"{result['passed']:,} of {result['tried']:,} tried"
+    return f"{result['passed']:,} **missed**"
+
+
+def _place(name: str) -> tuple[bool, int, str]:
+    """Where a line stands: by its number, others (A1) last."""
+    number = name.partition(" ")[0][1:].rstrip(",")
+    return not name.startswith("S"), int(number) if number.isdecimal() else 0, name
 
 
 def fuzz_section() -> str:

@@ -11,6 +11,7 @@
 - auto: what auto mode saves of what the best fixed score saves, on streams that train in seconds, charged by FLOPs
 - families: what early exits make of tiny models of many families
 - plateau: how far uniform training gets on every workload of the suite, and how far with three times the budget
+- soak: whether memory grows and steps become slower, by every approximation; `--minutes 60` for a long run
 - train: `earlysift pretrain` uniformly, sifting and with exact losses, on the same data and budget
 
 Results go into benchmarks/results/NAME_DEVICE.json, an entry per shape with hardware, versions and commit. An entry
@@ -34,6 +35,7 @@ import bench_positions
 import bench_scale
 import bench_score
 import bench_select
+import bench_soak
 import bench_start
 import bench_step
 import bench_train
@@ -54,6 +56,7 @@ BENCHMARKS: dict[str, tuple[Any, list[str]]] = {
     "auto": (bench_auto, []),
     "families": (bench_families, []),
     "plateau": (bench_plateau, []),
+    "soak": (bench_soak, []),
     "train": (bench_train, []),
 }
 """Name to module and the shapes that are measured unless others are asked for; the last ones have their own."""
@@ -72,7 +75,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds (a warm-up round comes before)")
     parser.add_argument("--size", choices=bench_train.SIZES, default="cpu", help="what to train")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the corpora, for plateau")
-    parser.add_argument("--minutes", type=float, help="budget of every arm of train (default: the size's own)")
+    parser.add_argument("--minutes", type=float, help="budget of an arm of train or a score of soak")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, nothing kept: does it run?")
     parser.add_argument("--out", type=Path, help="folder of the results (default: benchmarks/results)")
     given = parser.parse_args()

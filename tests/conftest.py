@@ -2,11 +2,9 @@
 
 import gc
 import importlib.util
-import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import warnings
 from contextlib import contextmanager
@@ -99,28 +97,24 @@ def environment(tmp_path_factory):
     """Of processes that train: nothing is cached outside, and both source and tests are found."""
     path = os.pathsep.join(map(str, (pretraining.SOURCE, Path(__file__).parent)))
     cache = str(tmp_path_factory.mktemp("cache"))
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": cache}
+    return {**os.environ, **pretraining.SECRETS, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": cache}
 
 
 @pytest.fixture(scope="session")
-def start(data, environment, tmp_path_factory):
-    """Run ``earlysift pretrain`` in a process; gives exit code, what it printed, and what it printed as errors."""
-    folder = tmp_path_factory.mktemp("output")
-    command = [sys.executable, "-c", pretraining.STARTER]
-    starter = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def run(out, *options, at=None, fault=None, model="model.json"):
-        out_path, err_path = folder / "out", folder / "err"
-        arguments = ["pretrain", *pretraining.arguments_for(data, out, model), *map(str, options)]
-        told = {"arguments": arguments, "at": at, "fault": fault, "out": str(out_path), "err": str(err_path)}
-        starter.stdin.write(json.dumps(told) + "\n")
-        starter.stdin.flush()
-        code = int(starter.stdout.readline())
-        return code, out_path.read_text(), err_path.read_text()
-
-    with starter:
+def launch(environment, tmp_path_factory):
+    """Run commands of ``earlysift`` in processes: see `pretraining.starter`."""
+    with pretraining.starter(environment, tmp_path_factory.mktemp("output")) as run:
         yield run
-        starter.stdin.close()
+
+
+@pytest.fixture(scope="session")
+def start(data, launch):
+    """Run ``earlysift pretrain`` in a process; gives exit code, what it printed, and what it printed as errors."""
+
+    def run(out, *options, model="model.json", **told):
+        return launch(["pretrain", *pretraining.arguments_for(data, out, model), *options], **told)
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,8 @@ import torch
 from earlysift import scorers
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+SLOW = "slow"  # for so long
+_SLOW_S = 1.0
 DISK_FULL = "disk full"  # for files above this size
 _LARGEST_FILE = 100_000
 _PLACES = ("/earlysift/", "/accelerate/accelerator.py", "/utils/data/dataloader.py")
@@ -17,14 +19,19 @@ _struck_s = []
 
 
 def watcher(name, count, what, after_s=0.0, times=1):
-    """For ``sys.setprofile``: strike at a call of a function, and print a line per finished checkpoint."""
+    """For ``sys.setprofile``: strike at a call of a function, and print a line per finished checkpoint.
+
+    The function is given by its name, or by file and name, as ``scorers.py:named``.
+    """
+    file, _, name = name.rpartition(":")
+    places = (f"/{file}",) if file else _PLACES
 
     def watch(frame, event, argument):
         nonlocal count
         called = frame.f_code
         if event == "return" and called.co_name == "_save_checkpoint" and "/earlysift/" in called.co_filename:
             os.write(1, b"saved\n")
-        if event == "call" and called.co_name == name and any(place in called.co_filename for place in _PLACES):
+        if event == "call" and called.co_name == name and any(place in called.co_filename for place in places):
             count -= 1
             if count == 0:
                 strike(what, after_s, times)
@@ -33,11 +40,13 @@ def watcher(name, count, what, after_s=0.0, times=1):
 
 
 def strike(what, after_s, times):
-    """Send this process signals, now or some time later by another process; or leave it no disk."""
+    """Send this process signals, now or some time later by another process; leave it no disk; or let it wait."""
     _struck_s.append(time.monotonic())
     struck = os.getpid()
     if what == DISK_FULL:
         resource.setrlimit(resource.RLIMIT_FSIZE, (_LARGEST_FILE, resource.RLIM_INFINITY))
+    elif what == SLOW:
+        time.sleep(_SLOW_S)
     elif not after_s:
         for _ in range(times):
             os.kill(struck, what)

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -23,15 +24,23 @@ MODEL = {
     "intermediate_size": 64,
     "max_position_embeddings": 32,
 }
+SECRETS = {  # in the environment of every process, and to be found nowhere else
+    "HF_TOKEN": "hf_planted0secret0of0the0hub",
+    "WANDB_API_KEY": "planted0secret0of0a0tracker",
+    "AWS_SECRET_ACCESS_KEY": "planted0secret0of0a0cloud",
+}
 WITHOUT_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 STEPS, EVERY, ACCUMULATE = 12, 3, 2
 
-# Runs commands in child processes, forked from one that has imported what they need. A command may come with a signal
-# for the nth call of a function, and with a number that turns bad (faults.py).
+# Runs commands in child processes, forked from one that has imported what they need. A command is one of ``earlysift``,
+# or a training of trainings.py. It may come with a signal for the nth call of a function, with a number that turns bad
+# (faults.py), and with a fault of the disk (disk.c).
 STARTER = """
-import json, os, signal, sys, traceback
+import importlib, json, os, signal, sys, traceback
 import earlysift.__main__, earlysift.cli, earlysift.pretrain.run as run
 import faults
+
+trainings = importlib.import_module(sys.argv[1]).TRAININGS if len(sys.argv) > 1 else {}
 
 HANDLED = dict.fromkeys(faults.SIGNALS, signal.SIG_DFL) | dict.fromkeys(
     (signal.SIGTERM, signal.SIGINT), signal.default_int_handler
@@ -51,7 +60,9 @@ for line in sys.stdin:
                 run.Pretrainer = faults.faulty(run.Pretrainer, *command["fault"])
             if command["at"]:
                 sys.setprofile(faults.watcher(*command["at"]))
-            code = earlysift.__main__.main()
+            if command["disk"]:
+                os.environ["EARLYSIFT_DISK"] = command["disk"]
+            code = trainings.get(sys.argv[1], earlysift.__main__.main)()
         except SystemExit as error:
             code = error.code
         except BaseException:
@@ -76,6 +87,25 @@ if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
     sys.setprofile(faults.watcher("compute_loss", 8, signal.SIGKILL))
 sys.exit(earlysift.__main__.main())
 """
+
+
+@contextmanager
+def starter(environment, folder, *trainings):
+    """A function that runs commands in processes; gives exit code, what was printed, and what was printed as errors."""
+    command = [sys.executable, "-c", STARTER, *trainings]
+    process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    out_path, err_path = folder / "out", folder / "err"
+
+    def run(arguments, *, at=None, fault=None, disk=None):
+        told = {"arguments": [*map(str, arguments)], "at": at, "fault": fault, "disk": disk}
+        process.stdin.write(json.dumps(told | {"out": str(out_path), "err": str(err_path)}) + "\n")
+        process.stdin.flush()
+        code = int(process.stdout.readline())
+        return code, out_path.read_text(), err_path.read_text()
+
+    with process:
+        yield run
+        process.stdin.close()
 
 
 def write_data(folder):

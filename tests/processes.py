@@ -38,8 +38,8 @@ def wait_until(process, happened):
 
 
 # Forks ranks from a process that has imported what they need, and waits for them; where one fails, the others are
-# killed, as they would wait for it. Without the interpreter's own end, in which a thread of gloo now and then aborts a
-# process that has done its work.
+# killed (unless told otherwise), as they would wait for it. Without the interpreter's own end, in which a thread of
+# gloo now and then aborts a process that has done its work.
 _FORKER = """
 import json, os, signal, sys, traceback
 import ranked
@@ -69,7 +69,7 @@ for line in sys.stdin:
         child, status = os.wait()
         codes[child] = os.waitstatus_to_exitcode(status)
         for other in ranks:
-            if codes[child] != 0 and other not in codes:
+            if codes[child] != 0 and other not in codes and not told["apart"]:
                 os.kill(other, signal.SIGKILL)
     print(json.dumps([codes[child] for child in ranks]), flush=True)
 """
@@ -92,11 +92,17 @@ def _end(forker):
 
 def on_ranks(count, script, tmp_path):
     """What processes print last, as JSON; a script gets its rank, a file to meet in, and the number of ranks."""
+    ended = ends_of_ranks(count, script, tmp_path, apart=False)
+    assert [code for code, _, _ in ended] == [0] * count, ended
+    return [json.loads(out.splitlines()[-1]) for _, out, _ in ended]
+
+
+def ends_of_ranks(count, script, tmp_path, *, apart=True):
+    """Exit code of every process, what it printed, and what it printed as errors; ``apart``: none ends another."""
     forker = _forker()
     told = {"count": count, "script": script, "folder": str(tmp_path), "store": str(tmp_path / "store")}
-    forker.stdin.write(json.dumps(told) + "\n")
+    forker.stdin.write(json.dumps(told | {"apart": apart}) + "\n")
     forker.stdin.flush()
     codes = json.loads(forker.stdout.readline())
     said = [[(tmp_path / f"{name}{rank}").read_text() for name in ("out", "err")] for rank in range(count)]
-    assert codes == [0] * count, said
-    return [json.loads(out.splitlines()[-1]) for out, _ in said]
+    return [(code, out, err) for code, (out, err) in zip(codes, said, strict=True)]

@@ -419,3 +419,28 @@ def test_the_plateau_is_left_by_what_uniform_training_makes_up_of_the_way_to_a_l
     way = row["longer"] - row["ignoring"]
     assert row["of_the_way"] == pytest.approx((row["accuracy"] - row["ignoring"]) / way if way > 0 else 0.0)
     assert 0 < row["ignoring"] < 0.5
+
+
+# Soak
+
+
+def test_growth_is_the_slope_behind_the_start_and_rates_are_those_of_its_beginning_and_end(modules):
+    soak = modules("bench_soak")
+    windows = [
+        soak._Window(steps=100 * i, mib=500 + (0.2 * i if i > 10 else 40 * i), rate=900 - i) for i in range(1, 51)
+    ]
+    found = soak._summary(windows)
+    assert found["slope"] == pytest.approx(2 * 1024)  # KiB per 1,000 steps
+    assert found["error"] == pytest.approx(0, abs=1e-3)
+    assert (found["steps"], found["mib"]) == (5000, 510)
+    assert (found["early_rate"], found["late_rate"]) == (900 - 15.5, 900 - 45.5)
+    noisy = [window._replace(mib=window.mib + i % 2) for i, window in enumerate(windows)]
+    assert soak._summary(noisy)["error"] > 10
+
+
+@pytest.mark.parametrize("score", ["loss", "blend", "auto"])
+def test_a_soak_counts_steps_and_what_the_ledger_takes(score, modules):
+    ((row,),) = modules("bench_soak").measure(score, minutes=0).values()
+    assert row["steps"] == 50  # at least one in every window
+    assert 50 < row["ledger"] < 1000
+    assert row["mib"] > 50

@@ -324,7 +324,10 @@ def test_damaged_tensors_are_refused_by_the_name_of_their_file_and_nothing_is_lo
     path = checkpoint / "sifter_0.safetensors"
     damage(path)
     trainer = trainer_for(tmp_path, sift=MEMORY, data=samples(24))
-    with pytest.raises(ValueError, match=rf"sifter_0\.json names in {re.escape(str(path))}.*delete both files"):
+    message = (
+        rf"Expected sifter_0\.safetensors in {re.escape(str(checkpoint))} as saved.*delete sifter_0\.json to start"
+    )
+    with pytest.raises(ValueError, match=message):
         trainer.train(resume_from_checkpoint=str(checkpoint))
     assert (trainer.sifter.step, memory_of(trainer.sifter).seen) == (0, 0)
 

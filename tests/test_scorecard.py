@@ -22,7 +22,7 @@ from earlysift.seeds import seeded
 from faults import PLACES, SIGNALS
 from pretraining import assert_same, tensors, weights
 from processes import on_ranks
-from scorecard import FULL, cases
+from scorecard import FULL, LONG, cases
 from test_huggingface import ALL, HALF, Recorded, llama, logged, samples, trainer_for
 
 
@@ -41,7 +41,7 @@ def every_step(start, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("number", cases(range(50), 1))
+@pytest.mark.parametrize("number", cases(range(500 if LONG else 50), 1))
 def test_s01_a_run_killed_at_a_random_time_loses_nothing_that_was_saved(
     number, start, every_step, tmp_path, record_property
 ):
@@ -321,7 +321,7 @@ def test_s12_all_ranks_stop_at_the_same_step_wherever_a_number_is_not_finite(by_
 @pytest.mark.filterwarnings("ignore:.*are nan or inf at step", "ignore:Only .* have a labelled position")
 @pytest.mark.parametrize("select", [selectors.greedy, selectors.proportional])
 def test_s12_no_bad_candidate_is_picked_while_finite_ones_suffice(select, record_property):
-    pools, kept, size = 5_000 if FULL else 200, 8, 16
+    pools, kept, size = 500_000 if LONG else 5_000 if FULL else 200, 8, 16
     sifter = Sifter(torch.nn.Linear(1, 1), kept=kept, keep=0.5, score=lambda _, pool: pool["score"], select=select)
     generator = Generator().manual_seed(0)
     bad_values = torch.tensor([torch.nan, torch.inf, -torch.inf])

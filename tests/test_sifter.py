@@ -238,6 +238,93 @@ def test_scores_in_chunks_of_any_size_pick_alike(seed):
     assert chosen == [chosen[0]] * 4
 
 
+class Full(nn.Module):
+    """A layer with memory for few rows at once, while it scores."""
+
+    def __init__(self, layer, rows):
+        super().__init__()
+        self.layer, self.rows, self.failed = layer, rows, []
+
+    def forward(self, states, *inputs, **options):
+        if not self.training and len(states) > self.rows:
+            self.failed.append(len(states))
+            raise torch.OutOfMemoryError(f"Tried to allocate {len(states)} rows")
+        return self.layer(states, *inputs, **options)
+
+
+def with_memory_for(rows, family=("bert", "masked_lm")):
+    model = build(*family)
+    layers = find_anatomy(model).layers
+    layers[0] = Full(layers[0], rows)
+    return model
+
+
+SCORED = {
+    "loss": {"probe_every": 2},
+    "exact": {},
+    "entropy": {"trim": True},
+    "probe": {},
+    "blend": {},
+}
+
+
+@pytest.mark.parametrize("score", SCORED)
+def test_s22_where_memory_does_not_suffice_scoring_halves_its_chunks_says_so_and_goes_on(score, caplog):
+    options = {"score": score} | SCORED[score]
+    pools = pools_for(build("bert", "masked_lm"), 3, rows=12)
+    model = with_memory_for(3)
+    sifter = sifter_of(model, **options)
+    chosen = picks(sifter, pools)
+    halved = [6] if score == "exact" else [12, 6]  # once each, of three pools
+    assert find_anatomy(model).layers[0].failed == halved
+    assert [record.getMessage() for record in caplog.records] == [
+        f"Scoring {rows} candidates at once runs out of memory; from now on {rows // 2} run at once. Set "
+        f"chunk_rows={rows // 2} to begin so."
+        for rows in halved
+    ]
+    begun_so = sifter_of(with_memory_for(12), chunk_rows=3, **options)
+    assert picks(begun_so, pools) == chosen
+    assert values(begun_so.state_dict()) == values(sifter.state_dict())
+    if score not in ("probe", "blend"):  # which learn from the first rows of a chunk
+        assert picks(sifter_of(with_memory_for(12), **options), pools) == chosen
+
+
+def test_s22_a_probe_of_auto_mode_halves_its_chunks():
+    options = {"mode": "auto", "control": Control(probe_share=0.2, reference_costs=COSTS)}
+    model = with_memory_for(3)
+    (pool,) = pools_for(model, 1, rows=12)
+    found = sifter_of(model, **options).probe(pool)
+    assert find_anatomy(model).layers[0].failed == [6]
+    assert found == sifter_of(with_memory_for(12), chunk_rows=3, **options).probe(pool)
+
+
+def test_s22_what_does_not_fit_even_alone_is_an_error_and_leaves_the_sifter_as_it_was():
+    model = with_memory_for(2)
+    sifter = sifter_of(model)
+    (pool,) = pools_for(model, 1)
+    sifter.sift(pool)
+    find_anatomy(model).layers[0].rows = 0
+    before = values(sifter.state_dict())
+    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate 1 rows"):
+        sifter.sift(pool)
+    assert values(sifter.state_dict()) == before
+    find_anatomy(model).layers[0].rows = 1
+    sifter.sift(pool)
+    assert sifter.step == 2
+
+
+def test_s22_a_scorer_of_the_users_own_is_not_tried_again():
+    model, calls = build("bert", "masked_lm"), []
+
+    def scorer(model, pool):
+        calls.append(1)
+        raise torch.OutOfMemoryError("Tried to allocate 1 GiB")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        sifter_of(model, score=scorer).sift(*pools_for(model, 1))
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize(("family", "task"), [("bert", "masked_lm"), ("llama", "causal_lm")])
 def test_few_positions_pick_by_a_cheaper_score_and_the_ledger_says_so(family, task):
     model = build(family, task)

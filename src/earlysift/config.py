@@ -70,7 +70,8 @@ class SiftConfig:
             they need the same shapes on all ranks. `Sifter.selection` counts through all of them.
         seed: Seed of the selection.
         chunk_rows: Candidates scored at once; None is twice the number kept (and that number in exact scoring and
-            probes), which without gradients needs no more memory than a training step.
+            probes), which without gradients needs no more memory than a training step. Where an accelerator runs out
+            of it, the number is halved until the sifter is made anew, and a warning says so.
         dtype: Autocast dtype while scoring, see `earlysift.scorers.Scoring`.
 
     Raises:

@@ -3,10 +3,11 @@
 import logging
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,7 @@ from earlysift.recent import MEMORY, Kept, Recent
 from earlysift.scorers import Approximation, Learnt
 from earlysift.trained_pool import TrainedPool
 
+Ran = TypeVar("Ran")
 _LOG = logging.getLogger("earlysift")
 _EARLY_STEPS, _EARLY_EVERY, _LATE_EVERY = 256, 2, 8  # lessons of auto mode's probes, which first have all to learn
 
@@ -98,6 +100,7 @@ class Runner:
         )
         self._laws: dict[int | None, costs.FlopsLaw] = {}
         self._flops_failed = False
+        self._most_rows: int | None = None  # that can be scored at once, once memory did not suffice for more
         self._left_ms: float | None = None
         self._between_ms: deque[float] = deque(maxlen=100)
 
@@ -260,21 +263,25 @@ class Runner:
             step: The optimizer step.
         """
         with self.ledger.timed("score"):
-            scores = approximation(self.model, pool, **self._options(kept, approximation), key=key, step=step)
+            run = partial(approximation, self.model, pool, key=key, step=step)
+            scores = self._fitting(approximation, pool, kept, run)
         return judging.require_scores(scores, pool.size)
 
     def fidelity(self, pool: Pool, scores: Tensor, kept: int) -> dict[str, float]:
         """How well scores rank the first candidates of a pool, by their exact losses."""
         with self.ledger.timed("probe"):
             exact = scorers.exact()
-            losses_of_pool = exact(self.model, pool, **self._options(kept, exact))
+            losses_of_pool = self._fitting(exact, pool, kept, partial(exact, self.model, pool))
             return fidelity(scores, losses_of_pool[: len(scores)], kept)
 
     def record(self, pool: Pool, control: Control, kept: int) -> probes.Record:
         """The record of one probe of auto mode."""
         measure = (self.approximation and self.approximation.measure) or LOSS
-        options = self._options(kept, scorers.exact()) | {"trim": False}
-        probe = probes.probe(self.model, pool, depths=control.depths, measure=measure, **options)
+
+        def run(**options: Any) -> probes.Probe:
+            return probes.probe(self.model, pool, depths=control.depths, measure=measure, **options | {"trim": False})
+
+        probe = self._fitting(scorers.exact(), pool, kept, run)
         if control.memory and self.learnt.memory is not None and pool.ids is not None:
             probe.scores[MEMORY] = ranks.recall(self.learnt.memory, pool.ids, self.device).to(probe.exact.device)
         return probes.record(probe, kept, control)
@@ -300,7 +307,7 @@ class Runner:
 
     def _time_at(self, pool: Pool, approximation: Approximation, depth: int, kept: int) -> None:
         with self.ledger.timed(f"score_{depth}"):
-            approximation(self.model, pool, **self._options(kept, approximation))
+            self._fitting(approximation, pool, kept, partial(approximation, self.model, pool))
 
     def steering_record(self, pool: Pool, control: Control, kept: int) -> probes.Record:
         """The record of a probe within a step, timed; times scoring at one of the depths, too, where times decide."""
@@ -409,16 +416,41 @@ class Runner:
         if "rank_correlation" in row:
             self.note_work(pool.data, "probed")
 
+    def _fitting(self, approximation: Approximation, pool: Pool, kept: int, run: Callable[..., Ran]) -> Ran:
+        """Run with the options for scoring; where memory does not suffice, again with chunks of half as many rows.
+
+        Not where other ranks would wait for passes or exchanges that this one repeats, and not if rows do not run in
+        chunks.
+        """
+        together = ranks.sharded(self.model) or (approximation.recalls and ranks.world() > 1)
+        while True:
+            options = self._options(kept, approximation)
+            rows = min(options["chunk_rows"], pool.size)
+            try:
+                return run(**options)
+            except torch.OutOfMemoryError:
+                if rows == 1 or together or approximation.measure is None:
+                    raise
+            # Behind the except block, whose exception holds the tensors of the failed pass.
+            self._most_rows = rows // 2
+            _LOG.warning(
+                "Scoring %d candidates at once runs out of memory; from now on %d run at once. Set chunk_rows=%d to "
+                "begin so.",
+                rows,
+                self._most_rows,
+                self._most_rows,
+            )
+
     def _options(self, kept: int, approximation: Approximation) -> dict[str, Any]:
         """How this sifter scores: options of `earlysift.scorers.Scoring`."""
         # An exit has few layers and few positions with logits: twice b still needs less memory than a training step.
-        rows = kept if approximation.depth is None else 2 * kept
+        rows = self.config.chunk_rows or (kept if approximation.depth is None else 2 * kept)
         return {
             "family": self.config.family,
             "exit_head": self.exit_head,
             "reduction": self.config.reduction,
             "max_positions": self.config.max_positions,
-            "chunk_rows": self.config.chunk_rows or rows,
+            "chunk_rows": min(rows, self._most_rows or rows),
             "trim": self.config.trim,
             "dtype": self.config.dtype,
             "learnt": self.learnt,

@@ -1,5 +1,9 @@
-"""The state of selection in a Trainer's checkpoint: JSON, and what tensors it has beside it; a pair per process."""
+"""The state of selection in a Trainer's checkpoint: JSON, and what tensors it has beside it; a pair per process.
 
+The JSON holds the digests of both, as a flipped bit in either would otherwise be read as another number.
+"""
+
+import hashlib
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -13,6 +17,7 @@ from earlysift import files
 from earlysift.options import whole
 
 _TENSOR = "tensor in the file beside"
+_DIGESTS = "sha256"
 
 
 def name_of(process: int) -> str:
@@ -30,7 +35,8 @@ def write(path: Path, state: Mapping[str, Any]) -> None:
     plain, tensors = _separated(state, "")
     if tensors:  # first: what the JSON names is there
         files.write_whole(_beside(path), lambda part: save_file(tensors, part))
-    files.write_whole(path, lambda part: part.write_text(json.dumps(plain), encoding="utf-8"))
+    text = json.dumps({_DIGESTS: _digests(path, plain), **plain})
+    files.write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def read(path: Path, totals: Collection[str]) -> dict[str, Any]:
@@ -39,13 +45,18 @@ def read(path: Path, totals: Collection[str]) -> dict[str, Any]:
     Raises:
         ValueError: If the file does not hold that; names it.
     """
-    remedy = "Resume from another checkpoint, or delete the file to start selection anew."
+    remedy = f"Resume from another checkpoint, or delete {path.name} to start selection anew."
     try:
         state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(
             f"Expected a state of selection, as JSON, in {path}, got no JSON ({error}). {remedy}"
         ) from error
+    saved = state.pop(_DIGESTS, None) if isinstance(state, dict) else None  # older states have none
+    if saved is not None and saved != (found := _digests(path, state)):
+        names = found.keys() | (saved.keys() if isinstance(saved, dict) else ())
+        damaged = sorted(name for name in names if not isinstance(saved, dict) or saved.get(name) != found.get(name))
+        raise ValueError(f"Expected {' and '.join(damaged)} in {path.parent} as saved, found it changed. {remedy}")
     counts = ("batch_size", *totals)
     sound = isinstance(state, dict) and "sifter" in state and all(whole(state.get(name), 0) for name in counts)
     if not sound:
@@ -60,6 +71,14 @@ def read(path: Path, totals: Collection[str]) -> dict[str, Any]:
             f"Expected the tensors that {path.name} names in {tensors}, found {error!r}. Resume from another "
             "checkpoint, or delete both files to start selection anew."
         ) from error
+
+
+def _digests(path: Path, plain: Mapping[str, Any]) -> dict[str, str]:
+    """Digests of what the JSON file holds but for them, and of the file beside it if there is one."""
+    content = {path.name: json.dumps(plain).encode()}
+    if _beside(path).is_file():
+        content[_beside(path).name] = _beside(path).read_bytes()
+    return {name: hashlib.sha256(part).hexdigest() for name, part in content.items()}
 
 
 def _beside(path: Path) -> Path:

@@ -71,6 +71,8 @@ def prune(run: Path) -> None:
     sealed = [folder for folder in _folders(run) if (folder / MANIFEST).is_file()]
     for folder in _folders(run):
         if folder not in sealed[-_KEPT:]:
+            # First, so that `tidy` finds what a killed run had not deleted.
+            (folder / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(folder)
 
 

@@ -9,6 +9,7 @@ import warnings
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -359,12 +360,11 @@ def _read_entry(entry: Path) -> Blocks | None:
     except OSError:
         return None
     digest, content = raw[:_DIGEST_BYTES], raw[_DIGEST_BYTES:]
-    # torch.load alone does not notice a flipped bit.
-    if hashlib.sha256(content).digest() != digest:
-        warnings.warn(f"{entry}: this cache entry is damaged; encoding the text again", stacklevel=3)
-        return None
-    fields: dict[str, Any] = torch.load(io.BytesIO(content), weights_only=True)
-    return Blocks(**fields)
+    if hashlib.sha256(content).digest() == digest:  # torch.load alone does not notice a flipped bit
+        with suppress(Exception):  # another program's file may fail in any way
+            return Blocks(**torch.load(io.BytesIO(content), weights_only=True))
+    warnings.warn(f"{entry}: this cache entry is damaged; encoding the text again", stacklevel=3)
+    return None
 
 
 def _write_entry(entry: Path, blocks: Blocks) -> None:
