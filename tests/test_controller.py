@@ -372,7 +372,7 @@ def test_after_greedy_selection_has_done_harm_no_greedy_choice_is_taken_before_t
             assert decide(state, numbers_of(), control, 50, weighted=False)[0] is None
 
 
-def test_where_samples_are_learnt_by_heart_nothing_is_selected_before_the_training_is_twice_as_long():
+def test_where_samples_are_learnt_by_heart_nothing_is_selected_before_the_training_is_four_times_as_long():
     seen = easy_heavy(0)
     entry = record(seen._replace(scores={0: seen.exact, 1: seen.exact}), 32, BOTH)
     on = State(REMEMBERED, (entry, entry), before=(0.0, 9.0))
@@ -385,10 +385,10 @@ def test_where_samples_are_learnt_by_heart_nothing_is_selected_before_the_traini
     assert (kept.state.choice, kept.state.by_heart) == (REMEMBERED, 0)
     stopped = look(on, 40, BY_HEART - 0.01)
     assert (stopped.state.choice, stopped.state.by_heart) == (None, 40)
-    assert stopped.reason == "samples were learnt by heart at step 40, and nothing is selected before twice that step"
+    assert stopped.reason == "samples were learnt by heart at step 40, and nothing is selected before step 160"
     off = dataclasses.replace(stopped.state, records=(entry, entry))
-    assert look(off, 79, 0.5).state.choice is None
-    assert look(off, 80, 0.5).state.choice == REMEMBERED
+    assert look(off, 159, 0.5).state.choice is None
+    assert look(off, 160, 0.5).state.choice == REMEMBERED
     saved = json.loads(json.dumps(controller.to_json(off), allow_nan=False))
     assert controller.from_json(saved) == off
     assert controller.state_problems(saved | {"by_heart": -1}, BOTH) == [

@@ -28,8 +28,9 @@ BY_HEART = 0.25  # where less is left of large losses when their samples come ba
 LEAST_CORRELATION = 0.1  # a score that ranks worse than this ranks at random
 EARLY_SHARE, EARLY_PROBES = 0.1, 0.4  # this part of the training gets this part of the probes
 FREE_EVERY = 50  # steps between looks at what is free, which take some milliseconds
+LONGER = 4  # times the steps so far without selection once samples are learnt by heart; later visits add to that
 MOVE = 1.05  # a better choice must pay so many times as much as the present one
-_BY_HEART = "samples were learnt by heart at step {}, and nothing is selected before twice that step"
+_BY_HEART = "samples were learnt by heart at step {}, and nothing is selected before step {}"
 _UNWEIGHTED = "the loop reads no weights, which the unbiased rule needs"
 _NEAR_END = "the training nears its end, and greedy selection has a floor"
 _HAS_RISEN = "the loss of whole pools has risen by {:.2g} since: what is not trained on is forgotten"
@@ -81,7 +82,7 @@ class State:
         harmed: Step at which greedy selection has made that loss rise, 0 if it has not; it is not tried again before
             twice that step.
         by_heart: Step at which so little was left of large losses when their samples came back that these must have
-            been memorised, 0 if there was none; nothing is selected before twice that step.
+            been memorised, 0 if there was none; nothing is selected before `LONGER` times that step.
     """
 
     choice: Choice | None = None
@@ -187,7 +188,8 @@ def decide(
     payoff out (T7) and steps on the largest losses go along the mean gradient. All this by `TAKE`; a choice is kept by
     the milder `KEEP`, a greedy one until the training nears its end, or the loss of whole pools has risen since (greedy
     selection forgets what it does not train on): then no greedy one is taken until the training is twice as long. Where
-    samples are learnt by heart in one visit, no choice is taken for as long: to select would only speed that up.
+    samples are learnt by heart in one visit, no choice is taken until it is `LONGER` times as long: to select would
+    only speed that up.
 
     Greedy choices go first where it is known that large losses are of what can be learnt, as they gain most there, and
     of these remembered losses, which are for nothing; else unbiased ones do. Among those the one that pays most is
@@ -214,7 +216,8 @@ def decide(
         _HARMED.format(state.harmed): step < 2 * state.harmed,
     }
     veto = next((reason for reason, applies in vetoes.items() if applies), "")
-    by_heart = _BY_HEART.format(state.by_heart) if step < 2 * state.by_heart else ""
+    again = LONGER * state.by_heart
+    by_heart = _BY_HEART.format(state.by_heart, again) if step < again else ""
     vetoed = {"greedy": by_heart or veto, "unbiased": by_heart}
     objections = {
         choice: vetoed[choice.rule] or objection(choice, numbers, KEEP if choice == now else TAKE)
