@@ -184,7 +184,7 @@ def test_s04_files_of_two_steps_do_not_make_a_state_of_selection(name, trainers_
 # S2: kills of `earlysift compare`
 
 COMPARE = {
-    "reading": ("compare/run.py:load_workload", 1),
+    "reading": ("workloads.py:load_workload", 1),
     "rehearsal": ("trial.py:rehearse", 1),
     "first results": ("compare/run.py:_save", 1),
     "calibration": ("calibrate.py:measure_operations", 1),
