@@ -285,7 +285,8 @@ ROW = {
 def test_a_config_brings_a_row_of_its_own_along(tmp_path, capsys):
     report = tmp_path / "check.json"
     albert = {"model_type": "albert", "architectures": ["AlbertForMaskedLM"], "hidden_size": 32, "vocab_size": 100}
-    assert check(written(tmp_path, albert | {"num_attention_heads": 4, "intermediate_size": 48}), *QUICK) == 2
+    one_layer = {"num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}  # is no list
+    assert check(written(tmp_path, albert | one_layer), *QUICK) == 2
     assert "put one under 'earlysift_family' into the model's config.json" in capsys.readouterr().err
     assert check(written(tmp_path, MISTRAL | {"earlysift_family": ROW}), *QUICK, "--json", report) == 0
     numbers = json.loads(report.read_text())
