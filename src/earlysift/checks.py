@@ -128,6 +128,11 @@ def require_apart(model: nn.Module, rows: Any, flattened: Any, family: Family | 
         ValueError: If the model's logits differ, or a document is to predict the first token of the next one.
     """
     anatomy = exits.find_anatomy(model, family)
+    if not anatomy.by_token:
+        raise ValueError(
+            f"Documents of a flattened row are samples in tasks over tokens; the task is {anatomy.task}. Turn "
+            "padding-free collation off."
+        )
     (inputs, _), (together, labels) = (pools.inputs_and_labels(each, anatomy.labels) for each in (rows, flattened))
     with torch.no_grad(), exits.uncompiled(), exits.scoring_mode(model), _noted_tolerances(anatomy) as tolerances:
         alone = exits.call(model, inputs)
@@ -226,11 +231,12 @@ def unlike_the_last(
     """
     known = _UNLIKE.setdefault(anatomy.core, {})
     if depth not in known:
-        known[depth] = None
         sizes = [[weight.shape for weight in layer.parameters()] for layer in list(anatomy.layers)[depth - 1 :]]
+        found = None
         if any(each != sizes[0] for each in sizes):
             shapes = exits.shapes_of_states(model, anatomy, pools.take(inputs, slice(0, 1)))
-            known[depth] = (shapes[depth - 1], shapes[-1]) if shapes[depth - 1] != shapes[-1] else None
+            found = (shapes[depth - 1], shapes[-1]) if shapes[depth - 1] != shapes[-1] else None
+        known[depth] = found
     return known[depth]
 
 
@@ -432,7 +438,8 @@ def _head_problems(model: nn.Module, anatomy: Anatomy, inputs: Any, own: Tensor,
         Problem(
             f"The modules {'.'.join(anatomy.head)!r} do not yield the model's own logits from the states that enter "
             f"them ({difference}): the model does something else around them (a soft cap, a scale, a bias).",
-            "Leave heads empty in the family row, heads=(), to use the model's own logits.",
+            "The model's own logits are right, if slower; a full row without heads, "
+            "Family(layers=..., task=...), says so from the start.",
         )
     ]
 
@@ -481,6 +488,8 @@ def _other_loss(anatomy: Anatomy, inputs: Mapping[str, Any], labels: Tensor) -> 
     """The way out where the model computes another loss than the row says."""
     if packing.PLACES in inputs and getattr(getattr(anatomy.core, "config", None), "use_cache", False):
         return _CACHED
+    if anatomy.task == "question_answering":
+        return "Have both of start and end within the sequence, or neither: the model averages the mean of each."
     if anatomy.task != "sequence_classification":
         return (
             f"Set the task in the family row; it is now {anatomy.task!r}. causal_lm shifts the labels by one position, "
@@ -495,7 +504,7 @@ def _other_loss(anatomy: Anatomy, inputs: Mapping[str, Any], labels: Tensor) -> 
 
 def _remedy(anatomy: Anatomy, inputs: Any, otherwise: str) -> str:
     """The remedy for an encoder-decoder whose decoder gets no inputs, otherwise the given one."""
-    if not families.is_encoder_decoder(anatomy.core) or "decoder_input_ids" in inputs:
+    if not (anatomy.by_token and families.is_encoder_decoder(anatomy.core)) or "decoder_input_ids" in inputs:
         return otherwise
     made_of = "decoder_input_ids are made of the labels"
     made = {"seq2seq_lm": f"Set decoder_start_token_id and pad_token_id in the model's config, by which {made_of}"}

@@ -53,6 +53,8 @@ def flops_law(anatomy: Anatomy, depth: int | None = None, *, skips_unlabelled: b
         raise ValueError("an encoder-decoder runs at positions of two kinds, of inputs and of labels")
     if families.has_stages(anatomy.core):
         raise ValueError("its stages run at several resolutions")
+    if getattr(anatomy.core, "main_input_name", None) == "input_values":
+        raise ValueError("it reads samples of a sound, and its layers run on frames of them")
     everywhere, head = _outer_weights(anatomy)
     distances = _distances(anatomy)
     attention = fixed = 0.0

@@ -37,8 +37,6 @@ _TASK_OF_CLASS_SUFFIX: dict[str, Task] = {
 }
 _CACHE = "use_cache"
 _ANSWER = ("start_positions", "end_positions")
-
-
 _CAPS = ("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap")
 _DECODED = {"decoder_input_ids", "decoder_inputs_embeds"}
 _REFUSED_WRAPPERS = {
@@ -676,7 +674,8 @@ def anatomy_or_problems(model: nn.Module, family: Family | None) -> Anatomy | li
             Problem(
                 f"{name} shares weights between its layers, as ALBERT does: it calls {groups} of them {count} times, "
                 "and an exit is behind a layer, not behind a call.",
-                "Use a score that needs no exit: remembered losses (score='memory'), or your own callable.",
+                "Use a score that needs no exit: your own callable, or remembered losses in a loop of your own "
+                "(score='memory', Sifter.observe).",
             )
         ]
     model_type = getattr(config, "model_type", None)
@@ -688,8 +687,8 @@ def anatomy_or_problems(model: nn.Module, family: Family | None) -> Anatomy | li
         return [Problem(str(error), families.AS_JSON)]
     given = [row for row in (configured, family) if row is not None]
     listed = FAMILIES.get(str(model_type))
-    if listed is not None and _submodule(core, str(listed.layers)) is None:  # Llama's readers call their base another
-        listed = None
+    if listed is not None and any(_submodule(core, path) is None for path in listed.paths):
+        listed = None  # Llama's readers call their base another
     known = next((row for row in given if row.layers), None) or listed
     row = known or families.derived(core)
     for changes in given:
@@ -733,7 +732,8 @@ def anatomy_or_problems(model: nn.Module, family: Family | None) -> Anatomy | li
             "Set task='seq2seq_lm' in the family row.",
         ),
         (
-            isinstance(layers, nn.ModuleList | nn.Sequential) and 0 < getattr(config, "rescale_every", 0) < len(layers),
+            isinstance(layers, nn.ModuleList | nn.Sequential)
+            and 0 < (getattr(config, "rescale_every", 0) or 0) < len(layers),
             f"{name} halves weights of later layers for evaluation and doubles them again for training, also those of "
             "layers that an exit left out: scoring would change its weights.",
             "Set rescale_every=0 in its config.",

@@ -200,20 +200,20 @@ def found(core: nn.Module) -> str:
 def _layer_lists(core: nn.Module) -> list[str]:
     """Paths of the outermost lists of layers: of two or more modules that all have weights.
 
-    They are of one class, or, as those of hybrids, as many as the config says that the model has layers. What lies
-    within any other list is part of one of its modules, and no list of layers either.
+    They are of one class; where there is no such list, as in hybrids, they are as many as the config says that the
+    model has layers. What lies within any other list is part of one of its modules, and no list of layers either.
     """
     lists: dict[str, nn.Module] = {}
     for path, module in core.named_modules():
         several = isinstance(module, nn.ModuleList | nn.Sequential) and sum(map(_weighs, module)) > 1
         if path and several and not any(path.startswith(f"{outer}.") for outer in lists):
             lists[path] = module
+    with_weights = {
+        path: modules for path, module in lists.items() if all(map(_weighs, modules := list(module.children())))
+    }
+    alike = [path for path, modules in with_weights.items() if len({type(module) for module in modules}) == 1]
     named = getattr(getattr(core, "config", None), "num_hidden_layers", None)
-    return [path for path, module in lists.items() if _are_layers(list(module.children()), named)]
-
-
-def _are_layers(modules: list[nn.Module], named: int | None) -> bool:
-    return all(map(_weighs, modules)) and (len({type(module) for module in modules}) == 1 or len(modules) == named)
+    return alike or [path for path, modules in with_weights.items() if len(modules) == named]
 
 
 def _weighs(module: nn.Module) -> bool:

@@ -38,6 +38,11 @@ def size(pool: Any) -> int:
 def _lengths(pool: Mapping[str, Any]) -> list[int]:
     """Lengths of the documents, which end where positions do not go on; waits for an accelerator."""
     places = pool[PLACES][0]
+    if places[-2:].tolist() == [0, 0]:
+        raise ValueError(
+            "Expected a flattened pool of documents alone, got one whose position_ids end in several zeros, as padding "
+            "does. Collate without pad_to_multiple_of."
+        )
     begins = (torch.diff(places) != 1).nonzero().flatten() + 1
     return torch.tensor([0, *begins.tolist(), len(places)]).diff().tolist()
 

@@ -150,11 +150,6 @@ def with_head(anatomy: Anatomy) -> Anatomy:
     Raises:
         ValueError: If they have no name in the family row.
     """
-    if not (anatomy.head or anatomy.classifier):
-        raise ValueError(
-            f"Expected a family row that names the head of {type(anatomy.core).__name__}, got none. Probes look at the "
-            "states that enter the head: Family(layers=..., heads=((...),))."
-        )
     if families.is_encoder_decoder(anatomy.core):
         raise ValueError(
             f"{type(anatomy.core).__name__} is an encoder-decoder. Probes and auto mode read all exits off one full "
@@ -164,6 +159,11 @@ def with_head(anatomy: Anatomy) -> Anatomy:
         raise ValueError(
             f"{type(anatomy.core).__name__} has stages, whose states its head cannot read, but auto mode reads exits "
             "by it until their probes have learnt. Use mode='fixed' with score='probe'."
+        )
+    if not (anatomy.head or anatomy.classifier):
+        raise ValueError(
+            f"Expected a family row that names the head of {type(anatomy.core).__name__}, got none. Probes look at the "
+            "states that enter the head: Family(layers=..., heads=((...),))."
         )
     return anatomy._replace(head=anatomy.head or anatomy.classifier)
 

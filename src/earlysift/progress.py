@@ -36,6 +36,7 @@ class Progress:
         largest: Candidates of the largest pool.
         counts: Of all steps so far, by name.
         fidelity: The latest probe's.
+        flattened: Whether pools are rows of documents set apart (`earlysift.packing`), by the first one.
         weights_read: Whether the loop reads weights; one that ignores them must never be given the unbiased rule.
         steering: What auto mode remembers.
     """
@@ -59,6 +60,7 @@ class Progress:
         lambda value: isinstance(value, Mapping) and set(value) <= set(FIDELITY) and all(map(finite, value.values())),
         f"finite numbers of {', '.join(FIDELITY)}",
     )
+    flattened: bool | None = option(None, lambda value: isinstance(value, bool | None), "True, False or None")
     weights_read: bool = option(False, lambda value: isinstance(value, bool), "True or False")
     steering: controller.State | None = None
 
@@ -115,6 +117,7 @@ def from_json(saved: Mapping[str, Any]) -> Progress:
         kept=None if saved["kept"] is None else int(saved["kept"]),
         counts={name: int(count) for name, count in saved["counts"].items()},
         fidelity=dict(saved["fidelity"]),
+        flattened=saved["flattened"],
         weights_read=saved["weights_read"],
         steering=saved["steering"] and controller.from_json(saved["steering"]),
     )

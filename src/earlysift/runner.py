@@ -100,7 +100,8 @@ class Runner:
         )
         self._laws: dict[int | None, costs.FlopsLaw] = {}
         self._flops_failed = False
-        self._most_rows: int | None = None  # that can be scored at once, once memory did not suffice for more
+        # Rows that fit into memory, once it did not suffice for more: in passes of all layers (True) and to an exit.
+        self._most_rows: dict[bool, int] = {}
         self._left_ms: float | None = None
         self._between_ms: deque[float] = deque(maxlen=100)
 
@@ -391,7 +392,7 @@ class Runner:
 
     def note_work(self, rows: Any, name: str, depth: int | None = None, *, passes: int = 1) -> None:
         """Note positions and FLOPs of passes to a depth (None: all layers), if they can be counted."""
-        if self.anatomy is None or not self.has_labels(rows):
+        if self.anatomy is None or not pools.has_labels(rows, self.anatomy.labels):
             return
         positions = self._max_positions(depth)
         try:
@@ -422,23 +423,24 @@ class Runner:
         Not where other ranks would wait for passes or exchanges that this one repeats, and not if rows do not run in
         chunks.
         """
-        together = ranks.sharded(self.model) or (approximation.recalls and ranks.world() > 1)
+        full = approximation.depth is None
         while True:
             options = self._options(kept, approximation)
             rows = min(options["chunk_rows"], pool.size)
             try:
                 return run(**options)
             except torch.OutOfMemoryError:
+                together = ranks.sharded(self.model) or (approximation.recalls and ranks.world() > 1)
                 if rows == 1 or together or approximation.measure is None:
                     raise
             # Behind the except block, whose exception holds the tensors of the failed pass.
-            self._most_rows = rows // 2
+            self._most_rows[full] = rows // 2
             _LOG.warning(
                 "Scoring %d candidates at once runs out of memory; from now on %d run at once. Set chunk_rows=%d to "
                 "begin so.",
                 rows,
-                self._most_rows,
-                self._most_rows,
+                rows // 2,
+                rows // 2,
             )
 
     def _options(self, kept: int, approximation: Approximation) -> dict[str, Any]:
@@ -450,7 +452,7 @@ class Runner:
             "exit_head": self.exit_head,
             "reduction": self.config.reduction,
             "max_positions": self.config.max_positions,
-            "chunk_rows": min(rows, self._most_rows or rows),
+            "chunk_rows": min(rows, self._most_rows.get(approximation.depth is None, rows)),
             "trim": self.config.trim,
             "dtype": self.config.dtype,
             "learnt": self.learnt,
@@ -477,6 +479,11 @@ def _unfit(config: SiftConfig, anatomy: Anatomy) -> list[Problem]:
             config.mode == "auto" or config.score in ("probe", "blend"),
             f"Probes of exits and auto mode know classes and tokens, not {anatomy.task}.",
             "Use mode='fixed' with score='loss', 'exact' or 'memory'.",
+        ),
+        (
+            anatomy.task == "ctc" and config.score in ("entropy", "margin"),
+            f"score={config.score!r} needs a prediction of single labels, and CTC has none.",
+            "Use score='loss', 'exact' or 'memory'.",
         ),
         (
             config.trim or config.scope == "global",

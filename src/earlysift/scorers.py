@@ -165,7 +165,7 @@ def blend(depth: int) -> Approximation:
 def custom(scorer: Scorer) -> Approximation:
     """A scorer of the user's own, run as the others are: no gradients, evaluation mode, no global random state touched.
 
-    It is called with the model and the pool as the loader gave it.
+    It is called with the model and the pool as the loader gave it, documents of a flattened row as padded rows.
     """
     return Approximation(name_of(scorer), partial(_guarded, scorer))
 
@@ -249,14 +249,14 @@ def training_loss(
     Raises:
         ValueError: If labels are no class ids of this model, or the model's own loss differs.
     """
-    sums, counts = sample_losses(model, batch, **options)
+    anatomy = checks.verified(model, batch, options.pop("family", None))
+    sums, counts = _sample_losses(anatomy, model, batch, **options)
     if observe is not None:
         observe(torch.where(counts > 0, sums / counts, losses.UNLABELLED).detach())
     if weights is not None:
         sums = sums * weights
     if items is None:
-        adds_up = checks.adds_up(exits.find_anatomy(model, options.get("family")))
-        items = 1.0 if adds_up else counts.sum().clamp(min=1)
+        items = 1.0 if checks.adds_up(anatomy) else counts.sum().clamp(min=1)
     return sums.sum() / items
 
 
@@ -264,28 +264,36 @@ def sample_losses(
     model: nn.Module,
     batch: Any,
     *,
-    depth: int | None = None,
     family: Family | None = None,
-    exit_head: nn.Module | None = None,
-    detach_exit: bool = False,
-    chunk_tokens: int = 1 << 30,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Differentiable losses of the samples of a batch: what `training_loss` sums up.
 
     Args:
         model: The model, wrapped or not, in training mode.
         batch: Batch of b samples with labels.
-        depth: Exit after this many layers; None is the full model.
         family: A row for a model that `earlysift.families.FAMILIES` does not know.
-        exit_head: Module after the exit, if any.
-        detach_exit: Whether gradients of the exit stop at the exit head.
-        chunk_tokens: Positions that pass through the head at once.
+        options: ``depth`` (exit after this many layers; None is the full model), ``exit_head`` (module after the exit),
+            ``detach_exit`` (whether gradients of the exit stop there), and ``chunk_tokens`` (positions that pass
+            through the head at once).
 
     Returns:
         The sum of every sample's losses over its labelled positions, float32 ``(b,)``, 0 for unlabelled samples; and
         the number of these positions, float32 ``(b,)`` (1 in classification and CTC).
     """
-    anatomy = checks.verified(model, batch, family)
+    return _sample_losses(checks.verified(model, batch, family), model, batch, **options)
+
+
+def _sample_losses(
+    anatomy: Anatomy,
+    model: nn.Module,
+    batch: Any,
+    *,
+    depth: int | None = None,
+    exit_head: nn.Module | None = None,
+    detach_exit: bool = False,
+    chunk_tokens: int = 1 << 30,
+) -> tuple[Tensor, Tensor]:
     inputs, labels = exits.inputs_and_labels(anatomy, batch)
     with ExitStack() as stack:
         if depth is not None:

@@ -155,7 +155,8 @@ class Sifter:
         """
         micro_step = judging.require_micro_step(micro_step)
         before, runner = self._progress, self._runner
-        flattened = packing.is_flattened(pool)
+        flattened = before.flattened is not False and packing.is_flattened(pool)
+        decided = flattened if before.flattened is None else before.flattened  # the first pool decides for all
         rows = packing.apart(pool, runner.label_keys()) if flattened else pool
         candidates = pools.checked(rows, self.config.sample_id, runner.samples, self.config.group)
         kept = judging.require_kept(candidates.size, self.config.keep, before.kept, first=before.step == 0)
@@ -166,7 +167,7 @@ class Sifter:
         if self.config.keep == 1:
             chosen = stepping.whole_pool(candidates, runner.device)
             step, row = before.place(micro_step)[0], stepping.counted(candidates, chosen)
-            self._commit(candidates.data, chosen.selection, step, micro_step, row)
+            self._commit(candidates.data, chosen.selection, step, micro_step, row, flattened=decided)
             self.latest = stepping.remember(candidates, None, chosen, step, runner)
             return packing.joined(candidates.data, pool) if flattened else candidates.data
         judging.require_training(self.model)
@@ -183,7 +184,8 @@ class Sifter:
         batch = stepping.gather(candidates, chosen, runner)
         self._warn(plan, scored, candidates.size, fidelity)
         row = plan.row | (scored.row if scored else {}) | fidelity | stepping.counted(candidates, chosen)
-        self._commit(batch, chosen.selection, plan.step, micro_step, row, kept=kept, steering=plan.steering)
+        changes = {"kept": kept, "steering": plan.steering, "flattened": decided}
+        self._commit(batch, chosen.selection, plan.step, micro_step, row, **changes)
         runner.note_scoring(candidates, plan.approximation, row)
         self._unjudged, self.latest = unjudged, stepping.remember(candidates, scored, chosen, plan.step, runner)
         return packing.joined(batch, pool) if flattened else batch
@@ -226,9 +228,11 @@ class Sifter:
         Returns:
             A float32 scalar.
         """
-        if packing.is_flattened(batch):
-            batch = packing.apart(batch, self._runner.label_keys())
         observe = self.observe if self.observes else None
+        # Where a loss for each document is asked for; with keep=1, too, where nothing has checked that they stay apart.
+        single = observe is not None or options.get("weights") is not None or self.config.keep == 1
+        if single and self._progress.flattened and packing.is_flattened(batch):
+            batch = packing.apart(batch, self._runner.label_keys())
         with self.lesson(batch):
             return scorers.training_loss(self.model, batch, family=self.config.family, observe=observe, **options)
 
@@ -304,6 +308,7 @@ class Sifter:
             ValueError: If the state is of another version or configuration, or not what `state_dict` returned; lists
                 what differs or is wrong. Nothing is loaded then.
         """
+        state = {"flattened": None, **state} if isinstance(state, Mapping) else state  # older ones know of no documents
         learners = self._runner.learners()
         progress.require_loadable(state, self._identity(), self._control, self.exit_head, self.exit_optimizer, learners)
         if self.exit_head is not None:

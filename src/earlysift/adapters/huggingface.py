@@ -273,7 +273,7 @@ class SiftTrainerMixin(_Base):  # type: ignore[misc, valid-type]
                 "Use data parallelism.",
             ),
             (
-                self.args.n_gpu > 1,
+                self.args.n_gpu > 1 and keep < 1,
                 f"The Trainer would train on {self.args.n_gpu} devices by nn.DataParallel, and score on one of them. "
                 f"Start the script by torchrun --nproc-per-node {self.args.n_gpu}, or set CUDA_VISIBLE_DEVICES to one "
                 "device.",
