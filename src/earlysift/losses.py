@@ -61,7 +61,7 @@ def sample_scores(
         chunk_tokens: As in `token_scores`.
 
     Returns:
-        float32 ``(R,)``; ``-inf`` for unlabelled samples.
+        float32 ``(R,)``; ``-inf`` for unlabelled samples, of which CTC has none.
 
     Raises:
         ValueError: As `token_scores` and `class_scores`, and for another measure than the loss in CTC.
@@ -71,7 +71,7 @@ def sample_scores(
     if task == "ctc":
         if measure != LOSS:
             raise ValueError(f"score={measure.name!r} needs a prediction of single labels, CTC has none. Use 'loss'.")
-        return torch.where((labels >= 0).any(dim=1), states.float(), UNLABELLED)
+        return states.float()  # also of samples without labels: they are silence
     if task == "question_answering":
         logits = head(states)
         return token_scores(measure, logits, answers(labels, logits.size(-1)), lambda each: each, reduction=reduction)
@@ -104,8 +104,6 @@ def sample_sums(
     Returns:
         float32 ``(R,)``, 0 for unlabelled samples, and float32 ``(R,)`` (1 where a sample has one loss).
     """
-    if task == "ctc":  # the model's own losses, which those of samples without labels are part of
-        return states.float(), torch.ones(len(states), device=states.device)
     sums = sample_scores(LOSS, task, states, labels, head, problem=problem, reduction="sum", chunk_tokens=chunk_tokens)
     if task in BY_TOKEN:
         counts = labelled_positions(labels, causal=task == "causal_lm").sum(dim=1)
