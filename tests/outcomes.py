@@ -4,16 +4,18 @@ import json
 import os
 from pathlib import Path
 
-PATH = Path(os.environ["EARLYSIFT_OUTCOMES"])
+
+def path():
+    return Path(os.environ["EARLYSIFT_OUTCOMES"])
 
 
 def pytest_collection_modifyitems(items):
-    known = {json.loads(line)["case"] for line in PATH.read_text().splitlines()} if PATH.is_file() else set()
+    known = {json.loads(line)["case"] for line in path().read_text().splitlines()} if path().is_file() else set()
     items[:] = [item for item in items if item.nodeid not in known]
 
 
 def pytest_runtest_logreport(report):
     if report.when == "call" or not report.passed:
         row = {"case": report.nodeid, "outcome": report.outcome, "seconds": report.duration}
-        with PATH.open("a") as file:
+        with path().open("a") as file:
             file.write(json.dumps(row | {"properties": report.user_properties}) + "\n")

@@ -3,7 +3,7 @@
 import copy
 import itertools
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from earlysift import Sifter, exits, families, losses, scorers
 from earlysift.checks import check
 from earlysift.exits import ExitHead, find_anatomy, truncated
 from earlysift.families import Family
+from layer_calls import expected_calls, layer_calls
 from models import BUILDERS, LAYERS, WIDTH, build, logits_of, loss_of, row_of, sample_losses, shorter
 
 ALL = [pytest.param(family, task, id=f"{family}-{task}") for family, task in BUILDERS]
@@ -34,42 +35,6 @@ def batch_of(model, rows=6, length=12, seed=1):
 
 def inputs_of(model, **arguments):
     return {key: value for key, value in batch_of(model, **arguments).items() if key != "labels"}
-
-
-CALLS = []
-
-
-# An operator, so that compiled code counts, too, without a break in its graphs.
-@torch.library.custom_op("earlysift_tests::count_call", mutates_args=())
-def count_call(states: torch.Tensor, position: int) -> torch.Tensor:
-    CALLS[position] += 1
-    return states.clone()
-
-
-count_call.register_fake(lambda states, position: torch.empty_like(states))
-count_call.register_autograd(lambda context, gradient: (gradient, None))
-
-
-@contextmanager
-def layer_calls(model, family=None):
-    """Counts how often each layer of a model runs, compiled or not."""
-    layers = find_anatomy(model, family).layers
-    CALLS[:] = [0] * len(layers)
-
-    def hook_at(position):
-        def hook(module, args, output):
-            if isinstance(output, tuple):
-                return (count_call(output[0], position), *output[1:])
-            return count_call(output, position)
-
-        return hook
-
-    handles = [layer.register_forward_hook(hook_at(i)) for i, layer in enumerate(layers)]
-    try:
-        yield CALLS
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def structure(model):
@@ -175,10 +140,6 @@ def test_what_stands_in_a_layers_place_has_its_attributes():
 
 
 # Exactly `depth` layers run
-
-
-def expected_calls(depth, times=1):
-    return [times] * depth + [0] * (LAYERS - depth)
 
 
 @pytest.mark.parametrize(("family", "task"), ALL)

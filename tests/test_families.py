@@ -13,9 +13,9 @@ from torch import nn
 import models
 from earlysift import Family, Sifter, check, checks, exits, families, pools, probes, scorers
 from earlysift.exit_probe import ExitProbe, features
+from layer_calls import expected_calls, layer_calls
 from models import BUILDERS
 from processes import on_ranks
-from test_exits import expected_calls, layer_calls
 from test_guests import assert_same, everything
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
@@ -429,3 +429,26 @@ def test_a_derived_head_that_is_not_the_models_is_left_for_the_models_own_logits
         logits = exits.call(model.eval(), pools.inputs_and_labels(pool)[0])
     slow = nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), pool["labels"][:, 1:], reduction="none")
     torch.testing.assert_close(scores, slow.mean(dim=1), rtol=1e-4, atol=1e-4)
+
+
+def test_a_known_row_may_have_several_lists(monkeypatch):
+    model = zoo.build("t5")
+    monkeypatch.setitem(families.FAMILIES, "t5", Family(("encoder.block", "decoder.block"), (("lm_head",),)))
+    assert not exits.find_anatomy(model).derived
+    monkeypatch.setitem(families.FAMILIES, "t5", Family(("encoder.nothing", "decoder.block"), (("lm_head",),)))
+    assert exits.find_anatomy(model).derived  # as where readers call their base another
+
+
+def test_what_a_failed_pass_would_have_told_of_stages_is_asked_again():
+    model, pool = zoo.build("swin"), zoo.batch("swin")
+    anatomy, inputs = exits.find_anatomy(model), pools.inputs_and_labels(pool)[0]
+    with pytest.raises(AttributeError, match="shape"):
+        checks.unlike_the_last(model, anatomy, 1, {"no_argument": inputs["pixel_values"]})
+    assert checks.unlike_the_last(model, anatomy, 1, inputs) is not None
+
+
+def test_flops_of_sounds_are_left_out_as_layers_run_on_frames(caplog):
+    sifter = Sifter(zoo.build("hubert").train(), keep=0.5)
+    sifter.sift(zoo.batch("hubert"))
+    assert "frames" in caplog.text
+    assert not any("flops" in name for name in sifter.stats())

@@ -130,3 +130,49 @@ def test_one_document_is_a_pool_of_one():
     same(packing.joined(packing.apart(pool), pool), pool)
     sifter = Sifter(model_of(), SiftConfig(kept=1, keep=0.5, probe_every=0))
     same(sifter.sift(pool), pool)
+
+
+def rows_of_documents(rows):
+    """Rows that hold three documents each, as packing before batching makes them."""
+    places = torch.cat([torch.arange(n) for n in (4, 6, 6)])
+    ids = torch.randint(3, models.VOCABULARY, (rows, 16), generator=Generator().manual_seed(rows))
+    labels = torch.where(places == 0, -100, ids)
+    return {"input_ids": ids, "position_ids": places.expand(rows, -1).clone(), "labels": labels}
+
+
+def test_the_first_pool_decides_whether_documents_or_rows_are_selected_and_a_resumed_run_knows():
+    model = model_of()
+    of_rows = Sifter(model, keep=0.5)
+    kept = of_rows.sift(rows_of_documents(2))
+    assert kept["input_ids"].shape == (1, 16)
+    model.eval()
+    torch.testing.assert_close(of_rows.loss(kept), model(**kept).loss)  # one row, and not three documents
+    model.train()
+    resumed = Sifter(model, keep=0.5)
+    resumed.load_state_dict(of_rows.state_dict())
+    for sifter in (of_rows, resumed):
+        with pytest.raises(ValueError, match="one packed"):
+            sifter.sift(rows_of_documents(1))
+    assert Sifter(model, keep=0.5).sift(rows_of_documents(1))["input_ids"].shape[1] < 16
+
+
+def test_a_state_from_before_there_were_documents_goes_on():
+    of_documents, resumed = (Sifter(model_of(), keep=0.5) for _ in range(2))
+    of_documents.sift(COLLATE(samples()))
+    older = {name: part for name, part in of_documents.state_dict().items() if name != "flattened"}
+    resumed.load_state_dict(older)
+    same(resumed.sift(COLLATE(samples())), of_documents.sift(COLLATE(samples())))
+
+
+def test_padding_is_no_document():
+    pool = COLLATE(samples())
+    padded = {key: F.pad(pool[key], (0, 4)) for key in ("input_ids", "labels", "position_ids")}
+    with pytest.raises(ValueError, match="Collate without pad_to_multiple_of"):
+        Sifter(model_of(), keep=0.5).sift(padded)
+
+
+def test_documents_are_samples_of_tasks_over_tokens_alone():
+    pool = COLLATE(samples())
+    row = {key: pool[key] for key in ("input_ids", "position_ids")} | {"labels": torch.arange(len(LENGTHS)) % 2}
+    with pytest.raises(ValueError, match="the task is sequence_classification"):
+        Sifter(build("bert", "sequence_classification"), keep=0.5).sift(row)

@@ -100,8 +100,7 @@ class Runner:
         )
         self._laws: dict[int | None, costs.FlopsLaw] = {}
         self._flops_failed = False
-        # Rows that fit into memory, once it did not suffice for more: in passes of all layers (True) and to an exit.
-        self._most_rows: dict[bool, int] = {}
+        self._most_rows: int | None = None  # that can be scored at once, once memory did not suffice for more
         self._left_ms: float | None = None
         self._between_ms: deque[float] = deque(maxlen=100)
 
@@ -423,7 +422,6 @@ class Runner:
         Not where other ranks would wait for passes or exchanges that this one repeats, and not if rows do not run in
         chunks.
         """
-        full = approximation.depth is None
         while True:
             options = self._options(kept, approximation)
             rows = min(options["chunk_rows"], pool.size)
@@ -434,13 +432,13 @@ class Runner:
                 if rows == 1 or together or approximation.measure is None:
                     raise
             # Behind the except block, whose exception holds the tensors of the failed pass.
-            self._most_rows[full] = rows // 2
+            self._most_rows = rows // 2
             _LOG.warning(
                 "Scoring %d candidates at once runs out of memory; from now on %d run at once. Set chunk_rows=%d to "
                 "begin so.",
                 rows,
-                rows // 2,
-                rows // 2,
+                self._most_rows,
+                self._most_rows,
             )
 
     def _options(self, kept: int, approximation: Approximation) -> dict[str, Any]:
@@ -452,7 +450,7 @@ class Runner:
             "exit_head": self.exit_head,
             "reduction": self.config.reduction,
             "max_positions": self.config.max_positions,
-            "chunk_rows": min(rows, self._most_rows.get(approximation.depth is None, rows)),
+            "chunk_rows": min(rows, self._most_rows or rows),
             "trim": self.config.trim,
             "dtype": self.config.dtype,
             "learnt": self.learnt,
