@@ -311,7 +311,7 @@ GOOD = {
         ({"y_train": numpy.eye(9, dtype=int)}, r"expected y_train as one integer .* got int64 of shape \(9, 9\)"),
         (
             {"y_train": numpy.zeros(9, int)},
-            "two classes or more in training, found only 0; add images of another class",
+            "two classes or more in training, found only '0'; add samples of another class",
         ),
         ({"y_test": numpy.array([0, 7, 8])}, "the held-out part has classes that training does not have: 7, 8;"),
         ({"x_train": images_of((9, 8, 8)) / 255 * 2}, "expected x_train as floats from -1 to 1, got 0.0 to 2.0; scale"),
@@ -479,7 +479,7 @@ def test_images_of_one_class_alone_are_refused_with_the_way_out(tmp_path):
     write_images(tmp_path / "train", {"cat": 3})
     write_images(tmp_path / "test", {"cat": 1})
     (tmp_path / "train" / "dog").mkdir()  # a folder without images is no class
-    with pytest.raises(ValueError, match="two classes or more in training, found only cat; add images of another"):
+    with pytest.raises(ValueError, match="two classes or more in training, found only 'cat'; add samples of another"):
         load(tmp_path)
 
 

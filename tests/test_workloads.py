@@ -485,7 +485,7 @@ def test_all_problems_of_settings_are_said_at_once():
         (
             "train.tsv",
             "label\ttext\n" + "1\tx y\n" * 5,
-            "two classes or more, found only '1' in training; add texts of another class",
+            "two classes or more in training, found only '1'; add samples of another class",
         ),
         ("train.tsv", "label\ttext\n1\t\n\tx\n", "expected text, found none in"),
     ],

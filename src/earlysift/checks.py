@@ -438,7 +438,7 @@ def _head_problems(model: nn.Module, anatomy: Anatomy, inputs: Any, own: Tensor,
         Problem(
             f"The modules {'.'.join(anatomy.head)!r} do not yield the model's own logits from the states that enter "
             f"them ({difference}): the model does something else around them (a soft cap, a scale, a bias).",
-            "Give a full family row without heads, Family(layers=..., heads=(), task=...), to use the model's own logits.",
+            "Use the model's own logits: a full family row without heads, Family(layers=..., heads=(), task=...).",
         )
     ]
 
