@@ -312,7 +312,6 @@ def test_a_row_in_the_config_is_saved_with_the_model_and_goes_before_the_known_o
 BAD_ROWS = {
     "a string": ("model.layers", "got 'model.layers'"),
     "a list": (["model.layers"], "got ['model.layers']"),
-    "empty": ({}, "'layers'"),
     "layers of another type": (ROW | {"layers": 5}, "layers must be a path"),
     "a misspelt key": (ROW | {"head": [["lm_head"]]}, "unexpected keyword argument 'head'"),
     "heads in one list": (

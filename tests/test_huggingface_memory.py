@@ -325,7 +325,7 @@ def test_damaged_tensors_are_refused_by_the_name_of_their_file_and_nothing_is_lo
     damage(path)
     trainer = trainer_for(tmp_path, sift=MEMORY, data=samples(24))
     message = (
-        rf"Expected sifter_0\.safetensors in {re.escape(str(checkpoint))} as saved.*delete sifter_0\.json to start"
+        rf"Expected {re.escape(str(checkpoint / 'sifter_0.safetensors'))} as saved.*delete sifter_0\.json to start"
     )
     with pytest.raises(ValueError, match=message):
         trainer.train(resume_from_checkpoint=str(checkpoint))

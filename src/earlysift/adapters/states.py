@@ -55,8 +55,9 @@ def read(path: Path, totals: Collection[str]) -> dict[str, Any]:
     saved = state.pop(_DIGESTS, None) if isinstance(state, dict) else None  # older states have none
     if saved is not None and saved != (found := _digests(path, state)):
         names = found.keys() | (saved.keys() if isinstance(saved, dict) else ())
-        damaged = sorted(name for name in names if not isinstance(saved, dict) or saved.get(name) != found.get(name))
-        raise ValueError(f"Expected {' and '.join(damaged)} in {path.parent} as saved, found it changed. {remedy}")
+        changed = [name for name in names if not isinstance(saved, dict) or saved.get(name) != found.get(name)]
+        damaged = " and ".join(str(path.with_name(name)) for name in sorted(changed))
+        raise ValueError(f"Expected {damaged} as saved, found it changed. {remedy}")
     counts = ("batch_size", *totals)
     sound = isinstance(state, dict) and "sifter" in state and all(whole(state.get(name), 0) for name in counts)
     if not sound:
