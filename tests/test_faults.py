@@ -157,7 +157,7 @@ def refused(folder):
 
 
 @pytest.mark.parametrize(
-    ("damage", "number"), cases([(damage, i) for damage, count in STATE_DAMAGES.items() for i in range(count)], 6)
+    ("damage", "number"), cases([(damage, i) for damage, count in STATE_DAMAGES.items() for i in range(count)], 3)
 )
 def test_s04_damage_to_a_trainers_state_of_selection_is_noticed(damage, number, trainers_states, tmp_path):
     path = tmp_path / ("sifter_0.json", "sifter_0.safetensors")[number % 2]

@@ -116,7 +116,7 @@ def saved(uncut, tmp_path):
     return tmp_path / "run"
 
 
-@pytest.mark.parametrize(("damage", "number"), cases(DAMAGES, 20))
+@pytest.mark.parametrize(("damage", "number"), cases(DAMAGES, 8))
 def test_s04_damage_is_noticed_and_the_checkpoint_before_used(damage, number, saved, caplog):
     files = sorted((saved / "checkpoint-12").iterdir())
     path = files[number % len(files)]
@@ -222,7 +222,7 @@ def whole_run(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("dtype", "dropout", "workers", "rule", "cut"),
-    cases(itertools.product(("float32", "bfloat16"), (0.0, 0.1), (0, 2), RULES, CUTS), 6),
+    cases(itertools.product(("float32", "bfloat16"), (0.0, 0.1), (0, 2), RULES, CUTS), 4),
 )
 def test_s05_a_resumed_run_is_bit_equal(dtype, dropout, workers, rule, cut, whole_run, tmp_path):
     options = (dtype, dropout, workers, rule)
