@@ -176,3 +176,10 @@ def test_documents_are_samples_of_tasks_over_tokens_alone():
     row = {key: pool[key] for key in ("input_ids", "position_ids")} | {"labels": torch.arange(len(LENGTHS)) % 2}
     with pytest.raises(ValueError, match="the task is sequence_classification"):
         Sifter(build("bert", "sequence_classification"), keep=0.5).sift(row)
+
+
+def test_rows_that_share_their_positions_are_no_documents():
+    rows = {"input_ids": torch.ones(4, 6, dtype=torch.int64), "position_ids": torch.arange(6)[None]}
+    assert not packing.is_flattened(rows)
+    with pytest.raises(ValueError, match="Give the model what is shared between samples by other means"):
+        Sifter(model_of(), keep=0.5).sift(rows | {"labels": rows["input_ids"]})

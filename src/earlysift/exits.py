@@ -686,13 +686,7 @@ def anatomy_or_problems(model: nn.Module, family: Family | None) -> Anatomy | li
     except ValueError as error:
         return [Problem(str(error), families.AS_JSON)]
     given = [row for row in (configured, family) if row is not None]
-    listed = FAMILIES.get(str(model_type))
-    if listed is not None and any(_submodule(core, path) is None for path in listed.paths):
-        listed = None  # Llama's readers call their base another
-    known = next((row for row in given if row.layers), None) or listed
-    row = known or families.derived(core)
-    for changes in given:
-        row = families.changed(row, changes)
+    row, is_derived = _row_of(core, given)
     if row is None:
         return [
             Problem(
@@ -758,7 +752,19 @@ def anatomy_or_problems(model: nn.Module, family: Family | None) -> Anatomy | li
     assert task is not None
     positionwise = row.positionwise if head and _can_skip_unlabelled(core, layers, row) else ()
     earlier = tuple(cast(list[nn.ModuleList | nn.Sequential], lists[:-1]))
-    return Anatomy(core, layers, head, task, classifier, positionwise, known is None, keys, row.problem, earlier)
+    return Anatomy(core, layers, head, task, classifier, positionwise, is_derived, keys, row.problem, earlier)
+
+
+def _row_of(core: nn.Module, given: list[Family]) -> tuple[Family | None, bool]:
+    """The row with layers that is given, known or derived, changed by all given ones; and whether it is derived."""
+    listed = FAMILIES.get(str(getattr(getattr(core, "config", None), "model_type", None)))
+    if listed is not None and any(_submodule(core, path) is None for path in listed.paths):
+        listed = None  # Llama's readers call their base another
+    known = next((row for row in given if row.layers), None) or listed
+    row = known or families.derived(core)
+    for changes in given:
+        row = families.changed(row, changes)
+    return row, known is None
 
 
 def _task_of_class(core: nn.Module) -> Task | None:

@@ -20,14 +20,17 @@ _LAYOUT = (*_BOUNDARIES, *_LONGEST, _NUMBERS)
 
 
 def is_flattened(pool: Any) -> bool:
-    """Whether a pool is one row of documents: `position_ids` ``(1, T)``, and no `attention_mask`.
+    """Whether a pool is one row of documents: `position_ids` ``(1, T)`` and more of that shape, no `attention_mask`.
 
     Example:
         >>> is_flattened({"input_ids": torch.tensor([[5, 6, 7]]), "position_ids": torch.tensor([[0, 1, 0]])})
         True
     """
     places = pool.get(PLACES) if isinstance(pool, Mapping) and MASK not in pool else None
-    return isinstance(places, Tensor) and places.ndim == 2 and len(places) == 1
+    if not isinstance(places, Tensor) or places.ndim != 2 or len(places) != 1:
+        return False
+    others = [value for key, value in pool.items() if key != PLACES and isinstance(value, Tensor)]
+    return any(value.shape[:2] == places.shape for value in others)  # else rows of a pool share their positions
 
 
 def size(pool: Any) -> int:

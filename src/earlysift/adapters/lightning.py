@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader
 
-from earlysift import checks, exits, pools, ranks
+from earlysift import checks, exits, packing, pools, ranks
 from earlysift.adapters import samples
 from earlysift.config import SiftConfig as SiftConfig
 from earlysift.control import Control
@@ -231,6 +231,8 @@ class SiftCallback(Callback):
     @contextmanager
     def _reading(sifter: Sifter, batch: Any, losses: list[Tensor]) -> Iterator[None]:
         """Read the losses of a batch's samples off the first forward pass within this context."""
+        if packing.is_flattened(batch):
+            raise ValueError(samples.NO_DOCUMENTS)
         anatomy = exits.find_anatomy(sifter.model, sifter.config.family)
         labels = pools.inputs_and_labels(batch, anatomy.labels)[1]
 
