@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+import transformers
 from torch import Generator, nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -215,6 +216,19 @@ def test_losses_of_trained_samples_are_remembered(tmp_path):
     remembered = callback.sifter.state_dict()["memory"]["losses"]
     assert len(module.known) > 40
     assert remembered[list(module.known)].tolist() == pytest.approx(list(module.known.values()), rel=1e-5)
+
+
+def test_rows_of_documents_are_refused_where_their_losses_would_be_remembered(tmp_path):
+    documents = [{"input_ids": list(range(3, 9)), "number": i} for i in range(52)]
+    flatten = transformers.DataCollatorWithFlattening()
+
+    def collate(some):
+        numbers = torch.tensor([each["number"] for each in some])
+        return flatten([{"input_ids": each["input_ids"]} for each in some]) | {"number": numbers}
+
+    llama = models.build("llama", "causal_lm", use_cache=False)
+    with pytest.raises(ValueError, match="cannot be read off batches that are one row of documents"):
+        trained(tmp_path, MEMORY, module=Module(model=llama), data=loader(documents, collate_fn=collate))
 
 
 # Resuming
