@@ -14,7 +14,8 @@ from torch.distributed.fsdp import fully_shard
 
 import measuring
 import zoo
-from earlysift import checks, exits, families
+from earlysift import checks, exits, families, passes
+from earlysift.anatomy import find_anatomy
 
 DEPTH = 2
 REFUSED = {"row": "none", "layers": "–", "head": "–"}
@@ -56,7 +57,7 @@ def measure(name: str) -> dict[str, Any]:
         if problems and not by_probe:
             return {"rows": [row | REFUSED | {"exit": f"refused: {problems[0].reason}"}]}
         found = {"exit": f"by a probe: {problems[0].reason}"} if by_probe else laws(name)
-        anatomy = exits.find_anatomy(model)
+        anatomy = find_anatomy(model)
         paths = {module: path for path, module in anatomy.core.named_modules()}
         layers = "`, `".join(paths[layers] for layers in anatomy.lists)
         head = ", ".join(anatomy.head or anatomy.classifier) or "the model's own logits"
@@ -89,7 +90,7 @@ def likeness(found: Tensor, expected: Tensor) -> str:
 def logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """What the model makes of a batch with labels, which are more than it is scored with."""
     with torch.no_grad():
-        found: Tensor = exits.run(model, batch).logits
+        found: Tensor = passes.run(model, batch).logits
     return found
 
 
@@ -111,7 +112,7 @@ def at_exit_of_sharded(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 def sharded(model: nn.Module) -> nn.Module:
     """The model, and each of its layers, under ``fully_shard`` over all ranks."""
     mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
-    for layers in exits.find_anatomy(model).lists:
+    for layers in find_anatomy(model).lists:
         for layer in layers:
             fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)

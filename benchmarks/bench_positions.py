@@ -14,6 +14,7 @@ from torch import Tensor
 
 import measuring
 from earlysift import exits, scorers
+from earlysift.anatomy import find_anatomy
 from earlysift.compare.bench import Bench
 from earlysift.compare.settings import Settings
 from earlysift.fidelity import fidelity
@@ -87,7 +88,7 @@ def _seen(bench: Bench, rounds: int) -> dict[int | None, dict[str, float]]:
     operations: dict[str, Callable[[], Any]] = {f"{n}": partial(score, pool, max_positions=n) for n in numbers}
     operations["step"] = lambda: bench.update(bench.loss(rows))  # after all else: it changes the model
     times_ms = measuring.interleaved(operations, rounds, "")
-    anatomy = exits.find_anatomy(bench.model)
+    anatomy = find_anatomy(bench.model)
     for number in numbers:
         skips = exits.skips_unlabelled(bench.model, anatomy, number)
         flops = measuring.flops(anatomy, pool, depth=settings.depth, max_positions=number, skips_unlabelled=skips)

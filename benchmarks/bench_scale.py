@@ -25,6 +25,7 @@ import measuring
 import scaling
 import shapes
 from earlysift import Sifter, exits, pools, scorers
+from earlysift.anatomy import find_anatomy, unwrap
 from earlysift.files import write_json
 from scaling import Link
 from shapes import Shape
@@ -126,7 +127,7 @@ def _points(base: Point) -> list[tuple[str, str, Point]]:
     shape, change = base.shape, dataclasses.replace
     batch, pool, length = shape.batch, base.pool, shape.length
     model: Any = _built(base)
-    layers, vocabulary = len(exits.find_anatomy(model).layers), model.config.vocab_size if length else 0
+    layers, vocabulary = len(find_anatomy(model).layers), model.config.vocab_size if length else 0
 
     def of_shape(**changes: Any) -> Point:
         return change(base, shape=change(shape, **changes))
@@ -193,8 +194,8 @@ def times(
     """Median times of a step and of sifting, their ratio, and the FLOPs of both, by scope."""
     place, precision = measuring.device(), measuring.DTYPES[point.dtype]
     model = wrap(shapes.build(point.shape).to(place))
-    anatomy = exits.find_anatomy(model)
-    pool = shapes.pool(exits.unwrap(model), point.shape, point.pool, place)
+    anatomy = find_anatomy(model)
+    pool = shapes.pool(unwrap(model), point.shape, point.pool, place)
     rows = pools.take(pool, slice(0, point.shape.batch))
     scopes: tuple[Literal["local", "global"], ...] = ("local", "global") if point.processes > 1 else ("local",)
     operations: dict[str, Callable[[], Any]] = {

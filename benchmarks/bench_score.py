@@ -18,10 +18,10 @@ from torch.utils.flop_counter import flop_registry
 
 import measuring
 import shapes
-from earlysift import exits, families, losses, pools, scorers
+from earlysift import exits, families, losses, passes, pools, scorers
+from earlysift.anatomy import Anatomy, find_anatomy
 from earlysift.blend import Blend
 from earlysift.exit_probe import ExitProbe
-from earlysift.exits import Anatomy
 from earlysift.loss_memory import LossMemory
 from earlysift.measures import LOSS
 from earlysift.scorers import Approximation, Learnt
@@ -71,7 +71,7 @@ def measure(shape: Shape, dtype: str, rounds: int) -> dict[str, Any]:
     """Times, ratios and achieved FLOP/s of every operation."""
     place, precision = measuring.device(), measuring.DTYPES[dtype]
     model = shapes.build(shape).to(place)
-    anatomy = exits.find_anatomy(model)
+    anatomy = find_anatomy(model)
     pool = shapes.pool(model, shape, round(shape.batch / measuring.KEEP), place)
     rows = pools.take(pool, slice(0, shape.batch))
     depths = [depth for depth in measuring.DEPTHS if depth < len(anatomy.layers)]
@@ -98,7 +98,7 @@ def measure(shape: Shape, dtype: str, rounds: int) -> dict[str, Any]:
     }
     roof_of = {}
     for name, how in exits_scored.items():
-        seen_as, most = exits.find_anatomy(model, how.get("family")), how.get("max_positions")
+        seen_as, most = find_anatomy(model, how.get("family")), how.get("max_positions")
         skips = exits.skips_unlabelled(model, seen_as, most)
         count = flops(depth=how["depth"], max_positions=most, skips_unlabelled=skips)
         lowest = f"roof, {name}"
@@ -255,7 +255,7 @@ def _dense_scores(
 ) -> Tensor:
     """Scores as most scripts make them: logits of every position, then a mean over the labelled ones."""
     scores = []
-    with torch.no_grad(), exits.scoring_mode(model), scorers.precision(anatomy, dtype):
+    with torch.no_grad(), passes.scoring_mode(model), scorers.precision(anatomy, dtype):
         for start in range(0, pools.pool_size(pool), chunk_rows):
             inputs, labels = pools.inputs_and_labels(pools.take(pool, slice(start, start + chunk_rows)))
             logits = logits_of(model, inputs)
@@ -282,5 +282,5 @@ def _exit_logits(anatomy: Anatomy, depth: int, model: nn.Module, inputs: Mapping
 def _hidden_state_logits(anatomy: Anatomy, depth: int, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     states: Tensor = model(**inputs, output_hidden_states=True).hidden_states[depth]
     if anatomy.task == "sequence_classification":
-        return exits.head_of(anatomy._replace(head=anatomy.classifier))(states[:, 0])
-    return exits.head_of(anatomy)(states)
+        return passes.head_of(anatomy._replace(head=anatomy.classifier))(states[:, 0])
+    return passes.head_of(anatomy)(states)

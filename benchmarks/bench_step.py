@@ -9,7 +9,8 @@ import torch
 
 import measuring
 import shapes
-from earlysift import exits, scorers
+from earlysift import scorers
+from earlysift.anatomy import find_anatomy
 from shapes import Shape
 
 TITLE = "Training step, ours and the model's own"
@@ -44,7 +45,7 @@ def measure(shape: Shape, dtype: str, rounds: int) -> dict[str, Any]:
     place, precision = measuring.device(), measuring.DTYPES[dtype].train
     model: Any = shapes.build(shape).to(place)
     rows = shapes.pool(model, shape, shape.batch, place)
-    anatomy = exits.find_anatomy(model)
+    anatomy = find_anatomy(model)
     loss_of: dict[str, Callable[[], Any]] = {
         "ours": lambda: scorers.training_loss(model, rows),
         "stock": lambda: model(**rows).loss,

@@ -13,8 +13,8 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from earlysift import costs, environment, scorers, versions
+from earlysift.anatomy import Anatomy
 from earlysift.compare.calibrate import summary
-from earlysift.exits import Anatomy
 
 KEEP = 0.5
 SAMPLE_ID = "sample_id"

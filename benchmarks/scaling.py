@@ -187,14 +187,15 @@ def main() -> None:
     import torch
     from transformers import BertConfig, BertForMaskedLM
 
-    from earlysift import costs, exits
+    from earlysift import costs
+    from earlysift.anatomy import find_anatomy
 
     kept, keep, length, masked = 32, 0.5, 128, 0.15
     assumed_flops_per_s = 0.4 * 312e12  # 40 % of the bfloat16 peak of an A100
     row_bytes = 2 * 8 * length  # input_ids and labels, int64
     with torch.device("meta"):
         model = BertForMaskedLM(BertConfig())
-    anatomy = exits.find_anatomy(model)
+    anatomy = find_anatomy(model)
     weights = sum(weight.numel() for weight in model.parameters())
     scored = weights - sum(weight.numel() for layer in list(anatomy.layers)[1:] for weight in layer.parameters())
 

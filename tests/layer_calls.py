@@ -4,7 +4,7 @@ from contextlib import contextmanager
 
 import torch
 
-from earlysift.exits import find_anatomy
+from earlysift.anatomy import find_anatomy
 from models import LAYERS
 
 CALLS = []

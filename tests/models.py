@@ -387,3 +387,35 @@ def pool_of_rank(rank, step, size):
     number = torch.arange(size)
     extra = {"number": 100 * rank + number, "odd": number % 2 == 1, "half": ids[:, :3].bfloat16()}
     return {"input_ids": ids, "labels": labels, "extra": (extra,)}
+
+
+ALL = list(BUILDERS)
+WITH_HEAD = [key for key in BUILDERS if key[1] != "sequence_classification"]
+TRANSFORMERS = [key for key in BUILDERS if key[0] != "plain"]
+FEW = [
+    *(("bert", "masked_lm"), ("modernbert", "masked_lm"), ("gpt2", "causal_lm"), ("llama", "causal_lm")),
+    ("plain", "masked_lm"),
+]
+
+
+def batch_of(model, rows=6, length=12, seed=1):
+    return batch_for(model, task_of(model), rows, length, Generator().manual_seed(seed))
+
+
+def inputs_of(model, **arguments):
+    return {key: value for key, value in batch_of(model, **arguments).items() if key != "labels"}
+
+
+def structure(model):
+    """Names, identities and training flags of all modules, and the hooks on them."""
+    return [
+        (
+            name,
+            id(module),
+            module.training,
+            list(module._modules),
+            list(module._forward_hooks),
+            list(module._forward_pre_hooks),
+        )
+        for name, module in model.named_modules()
+    ]

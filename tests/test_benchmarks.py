@@ -14,6 +14,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from earlysift import Sifter, costs, exits, pending, pools, scorers
+from earlysift.anatomy import find_anatomy
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 SHAPES = ["bert-mini-128", "gpt2-small-512", "vit-small-224"]  # one of each task
@@ -226,7 +227,7 @@ def test_the_roof_makes_the_products_of_scoring_and_no_other(modules, name):
     counts = {attention: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)}
     with FlopCounterMode(display=False, custom_mapping=counts) as counted:
         again()
-    anatomy = exits.find_anatomy(model)
+    anatomy = find_anatomy(model)
     law = costs.flops_law(anatomy, 2, skips_unlabelled=exits.skips_unlabelled(model, anatomy, None))
     predicted = costs.batch_work(anatomy, pool, "score", law)["score_flops"]
     class_tokens = 2 * 8 * 3 * 16**2 * 32 if name == "vit-small-224" else 0  # costs takes them for patches
@@ -238,7 +239,7 @@ def test_scores_by_all_logits_are_the_exact_losses(modules, name):
     shapes, bench = modules("shapes"), modules("bench_score")
     shape = shapes.tiny(shapes.SHAPES[name])
     model = shapes.build(shape)
-    anatomy, pool = exits.find_anatomy(model), shapes.pool(model, shape, 8, torch.device("cpu"))
+    anatomy, pool = find_anatomy(model), shapes.pool(model, shape, 8, torch.device("cpu"))
     options = {"chunk_rows": 3, "dtype": None}
     dense = bench._dense_scores(model, anatomy, pool, logits_of=bench._own_logits, **options)
     torch.testing.assert_close(dense, scorers.exact_loss(model, pool, **options))

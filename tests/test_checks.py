@@ -12,11 +12,11 @@ from torch import Generator, nn
 from torch.nn.functional import cross_entropy
 
 import models
-from earlysift import Family, Sifter, checks, exits, scorers
+from earlysift import Family, Sifter, checks, exits, passes, scorers
+from earlysift.anatomy import find_anatomy
 from earlysift.checks import check
-from models import BUILDERS, build, loss_of, row_of
+from models import ALL, LAYERS, WIDTH, build, inputs_of, loss_of, row_of, structure
 
-ALL = [pytest.param(family, task, id=f"{family}-{task}") for family, task in BUILDERS]
 TINY = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
 
 
@@ -83,13 +83,13 @@ def labelled_pool(rows=8, length=8):
 
 
 def own_loss(model, pool):
-    with torch.no_grad(), exits.scoring_mode(model):
+    with torch.no_grad(), passes.scoring_mode(model):
         output = model(**pool)
     return (output["loss"] if isinstance(output, dict) else output.loss).item()
 
 
 def our_loss(model, pool, family):
-    with torch.no_grad(), exits.scoring_mode(model):
+    with torch.no_grad(), passes.scoring_mode(model):
         return scorers.training_loss(model, pool, family=family).item()
 
 
@@ -98,7 +98,7 @@ def test_every_known_family_makes_its_own_logits_and_loss(family, task):
     model = build(family, task)
     batch = models.batch_for(model, task, 6, 12, Generator().manual_seed(1))
     assert check(model, family=row_of(model), inputs=batch) == []
-    anatomy = exits.find_anatomy(model, row_of(model))
+    anatomy = find_anatomy(model, row_of(model))
     assert checks.verified(model, batch, row_of(model)) == anatomy
 
 
@@ -126,10 +126,10 @@ def test_a_cap_behind_the_head_is_found_and_the_own_logits_are_used(caplog):
         for _ in range(2):
             assert our_loss(model, pool, CAPPED_ROW) == pytest.approx(own_loss(model, pool), rel=1e-5)
     assert len(caplog.records) == 1
-    wrong = exits.find_anatomy(model, CAPPED_ROW)
+    wrong = find_anatomy(model, CAPPED_ROW)
     with torch.no_grad(), exits.headless(wrong):
         states = model(pool["input_ids"])["logits"]
-    without_cap = cross_entropy(exits.head_of(wrong)(states).flatten(0, 1), pool["labels"].flatten()).item()
+    without_cap = cross_entropy(passes.head_of(wrong)(states).flatten(0, 1), pool["labels"].flatten()).item()
     assert abs(without_cap - own_loss(model, pool)) > 0.01  # what would have been trained on
 
 
@@ -361,3 +361,97 @@ def test_a_pool_that_does_not_fit_the_model_is_told_from_a_model_that_does_not_f
         sifter.sift(labelled_pool() | change)
     assert sifter.step == 0
     sifter.sift(labelled_pool())
+
+
+# Problems of a dry run
+
+
+class Looping(nn.Module):
+    """Shares weights: runs its few blocks as often as its config says, as ALBERT does."""
+
+    def __init__(self, blocks=2, runs=6):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(blocks))
+        self.runs = runs
+
+    def forward(self, states):
+        for run in range(self.runs):
+            states = self.blocks[run % len(self.blocks)](states)
+        return states
+
+
+def test_shared_layers_are_refused_by_their_calls():
+    problems = check(Looping(), family=Family("blocks", task="token_classification"), inputs=torch.zeros(2, 3, WIDTH))
+    assert len(problems) == 1
+    assert problems[0].reason == "Expected each of the first 1 layers to run once and no other, got calls [6, 0]."
+    assert "the list that it loops over, or score with your own callable" in problems[0].remedy
+
+
+class Troubled(nn.Module):
+    """Loops over its blocks too often, draws random numbers in evaluation mode, and melts rows together."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, states):
+        for _ in range(2):
+            for block in self.blocks:
+                states = block(states)
+        return nn.functional.dropout(states, 0.5, training=True).reshape(1, -1, WIDTH)
+
+
+def test_check_returns_all_problems_of_a_dry_run_at_once():
+    model = Troubled()
+    before, state = structure(model), torch.get_rng_state()
+    problems = check(model, depth=2, family=Family("blocks", task="masked_lm"), inputs=torch.zeros(2, 3, WIDTH))
+    assert len(problems) == 3
+    assert problems[0].reason == "Expected each of the first 2 layers to run once and no other, got calls [2, 2, 0]."
+    assert problems[1].reason == "Expected one row of output per candidate, got 1 rows for 2 candidates."
+    assert problems[2].reason.startswith("The model draws from the global random generator in evaluation mode")
+    assert structure(model) == before
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("depth", [0, LAYERS, LAYERS + 1])
+def test_check_refuses_an_exit_that_is_none(depth):
+    (problem,) = check(build("bert", "masked_lm"), depth=depth)
+    assert problem.reason == f"Expected depth in 1..3 (an exit before the last of 4 layers), got {depth}."
+    assert "score='exact'" in problem.remedy
+
+
+@pytest.mark.parametrize(("family", "task"), ALL)
+def test_check_finds_no_problem_and_changes_nothing(family, task):
+    model = build(family, task, dropout=0.1)
+    before, state = structure(model), torch.get_rng_state()
+    assert check(model, depth=2, family=row_of(model), inputs=inputs_of(model, rows=2)) == []
+    assert structure(model) == before
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_check_with_a_shared_number_among_the_inputs_finds_no_problem():
+    class Tempered(models.PlainTransformer):
+        def forward(self, temperature, input_ids, attention_mask=None):
+            return super().forward(input_ids, attention_mask) / temperature
+
+    model = Tempered("masked_lm")
+    inputs = {"temperature": torch.tensor(2.0), **inputs_of(build("plain", "masked_lm"), rows=2)}
+    assert check(model, family=Family("blocks", (), "masked_lm"), inputs=inputs) == []
+
+
+def test_check_with_inputs_in_a_tuple_finds_no_problem_and_leaves_no_hooks():
+    class Paired(models.PlainTransformer):
+        def forward(self, pair):
+            return super().forward(*pair)
+
+    model = Paired("masked_lm")
+    inputs = inputs_of(build("plain", "masked_lm"), rows=2)
+    before = structure(model)
+    problems = []
+    try:
+        problems = check(
+            model, family=Family("blocks", (), "masked_lm"), inputs=(inputs["input_ids"], inputs["attention_mask"])
+        )
+    finally:
+        assert structure(model) == before
+    assert problems == []

@@ -7,7 +7,8 @@ import pytest
 import torch
 import transformers
 
-from earlysift import checks, exits, families, losses, scorers
+from earlysift import checks, families, losses, scorers
+from earlysift.anatomy import find_anatomy
 from earlysift.checkup import build_model, checkup, peak_growth_bytes, random_pool
 from earlysift.cli import main
 from earlysift.costs import flops_law, relative_cost
@@ -94,7 +95,7 @@ def test_flops_and_parameters_are_those_of_the_model(name, tmp_path):
         assert per_sample == 1
     else:
         assert 6 <= per_sample <= 8  # 0.4 of 20; the first of a causal model's labels is nobody's prediction
-    anatomy = exits.find_anatomy(model)
+    anatomy = find_anatomy(model)
 
     def flops(rows, depth=None):
         law = flops_law(anatomy, depth, skips_unlabelled=depth is not None and bool(anatomy.positionwise))
@@ -152,7 +153,7 @@ def test_a_folder_and_a_built_in_name_do_as_well_as_a_path(tmp_path, capsys):
 def test_built_in_names_are_the_models_of_that_name(name, millions):
     with torch.device("meta"):
         model = build_model(name)
-    assert exits.find_anatomy(model).task in ("masked_lm", "causal_lm")
+    assert find_anatomy(model).task in ("masked_lm", "causal_lm")
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
     assert name in BUILT_IN
 
@@ -294,7 +295,7 @@ def test_a_config_brings_a_row_of_its_own_along(tmp_path, capsys):
     torch.manual_seed(0)
     model = build_model(str(tmp_path))
     expected = families.Family("model.layers", (("lm_head",),), "causal_lm", (("self_attn.o_proj",), ("mlp",)))
-    assert exits.find_anatomy(model) == exits.find_anatomy(model, expected)
+    assert find_anatomy(model) == find_anatomy(model, expected)
     pool = random_pool(model, 4, length=16, labelled_fraction=None, device=torch.device("cpu"))
     scores = scorers.early_exit_loss(model, pool, depth=2)
     assert torch.equal(scores, scorers.early_exit_loss(model, pool, depth=2, family=expected))
@@ -302,11 +303,11 @@ def test_a_config_brings_a_row_of_its_own_along(tmp_path, capsys):
 
 def test_a_row_in_the_config_is_saved_with_the_model_and_goes_before_the_known_ones(tmp_path):
     model = build_model(str(written(tmp_path, CONFIGS["llama"] | {"earlysift_family": {"layers": "model.layers"}})))
-    assert exits.find_anatomy(model).head == ()
-    assert exits.find_anatomy(model, families.FAMILIES["llama"]).head == ("lm_head",)
+    assert find_anatomy(model).head == ()
+    assert find_anatomy(model, families.FAMILIES["llama"]).head == ("lm_head",)
     model.save_pretrained(tmp_path / "saved")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
-    assert exits.find_anatomy(again).head == ()
+    assert find_anatomy(again).head == ()
 
 
 BAD_ROWS = {

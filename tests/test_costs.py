@@ -10,6 +10,7 @@ from transformers import BertConfig, BertForMaskedLM, ViTConfig, ViTForImageClas
 
 import models
 from earlysift import scorers
+from earlysift.anatomy import find_anatomy
 from earlysift.costs import (
     approximate_gain,
     batch_work,
@@ -21,7 +22,7 @@ from earlysift.costs import (
     second_moment_ratio,
     unbiased_payoff,
 )
-from earlysift.exits import find_anatomy, skips_unlabelled
+from earlysift.exits import skips_unlabelled
 
 laws = settings(deadline=None, derandomize=True, database=None, max_examples=100)
 shares = st.floats(0.01, 1)

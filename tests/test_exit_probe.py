@@ -11,7 +11,8 @@ from torch import Generator, nn
 
 import models
 import reference
-from earlysift import Family, Sifter, exits, probes, scorers
+from earlysift import Family, Sifter, exits, passes, probes, scorers
+from earlysift.anatomy import find_anatomy
 from earlysift.exit_probe import ADAPTER_SHARE, LEARNING_RATE, ExitProbe, features
 from earlysift.fidelity import fidelity
 from earlysift.ledger import Ledger
@@ -111,7 +112,7 @@ def twin_token_losses(model, pool, weights, depth=2):
     short = shorter(model, depth).eval()
     with torch.no_grad():
         states = getattr(short, short.base_model_prefix)(**inputs_of(pool))[0]
-    head, shift = exits.head_of(exits.find_anatomy(short)), int(models.task_of(model) == "causal_lm")
+    head, shift = passes.head_of(find_anatomy(short)), int(models.task_of(model) == "causal_lm")
     losses = []
     for i, labels in enumerate(pool["labels"].tolist()):
         places = [t for t in range(len(labels) - shift) if labels[t + shift] != -100]
@@ -389,7 +390,7 @@ def test_the_gradients_of_the_model_stay_absent_and_its_layers_run_once():
     for family, task in BOTH:
         model = build(family, task)
         calls = []
-        layer = exits.find_anatomy(model).layers[0]
+        layer = find_anatomy(model).layers[0]
         with layer.register_forward_hook(lambda *_, calls=calls: calls.append(1)):
             taught(model, pool_for(model), pool_for(model, seed=2))
         assert len(calls) == 2
@@ -461,7 +462,7 @@ def test_a_model_in_data_parallel_scores_alike(family, task):
     sifter = Sifter(wrapped, keep=0.5, score="probe", dtype=None)
     for seed in range(2):
         sifter.loss(sifter.sift(pool_for(model, rows=8, seed=seed))).backward()
-    assert all(p.grad is not None for p in exits.find_anatomy(model).layers[3].parameters())
+    assert all(p.grad is not None for p in find_anatomy(model).layers[3].parameters())
 
 
 # State
@@ -669,7 +670,7 @@ def test_probes_of_auto_mode_learn_at_every_second_step_at_first_and_only_from_u
         before = state
     assert taught_at == [0, 2, 4]
     assert set(before) == {"probe_1", "probe_2", "probe_3"} & {
-        f"probe_{d}" for d in range(1, len(exits.find_anatomy(model).layers))
+        f"probe_{d}" for d in range(1, len(find_anatomy(model).layers))
     }
     sifter.sift(pool_for(model, rows=8, seed=9))
     sifter.latest = sifter.latest._replace(scores=torch.ones(4))  # as if it had been chosen by scores

@@ -10,47 +10,29 @@ import torch
 from torch import Generator, nn
 
 import models
-from earlysift import Sifter, exits, families, losses, scorers
+from earlysift import Sifter, exits, families, losses, passes, scorers
+from earlysift.anatomy import find_anatomy, unwrap
 from earlysift.checks import check
-from earlysift.exits import ExitHead, find_anatomy, truncated
+from earlysift.exits import ExitHead, truncated
 from earlysift.families import Family
 from layer_calls import expected_calls, layer_calls
-from models import BUILDERS, LAYERS, WIDTH, build, logits_of, loss_of, row_of, sample_losses, shorter
-
-ALL = [pytest.param(family, task, id=f"{family}-{task}") for family, task in BUILDERS]
-WITH_HEAD = [pytest.param(*key, id="-".join(key)) for key in BUILDERS if key[1] != "sequence_classification"]
-TRANSFORMERS = [pytest.param(*key, id="-".join(key)) for key in BUILDERS if key[0] != "plain"]
-FEW = [
-    pytest.param("bert", "masked_lm", id="bert"),
-    pytest.param("modernbert", "masked_lm", id="modernbert"),
-    pytest.param("gpt2", "causal_lm", id="gpt2"),
-    pytest.param("llama", "causal_lm", id="llama"),
-    pytest.param("plain", "masked_lm", id="plain"),
-]
-
-
-def batch_of(model, rows=6, length=12, seed=1):
-    return models.batch_for(model, models.task_of(model), rows, length, Generator().manual_seed(seed))
-
-
-def inputs_of(model, **arguments):
-    return {key: value for key, value in batch_of(model, **arguments).items() if key != "labels"}
-
-
-def structure(model):
-    """Names, identities and training flags of all modules, and the hooks on them."""
-    return [
-        (
-            name,
-            id(module),
-            module.training,
-            list(module._modules),
-            list(module._forward_hooks),
-            list(module._forward_pre_hooks),
-        )
-        for name, module in model.named_modules()
-    ]
-
+from models import (
+    ALL,
+    BUILDERS,
+    FEW,
+    LAYERS,
+    TRANSFORMERS,
+    WIDTH,
+    batch_of,
+    build,
+    inputs_of,
+    logits_of,
+    loss_of,
+    row_of,
+    sample_losses,
+    shorter,
+    structure,
+)
 
 # The same model, shorter
 
@@ -271,9 +253,9 @@ def test_states_at_the_positions_that_are_read_are_those_of_the_whole_layer(fami
     anatomy, inputs, labels = find_anatomy(model), inputs_of(model), batch_of(model)["labels"]
     places = losses.positions_to_read(labels, causal=task == "causal_lm")
     with torch.no_grad(), exits.shortened(anatomy, 2), exits.headless(anatomy):
-        whole = exits.call(model, inputs)
+        whole = passes.call(model, inputs)
         with exits.at_positions(anatomy, 2, places, labels.shape):
-            few = exits.call(model, inputs)
+            few = passes.call(model, inputs)
     assert whole.shape == few.shape
     torch.testing.assert_close(few.flatten(0, 1)[places], whole.flatten(0, 1)[places], rtol=1e-5, atol=1e-5)
 
@@ -355,7 +337,7 @@ def test_scoring_runs_exactly_depth_layers_prepared_by_accelerate_in_bfloat16():
         batch = batch_of(model)
         reference = sample_losses(shorter(model, 2).eval(), batch)
         prepared = accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
-        assert "forward" in vars(exits.unwrap(prepared))  # bound to the instance: what a copy would run in full
+        assert "forward" in vars(unwrap(prepared))  # bound to the instance: what a copy would run in full
         with layer_calls(prepared) as calls:
             assert check(prepared, depth=2, inputs=inputs_of(model)) == []
             calls[:] = [0] * LAYERS
@@ -506,7 +488,7 @@ def test_model_is_put_back(family, task, part, end):
         "truncated": lambda: truncated(model, 2, family=row),
         "truncated with exit head": lambda: truncated(model, 2, family=row, exit_head=ExitHead(WIDTH)),
         "headless": lambda: exits.headless(find_anatomy(model, row)),
-        "scoring_mode": lambda: exits.scoring_mode(model),
+        "scoring_mode": lambda: passes.scoring_mode(model),
     }[part]
 
     def enter():
@@ -556,186 +538,6 @@ def test_depth_out_of_range_is_refused_with_the_range(depth):
         scorers.early_exit_loss(model, batch_of(model), depth=depth)
 
 
-# All problems at once, before the first step
-
-
-class Looping(nn.Module):
-    """Shares weights: runs its few blocks as often as its config says, as ALBERT does."""
-
-    def __init__(self, blocks=2, runs=6):
-        super().__init__()
-        self.blocks = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(blocks))
-        self.runs = runs
-
-    def forward(self, states):
-        for run in range(self.runs):
-            states = self.blocks[run % len(self.blocks)](states)
-        return states
-
-
-def test_shared_layers_are_refused_by_their_calls():
-    problems = check(Looping(), family=Family("blocks", task="token_classification"), inputs=torch.zeros(2, 3, WIDTH))
-    assert len(problems) == 1
-    assert problems[0].reason == "Expected each of the first 1 layers to run once and no other, got calls [6, 0]."
-    assert "the list that it loops over, or score with your own callable" in problems[0].remedy
-
-
-def albert(groups, layers=4):
-    from transformers import AlbertConfig, AlbertForMaskedLM
-
-    config = AlbertConfig(
-        vocab_size=models.VOCABULARY,
-        embedding_size=16,
-        hidden_size=WIDTH,
-        num_hidden_layers=layers,
-        num_hidden_groups=groups,
-        num_attention_heads=4,
-        intermediate_size=48,
-        max_position_embeddings=64,
-    )
-    with torch.random.fork_rng(devices=[]):
-        return AlbertForMaskedLM(config).train()
-
-
-@pytest.mark.parametrize("groups", [1, 2, 4])
-def test_albert_is_refused_with_a_problem_and_left_as_it_was(groups):
-    model = albert(groups, layers=8)
-    row = Family("albert.encoder.albert_layer_groups", (("predictions",),))
-    before = structure(model)
-    inputs = {"input_ids": torch.randint(3, models.VOCABULARY, (2, 8), generator=Generator().manual_seed(0))}
-    for given in (row, None):
-        (problem,) = check(model, depth=1, family=given, inputs=inputs)
-        assert f"it calls {groups} of them 8 times" in problem.reason
-        assert "score='memory'" in problem.remedy
-    assert structure(model) == before
-
-
-@pytest.mark.parametrize("known_type", [False, True])
-def test_unknown_family_tells_how_to_pass_a_row(known_type):
-    model = albert(1, layers=1) if known_type else nn.Linear(2, 2)
-    (problem,) = check(model)
-    name = "AlbertForMaskedLM is unknown (model_type 'albert')" if known_type else "Linear is unknown"
-    assert problem.reason == (
-        f"The model family of {name}, and its layers cannot be told: there is no list of like modules."
-    )
-    row = "Pass a row: family=Family(layers='path.to.its.ModuleList', heads=(('lm_head',),), task='causal_lm'), "
-    in_config = "or put one under 'earlysift_family' into the model's config.json."
-    assert problem.remedy == f"{row}{in_config}"
-    with pytest.raises(ValueError, match="cannot be sifted with:\n- The model family of"), truncated(model, 1):
-        pass
-
-
-def test_check_returns_all_problems_of_a_structure_at_once():
-    problems = check(build("plain", "masked_lm"), family=Family("layers", (("decoder",),)))
-    assert [problem.reason for problem in problems] == [
-        "Expected a ModuleList or Sequential of layers at 'layers' of PlainTransformer, got nothing.",
-        "What the labels of PlainTransformer mean is unknown.",
-        "PlainTransformer has none of the heads (('decoder',),) named in its family row as direct submodules.",
-    ]
-    assert all(problem.remedy.endswith(".") for problem in problems)
-    message = exits.problem_report(build("plain", "masked_lm"), problems)
-    assert message.startswith("PlainTransformer cannot be sifted with:\n- Expected a ModuleList")
-    assert message.count("\n- ") == 3
-
-
-def test_a_path_to_something_else_than_layers_is_refused():
-    (problem,) = check(build("plain", "masked_lm"), family=Family("norm", (("head",),), "masked_lm"))
-    assert problem.reason.endswith("at 'norm' of PlainTransformer, got LayerNorm.")
-
-
-class Troubled(nn.Module):
-    """Loops over its blocks too often, draws random numbers in evaluation mode, and melts rows together."""
-
-    def __init__(self):
-        super().__init__()
-        self.blocks = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
-
-    def forward(self, states):
-        for _ in range(2):
-            for block in self.blocks:
-                states = block(states)
-        return nn.functional.dropout(states, 0.5, training=True).reshape(1, -1, WIDTH)
-
-
-def test_check_returns_all_problems_of_a_dry_run_at_once():
-    model = Troubled()
-    before, state = structure(model), torch.get_rng_state()
-    problems = check(model, depth=2, family=Family("blocks", task="masked_lm"), inputs=torch.zeros(2, 3, WIDTH))
-    assert len(problems) == 3
-    assert problems[0].reason == "Expected each of the first 2 layers to run once and no other, got calls [2, 2, 0]."
-    assert problems[1].reason == "Expected one row of output per candidate, got 1 rows for 2 candidates."
-    assert problems[2].reason.startswith("The model draws from the global random generator in evaluation mode")
-    assert structure(model) == before
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-@pytest.mark.parametrize("depth", [0, LAYERS, LAYERS + 1])
-def test_check_refuses_an_exit_that_is_none(depth):
-    (problem,) = check(build("bert", "masked_lm"), depth=depth)
-    assert problem.reason == f"Expected depth in 1..3 (an exit before the last of 4 layers), got {depth}."
-    assert "score='exact'" in problem.remedy
-
-
-@pytest.mark.parametrize(("family", "task"), ALL)
-def test_check_finds_no_problem_and_changes_nothing(family, task):
-    model = build(family, task, dropout=0.1)
-    before, state = structure(model), torch.get_rng_state()
-    assert check(model, depth=2, family=row_of(model), inputs=inputs_of(model, rows=2)) == []
-    assert structure(model) == before
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_check_with_a_shared_number_among_the_inputs_finds_no_problem():
-    class Tempered(models.PlainTransformer):
-        def forward(self, temperature, input_ids, attention_mask=None):
-            return super().forward(input_ids, attention_mask) / temperature
-
-    model = Tempered("masked_lm")
-    inputs = {"temperature": torch.tensor(2.0), **inputs_of(build("plain", "masked_lm"), rows=2)}
-    assert check(model, family=Family("blocks", (), "masked_lm"), inputs=inputs) == []
-
-
-def test_check_with_inputs_in_a_tuple_finds_no_problem_and_leaves_no_hooks():
-    class Paired(models.PlainTransformer):
-        def forward(self, pair):
-            return super().forward(*pair)
-
-    model = Paired("masked_lm")
-    inputs = inputs_of(build("plain", "masked_lm"), rows=2)
-    before = structure(model)
-    problems = []
-    try:
-        problems = check(
-            model, family=Family("blocks", (), "masked_lm"), inputs=(inputs["input_ids"], inputs["attention_mask"])
-        )
-    finally:
-        assert structure(model) == before
-    assert problems == []
-
-
-def test_wrappers_are_looked_through():
-    class Adapted(nn.Module):
-        """Wraps a model as PEFT does."""
-
-        def __init__(self, base):
-            super().__init__()
-            self.base = base
-
-        def get_base_model(self):
-            return self.base
-
-        def forward(self, *args, **kwargs):
-            return self.base(*args, **kwargs)
-
-    model = build("bert", "masked_lm")
-    batch = batch_of(model)
-    wrapped = torch.compile(Adapted(model), backend="eager")
-    assert exits.unwrap(wrapped) is model
-    assert find_anatomy(wrapped).core is model
-    expected = scorers.early_exit_loss(model, batch, dtype=None)
-    assert torch.equal(scorers.early_exit_loss(Adapted(model), batch, dtype=None), expected)
-
-
 # Pitfalls of transformers
 
 
@@ -762,113 +564,6 @@ def test_hidden_states_are_captured_through_cuts_before_and_after_and_user_hooks
         with truncated(model, 2):
             assert len(model(**inputs_of(model), output_hidden_states=True).hidden_states) == 3
     assert seen == ["user", "user"]
-
-
-def test_scoring_a_model_whose_config_asks_for_hidden_states_captures_none():
-    model = build("llama", "causal_lm", output_hidden_states=True)
-    outputs = []
-    model.register_forward_hook(lambda module, args, output: outputs.append(output))
-    scorers.early_exit_loss(model, batch_of(model), dtype=None)
-    assert [output.hidden_states for output in outputs] == [None]
-    assert len(model(**inputs_of(model)).hidden_states) == LAYERS + 1
-
-
-@pytest.mark.parametrize(
-    ("family", "task"), [("gpt2", "causal_lm"), ("llama", "causal_lm"), ("llama", "sequence_classification")]
-)
-def test_scoring_allocates_no_cache(family, task):
-    model = build(family, task)
-    outputs = []
-    model.register_forward_hook(lambda module, args, output: outputs.append(output))
-    model.eval()(**inputs_of(model))
-    assert outputs.pop().past_key_values is not None  # as it would be without care
-    model.train()
-    scorers.early_exit_loss(model, batch_of(model), dtype=None)
-    scorers.exact_loss(model, batch_of(model), dtype=None)
-    check(model, inputs=inputs_of(model))
-    assert len(outputs) >= 3
-    assert all(output.past_key_values is None for output in outputs)
-
-
-def test_what_the_pool_says_itself_is_not_said_twice():
-    model = build("gpt2", "causal_lm")
-    pool = batch_of(model)
-    expected = scorers.early_exit_loss(model, pool, dtype=None)
-    assert torch.equal(scorers.early_exit_loss(model, {**pool, "use_cache": False}, dtype=None), expected)
-
-
-@pytest.mark.parametrize(
-    "container", [lambda logits: (logits, None), lambda logits: [logits], lambda logits: {"logits": logits}]
-)
-def test_models_that_return_tuples_or_dicts_are_scored_alike(container):
-    class Contained(models.PlainTransformer):
-        def forward(self, input_ids, attention_mask=None):
-            return container(super().forward(input_ids, attention_mask))
-
-    model, contained = build("plain", "masked_lm"), Contained("masked_lm")
-    contained.load_state_dict(model.state_dict())
-    expected = scorers.early_exit_loss(model, batch_of(model), family=row_of(model), dtype=None)
-    assert torch.equal(scorers.early_exit_loss(contained, batch_of(model), family=row_of(model), dtype=None), expected)
-
-
-def test_a_cap_behind_the_head_is_part_of_the_loss():
-    from transformers import Gemma2Config, Gemma2ForCausalLM
-
-    config = Gemma2Config(**models._COMMON | models._ROTARY | {"head_dim": 8, "final_logit_softcapping": 2.0})
-    with torch.random.fork_rng(devices=[]):
-        model = models.widen(Gemma2ForCausalLM(config))
-    row = Family("model.layers", (("lm_head",),))
-    batch = batch_of(model)
-    scores = scorers.early_exit_loss(model, batch, depth=2, family=row, dtype=None)
-    torch.testing.assert_close(scores, sample_losses(shorter(model, 2).eval(), batch), rtol=1e-5, atol=1e-5)
-
-
-# Heads
-
-
-@pytest.mark.parametrize(("family", "task"), WITH_HEAD)
-def test_states_through_the_head_are_the_logits(family, task):
-    model = build(family, task)
-    anatomy = find_anatomy(model, row_of(model))
-    assert anatomy.head
-    assert anatomy.task == task
-    logits = logits_of(model(**inputs_of(model)))
-    with exits.headless(anatomy):
-        states = exits.call(model, inputs_of(model))
-    assert states.shape[:2] == logits.shape[:2]
-    assert states.shape != logits.shape
-    torch.testing.assert_close(exits.head_of(anatomy)(states), logits, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(exits.head_of(anatomy)(states.flatten(0, 1)), logits.flatten(0, 1), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(("family", "task"), [key for key in BUILDERS if key[1] == "sequence_classification"])
-def test_heads_that_pool_over_positions_are_left_in_place_but_known(family, task):
-    model = build(family, task)
-    anatomy = find_anatomy(model, row_of(model))
-    assert anatomy.head == ()
-    logits = logits_of(model(**inputs_of(model)))
-    classifier = anatomy._replace(head=anatomy.classifier)
-    with exits.headless(classifier):
-        states = exits.call(model, inputs_of(model))
-    assert states.size(-1) == WIDTH
-    torch.testing.assert_close(exits.head_of(classifier)(states), logits, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(("family", "task"), WITH_HEAD)
-def test_heads_over_positions_are_no_classifiers(family, task):
-    model = build(family, task)
-    assert find_anatomy(model, row_of(model)).classifier == ()
-
-
-def test_a_row_without_heads_uses_the_logits_of_the_model():
-    model = build("plain", "causal_lm")
-    batch = batch_of(model)
-    bare = scorers.early_exit_loss(model, batch, family=Family("blocks", (), "causal_lm"), dtype=None)
-    torch.testing.assert_close(bare, scorers.early_exit_loss(model, batch, family=row_of(model), dtype=None))
-
-
-def test_every_family_row_is_tested():
-    assert {family for family, _ in BUILDERS} - {"plain"} == set(families.FAMILIES)
 
 
 # The exit head
@@ -967,11 +662,3 @@ def test_detached_exit_trains_the_exit_head_and_not_the_trunk(family, task, deta
 def test_a_malformed_row_is_refused_when_it_is_made(arguments, message):
     with pytest.raises(ValueError, match=f"Bad family row: {message}"):
         Family(**arguments)
-
-
-@pytest.mark.parametrize("family", ["bert", 5, ("layers",)])
-def test_what_is_no_row_is_refused(family):
-    with pytest.raises(ValueError, match="Expected family to be a Family"):
-        find_anatomy(build("bert", "masked_lm"), family)
-    with pytest.raises(ValueError, match="family must be a Family or None"):
-        Sifter(build("bert", "masked_lm"), family=family)

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import models
-from earlysift import Family, Sifter, check, checks, exits, families, pools, probes, scorers
+from earlysift import Family, Sifter, check, checks, exits, families, passes, pools, probes, scorers
+from earlysift.anatomy import find_anatomy, unwrap
 from earlysift.exit_probe import ExitProbe, features
 from layer_calls import expected_calls, layer_calls
 from models import BUILDERS
@@ -43,7 +44,7 @@ def test_an_exit_by_a_derived_row_is_a_stock_model_of_fewer_layers_with_the_same
     assert all(torch.equal(batch[key], pool[key][kept]) for key in pool)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert len(exits.find_anatomy(model).layers) == zoo.LAYERS
+    assert len(find_anatomy(model).layers) == zoo.LAYERS
 
 
 @pytest.mark.parametrize("name", ["deit", "mistral", "opt"])  # the whole zoo: `benchmarks/run.py families`
@@ -69,7 +70,7 @@ def test_sift_leaves_a_model_of_a_derived_family_as_it_found_it(name):
     model, pool = zoo.build(name).train(), zoo.batch(name)
     model(**pool).loss.backward()  # gradients of the user's step, and caches that models build themselves
     next(iter(model.parameters())).requires_grad_(False)
-    frozen = exits.find_anatomy(model).layers[1]
+    frozen = find_anatomy(model).layers[1]
     frozen.eval()
     next(frozen.children()).train()
     before = copy.deepcopy(everything(model))
@@ -87,7 +88,8 @@ from torch.nn.parallel import DistributedDataParallel
 import earlysift
 sys.path.append(str(pathlib.Path(earlysift.__file__).parents[2] / "benchmarks"))
 import bench_families, zoo
-from earlysift import Sifter, exits
+from earlysift import Sifter, exits, passes
+from earlysift.anatomy import find_anatomy, unwrap
 
 rank, store, count = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count)
@@ -114,7 +116,7 @@ for name in NAMES:
         plain.zero_grad()
         trained(plain, batch)
         apart = 0.0
-        for ours, alone in zip(exits.unwrap(model).parameters(), plain.parameters(), strict=True):
+        for ours, alone in zip(unwrap(model).parameters(), plain.parameters(), strict=True):
             if alone.grad is not None:
                 distributed.all_reduce(alone.grad)
                 grad = ours.grad.full_tensor() if hasattr(ours.grad, "full_tensor") else ours.grad
@@ -164,7 +166,7 @@ def test_a_model_without_exits_is_sifted_by_remembered_losses_as_its_refusal_say
 
 @pytest.mark.parametrize(("family", "task"), [key for key in BUILDERS if key[0] in families.FAMILIES])
 def test_a_known_row_names_the_layers_that_would_be_derived(family, task):
-    row = families.derived(exits.unwrap(models.build(family, task)))
+    row = families.derived(unwrap(models.build(family, task)))
     assert row is not None
     assert row.layers == families.FAMILIES[family].layers
 
@@ -178,7 +180,7 @@ SEQ2SEQ = sorted(name for name, animal in zoo.ZOO.items() if "Seq2Seq" in animal
 @pytest.mark.parametrize("name", SEQ2SEQ)
 def test_an_encoder_decoder_is_scored_with_the_decoder_inputs_that_it_makes_of_its_labels(name):
     model, pool = zoo.build(name), zoo.batch(name)
-    anatomy = exits.find_anatomy(model)
+    anatomy = find_anatomy(model)
     assert (anatomy.task, [len(layers) for layers in anatomy.lists]) == ("seq2seq_lm", [zoo.LAYERS] * 2)
     logits, labels = bench_families.logits(zoo.stock(name, 2), pool), pool["labels"]
     slow = nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none").sum(dim=1)
@@ -259,7 +261,7 @@ def test_flops_of_an_encoder_decoder_are_left_out_of_the_ledger_once_and_for_all
 def test_rows_with_several_lists_come_from_configs_and_each_list_is_checked():
     model = zoo.build("t5")
     model.config.earlysift_family = {"layers": ["encoder.block", "decoder.block"], "heads": [["lm_head"]]}
-    anatomy = exits.find_anatomy(model)
+    anatomy = find_anatomy(model)
     assert anatomy.lists == (model.encoder.block, model.decoder.block)
     assert not anatomy.derived
     problems = check(model, family=Family(("encoder.layers", "decoder.block")))
@@ -294,7 +296,7 @@ def test_an_exit_behind_a_stage_is_refused_to_the_head_with_the_way_out(name):
 @pytest.mark.parametrize("name", STAGED)
 def test_a_probe_behind_a_stage_reads_its_states_and_runs_no_later_one(name):
     model, pool = zoo.build(name), zoo.batch(name)
-    stages = exits.find_anatomy(model).layers
+    stages = find_anatomy(model).layers
     with exits.latest_outputs({2: stages[1]}) as outputs:
         bench_families.logits(model, pool)
     logits = ExitProbe().classify(features(exits.states_of(outputs[2])), classes=5)
@@ -365,10 +367,10 @@ def test_a_model_that_is_a_list_or_has_an_empty_place_is_a_problem_and_no_crash(
 
 def test_a_row_that_was_derived_holds_while_the_model_is_shortened_to_one_layer():
     model = zoo.build("mistral")
-    anatomy = exits.find_anatomy(model)
+    anatomy = find_anatomy(model)
     with exits.truncated(model, 1):
-        assert exits.find_anatomy(model)[:5] == anatomy[:5]
-    assert exits.find_anatomy(model) == anatomy
+        assert find_anatomy(model)[:5] == anatomy[:5]
+    assert find_anatomy(model) == anatomy
 
 
 class Pooled(nn.Module):
@@ -413,7 +415,7 @@ def test_a_guess_is_compared_before_the_first_score_without_a_sifter(depth):
     model.lm_head.bias = nn.Parameter(torch.ones(zoo.VOCABULARY))  # the model scales what the head returns
     score = scorers.exact_loss if depth is None else partial(scorers.early_exit_loss, depth=depth)
     with torch.no_grad(), exits.truncated(model, depth or zoo.LAYERS):
-        logits = exits.call(model, pools.inputs_and_labels(pool)[0])
+        logits = passes.call(model, pools.inputs_and_labels(pool)[0])
     slow = nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), pool["labels"][:, 1:], reduction="none")
     torch.testing.assert_close(score(model, pool, dtype=None), slow.mean(dim=1), rtol=1e-4, atol=1e-4)
 
@@ -426,7 +428,7 @@ def test_a_derived_head_that_is_not_the_models_is_left_for_the_models_own_logits
     assert "The model's own logits are used" in caplog.text
     scores = scorers.early_exit_loss(model, pool, depth=1, dtype=None)
     with torch.no_grad(), exits.truncated(model, 1):
-        logits = exits.call(model.eval(), pools.inputs_and_labels(pool)[0])
+        logits = passes.call(model.eval(), pools.inputs_and_labels(pool)[0])
     slow = nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), pool["labels"][:, 1:], reduction="none")
     torch.testing.assert_close(scores, slow.mean(dim=1), rtol=1e-4, atol=1e-4)
 
@@ -434,14 +436,14 @@ def test_a_derived_head_that_is_not_the_models_is_left_for_the_models_own_logits
 def test_a_known_row_may_have_several_lists(monkeypatch):
     model = zoo.build("t5")
     monkeypatch.setitem(families.FAMILIES, "t5", Family(("encoder.block", "decoder.block"), (("lm_head",),)))
-    assert not exits.find_anatomy(model).derived
+    assert not find_anatomy(model).derived
     monkeypatch.setitem(families.FAMILIES, "t5", Family(("encoder.nothing", "decoder.block"), (("lm_head",),)))
-    assert exits.find_anatomy(model).derived  # as where readers call their base another
+    assert find_anatomy(model).derived  # as where readers call their base another
 
 
 def test_what_a_failed_pass_would_have_told_of_stages_is_asked_again():
     model, pool = zoo.build("swin"), zoo.batch("swin")
-    anatomy, inputs = exits.find_anatomy(model), pools.inputs_and_labels(pool)[0]
+    anatomy, inputs = find_anatomy(model), pools.inputs_and_labels(pool)[0]
     with pytest.raises(AttributeError, match="shape"):
         checks.unlike_the_last(model, anatomy, 1, {"no_argument": inputs["pixel_values"]})
     assert checks.unlike_the_last(model, anatomy, 1, inputs) is not None

@@ -12,12 +12,11 @@ from earlysift import Sifter, scorers
 from earlysift.control import Control
 from earlysift.fidelity import fidelity
 from earlysift.measures import MEASURES
-from models import BUILDERS, build, row_of
+from models import ALL, build, row_of
 from pretraining import ACCUMULATE, STEPS, curve, kill, ledger
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
-ALL = [pytest.param(family, task, id=f"{family}-{task}") for family, task in BUILDERS]
 FEW = [pytest.param(family, task, id=family) for family, task in (("bert", "masked_lm"), ("llama", "causal_lm"))]
 SCORES = [*(scorers.at_exit(measure, 1) for measure in MEASURES.values()), scorers.exact()]
 

@@ -16,8 +16,9 @@ from torch import Generator, nn
 import earlysift
 import models
 from earlysift import Family, Sifter
+from earlysift.anatomy import find_anatomy
 from earlysift.control import Control
-from earlysift.exits import ExitHead, find_anatomy
+from earlysift.exits import ExitHead
 from earlysift.probes import probe
 from earlysift.selectors import proportional
 from models import build, loss_of, row_of

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import models
-from earlysift import Sifter, costs, exits, scorers
+from earlysift import Sifter, costs, scorers
+from earlysift.anatomy import find_anatomy
 from earlysift.control import Control
 from earlysift.measures import MEASURES, Measure
 from models import build
@@ -56,7 +57,7 @@ def test_a_measure_needs_its_entry_alone_to_select_count_probe_resume_and_steer(
         assert torch.equal(sifter.selection.indices, expected)
         assert torch.equal(batch["input_ids"], pool["input_ids"][expected])
         whole.append(sifter.ledger.end())
-    anatomy = exits.find_anatomy(model)
+    anatomy = find_anatomy(model)
     law = costs.flops_law(anatomy, 2, skips_unlabelled=True)
     labelled = int((pools[3]["labels"] != -100).sum())
     assert whole[3]["scored_flops"] == law.flops(rows=16, length=12, labelled=labelled)

@@ -12,16 +12,16 @@ from torch import Generator, nn
 
 import models
 from earlysift import Sifter, scorers, selectors
+from earlysift.anatomy import find_anatomy
 from earlysift.control import Control
-from earlysift.exits import ExitHead, find_anatomy
+from earlysift.exits import ExitHead
 from earlysift.families import Family
 from earlysift.fidelity import fidelity
 from earlysift.measures import MEASURES
 from earlysift.probes import Probe, probe, record, record_names
-from models import BUILDERS, LAYERS, WIDTH, build, logits_of, loss_of, row_of
+from models import ALL, LAYERS, WIDTH, build, logits_of, loss_of, row_of
 from probing import GREEDY, ONE, close, noisy, probe_of, seeded
 
-ALL = [pytest.param(family, task, id=f"{family}-{task}") for family, task in BUILDERS]
 FEW = [
     pytest.param("bert", "masked_lm", id="bert"),
     pytest.param("llama", "causal_lm", id="llama"),

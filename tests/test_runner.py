@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from earlysift import SiftConfig, costs, exits, pools, scorers
+from earlysift import SiftConfig, costs, pools, scorers
+from earlysift.anatomy import find_anatomy
 from earlysift.control import Control
 from earlysift.ledger import Ledger
 from earlysift.measures import MEASURES
@@ -25,7 +26,7 @@ def test_rows_at_once_are_twice_the_kept_at_an_exit_and_the_kept_in_the_full_mod
     model = build("bert", "masked_lm")
     runner, pool = runner_of(model, score=score), pool_of()
     seen = []
-    first = exits.find_anatomy(model).layers[0]
+    first = find_anatomy(model).layers[0]
     with first.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0]))):
         scores = runner.score(pool, runner.approximation, kept=4)
     assert max(seen) == rows
@@ -50,7 +51,7 @@ def test_flops_of_operations_are_those_of_the_law():
     labelled = (pool.data["labels"] != -100).sum(dim=1)
 
     def flops(rows, depth, skips):
-        law = costs.flops_law(exits.find_anatomy(model), depth, skips_unlabelled=skips)
+        law = costs.flops_law(find_anatomy(model), depth, skips_unlabelled=skips)
         return law.flops(rows=rows, length=10, labelled=int(labelled[:rows].sum()))
 
     assert found == {

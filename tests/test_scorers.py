@@ -11,15 +11,15 @@ from torch import Generator, nn
 from transformers import BatchEncoding
 
 import models
-from earlysift import Sifter, exits, scorers
+from earlysift import Sifter, scorers
+from earlysift.anatomy import find_anatomy
 from earlysift.exits import ExitHead
 from earlysift.families import Family
 from earlysift.measures import ENTROPY, MEASURES
-from models import BUILDERS, build, loss_of, row_of, sample_losses, shorter
+from models import ALL, BUILDERS, build, loss_of, row_of, sample_losses, shorter
 
 SCORERS = [*(scorers.at_exit(measure, 1) for measure in MEASURES.values()), scorers.exact()]
 
-ALL = [pytest.param(family, task, id=f"{family}-{task}") for family, task in BUILDERS]
 TOKENS = [pytest.param(*key, id="-".join(key)) for key in BUILDERS if key[1] != "sequence_classification"]
 FEW = [
     pytest.param("bert", "masked_lm", id="bert-masked_lm"),
@@ -173,7 +173,7 @@ def test_trimmed_chunks_of_like_length_give_the_same_scores_from_fewer_positions
         pool["labels"] = pool["labels"].masked_fill(padding, -100)
     before = {name: rows.clone() for name, rows in pool.items()}
     shapes = []
-    first = exits.find_anatomy(model, row_of(model)).layers[0]
+    first = find_anatomy(model, row_of(model)).layers[0]
     handle = first.register_forward_pre_hook(lambda module, inputs: shapes.append(tuple(inputs[0].shape[:2])))
     options = {"family": row_of(model), "dtype": None, "chunk_rows": 3}
     close(scorer(model, pool, trim=True, **options), scorer(model, pool, **options), 1e-5)

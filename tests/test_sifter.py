@@ -31,8 +31,8 @@ from earlysift import (
     selectors,
     warmup,
 )
+from earlysift.anatomy import find_anatomy
 from earlysift.control import Control
-from earlysift.exits import find_anatomy
 from earlysift.fidelity import fidelity
 from earlysift.judging import Unusable
 from earlysift.losses import labelled_positions

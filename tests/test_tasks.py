@@ -18,8 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainingArguments
 
 import models
-from earlysift import Family, SiftConfig, Sifter, check, checkup, costs, exits, losses, pools, scorers
+from earlysift import Family, SiftConfig, Sifter, check, checkup, costs, losses, pools, scorers
 from earlysift.adapters.huggingface import SiftTrainer
+from earlysift.anatomy import find_anatomy
 from earlysift.measures import ENTROPY, LOSS
 from models import CLASSES, VOCABULARY, build, shorter
 
@@ -141,7 +142,7 @@ def test_what_answers_do_not_allow_is_refused_before_the_first_pool(options, rea
 
 def test_the_flops_of_reading_answers_are_those_that_torch_counts():
     model = reader()
-    anatomy, pool = exits.find_anatomy(model), questions()
+    anatomy, pool = find_anatomy(model), questions()
     for depth in (None, DEPTH):
         score = scorers.exact_loss if depth is None else partial(scorers.early_exit_loss, depth=depth)
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -336,8 +337,8 @@ def test_a_pool_without_labels_names_the_keys_that_it_has_and_how_to_name_one():
 
 def test_a_row_without_layers_changes_only_what_it_gives():
     model = build("llama", "causal_lm")
-    assert exits.find_anatomy(model, Family(labels="y"))[:7] == exits.find_anatomy(model)[:7]
-    assert exits.find_anatomy(model, Family(task="masked_lm")).task == "masked_lm"
+    assert find_anatomy(model, Family(labels="y"))[:7] == find_anatomy(model)[:7]
+    assert find_anatomy(model, Family(task="masked_lm")).task == "masked_lm"
     for row, reason in (
         (Family(labels=("a", "b")), "Expected 1 keys of labels for causal_lm"),
         (Family(heads=(("nothing",),)), "has none of the heads"),

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from earlysift import exits, families, losses, packing, pools
-from earlysift.exits import Anatomy, ExitHead, Problem, Recorder
+from earlysift import exits, families, losses, packing, passes, pools
+from earlysift.anatomy import Anatomy, Problem, anatomy_or_problems, find_anatomy, problem_report
+from earlysift.exits import ExitHead, Recorder
 from earlysift.families import Family
 
 _LOG = logging.getLogger("earlysift")
@@ -71,7 +72,7 @@ def check(model: nn.Module, *, depth: int = 1, family: Family | None = None, inp
         ...     print(problem.reason)
         The model family of Linear is unknown, and its layers cannot be told: there is no list of like modules.
     """
-    anatomy = exits.anatomy_or_problems(model, family)
+    anatomy = anatomy_or_problems(model, family)
     if not isinstance(anatomy, Anatomy):
         return anatomy
     count = len(anatomy.layers)
@@ -87,7 +88,7 @@ def check(model: nn.Module, *, depth: int = 1, family: Family | None = None, inp
     labels = None
     if isinstance(inputs, Mapping) and pools.has_labels(inputs, anatomy.labels):
         inputs, labels = pools.inputs_and_labels(inputs, anatomy.labels)
-    problems = dry_run(model, anatomy, depth, exits.model_inputs(anatomy, inputs, labels))
+    problems = dry_run(model, anatomy, depth, passes.model_inputs(anatomy, inputs, labels))
     if problems:
         return problems
     head_problems, other_problems = _comparison(model, anatomy, inputs, labels)
@@ -109,7 +110,7 @@ def verified(model: nn.Module, batch: Any, family: Family | None = None) -> Anat
     Raises:
         ValueError: If the model does not fit its row, or returns another loss.
     """
-    anatomy = exits.find_anatomy(model, family)
+    anatomy = find_anatomy(model, family)
     if _key(anatomy) not in _COMPARED.get(anatomy.core, {}):
         _compare_and_remember(model, anatomy, batch)
     return as_compared(anatomy)
@@ -127,16 +128,16 @@ def require_apart(model: nn.Module, rows: Any, flattened: Any, family: Family | 
     Raises:
         ValueError: If the model's logits differ, or a document is to predict the first token of the next one.
     """
-    anatomy = exits.find_anatomy(model, family)
+    anatomy = find_anatomy(model, family)
     if not anatomy.by_token:
         raise ValueError(
             f"Documents of a flattened row are samples in tasks over tokens; the task is {anatomy.task}. Turn "
             "padding-free collation off."
         )
     (inputs, _), (together, labels) = (pools.inputs_and_labels(each, anatomy.labels) for each in (rows, flattened))
-    with torch.no_grad(), exits.uncompiled(), exits.scoring_mode(model), _noted_tolerances(anatomy) as tolerances:
-        alone = exits.call(model, inputs)
-        own = exits.logits_of(exits.run(model, together, cache=True))
+    with torch.no_grad(), passes.uncompiled(), passes.scoring_mode(model), _noted_tolerances(anatomy) as tolerances:
+        alone = passes.call(model, inputs)
+        own = passes.logits_of(passes.run(model, together, cache=True))
     alone = alone[inputs[packing.MASK].bool()][None]
     difference = "another shape" if alone.shape != own.shape else _difference(alone, own, max(tolerances))
     cached = getattr(getattr(anatomy.core, "config", None), "use_cache", False)
@@ -157,7 +158,7 @@ def require_apart(model: nn.Module, rows: Any, flattened: Any, family: Family | 
     ]
     problems = [Problem(reason, remedy) for wrong, reason, remedy in rules if wrong]
     if problems:
-        raise ValueError(exits.problem_report(model, problems))
+        raise ValueError(problem_report(model, problems))
 
 
 def as_compared(anatomy: Anatomy) -> Anatomy:
@@ -181,7 +182,7 @@ def usable(model: nn.Module, batch: Any, family: Family | None = None) -> Anatom
     Raises:
         ValueError: As `verified`.
     """
-    anatomy = exits.find_anatomy(model, family)
+    anatomy = find_anatomy(model, family)
     return verified(model, batch, family) if anatomy.derived else as_compared(anatomy)
 
 
@@ -273,12 +274,12 @@ def dry_run(
     rows = next((len(value) for value in values if isinstance(value, Tensor) and value.ndim > 0), None)
     try:
         with (
-            exits.uncompiled(),  # compiled code does not call hooks that are added later
+            passes.uncompiled(),  # compiled code does not call hooks that are added later
             torch.no_grad(),
-            exits.scoring_mode(model),
+            passes.scoring_mode(model),
             exits.shortened(anatomy, depth, exit_head=exit_head),
         ):
-            logits = exits.call(model, inputs)
+            logits = passes.call(model, inputs)
     except Exception as error:  # models without some of their layers may fail in any way
         problems = _comparison(model, anatomy, inputs, None)[1]
         if not problems and (unlike := unlike_the_last(model, anatomy, depth, inputs)):
@@ -336,7 +337,7 @@ def _compare_and_remember(model: nn.Module, anatomy: Anatomy, batch: Any) -> Non
     inputs, labels = pools.inputs_and_labels(pools.take(batch, rows), anatomy.labels)
     head_problems, other_problems = _comparison(model, anatomy, inputs, labels)
     if other_problems or undecided:
-        raise ValueError(exits.problem_report(model, head_problems + other_problems + undecided))
+        raise ValueError(problem_report(model, head_problems + other_problems + undecided))
     for problem in head_problems:
         _LOG.warning("%s: %s The model's own logits are used.", type(anatomy.core).__name__, problem.reason)
     _COMPARED.setdefault(anatomy.core, {})[_key(anatomy)] = not head_problems
@@ -392,10 +393,10 @@ def _comparison(
     model: nn.Module, anatomy: Anatomy, inputs: Any, labels: Tensor | None
 ) -> tuple[list[Problem], list[Problem]]:
     """Problems of the head, which using the model's own logits solves, and other problems."""
-    complete = exits.model_inputs(anatomy, inputs, labels)
+    complete = passes.model_inputs(anatomy, inputs, labels)
     try:
-        with torch.no_grad(), exits.uncompiled(), exits.scoring_mode(model), _noted_tolerances(anatomy) as tolerances:
-            own = exits.call(model, complete)
+        with torch.no_grad(), passes.uncompiled(), passes.scoring_mode(model), _noted_tolerances(anatomy) as tolerances:
+            own = passes.call(model, complete)
     except Exception as error:  # models may fail in any way on inputs that do not fit
         return [], [
             Problem(
@@ -424,11 +425,11 @@ def _head_problems(model: nn.Module, anatomy: Anatomy, inputs: Any, own: Tensor,
     """Whether the head named by the row yields the model's own logits from the states that enter it."""
     if not anatomy.head:
         return []
-    with torch.no_grad(), exits.uncompiled(), exits.scoring_mode(model):
+    with torch.no_grad(), passes.uncompiled(), passes.scoring_mode(model):
         try:
             with exits.headless(anatomy):
-                states = exits.call(model, inputs)
-            logits = exits.head_of(anatomy)(states)
+                states = passes.call(model, inputs)
+            logits = passes.head_of(anatomy)(states)
             difference = "another shape" if logits.shape != own.shape else _difference(logits, own, tolerance)
         except Exception as error:  # models without their head may fail in any way
             difference = f"{type(error).__name__}: {error}"
@@ -453,7 +454,7 @@ def _loss_problems(
     own = _own_loss(model, anatomy, batch)
     if own is None or not torch.isfinite(own):
         return []
-    with torch.no_grad(), exits.uncompiled(), exits.scoring_mode(model):
+    with torch.no_grad(), passes.uncompiled(), passes.scoring_mode(model):
         computed = _mean_loss(model, anatomy, inputs, labels)
     difference = _difference(computed, own, tolerance)
     if difference is None:
@@ -512,10 +513,10 @@ def _remedy(anatomy: Anatomy, inputs: Any, otherwise: str) -> str:
 
 
 def _mean_loss(model: nn.Module, anatomy: Anatomy, inputs: Any, labels: Tensor) -> Tensor:
-    inputs = exits.model_inputs(anatomy, inputs, labels)
+    inputs = passes.model_inputs(anatomy, inputs, labels)
     with exits.headless(anatomy):
-        states = exits.states(model, anatomy, inputs, labels)
-    head, problem = exits.head_of(anatomy), problem_of(anatomy)
+        states = passes.states(model, anatomy, inputs, labels)
+    head, problem = passes.head_of(anatomy), problem_of(anatomy)
     sums, counts = losses.sample_sums(anatomy.task, states, labels, head, problem=problem)
     return sums.sum() / (1 if adds_up(anatomy) else counts.sum())
 
@@ -536,14 +537,14 @@ def _own_loss(model: nn.Module, anatomy: Anatomy, batch: Mapping[str, Any]) -> T
     config: Any = getattr(anatomy.core, "config", None)
     before = getattr(config, "problem_type", None)
     try:
-        with torch.no_grad(), exits.uncompiled(), exits.scoring_mode(model):
-            output = exits.run(model, batch, cache=packing.PLACES in batch)
+        with torch.no_grad(), passes.uncompiled(), passes.scoring_mode(model):
+            output = passes.run(model, batch, cache=packing.PLACES in batch)
     except Exception:  # then there is no loss to compare with
         return None
     finally:
         if hasattr(config, "problem_type"):
             config.problem_type = before  # transformers models write the kind of labels into their config
-    loss = exits.named_output(output, "loss")
+    loss = passes.named_output(output, "loss")
     return loss if isinstance(loss, Tensor) and loss.numel() == 1 else None
 
 

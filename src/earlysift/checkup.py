@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from earlysift import checks, costs, exits, families, losses, pools, scorers
+from earlysift.anatomy import Anatomy, find_anatomy, problem_report
 from earlysift.presets import Task, read_config
 from earlysift.seeds import seeded
 from earlysift.sifter import Sifter
@@ -95,7 +96,7 @@ def checkup(
         torch.manual_seed(0)
         on_progress("build the model", 0.0)
         model = build_model(source, task).to(device)
-        anatomy = exits.find_anatomy(model)
+        anatomy = find_anatomy(model)
         layers = len(anatomy.layers)
         depths = depths or tuple(depth for depth in DEPTHS if depth < layers) or DEPTHS[:1]
         size = round(batch / keep)
@@ -206,7 +207,7 @@ def random_pool(
     Raises:
         ValueError: If the length exceeds the model's maximum, or the share is not in (0, 1].
     """
-    anatomy = exits.find_anatomy(model)
+    anatomy = find_anatomy(model)
     name = type(anatomy.core).__name__
     _require(
         anatomy.task != "ctc", "Random pools are token ids or images, and CTC needs sounds. Choose another --task."
@@ -263,7 +264,7 @@ def _model_class(transformers: Any, config: Any, task: Task | None) -> Any:
 def _require_sound(model: nn.Module, depths: tuple[int, ...], pool: dict[str, Tensor]) -> None:
     rows = pools.take(pool, slice(0, 2))
     problems = dict.fromkeys(p for depth in depths for p in checks.check(model, depth=depth, inputs=rows))
-    _require(not problems, exits.problem_report(model, list(problems)))
+    _require(not problems, problem_report(model, list(problems)))
 
 
 def _operations(
@@ -352,7 +353,7 @@ def peak_growth_bytes(operation: Callable[[], object], device: torch.device) -> 
     return max(itertools.accumulate(sizes, initial=0))
 
 
-def _labels_per_sample(pool: dict[str, Tensor], anatomy: exits.Anatomy) -> float:
+def _labels_per_sample(pool: dict[str, Tensor], anatomy: Anatomy) -> float:
     if not anatomy.by_token:
         return float(len(anatomy.labels))
     _, labels = pools.inputs_and_labels(pool, anatomy.labels)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from earlysift import families, losses, pending, pools
-from earlysift.exits import Anatomy
+from earlysift.anatomy import Anatomy
 from earlysift.pending import Pending
 
 # Where a matrix of these names runs, as it differs from what its place in the model tells (see `_outer_weights`).
@@ -44,7 +44,7 @@ def flops_law(anatomy: Anatomy, depth: int | None = None, *, skips_unlabelled: b
     is counted as if it were full.
 
     Args:
-        anatomy: Where layers and head are (`earlysift.exits.find_anatomy`).
+        anatomy: Where layers and head are (`earlysift.find_anatomy`).
         depth: Layers that run; None runs all.
         skips_unlabelled: Whether the last of them runs behind its attention at labelled positions only
             (`earlysift.exits.skips_unlabelled`).
@@ -77,7 +77,7 @@ def forward_flops(anatomy: Anatomy, *, rows: int, length: int, labelled: int, de
     """FLOPs of one forward pass with the head on labelled positions only, by `flops_law`.
 
     Args:
-        anatomy: Where layers and head are (`earlysift.exits.find_anatomy`).
+        anatomy: Where layers and head are (`earlysift.find_anatomy`).
         rows: Samples.
         length: Positions per sample.
         labelled: Labelled positions of all samples together (samples, where the head pools over positions).
@@ -87,7 +87,7 @@ def forward_flops(anatomy: Anatomy, *, rows: int, length: int, labelled: int, de
         FLOPs (a multiply-add counts two). A training step costs about three times this.
 
     Example:
-        >>> from earlysift.exits import find_anatomy
+        >>> from earlysift.anatomy import find_anatomy
         >>> from earlysift.families import Family
         >>> model = nn.Module()
         >>> model.blocks, model.head = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), nn.Linear(4, 10)

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from earlysift import checks, costs, exits, families, losses, pools, scorers, selectors
+from earlysift import checks, costs, exits, families, losses, passes, pools, scorers, selectors
+from earlysift.anatomy import Anatomy
 from earlysift.control import Control, scored_depths
-from earlysift.exits import Anatomy
 from earlysift.fidelity import gain, rank_correlation
 from earlysift.loss_memory import unseen_first
 from earlysift.measures import LOSS, Measure
@@ -85,7 +85,7 @@ def probe(
     """
     scoring, pool = scorers.Scoring(**options), pools.checked(pool)
     anatomy = with_head(checks.usable(model, pool.data, scoring.family))
-    head = exits.head_of(anatomy)  # before the head is taken out of the model
+    head = passes.head_of(anatomy)  # before the head is taken out of the model
     classifies = anatomy.task == "sequence_classification"
     rows = scoring.chunk_rows or pool.size
     per_sample = partial(
@@ -98,18 +98,18 @@ def probe(
     exact, gradients = [], []
     scores: dict[int, list[Tensor]] = {depth: [] for depth in depths}
     with ExitStack() as stack:
-        stack.enter_context(exits.uncompiled())  # for a few passes, compiling would cost more than it saves
-        stack.enter_context(exits.scoring_mode(model))
+        stack.enter_context(passes.uncompiled())  # for a few passes, compiling would cost more than it saves
+        stack.enter_context(passes.scoring_mode(model))
         stack.enter_context(scorers.precision(anatomy, scoring.dtype))
         if scoring.exit_head is not None:
-            stack.enter_context(exits.scoring_mode(scoring.exit_head))
+            stack.enter_context(passes.scoring_mode(scoring.exit_head))
         stack.enter_context(exits.headless(anatomy))
         for start in range(0, pool.size, rows):
             candidates = pool.take(slice(start, start + rows)).data
             inputs, labels = pools.inputs_and_labels(candidates, anatomy.labels)
             with torch.no_grad():
                 with exits.captured(anatomy, max(depths)) as outputs:
-                    states = exits.call(model, inputs)
+                    states = passes.call(model, inputs)
                 for depth in depths:
                     by_probe = scoring.learnt.probes.get(depth) if classifies else None
                     if by_probe is not None and by_probe.is_taught:
@@ -118,7 +118,7 @@ def probe(
                         scores[depth].append(told)
                         continue
                     with exits.replayed(anatomy, list(outputs.values())[:depth], exit_head=scoring.exit_head):
-                        at_exit = exits.call(model, inputs)
+                        at_exit = passes.call(model, inputs)
                     scores[depth].append(
                         per_sample(measure, states=at_exit, labels=labels, max_positions=scoring.max_positions)
                     )

@@ -20,17 +20,19 @@ from earlysift import (
     judging,
     losses,
     packing,
+    passes,
     pools,
     probes,
     ranks,
     scorers,
     steering,
 )
+from earlysift.anatomy import Anatomy, Problem, find_anatomy, problem_report, unwrap
 from earlysift.blend import Blend
 from earlysift.config import SiftConfig
 from earlysift.control import Control, scored_depths
 from earlysift.exit_probe import ExitProbe
-from earlysift.exits import Anatomy, ExitHead, Problem
+from earlysift.exits import ExitHead
 from earlysift.fidelity import fidelity
 from earlysift.ledger import Ledger
 from earlysift.measures import LOSS
@@ -81,13 +83,13 @@ class Runner:
         self._exits = exit_head is not None or (self.approximation is not None and self.approximation.depth is not None)
         self._compared = not (self._exits or (self.approximation and self.approximation.measure))
         if self._exits and (problems := checks.check(model, depth=config.depth, family=config.family)):
-            raise ValueError(exits.problem_report(model, problems))
+            raise ValueError(problem_report(model, problems))
         # With a scorer of the user's own, a model that we cannot take apart only lacks probes and FLOPs.
         optional = self._compared and config.family is None
         with suppress(ValueError) if optional else nullcontext():
-            self.anatomy = exits.find_anatomy(model, config.family)
+            self.anatomy = find_anatomy(model, config.family)
         if self.anatomy is not None and (problems := _unfit(config, self.anatomy)):
-            raise ValueError(exits.problem_report(model, problems))
+            raise ValueError(problem_report(model, problems))
         if config.trim and self.anatomy is not None:
             checks.require_trimmable(self.anatomy)
         self.control = self.candidates() if config.mode == "auto" else None
@@ -166,7 +168,7 @@ class Runner:
         Raises:
             ValueError: If its head has no name.
         """
-        layers = probes.with_head(exits.find_anatomy(self.model, self.config.family)).layers
+        layers = probes.with_head(find_anatomy(self.model, self.config.family)).layers
         return steering.candidates(
             self.config.control or Control(),
             depth=self.config.depth,
@@ -232,15 +234,15 @@ class Runner:
         """
         if self._compared:
             return
-        anatomy = exits.find_anatomy(self.model, self.config.family)
+        anatomy = find_anatomy(self.model, self.config.family)
         if self._exits:
-            inputs, _ = exits.inputs_and_labels(anatomy, pool.take(slice(0, 2)).data)
+            inputs, _ = passes.inputs_and_labels(anatomy, pool.take(slice(0, 2)).data)
             behind: nn.Module | None = self.exit_head
             if behind is None and self.config.score in ("probe", "blend") and anatomy.task == "sequence_classification":
                 behind = checks.recorder(self.model, anatomy, self.config.depth, inputs)
             problems = checks.dry_run(self.model, anatomy, self.config.depth, inputs, exit_head=behind)
             if problems:
-                raise ValueError(exits.problem_report(self.model, problems))
+                raise ValueError(problem_report(self.model, problems))
         self.anatomy = checks.verified(self.model, pool.data, self.config.family)
         if flattened is not None:
             documents = pool.take(slice(0, 2)).data
@@ -336,7 +338,7 @@ class Runner:
         assert self.exit_optimizer is not None
         healthy = (torch.isfinite(scores) | (scores == losses.UNLABELLED)).nonzero().squeeze(1)
         with self.ledger.timed("exit"):
-            with exits.scoring_mode(self.model), torch.enable_grad():
+            with passes.scoring_mode(self.model), torch.enable_grad():
                 loss = scorers.training_loss(
                     self.model,
                     pool.take(healthy[:kept]).data,
@@ -371,7 +373,7 @@ class Runner:
 
     def padding_token(self) -> int:
         """The token that pools are padded with."""
-        token: Any = getattr(getattr(exits.unwrap(self.model), "config", None), "pad_token_id", None)
+        token: Any = getattr(getattr(unwrap(self.model), "config", None), "pad_token_id", None)
         return int(token) if whole(token, 0) else 0
 
     def flops(self, pool: Pool, control: Control, kept: int) -> dict[str, float]:

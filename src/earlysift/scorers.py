@@ -6,6 +6,7 @@ that models build lazily), in evaluation mode with every module's own flag resto
 bfloat16 where the hardware has it, and draw from no global generator.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -16,10 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from earlysift import checks, exits, losses, pools, ranks
+from earlysift import checks, exits, losses, passes, pools, ranks
+from earlysift.anatomy import Anatomy, find_anatomy, is_compiled, wrapping
 from earlysift.blend import Blend
 from earlysift.exit_probe import ADAPTER_SHARE, ExitProbe, features
-from earlysift.exits import Anatomy, Recorder
+from earlysift.exits import Recorder
 from earlysift.families import Family
 from earlysift.ledger import Ledger
 from earlysift.loss_memory import LossMemory
@@ -294,13 +296,13 @@ def _sample_losses(
     detach_exit: bool = False,
     chunk_tokens: int = 1 << 30,
 ) -> tuple[Tensor, Tensor]:
-    inputs, labels = exits.inputs_and_labels(anatomy, batch)
+    inputs, labels = passes.inputs_and_labels(anatomy, batch)
     with ExitStack() as stack:
         if depth is not None:
             stack.enter_context(exits.shortened(anatomy, depth, exit_head=exit_head, detach_exit=detach_exit))
         with exits.headless(anatomy):
-            states = exits.states(model, anatomy, inputs, labels, synchronized=depth is None)
-        head, problem = exits.head_of(anatomy), checks.problem_of(anatomy)
+            states = passes.states(model, anatomy, inputs, labels, synchronized=depth is None)
+        head, problem = passes.head_of(anatomy), checks.problem_of(anatomy)
         return losses.sample_sums(anatomy.task, states, labels, head, problem=problem, chunk_tokens=chunk_tokens)
 
 
@@ -324,16 +326,16 @@ def predictions(model: nn.Module, batch: Any, *, family: Family | None = None) -
         family: A row for a model that `earlysift.families.FAMILIES` does not know.
     """
     anatomy = checks.verified(model, batch, family)
-    inputs, labels = exits.inputs_and_labels(anatomy, batch)
+    inputs, labels = passes.inputs_and_labels(anatomy, batch)
     if not anatomy.by_token:
-        logits = exits.call(model, inputs, synchronized=True)
+        logits = passes.call(model, inputs, synchronized=True)
         return Predictions(logits.float(), labels, torch.ones_like(labels))
     with exits.headless(anatomy):
-        hidden = exits.call(model, inputs, synchronized=True)
+        hidden = passes.call(model, inputs, synchronized=True)
     if anatomy.task == "causal_lm":
         hidden, labels = hidden[:, :-1], labels[:, 1:]
     labelled = losses.labelled_positions(labels)
-    logits = exits.head_of(anatomy)(hidden[labelled]).float()
+    logits = passes.head_of(anatomy)(hidden[labelled]).float()
     return Predictions(logits, labels[labelled], labelled.sum(dim=1))
 
 
@@ -401,11 +403,11 @@ def _run(
         stack.enter_context(precision(anatomy, scoring.dtype))
         if depth is not None:
             stack.enter_context(exits.shortened(anatomy, depth, exit_head=recorder or scoring.exit_head))
-        stack.enter_context(exits.scoring_mode(model))  # of the short model: walking the other layers takes time
+        stack.enter_context(passes.scoring_mode(model))  # of the short model: walking the other layers takes time
         parts = []
         for start in range(0, pool.size, rows):
             chunk = pool.take(slice(start, start + rows)).data
-            inputs, labels = exits.inputs_and_labels(anatomy, chunk if order is None else pools.trim_padding(chunk))
+            inputs, labels = passes.inputs_and_labels(anatomy, chunk if order is None else pools.trim_padding(chunk))
             positions = None
             with ExitStack() as at_head:
                 if anatomy.by_token:
@@ -414,7 +416,7 @@ def _run(
                     at_head.enter_context(exits.headless(anatomy))
                 if depth is not None and positions is not None and skips:
                     at_head.enter_context(exits.at_positions(anatomy, depth, positions, labels.shape))
-                states = exits.states(model, anatomy, inputs, labels)
+                states = passes.states(model, anatomy, inputs, labels)
             parts.append(read(_Chunk(inputs, labels, states, positions, None if recorder is None else recorder.states)))
         found = torch.cat(parts)
         return found if order is None else torch.empty_like(found).index_copy(0, order, found)
@@ -428,7 +430,7 @@ def _measured(approximation: Approximation, model: nn.Module, pool: Pool, scorin
         losses.sample_scores,
         measure,
         anatomy.task,
-        head=exits.head_of(anatomy),
+        head=passes.head_of(anatomy),
         problem=checks.problem_of(anatomy),
         reduction=scoring.reduction,
     )
@@ -564,9 +566,9 @@ def lesson(
         What `earlysift.trained_pool.TrainedPool.add` takes, filled when the context ends: exact losses, what the probes
         told of them before they learnt, and where the loss slopes. Empty where nothing was taught.
     """
-    anatomy = exits.find_anatomy(model, family)
+    anatomy = find_anatomy(model, family)
     seen: dict[str, Tensor] = {}
-    if exits.is_compiled(model, anatomy):
+    if is_compiled([*wrapping(model), *itertools.chain.from_iterable(anatomy.lists)]):
         yield seen
         return
     layers = list(anatomy.layers)
@@ -611,7 +613,7 @@ def _slopes(logits: Tensor, labels: Tensor, problem: losses.Problem | None) -> d
 def _read_by_adapter(
     run: Callable[..., Tensor], anatomy: Anatomy, exit_probe: ExitProbe, reduction: Reduction
 ) -> Tensor:
-    shared = exits.head_of(anatomy)
+    shared = passes.head_of(anatomy)
     trained = []
 
     def score(chunk: _Chunk, rows: slice, positions: Tensor) -> Tensor:
@@ -651,7 +653,7 @@ def _remembered(_: Approximation, model: nn.Module, pool: Pool, scoring: Scoring
 
 def _guarded(scorer: Scorer, _: Approximation, model: nn.Module, pool: Pool, scoring: Scoring) -> Tensor:
     device = next(model.parameters(), torch.empty(0)).device
-    with torch.no_grad(), exits.scoring_mode(model), reseeded(*scoring.key, device=device):
+    with torch.no_grad(), passes.scoring_mode(model), reseeded(*scoring.key, device=device):
         return scorer(model, pool.data)
 
 

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from earlysift import checks, exits, packing, pools, selectors
+from earlysift import checks, packing, pools, selectors
+from earlysift.anatomy import Anatomy, find_anatomy, unwrap
 from earlysift.config import SiftConfig as SiftConfig
 from earlysift.control import Control
 from earlysift.datasets import WithIds, is_map_style
-from earlysift.exits import Anatomy
 from earlysift.ledger import Ledger
 from earlysift.recent import Kept
 from earlysift.sifter import Sifter
@@ -205,13 +205,13 @@ class SiftTrainerMixin(_Base):  # type: ignore[misc, valid-type]
             # Decisions rest on its times, which are then worth waiting for.
             ledger = Ledger(self.ledger_path, device=self.args.device)
         # Scoring enters from outside what it knows (compiled code is then used), and goes around other wrappers.
-        known = exits.unwrap(self.model_wrapped) is exits.unwrap(self.model)
+        known = unwrap(self.model_wrapped) is unwrap(self.model)
         model = self.model_wrapped if known else self.model
         config = dataclasses.replace(config, kept=self._train_batch_size)
         sifter = Sifter(model, config, ledger=ledger, samples=self._sample_count())
         # In auto mode they are of use, but not worth a refusal of models whose losses cannot be read.
         self._wants_losses = sifter.observes and (config.mode == "fixed" or config.sample_id is not None)
-        self._anatomy = exits.find_anatomy(model, config.family) if self._wants_losses else None
+        self._anatomy = find_anatomy(model, config.family) if self._wants_losses else None
         self._waiting.clear()
         return sifter
 

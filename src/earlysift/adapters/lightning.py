@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader
 
-from earlysift import checks, exits, packing, pools, ranks
+from earlysift import checks, packing, pools, ranks
 from earlysift.adapters import samples
+from earlysift.anatomy import find_anatomy
 from earlysift.config import SiftConfig as SiftConfig
 from earlysift.control import Control
 from earlysift.datasets import is_map_style
@@ -233,7 +234,7 @@ class SiftCallback(Callback):
         """Read the losses of a batch's samples off the first forward pass within this context."""
         if packing.is_flattened(batch):
             raise ValueError(samples.NO_DOCUMENTS)
-        anatomy = exits.find_anatomy(sifter.model, sifter.config.family)
+        anatomy = find_anatomy(sifter.model, sifter.config.family)
         labels = pools.inputs_and_labels(batch, anatomy.labels)[1]
 
         def read(_model: nn.Module, _inputs: Any, outputs: Any) -> None:

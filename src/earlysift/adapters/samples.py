@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from earlysift import checks, exits, losses, pools
+from earlysift import checks, losses, passes, pools
+from earlysift.anatomy import Anatomy
 from earlysift.config import SiftConfig
 from earlysift.datasets import WithIds, is_map_style
-from earlysift.exits import Anatomy
 from earlysift.measures import LOSS
 from earlysift.seeds import reseeded
 
@@ -93,7 +93,7 @@ def losses_of(outputs: Any, labels: Any, anatomy: Anatomy | None) -> Tensor:
         has_logits = any(named.get(name) is not None for name in ("logits", "start_logits"))
         if not has_logits or not isinstance(labels, Tensor):
             raise ValueError(NO_LOSSES)
-        logits = exits.logits_of(outputs)
+        logits = passes.logits_of(outputs)
         rows = max(1, _READ_TOKENS // pools.length(logits)) if anatomy.by_token else len(logits)
         score = partial(
             losses.sample_scores, LOSS, anatomy.task, head=nn.Identity(), problem=checks.problem_of(anatomy)

@@ -101,7 +101,7 @@ def _auto_sifter(bench: Bench) -> Sifter:
 
 def _auto_scoring(bench: Bench, *, depth: int) -> Callable[[], object]:
     """Sifting as auto mode does it by one of its choices; depth 0 are remembered losses."""
-    from earlysift.exits import find_anatomy
+    from earlysift.anatomy import find_anatomy
 
     if depth == 0:
         return sifting(bench, score="memory", sample_id=_SAMPLE_ID)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from earlysift import environment, exits, scorers
+from earlysift import environment, passes, scorers
 from earlysift.compare.arm import Arm, uniform_ms
 from earlysift.compare.arms import ARMS
 from earlysift.compare.bench import Bench
@@ -182,7 +182,7 @@ def evaluate(bench: Bench, validation: dict[str, Tensor]) -> tuple[Point, Point]
     """
     settings = bench.settings
     parts = []
-    with torch.no_grad(), exits.scoring_mode(bench.model):
+    with torch.no_grad(), passes.scoring_mode(bench.model):
         for start in range(0, len(validation["labels"]), settings.batch):
             predicted = bench.predict({name: rows[start : start + settings.batch] for name, rows in validation.items()})
             correct = predicted.logits.argmax(dim=-1) == predicted.targets

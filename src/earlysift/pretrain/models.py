@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from earlysift.anatomy import unwrap
 from earlysift.checkup import build_model
-from earlysift.exits import unwrap
 from earlysift.files import write_whole
 from earlysift.pretrain.optional import optional_package
 

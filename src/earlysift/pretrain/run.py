@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from earlysift import checks, environment, exits, folders, pools, scorers, versions
+from earlysift import checks, environment, folders, pools, scorers, versions
 from earlysift.adapters.huggingface import SiftConfig
+from earlysift.anatomy import find_anatomy, problem_report
 from earlysift.checkup import build_model
 from earlysift.files import write_json, write_whole
 from earlysift.presets import require_preset
@@ -131,7 +132,7 @@ def _shape(settings: PretrainSettings) -> Any:
     require_preset(settings.preset)
     with torch.device("meta"):
         model: Any = build_model(settings.preset, changes=_sized(settings.vocab_size))
-    anatomy = exits.find_anatomy(model)
+    anatomy = find_anatomy(model)
     longest = getattr(model.config, "max_position_embeddings", settings.length)
     problems = (
         [str(problem) for problem in checks.check(model, depth=settings.depth)] if settings.arm != "uniform" else []
@@ -152,9 +153,9 @@ def _require_sound(settings: PretrainSettings, model: nn.Module, workload: Workl
     rows = {name: values[:2] for name, values in workload.samples.validation.items()}
     if settings.arm not in ("uniform", "exact", MEMORY_ARM):
         inputs, _ = pools.inputs_and_labels(rows)
-        problems = checks.dry_run(model, exits.find_anatomy(model), settings.depth, inputs)
+        problems = checks.dry_run(model, find_anatomy(model), settings.depth, inputs)
         if problems:
-            raise ValueError(exits.problem_report(model, problems))
+            raise ValueError(problem_report(model, problems))
     checks.verified(model, rows)
 
 
@@ -288,7 +289,7 @@ def _tracker(settings: PretrainSettings) -> str:
 
 def _workload(settings: PretrainSettings, shape: Any) -> Workload:
     described = WorkloadSettings(
-        task=exits.find_anatomy(shape).task,
+        task=find_anatomy(shape).task,
         data=settings.data,
         text_column=settings.text_column,
         length=settings.length,

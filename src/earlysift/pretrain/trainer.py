@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback
 
-from earlysift import exits, pools, ranks, scorers
+from earlysift import passes, pools, ranks, scorers
 from earlysift.adapters.huggingface import SiftTrainerMixin
 from earlysift.files import write_whole
 from earlysift.judging import Unusable
@@ -262,7 +262,7 @@ class Pretrainer(SiftTrainerMixin, Trainer):
         labels = rows["labels"]
         size = max(1, _EVALUATED_LABELS * len(labels) // max(1, int((labels != IGNORED_LABEL).sum())))
         # Not the wrapped model, because processes may have different numbers of rows.
-        with torch.no_grad(), exits.scoring_mode(self.model), self.accelerator.autocast():
+        with torch.no_grad(), passes.scoring_mode(self.model), self.accelerator.autocast():
             for start in range(0, len(rows["labels"]), size):
                 batch = {name: values[start : start + size].to(self.args.device) for name, values in rows.items()}
                 logits, targets, _ = scorers.predictions(self.model, batch)

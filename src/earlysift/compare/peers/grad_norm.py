@@ -100,12 +100,13 @@ def gradient_norm_scores(
     """
     import torch
 
-    from earlysift import exits, pools, scorers
+    from earlysift import passes, pools, scorers
+    from earlysift.anatomy import find_anatomy
 
     size = pools.pool_size(pool)
     rows = chunk_rows or size
-    precision = scorers.precision(exits.find_anatomy(model, family), scorers.AUTO_DTYPE)  # as all other scores
-    with torch.no_grad(), exits.scoring_mode(model), precision:
+    precision = scorers.precision(find_anatomy(model, family), scorers.AUTO_DTYPE)  # as all other scores
+    with torch.no_grad(), passes.scoring_mode(model), precision:
         parts = [pools.take(pool, slice(start, start + rows)) for start in range(0, size, rows)]
         return torch.cat([gradient_norms(scorers.predictions(model, part, family=family)) for part in parts])
 
