@@ -395,7 +395,6 @@ def test_waiting_for_a_slow_loader_is_part_of_the_step_that_needs_its_pool(tmp_p
         ledger_path = tmp_path / "ledger.jsonl"
 
     run = trained(tmp_path, Noting, trainer={"data_collator": collate})
-    run.sifter.ledger.end()
     rows = read_rows(Noting.ledger_path)
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
     assert all(row["wait_ms"] >= slow_ms for row in rows)
@@ -418,7 +417,6 @@ def test_schedules_probes_and_logs_count_optimizer_steps(tmp_path):
 
     sift = dataclasses.replace(HALF, schedule=schedule, probe_every=2)
     run = trained(tmp_path, Noting, sift=sift, gradient_accumulation_steps=2)
-    run.sifter.ledger.end()
     rows = read_rows(Noting.ledger_path)
     assert logged(run, "sift/step") == [1, 2, 3, 4, 5]
     assert max(told) == 4

@@ -35,7 +35,6 @@ def test_every_candidate_is_counted_in_its_group_and_training_is_as_without(tmp_
     sift = dataclasses.replace(GROUPED, sample_id=ids)
     options = {"max_steps": 4, "gradient_accumulation_steps": 3}
     run = trained(tmp_path, data=kind(rows), sift=sift, **options)
-    run.sifter.ledger.end()
     group_of = {tuple(row["input_ids"].tolist()): str(row["source"]) for row in rows}
     counted = [row["groups"] for row in read_rows(tmp_path / "ledger.jsonl") if "groups" in row]
     assert len(counted) == len(run.batches) == 12

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 import models
 from earlysift import SiftConfig, warmup
 from earlysift.datasets import WithIds
+from earlysift.ledger import read_rows
 from test_guests import everything
 
 with warnings.catch_warnings():
@@ -132,6 +133,15 @@ def test_picks_and_steps_are_those_of_a_slow_loop(tmp_path, accumulated):
     assert equal(module.model, model)
     assert callback.sifter.step == steps
     assert callback.sifter.state_dict()["counts"]["candidates"] == 2 * len(data)
+
+
+def test_every_step_has_its_row_in_the_ledger_the_last_one_too(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    module, _ = trained(tmp_path, callback=SiftCallback(HALF, ledger_path=path), max_epochs=1)
+    steps = read_rows(path)
+    assert [row["step"] for row in steps] == list(range(len(module.batches)))
+    assert sum(row["trained"] for row in steps) == sum(map(len, module.batches))
+    assert all(row["train_ms"] > 0 for row in steps)
 
 
 def test_a_batch_that_is_a_list_is_selected_in_place(tmp_path):

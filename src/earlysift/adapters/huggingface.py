@@ -152,6 +152,8 @@ class SiftTrainerMixin(_Base):  # type: ignore[misc, valid-type]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Logs of training, with what was seen, what was trained on, and the sifter's numbers."""
+        if "train_runtime" in logs:
+            self.sifter.ledger.end()  # no further step ends the row of the last one
         if "loss" in logs or "train_runtime" in logs:
             stats = self.sifter.stats()
             logs.update(self._totals | {name: stats[name] for name in LOGGED if name in stats})

@@ -186,6 +186,10 @@ class SiftCallback(Callback):
             stats = self._present().stats()
             pl_module.log_dict({name: stats[name] for name in LOGGED if name in stats})
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the last row of the ledger, which no further step ends."""
+        self._present().ledger.end()
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hook behind in the module."""
         for opened in (self._during_forward, self._during_step):
