@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo demo-bert test lint bench scorecard torture docs site examples pages dist check-dist matrix clean
+.PHONY: demo demo-bert test lint bench scorecard torture docs site examples pages dist audit check-dist matrix clean
 
 demo: .venv/runtime.stamp  ## where selection pays and where it does not, in a few minutes
 	$(BIN)/earlysift compare --suite demo --jobs 2 --out runs/both --force
@@ -42,9 +42,13 @@ examples: .venv/dev.stamp  ## every example of the documents and docstrings runs
 pages: .venv/site.stamp  ## the site alone; its examples are tests (not --quiet: warnings would not be counted)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-dist: .venv/release.stamp  ## sdist, and the wheel from it, each built in an environment of its own
+dist: .venv/release.stamp .venv/audit.stamp  ## sdist, the wheel from it, each built in an environment of its own, and a bill of materials
 	rm -rf dist
 	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m build --outdir dist
+	$(BIN)/cyclonedx-py requirements constraints.txt --pyproject pyproject.toml --output-file dist/earlysift.cdx.json
+
+audit: .venv/audit.stamp  ## known vulnerabilities of the pinned versions; needs pypi.org itself, as mirrors carry no advisories
+	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict
 
 check-dist: dist  ## the wheel in clean environments, recipes included (half an hour); docs/versioning.md
 	$(BIN)/python release/check.py
@@ -73,6 +77,10 @@ matrix: .venv/release.stamp  ## a part of the tests with oldest and newest torch
 	$(PYTHON) -m venv .venv
 	$(PIP) pip
 	$(PIP) --group release
+	touch $@
+
+.venv/audit.stamp: .venv/release.stamp
+	$(PIP) --group audit
 	touch $@
 
 clean:

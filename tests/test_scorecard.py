@@ -20,7 +20,7 @@ from earlysift.control import Control
 from earlysift.pretrain import checkpoints, run
 from earlysift.seeds import seeded
 from faults import PLACES, SIGNALS
-from pretraining import assert_same, tensors, weights
+from pretraining import ACCUMULATE, STEPS, assert_same, kill, tensors, weights
 from processes import on_ranks
 from scorecard import FULL, LONG, cases
 from test_huggingface import ALL, HALF, Recorded, llama, logged, samples, trainer_for
@@ -56,6 +56,31 @@ def test_s01_a_run_killed_at_a_random_time_loses_nothing_that_was_saved(
     assert saved <= (int(found[0].name.partition("-")[2]) if found else 0)
     if place == "_save_checkpoint" and saved == call - 1:
         record_property("within a save", 1)
+    code, _, err = start(out, "--every", 1, "--log-every", 1, "--resume")
+    assert code == 0, err
+    assert_same(out, every_step)
+    assert names_of(out) == names_of(every_step)
+
+
+# S6: killed again and again
+
+
+@pytest.mark.parametrize("number", cases(range(5), 1))
+def test_s06_a_run_killed_twenty_times_ends_bit_equal_to_one_that_was_not(number, start, every_step, tmp_path):
+    out, generator = tmp_path / "run", seeded("kills", number)
+    saved = 0
+    for kills in range(20 if FULL else 4):
+        # Within the first step after resuming, or while it is saved, or in the second one: two of three lose all.
+        place, call = [("compute_loss", 2), ("_save_checkpoint", 1), ("compute_loss", ACCUMULATE + 1)][
+            int(torch.randint(3, (), generator=generator)) if saved < STEPS - 2 else 0
+        ]
+        resume = ["--resume"] if kills else []
+        code, _, err = start(out, "--every", 1, "--log-every", 1, *resume, at=kill(place, call))
+        assert code == -signal.SIGKILL, err
+        found = checkpoints.latest(out)
+        now = int(found[0].name.partition("-")[2]) if found else 0
+        assert saved <= now <= saved + 1
+        saved = now
     code, _, err = start(out, "--every", 1, "--log-every", 1, "--resume")
     assert code == 0, err
     assert_same(out, every_step)
