@@ -26,16 +26,17 @@ _PEERS = (
     *("selective-backprop", "stale-selective-backprop", "ordered-sgd", "rho-loss", "infobatch", "grad-norm", "rs2"),
     "evolved-sampling",
 )
+_FEW = ("uniform", "memory", "memory-unbiased", "probe-2-unbiased", "free", "auto")
 _NOISY = ("uniform", "memory", "memory-guarded", "memory-unbiased", "auto")
-_MODEL: dict[str, Any] = {"seeds": 5, "evaluations": 31, "validation_samples": 2000, "layers": 12}
+_MODEL: dict[str, Any] = {"seeds": 5, "evaluations": 21, "validation_samples": 2000, "layers": 12}
 # The target is what uniform training ends with: at less of it, most of the time is before selection begins.
 _EPOCHS = _MODEL | {"arms": _SCORES, "keep": 0.25, "target_share": 1.0, "select_after": 0.3}
 _MNIST = _EPOCHS | {
     "task": "image",
     "data": ("mnist/mnist.npz",),
     "layers": 8,
-    "train_samples": 20_000,
-    "steps": 3000,
+    "train_samples": 10_000,
+    "steps": 1500,  # five epochs
     "learning_rate": 1.5e-3,
 }
 _TEXT = {"data": ("wikipedia-en", "books-litbank"), "max_characters": 10_000_000}
@@ -60,7 +61,7 @@ _CPU: dict[str, dict[str, Any]] = {
         "learning_rate": 3e-3,
     },
     "mnist": {**_MNIST, "arms": (*_SCORES, *_PEERS)},
-    "mnist-augmented": {**_MNIST, "augmented": True},
+    "mnist-augmented": {**_MNIST, "arms": _FEW, "augmented": True},
     "mnist-flipped-20": {**_MNIST, "arms": _NOISY, "flipped": 0.2},
     "mnist-flipped-40": {**_MNIST, "arms": _NOISY, "flipped": 0.4},
     "digits": {
@@ -78,32 +79,35 @@ _CPU: dict[str, dict[str, Any]] = {
         **_EPOCHS,
         "task": "classification",
         "data": ("clinc150",),
+        "train_samples": 5000,
         "length": 20,
         "vocab_size": 2000,
-        "steps": 4700,  # ten epochs
+        "steps": 1600,  # ten epochs
         "learning_rate": 1e-3,
         "select_after": 0.4,
     },
     "redundant-text": {
         **_EPOCHS,
-        "arms": (*_SCORES, "infobatch", "predictive-batch"),
+        "arms": (*_FEW, "infobatch", "predictive-batch"),
         "task": "causal_lm",
-        "data": ("redundant-text",),  # benchmarks/redundant_text.py writes it
+        "data": ("redundant-text",),  # benchmarks/redundant_text.py --characters 1500000 writes it
         "layers": 6,
+        "batch": 16,
+        "length": 32,
         "vocab_size": 512,
-        "steps": 3000,
+        "steps": 1500,
         "learning_rate": 4e-3,
         "select_after": 0.2,
     },
     _ENCODER: {
         **_MODEL,
         **_TEXT,
-        "arms": ("uniform", "auto"),
+        "arms": ("uniform",),
         "seeds": 1,
         "layers": 6,
         "vocab_size": 2000,
         "length": 32,
-        "steps": 12_000,
+        "steps": 6000,
         "learning_rate": 1e-3,
         "save_encoder": True,
     },
@@ -115,7 +119,8 @@ _CPU: dict[str, dict[str, Any]] = {
         "layers": 6,
         "vocab_size": 2000,
         "length": 32,
-        "steps": 6300,
+        "train_samples": 20_000,
+        "steps": 1900,  # three epochs
         "learning_rate": 3e-4,
         "validation_samples": 872,
     },
