@@ -1,5 +1,6 @@
 /* Faults of a disk, for LD_PRELOAD: EARLYSIFT_DISK=fault:part strikes all files whose path contains this part.
  * full: half of a first write, then no space; read-only; failed fsync; error of the device; short writes; slow writes.
+ * EARLYSIFT_DISK=clock: lets the clock of the day jump by an hour, forth and back, at every look.
  * What strikes is read at every call, so that a process can set it for itself, or for a child. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -10,6 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <time.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
@@ -94,3 +96,10 @@ FILE *fopen64(const char *path, const char *mode) { return fopen(path, mode); }
 CHANGING(mkdir, (const char *path, mode_t mode), (path, mode))
 CHANGING(unlink, (const char *path), (path))
 CHANGING(rename, (const char *path, const char *other), (path, other))
+
+int clock_gettime(clockid_t clock, struct timespec *now) {
+    static int looks;
+    int failed = REAL(clock_gettime)(clock, now);
+    if (!failed && clock == CLOCK_REALTIME && strikes("clock", "")) now->tv_sec += looks++ % 2 ? 3600 : -3600;
+    return failed;
+}

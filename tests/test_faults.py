@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -252,6 +253,15 @@ def on_faulty_disk(train):
     if not CAN_FAIL:
         pytest.skip("no C compiler on this machine, or no Linux")
     return train
+
+
+def test_a_clock_of_the_day_that_jumps_changes_nothing_but_dates(on_faulty_disk, data, uncut, tmp_path):
+    out, began = tmp_path / "run", datetime.now()
+    code, _, err = on_faulty_disk(["pretrain", *pretraining.arguments_for(data, out)], disk="clock:")
+    assert code == 0, err
+    assert_same(out, uncut)
+    created = datetime.fromisoformat(json.loads((out / "results.json").read_text())["created"])
+    assert abs((created - began).total_seconds()) > 1800  # it did jump
 
 
 @pytest.mark.parametrize(("place", "fault"), cases(itertools.product(PLACES, FAULTS), 2))
