@@ -84,6 +84,7 @@ LINES = {
     "S24": Line("ten million samples are remembered exactly: pools of 65,536", 1000, "laws", "s24"),
     "S25": Line("rates, updates, samples and tokens of three epochs add up, by ten schedules", 20, "laws", "s25"),
     "S30": Line("a line of code that keeps a promise is missed when it is gone", 13, "mutants", "s30"),
+    "at once": Line("ten runs at once on one machine end as one alone", 10, "scorecard", "runs_at_once"),
     "picks": Line(
         "the same picks again, with workers, on two threads, compiled and in other chunks, by every score",
         40,

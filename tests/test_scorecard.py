@@ -6,6 +6,9 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
+from contextlib import ExitStack
 
 import numpy
 import pytest
@@ -20,7 +23,7 @@ from earlysift.control import Control
 from earlysift.pretrain import checkpoints, run
 from earlysift.seeds import seeded
 from faults import PLACES, SIGNALS
-from pretraining import ACCUMULATE, STEPS, assert_same, kill, tensors, weights
+from pretraining import ACCUMULATE, STEPS, arguments_for, assert_same, kill, tensors, weights
 from processes import on_ranks
 from scorecard import FULL, LONG, cases
 from test_huggingface import ALL, HALF, Recorded, llama, logged, samples, trainer_for
@@ -85,6 +88,22 @@ def test_s06_a_run_killed_twenty_times_ends_bit_equal_to_one_that_was_not(number
     assert code == 0, err
     assert_same(out, every_step)
     assert names_of(out) == names_of(every_step)
+
+
+# Runs at once
+
+
+def test_runs_at_once_end_as_one_alone(data, environment, uncut, tmp_path, record_property):
+    environment = environment | {"XDG_CACHE_HOME": str(tmp_path / "cache")}  # which all of them fill
+    folders = [tmp_path / str(number) for number in range(10 if FULL else 2)]
+    commands = [[sys.executable, "-m", "earlysift", "pretrain", *arguments_for(data, out)] for out in folders]
+    with ExitStack() as stack:
+        processes = [stack.enter_context(subprocess.Popen(each, env=environment)) for each in commands]
+    assert [process.returncode for process in processes] == [0] * len(processes)
+    for out in folders:
+        assert_same(out, uncut)
+        assert names_of(out) == names_of(uncut)
+    record_property("cases", len(folders))
 
 
 # S4: damage
