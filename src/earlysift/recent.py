@@ -30,6 +30,7 @@ class Kept(NamedTuple):
         scores: That it was chosen by, ``(b,)``; None where nothing was scored.
         stands_for: Candidates that each sample stands for, ``(b,)``; None where that is unknown.
         inputs: What `earlysift.blend.Blend` predicts from, ``(b, 6)``; None without a blend.
+        weights: Of its samples, ``(b,)``; None where all are 1.
     """
 
     step: int
@@ -38,6 +39,7 @@ class Kept(NamedTuple):
     scores: Tensor | None
     stands_for: Tensor | None
     inputs: Tensor | None
+    weights: Tensor | None = None
 
 
 class Recent:

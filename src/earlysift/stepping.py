@@ -24,11 +24,13 @@ class Chosen(NamedTuple):
         selection: The kept candidates.
         batch: Their rows, if they are at hand: the pool itself, or rows that came from other ranks. Else None.
         stands_for: Candidates that each of the kept stands for, ``(b,)``; None where that is unknown.
+        weighs: Whether weights may differ from 1.
     """
 
     selection: Selection
     batch: Any
     stands_for: Tensor | None
+    weighs: bool = False
 
 
 class Scored(NamedTuple):
@@ -139,7 +141,7 @@ def select(pool: Pool, scored: Scored | None, plan: Plan, runner: Runner) -> Cho
         stands_for = stands_for[selection.indices]
     elif unbiased:
         stands_for = selection.weights * (len(guarded) / kept)
-    return Chosen(selection, batch, stands_for)
+    return Chosen(selection, batch, stands_for, weighs=plan.select is not selectors.greedy)
 
 
 def whole_pool(pool: Pool, device: torch.device) -> Chosen:
@@ -193,4 +195,5 @@ def remember(pool: Pool, scored: Scored | None, chosen: Chosen, step: int, runne
         None if scored is None else scored.gathered.scores[indices],
         chosen.stands_for,
         None if scored is None or blend is None or blend.latest is None else blend.latest[indices],
+        chosen.selection.weights if chosen.weighs else None,
     )

@@ -76,6 +76,7 @@ class SiftTrainerMixin(_Base):  # type: ignore[misc, valid-type]
         self._trained: Kept | None = None  # the one that is trained on
         self._anatomy: Anatomy | None = None
         self._wants_losses = False
+        self._divides_by_items: bool | None = None  # the model, a sum of losses by the labels of the whole step
         self._totals = {"candidates_seen": 0, "samples_trained": 0}
         self._trained_before = 0
         self.sifter = self._new_sifter(total_steps=None)
@@ -119,31 +120,41 @@ class SiftTrainerMixin(_Base):  # type: ignore[misc, valid-type]
             self._trained = None  # what follows may be an evaluation
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's own loss; where losses of single samples are remembered, they are read off the same pass.
+        """The Trainer's own loss; where samples have weights or are remembered, their losses are of the same pass.
 
         By a hook, as TRL computes no logits for its loss, and makes a second pass to return some.
         """
         if self._trained is None:
             return super().compute_loss(model, inputs, *args, **kwargs)
+        weights = self._trained.weights if self._weighs else None
         with self.sifter.lesson(dict(inputs), self._trained):  # a copy, as label smoothing takes the labels out
-            if self._wants_losses:
-                return self._observed_loss(model, inputs, *args, **kwargs)
+            if self._wants_losses or weights is not None:
+                return self._loss_of_samples(weights, model, inputs, *args, **kwargs)
             return super().compute_loss(model, inputs, *args, **kwargs)
 
-    def _observed_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    def _loss_of_samples(self, weights: Tensor | None, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         found: list[Tensor] = []
-        keys = self._anatomy.labels if self._anatomy else ()
+        anatomy = self._anatomy
+        keys = anatomy.labels if anatomy else ()
         labels = pools.inputs_and_labels(inputs, keys)[1] if keys and pools.has_labels(inputs, keys) else None
 
-        def read(_model: nn.Module, _inputs: Any, outputs: Any) -> None:
-            if not found:  # TRL may run the model again for its metrics
-                found.append(samples.losses_of(outputs, labels, self._anatomy))
+        def read(_model: nn.Module, _inputs: Any, arguments: dict[str, Any], outputs: Any) -> None:
+            if found:  # TRL may run the model again for its metrics
+                return
+            if weights is None or anatomy is None:
+                found.append(samples.losses_of(outputs, labels, anatomy))
+            else:
+                items = arguments.get("num_items_in_batch") if self._divides_by_items else None
+                found.append(samples.weigh(outputs, labels, anatomy, weights, items))
 
-        with model.register_forward_hook(read):
+        if weights is not None and self._divides_by_items is None and self.model_accepts_loss_kwargs:
+            self._divides_by_items = samples.divides_by_items(model, inputs)
+        with model.register_forward_hook(read, with_kwargs=True):
             loss = super().compute_loss(model, inputs, *args, **kwargs)
         if not found:
             raise ValueError(samples.NO_LOSSES)
-        self._remember(found[0])
+        if self._wants_losses:
+            self._remember(found[0])
         return loss
 
     def _remember(self, losses: Tensor) -> None:
@@ -213,7 +224,9 @@ class SiftTrainerMixin(_Base):  # type: ignore[misc, valid-type]
         sifter = Sifter(model, config, ledger=ledger, samples=self._sample_count())
         # In auto mode they are of use, but not worth a refusal of models whose losses cannot be read.
         self._wants_losses = sifter.observes and (config.mode == "fixed" or config.sample_id is not None)
-        self._anatomy = find_anatomy(model, config.family) if self._wants_losses else None
+        weighs = config.mode == "auto" or config.select is not selectors.greedy
+        self._weighs = weighs and not self._keeps_from_weighing() and config.keep < 1
+        self._anatomy = find_anatomy(model, config.family) if self._wants_losses or self._weighs else None
         self._waiting.clear()
         return sifter
 
@@ -246,11 +259,13 @@ class SiftTrainerMixin(_Base):  # type: ignore[misc, valid-type]
 
     def _selected(self, pool: Any, micro_step: int) -> Any:
         pool = self._prepare_inputs(pool)
-        if self._wants_losses and packing.is_flattened(pool):
+        if packing.is_flattened(pool) and (self._wants_losses or self.sift.select is not selectors.greedy):
             raise ValueError(samples.NO_DOCUMENTS)
         batch = self.sifter.sift(pool, micro_step=micro_step)
-        if self.sifter.latest is not None:
-            self._waiting.append(self.sifter.latest)
+        reads = self._weighs and not packing.is_flattened(pool)
+        weights = self.sifter.weights if reads else None  # which tells auto mode that they are read
+        if (kept := self.sifter.latest) is not None:
+            self._waiting.append(kept._replace(weights=None if kept.weights is None else weights))
         # Pools are equally large on all processes: accelerate evens them out.
         self._totals["candidates_seen"] += packing.size(pool) * self.args.world_size
         self._totals["samples_trained"] += packing.size(batch) * self.args.world_size
@@ -308,13 +323,25 @@ class SiftTrainerMixin(_Base):  # type: ignore[misc, valid-type]
                 "Leave kept out.",
             ),
             (
-                self.sift.select is not selectors.greedy,
-                "A Trainer's loss does not weigh samples, so that only select=greedy is possible. Leave select out.",
+                self.sift.select is not selectors.greedy and bool(self._keeps_from_weighing()),
+                f"Only select=greedy is possible, as {self._keeps_from_weighing()}. Leave select out.",
             ),
         ]
         found = [message for bad, message in problems if bad]
         if found:
             raise ValueError("SIFT cannot work in this Trainer:\n" + "\n".join(f"- {message}" for message in found))
+
+    def _keeps_from_weighing(self) -> str:
+        """What keeps samples from being weighed in the loss, which is then not the one that the model returns."""
+        if self.args.label_smoothing_factor:
+            return "label smoothing computes a loss of its own, in which samples have no weights"
+        if self.compute_loss_func is not None:
+            return "compute_loss_func computes a loss of its own, in which samples have no weights"
+        if type(self).compute_loss is not SiftTrainerMixin.compute_loss or (
+            super().compute_loss.__func__ is not Trainer.compute_loss
+        ):
+            return f"{type(self).__name__} computes a loss of its own, in which samples have no weights"
+        return ""
 
 
 class SiftTrainer(SiftTrainerMixin, Trainer):

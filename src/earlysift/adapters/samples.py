@@ -1,6 +1,6 @@
 """Ids, groups and losses of single samples within a Trainer, which knows none of them."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, MutableMapping
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -28,9 +28,14 @@ NO_LOSSES = (
     "labels. One of them is missing, or the loss is a CTC loss. Use a loop of your own, with Sifter.observe."
 )
 NO_DOCUMENTS = (
-    "The losses of single samples are remembered, and cannot be read off batches that are one row of documents. Use "
-    "padding_free=False, or a loop of your own with Sifter.loss."
+    "The losses of single samples are remembered or weighed, and cannot be read off batches that are one row of "
+    "documents. Use padding_free=False, or a loop of your own with Sifter.loss."
 )
+NO_WEIGHTS = (
+    "Weights of samples need the loss and the logits that the model returns, and the batch's labels: one of them is "
+    "missing. Use select=greedy, or a loop of your own with Sifter.loss(batch, weights=...)."
+)
+_LOGITS = ("logits", "start_logits")
 _READ_TOKENS = 4096  # positions whose logits are copied at once
 
 
@@ -90,7 +95,7 @@ def losses_of(outputs: Any, labels: Any, anatomy: Anatomy | None) -> Tensor:
             means = -outputs["log_probs"].float().sum(dim=1) / counts
             return torch.where(counts > 0, means, losses.UNLABELLED)
         named = outputs if isinstance(outputs, Mapping) and anatomy.task != "ctc" else {}
-        has_logits = any(named.get(name) is not None for name in ("logits", "start_logits"))
+        has_logits = any(named.get(name) is not None for name in _LOGITS)
         if not has_logits or not isinstance(labels, Tensor):
             raise ValueError(NO_LOSSES)
         logits = passes.logits_of(outputs)
@@ -103,3 +108,46 @@ def losses_of(outputs: Any, labels: Any, anatomy: Anatomy | None) -> Tensor:
             for some, of_some in zip(torch.split(logits, rows), torch.split(labels, rows), strict=True)
         ]
         return torch.cat(parts)
+
+
+def divides_by_items(model: nn.Module, inputs: Mapping[str, Any]) -> bool | None:
+    """Whether a model divides the sum of its losses by ``num_items_in_batch``; None if these inputs cannot tell.
+
+    Some take the argument, and divide by the number of labels of this batch all the same.
+    """
+    with torch.no_grad(), passes.uncompiled(), passes.scoring_mode(model):
+        few, many = (
+            passes.named_output(passes.run(model, {**inputs, "num_items_in_batch": items}), "loss")
+            for items in torch.tensor([1e3, 1e6], device=next(model.parameters()).device)
+        )
+    return bool(few > 2 * many) if bool(torch.isfinite(few)) and bool(few > 0) else None
+
+
+def weigh(outputs: Any, labels: Any, anatomy: Anatomy, weights: Tensor, items: Tensor | float | None) -> Tensor:
+    """Weigh the samples in the loss of a forward pass, in place.
+
+    ``loss + sum_i (w_i - 1) l_i / items``, so that what a model adds to the losses of its predictions, as for its
+    routers, stays as it is; with weights 1 nothing changes.
+
+    Args:
+        outputs: What the model returned, with the loss that it is trained by.
+        labels: Of the batch.
+        anatomy: The model's.
+        weights: Of the batch's samples, ``(b,)``.
+        items: What the model divided its sum by; None is the number of labelled positions (of samples, in
+            classification).
+
+    Returns:
+        The mean loss of every sample, ``(b,)``, detached; ``-inf`` for unlabelled ones.
+
+    Raises:
+        ValueError: If loss, logits or labels are missing.
+    """
+    named = isinstance(outputs, MutableMapping) and anatomy.task != "ctc" and outputs.get("loss") is not None
+    if not named or not isinstance(labels, Tensor) or all(outputs.get(name) is None for name in _LOGITS):
+        raise ValueError(NO_WEIGHTS)
+    sums, counts = losses.sample_sums(
+        anatomy.task, passes.logits_of(outputs), labels, nn.Identity(), problem=checks.problem_of(anatomy)
+    )
+    outputs["loss"] = outputs["loss"] + ((weights - 1) * sums).sum() / (counts.sum() if items is None else items)
+    return torch.where(counts > 0, sums / counts, losses.UNLABELLED).detach()
