@@ -911,13 +911,6 @@ def test_an_accelerate_loop_resumes_bit_equal_with_the_sifter_registered(tmp_pat
 # TRL
 
 
-@pytest.fixture(scope="module")
-def trl():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return pytest.importorskip("trl")
-
-
 def fine_tuned(trl, folder, sift=HALF, resume=None, seed=0, noting=Recording, **arguments):
     """A run of TRL's SFTTrainer on documents of several lengths."""
     import datasets

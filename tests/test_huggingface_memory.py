@@ -24,7 +24,6 @@ from test_huggingface import (
     samples,
     trained,
     trainer_for,
-    trl,  # noqa: F401 (a fixture)
 )
 
 with warnings.catch_warnings():
@@ -168,7 +167,7 @@ def test_no_second_pass_is_made_and_other_scores_read_no_losses(tmp_path):
 
 
 @LAYOUTS
-def test_supervised_fine_tuning_remembers_without_logits_and_changes_nothing(trl, tmp_path, layout):  # noqa: F811
+def test_supervised_fine_tuning_remembers_without_logits_and_changes_nothing(trl, tmp_path, layout):
     plain, sifting = (fine_tuned(trl, tmp_path, sift, **layout) for sift in (None, ALL))
     assert_equal_runs(sifting, plain)
     options = {"gradient_accumulation_steps": 2, "max_steps": 11, "noting": Noting, **layout}

@@ -11,7 +11,18 @@ from transformers import DataCollatorWithFlattening, MixtralConfig, MixtralForCa
 import models
 from earlysift import SiftConfig, Sifter, selectors
 from earlysift.adapters.huggingface import SiftTrainer
-from test_huggingface import BATCH, HALF, RATE, Recorded, assert_equal_runs, llama, logged, samples, trained
+from test_huggingface import (
+    BATCH,
+    HALF,
+    RATE,
+    Recorded,
+    assert_equal_runs,
+    fine_tuned,
+    llama,
+    logged,
+    samples,
+    trained,
+)
 
 DRAWN = dataclasses.replace(HALF, select=selectors.proportional)
 TASKS = [("llama", "causal_lm"), ("bert", "sequence_classification"), ("bert", "masked_lm")]
@@ -113,6 +124,23 @@ def test_what_a_model_adds_to_its_loss_is_not_weighed(tmp_path):
     expected = (sums * weights).sum() / counts.sum() + 0.5 * output.aux_loss.detach()
     assert output.aux_loss > 0.1
     assert logged(run)[0] == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"loss_type": "dft"}], ids=["nll", "dft"])
+def test_supervised_fine_tuning_weighs_what_it_sums_up_and_refuses_another_loss(trl, options, tmp_path):
+    options = {"train_sampling_strategy": "sequential", "max_steps": 1} | options
+    if options.get("loss_type"):
+        with pytest.raises(ValueError, match="SiftSFTTrainer computes a loss of its own"):
+            fine_tuned(trl, tmp_path, DRAWN, **options)
+        return
+    run = fine_tuned(trl, tmp_path, DRAWN, **options)
+    model, pool = llama().train(), next(iter(run.get_train_dataloader()))
+    sifter = Sifter(model, DRAWN, kept=BATCH)
+    batch, weights = sifter.sift(dict(pool)), sifter.weights
+    sums, counts = sums_of(model, batch)
+    assert run.batches[0] == batch["input_ids"].tolist()
+    assert logged(run)[0] == pytest.approx(((sums * weights).sum() / counts.sum()).item(), rel=1e-4)
+    assert logged(run)[0] != pytest.approx((sums.sum() / counts.sum()).item(), rel=1e-2)
 
 
 class OwnLoss(Recorded):

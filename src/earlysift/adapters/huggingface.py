@@ -36,6 +36,8 @@ except ImportError as error:
 _LOG = logging.getLogger("earlysift")
 LOGGED = ("sift/step", "sift/gain", "sift/rank_correlation", "sift/score_ms", "sift/train_ms")
 """What logs of training carry of `earlysift.Sifter.stats`; gain and rank correlation from the first probe on."""
+_KNOWN_LOSSES = (Trainer.__module__, "trl.trainer.sft_trainer")
+"""Where `compute_loss` is defined that sums up what the model returns."""
 _Base = Trainer if TYPE_CHECKING else object
 
 
@@ -337,9 +339,8 @@ class SiftTrainerMixin(_Base):  # type: ignore[misc, valid-type]
             return "label smoothing computes a loss of its own, in which samples have no weights"
         if self.compute_loss_func is not None:
             return "compute_loss_func computes a loss of its own, in which samples have no weights"
-        if type(self).compute_loss is not SiftTrainerMixin.compute_loss or (
-            super().compute_loss.__func__ is not Trainer.compute_loss
-        ):
+        known = super().compute_loss.__module__ in _KNOWN_LOSSES and getattr(self.args, "loss_type", "nll") == "nll"
+        if not known or type(self).compute_loss is not SiftTrainerMixin.compute_loss:
             return f"{type(self).__name__} computes a loss of its own, in which samples have no weights"
         return ""
 

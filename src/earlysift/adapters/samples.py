@@ -127,7 +127,7 @@ def weigh(outputs: Any, labels: Any, anatomy: Anatomy, weights: Tensor, items: T
     """Weigh the samples in the loss of a forward pass, in place.
 
     ``loss + sum_i (w_i - 1) l_i / items``, so that what a model adds to the losses of its predictions, as for its
-    routers, stays as it is; with weights 1 nothing changes.
+    routers, stays as it is; with weights 1 nothing changes. TRL sums up log-probabilities, which are weighed instead.
 
     Args:
         outputs: What the model returned, with the loss that it is trained by.
@@ -143,6 +143,10 @@ def weigh(outputs: Any, labels: Any, anatomy: Anatomy, weights: Tensor, items: T
     Raises:
         ValueError: If loss, logits or labels are missing.
     """
+    if isinstance(outputs, MutableMapping) and outputs.get("log_probs") is not None:
+        means = losses_of(outputs, labels, anatomy)
+        outputs["log_probs"] = outputs["log_probs"] * weights[:, None]
+        return means
     named = isinstance(outputs, MutableMapping) and anatomy.task != "ctc" and outputs.get("loss") is not None
     if not named or not isinstance(labels, Tensor) or all(outputs.get(name) is None for name in _LOGITS):
         raise ValueError(NO_WEIGHTS)
