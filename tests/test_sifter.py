@@ -4,6 +4,7 @@ import copy
 import functools
 import io
 import json
+import logging
 import math
 import pickle
 import re
@@ -120,6 +121,18 @@ def test_the_number_kept_is_the_share_of_the_first_pool(keep, kept):
     assert len(sifter.sift(features(8))[1]) == kept
     if keep < 1:
         assert len(sifter.sift(features(11))[1]) == kept  # static shapes, whatever comes later
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_a_loop_that_draws_in_proportion_and_reads_no_weights_is_warned_once(reads, caplog):
+    caplog.set_level(logging.WARNING, logger="earlysift")
+    model, _ = classifier()
+    sifter = sifter_of(model, select=proportional)
+    for number in range(6):
+        sifter.sift(features(16), micro_step=number % 2)
+        if reads:
+            assert len(sifter.weights) == 8
+    assert caplog.text.count("nobody has read their weights") == (not reads)
 
 
 def test_weights_are_those_of_the_latest_batch():

@@ -177,6 +177,15 @@ def mention_partial(step: int, size: int, kept: int) -> None:
     )
 
 
+def mention_unread_weights() -> None:
+    """Warn of a loop that draws candidates in proportion and does not weigh them."""
+    _LOG.warning(
+        "Candidates are drawn in proportion to their scores, and nobody has read their weights, without which training "
+        "prefers large losses as greedy selection does, only less surely. Train on sifter.loss(batch, "
+        "weights=sifter.weights), or multiply the losses of samples by sifter.weights."
+    )
+
+
 def mention_batch_norms(model: nn.Module) -> None:
     """Tell the user of norms that learn from selected samples what evaluation will apply to all."""
     if names := [name for name, norm in checks.batch_norms(model).items() if norm.training]:

@@ -20,7 +20,7 @@ from earlysift.planning import Plan
 from earlysift.progress import STATE_VERSION, Progress
 from earlysift.recent import Kept
 from earlysift.runner import Runner
-from earlysift.selectors import Selection
+from earlysift.selectors import Selection, proportional
 from earlysift.stepping import Scored
 
 _LOG = logging.getLogger("earlysift")
@@ -173,6 +173,9 @@ class Sifter:
         judging.require_training(self.model)
         if before.step == 0:
             judging.mention_batch_norms(self.model)
+        begins_second = before.place(micro_step) == (1, True)
+        if begins_second and self.config.select is proportional and not before.weights_read:
+            judging.mention_unread_weights()
         runner.verify(candidates, pool if flattened else None)
         plan = planning.plan(candidates, kept, micro_step, self._progress, self._control, runner)
         if plan.everywhere:
