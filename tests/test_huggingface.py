@@ -613,9 +613,20 @@ class OwnLoss(Counted):
         return super().compute_loss(*arguments, **options)
 
 
-@pytest.mark.parametrize(("cls", "rule"), [(Counted, "unbiased"), (OwnLoss, "greedy")])
+class WithoutLogits(WithLoss):
+    """Gives its loss alone while it is trained, as fused losses do."""
+
+    def forward(self, states, labels=None):
+        output = super().forward(states, labels)
+        return {"loss": output["loss"]} if self.training and labels is not None else output
+
+
+@pytest.mark.parametrize(
+    ("cls", "model", "rule"),
+    [(Counted, WithLoss, "unbiased"), (OwnLoss, WithLoss, "greedy"), (Counted, WithoutLogits, "greedy")],
+)
 def test_auto_switches_on_where_it_pays_by_a_rule_that_the_loss_allows_and_off_before_the_end(
-    cls, rule, tmp_path, caplog
+    cls, model, rule, tmp_path, caplog
 ):
     pools = [models.mostly_learnt(Generator().manual_seed(step)) for step in range(40)]
     data = [{"states": x, "labels": y} for inputs, labels in pools for x, y in zip(inputs, labels, strict=True)]
@@ -628,7 +639,7 @@ def test_auto_switches_on_where_it_pays_by_a_rule_that_the_loss_allows_and_off_b
         dtype=None,
     )
     options = {
-        "model": WithLoss(),
+        "model": model(),
         "data": data,
         "sift": config,
         "per_device_train_batch_size": 32,
@@ -648,7 +659,7 @@ def test_auto_switches_on_where_it_pays_by_a_rule_that_the_loss_allows_and_off_b
         assert "greedy" in events[-1].split("->")[0]
         assert "-> uniform" in events[-1]
         assert scored[-1] == scored[-2]  # as the length of the training is known
-    resumed = trained(tmp_path, cls, resume=str(tmp_path / "checkpoint-10"), **(options | {"model": WithLoss()}))
+    resumed = trained(tmp_path, cls, resume=str(tmp_path / "checkpoint-10"), **(options | {"model": model()}))
     assert_equal_runs(resumed, run)
     assert resumed.scored == scored[10:]
 

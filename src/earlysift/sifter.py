@@ -124,6 +124,11 @@ class Sifter:
         return self.selection.weights
 
     @property
+    def weights_read(self) -> bool:
+        """Whether the loop has read `weights`, before resuming or since: else auto mode draws nothing in proportion."""
+        return self._progress.weights_read
+
+    @property
     def ids(self) -> Tensor | None:
         """Ids of the latest batch's samples, int64 ``(b,)``, on the CPU; None without `SiftConfig.sample_id`."""
         return None if self.latest is None else self.latest.ids

@@ -78,6 +78,7 @@ class SiftTrainerMixin(_Base):  # type: ignore[misc, valid-type]
         self._trained: Kept | None = None  # the one that is trained on
         self._anatomy: Anatomy | None = None
         self._wants_losses = False
+        self._weighs: bool | None = False  # the samples in the loss; None is yet to be seen
         self._divides_by_items: bool | None = None  # the model, a sum of losses by the labels of the whole step
         self._totals = {"candidates_seen": 0, "samples_trained": 0}
         self._trained_before = 0
@@ -128,9 +129,9 @@ class SiftTrainerMixin(_Base):  # type: ignore[misc, valid-type]
         """
         if self._trained is None:
             return super().compute_loss(model, inputs, *args, **kwargs)
-        weights = self._trained.weights if self._weighs else None
+        weights = self._trained.weights
         with self.sifter.lesson(dict(inputs), self._trained):  # a copy, as label smoothing takes the labels out
-            if self._wants_losses or weights is not None:
+            if self._wants_losses or weights is not None or self._weighs is None:
                 return self._loss_of_samples(weights, model, inputs, *args, **kwargs)
             return super().compute_loss(model, inputs, *args, **kwargs)
 
@@ -141,21 +142,24 @@ class SiftTrainerMixin(_Base):  # type: ignore[misc, valid-type]
         labels = pools.inputs_and_labels(inputs, keys)[1] if keys and pools.has_labels(inputs, keys) else None
 
         def read(_model: nn.Module, _inputs: Any, arguments: dict[str, Any], outputs: Any) -> None:
+            assert anatomy is not None
+            if self._weighs is None:
+                self._weighs = samples.can_weigh(outputs, anatomy)
             if found:  # TRL may run the model again for its metrics
                 return
-            if weights is None or anatomy is None:
-                found.append(samples.losses_of(outputs, labels, anatomy))
-            else:
+            if weights is not None:
                 items = arguments.get("num_items_in_batch") if self._divides_by_items else None
                 found.append(samples.weigh(outputs, labels, anatomy, weights, items))
+            elif self._wants_losses:
+                found.append(samples.losses_of(outputs, labels, anatomy))
 
         if weights is not None and self._divides_by_items is None and self.model_accepts_loss_kwargs:
             self._divides_by_items = samples.divides_by_items(model, inputs)
         with model.register_forward_hook(read, with_kwargs=True):
             loss = super().compute_loss(model, inputs, *args, **kwargs)
-        if not found:
-            raise ValueError(samples.NO_LOSSES)
         if self._wants_losses:
+            if not found:
+                raise ValueError(samples.NO_LOSSES)
             self._remember(found[0])
         return loss
 
@@ -209,6 +213,8 @@ class SiftTrainerMixin(_Base):  # type: ignore[misc, valid-type]
             self.sifter.load_state_dict(state["sifter"])
         except ValueError as error:
             raise ValueError(f"{path} cannot be used. {error}") from error
+        if self.sifter.weights_read and self._weighs is None:
+            self._weighs = True  # as was seen before
         self._totals = {name: state[name] for name in self._totals}
 
     def _new_sifter(self, total_steps: int | None) -> Sifter:
@@ -226,9 +232,12 @@ class SiftTrainerMixin(_Base):  # type: ignore[misc, valid-type]
         sifter = Sifter(model, config, ledger=ledger, samples=self._sample_count())
         # In auto mode they are of use, but not worth a refusal of models whose losses cannot be read.
         self._wants_losses = sifter.observes and (config.mode == "fixed" or config.sample_id is not None)
-        weighs = config.mode == "auto" or config.select is not selectors.greedy
-        self._weighs = weighs and not self._keeps_from_weighing() and config.keep < 1
-        self._anatomy = find_anatomy(model, config.family) if self._wants_losses or self._weighs else None
+        wants_weights = (config.mode == "auto" or config.select is not selectors.greedy) and config.keep < 1
+        self._weighs = wants_weights and not self._keeps_from_weighing()
+        needs_anatomy = self._wants_losses or self._weighs
+        if self._weighs and config.mode == "auto":
+            self._weighs = None  # not worth a refusal of models that return no logits, either
+        self._anatomy = find_anatomy(model, config.family) if needs_anatomy else None
         self._waiting.clear()
         return sifter
 

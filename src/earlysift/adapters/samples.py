@@ -90,7 +90,7 @@ def losses_of(outputs: Any, labels: Any, anatomy: Anatomy | None) -> Tensor:
     """The mean loss of every sample ``(b,)`` from the outputs of the forward pass that is trained on."""
     assert anatomy is not None
     with torch.no_grad():
-        if isinstance(outputs, Mapping) and outputs.get("log_probs") is not None:  # TRL's, 0 where there is no label
+        if _has_log_probs(outputs):  # 0 where there is no label
             counts = outputs["label_mask"].sum(dim=1)
             means = -outputs["log_probs"].float().sum(dim=1) / counts
             return torch.where(counts > 0, means, losses.UNLABELLED)
@@ -108,6 +108,17 @@ def losses_of(outputs: Any, labels: Any, anatomy: Anatomy | None) -> Tensor:
             for some, of_some in zip(torch.split(logits, rows), torch.split(labels, rows), strict=True)
         ]
         return torch.cat(parts)
+
+
+def can_weigh(outputs: Any, anatomy: Anatomy) -> bool:
+    """Whether `weigh` finds what it needs in what a model returned while it was trained."""
+    named = outputs if isinstance(outputs, MutableMapping) and anatomy.task != "ctc" else {}
+    has_logits = any(named.get(name) is not None for name in _LOGITS)
+    return _has_log_probs(outputs) or (named.get("loss") is not None and has_logits)
+
+
+def _has_log_probs(outputs: Any) -> bool:
+    return isinstance(outputs, Mapping) and outputs.get("log_probs") is not None  # TRL's
 
 
 def divides_by_items(model: nn.Module, inputs: Mapping[str, Any]) -> bool | None:
@@ -143,12 +154,11 @@ def weigh(outputs: Any, labels: Any, anatomy: Anatomy, weights: Tensor, items: T
     Raises:
         ValueError: If loss, logits or labels are missing.
     """
-    if isinstance(outputs, MutableMapping) and outputs.get("log_probs") is not None:
+    if _has_log_probs(outputs):
         means = losses_of(outputs, labels, anatomy)
         outputs["log_probs"] = outputs["log_probs"] * weights[:, None]
         return means
-    named = isinstance(outputs, MutableMapping) and anatomy.task != "ctc" and outputs.get("loss") is not None
-    if not named or not isinstance(labels, Tensor) or all(outputs.get(name) is None for name in _LOGITS):
+    if not can_weigh(outputs, anatomy) or not isinstance(labels, Tensor):
         raise ValueError(NO_WEIGHTS)
     sums, counts = losses.sample_sums(
         anatomy.task, passes.logits_of(outputs), labels, nn.Identity(), problem=checks.problem_of(anatomy)
