@@ -168,7 +168,7 @@ def _body(workload: Workload) -> str:
 
 {verdict_table(results, workload.easier)}
 
-{results["config"]["seeds"]} seeds. Target: {100 * target["accuracy"]:.2f} % ({target["source"]}).
+{_number(results["config"]["seeds"], "seed")}. Target: {100 * target["accuracy"]:.2f} % ({target["source"]}).
 A constant answer reaches {100 * baseline["accuracy"]:.2f} % and a loss of {baseline["loss"]:.3f}.
 
 {chr(10).join(folded(summary, text) for summary, text in details.items())}"""
@@ -236,3 +236,7 @@ def _command(results: Results) -> str:
             words = [] if value is True else values
             flags.append(" ".join([f"--{name.replace('_', '-')}", *map(str, words)]))
     return " ".join([f"OMP_NUM_THREADS={results['machine']['threads']} earlysift compare", *flags])
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"

@@ -16,7 +16,7 @@ EASIER_SHARE = 0.95  # of uniform's final accuracy: the second target of every w
 LEAST_ODDS = 2.0  # uniform's odds of a right answer over the baseline's, from which it has learnt enough to compare
 FEWEST_SEEDS = 3  # that give an interval
 _DATA = {
-    "clinc150": "CLINC150 intents",
+    "clinc150": "CLINC150",
     "sst2": "SST-2 sentiment",
     "mnist.npz": "MNIST",
     "handwritten digits": "Handwritten digits",
