@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import earlysift
 import ranked
 from earlysift import pending
+from earlysift.anatomy import find_anatomy
 from earlysift.checkup import build_model
 from earlysift.files import write_json
 from earlysift.ledger import read_rows
@@ -414,7 +415,7 @@ def test_presets_are_the_models_of_that_name(name, millions, task, layers):
     with torch.device("meta"):
         model = build_model(name)
     assert type(model).__name__.endswith(task)
-    assert len(earlysift.find_anatomy(model).layers) == layers
+    assert len(find_anatomy(model).layers) == layers
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.01)
     assert earlysift.check(model) == []
 

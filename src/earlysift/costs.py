@@ -44,7 +44,7 @@ def flops_law(anatomy: Anatomy, depth: int | None = None, *, skips_unlabelled: b
     is counted as if it were full.
 
     Args:
-        anatomy: Where layers and head are (`earlysift.find_anatomy`).
+        anatomy: Where layers and head are (`earlysift.anatomy.find_anatomy`).
         depth: Layers that run; None runs all.
         skips_unlabelled: Whether the last of them runs behind its attention at labelled positions only
             (`earlysift.exits.skips_unlabelled`).
@@ -77,7 +77,7 @@ def forward_flops(anatomy: Anatomy, *, rows: int, length: int, labelled: int, de
     """FLOPs of one forward pass with the head on labelled positions only, by `flops_law`.
 
     Args:
-        anatomy: Where layers and head are (`earlysift.find_anatomy`).
+        anatomy: Where layers and head are (`earlysift.anatomy.find_anatomy`).
         rows: Samples.
         length: Positions per sample.
         labelled: Labelled positions of all samples together (samples, where the head pools over positions).
