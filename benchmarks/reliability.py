@@ -68,7 +68,7 @@ LINES = {
         "scoring and importing leave models, random states and globals as they were",
         111,
         "guests families",
-        "leaves_everything_as_it_found_it or leaves_a_model_of_a_derived or import_changes or leave_their_dropout",
+        "leaves_everything_as_it_found_it or leaves_a_model_of_a_derived or import_changes",
     ),
     "S16": Line(
         "a rank killed or standing still ends the others; a slow one changes nothing", 30, "rank_faults", "s16"

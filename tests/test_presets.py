@@ -6,12 +6,12 @@ from typing import get_args
 
 import pytest
 
-from earlysift import exits
+from earlysift import anatomy
 from earlysift.presets import BUILT_IN, Task, read_config, require_preset
 
 
-def test_tasks_are_those_of_the_exits():
-    assert get_args(Task) == get_args(exits.Task)
+def test_tasks_are_those_of_the_anatomy():
+    assert get_args(Task) == get_args(anatomy.Task)
 
 
 def test_built_in_models_are_known_without_torch():

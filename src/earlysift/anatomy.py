@@ -84,6 +84,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     """The model inside torch.compile, DistributedDataParallel, Lightning Fabric and PEFT wrappers.
 
     Example:
+        >>> import torch
         >>> net = nn.Linear(2, 2)
         >>> unwrap(torch.compile(net, backend="eager")) is net
         True
