@@ -766,10 +766,19 @@ RANK = """
 import json, os, sys
 import torch, models
 import test_huggingface as tests
+from earlysift import selectors
 
 
 def correlations(trainer):  # what this process saw; the log of what was before the checkpoint is that of the first one
     return tests.logged(trainer, "sift/rank_correlation")[3:]
+
+
+class Weighed(tests.Recorded):
+    def _selected(self, pool, micro_step):
+        batch = super()._selected(pool, micro_step)
+        rows = {name: batch[name].tolist() for name in ("input_ids", "attention_mask", "labels")}
+        self.noted = [*getattr(self, "noted", []), [rows, self._waiting[-1].weights.tolist()]]
+        return batch
 
 
 torch.distributed.init_process_group("gloo")
@@ -792,8 +801,12 @@ for size in (33, 39, 40, 47):  # behind two pools of eight on each process too f
 together = tests.dataclasses.replace(tests.HALF, scope="global")
 collator = {"trainer": {"data_collator": tests.padded}, "data": tests.ragged_samples(80)}
 ragged = tests.trained(folder, sift=together, **collator, **options)
+drawn = tests.dataclasses.replace(tests.HALF, select=selectors.proportional)
+accumulating = {"data": tests.samples(160), "gradient_accumulation_steps": 2, **options}
+weighed = tests.trained(folder, Weighed, sift=drawn, **accumulating)
 told = {
     "ragged": ragged.batches,
+    "weighed": [weighed.noted, tests.logged(weighed)],
     "losses": tests.logged(plain), "batches": plain.batches, "items": plain.items,
     "seen": tests.logged(plain, "candidates_seen"), "trained": tests.logged(plain, "samples_trained"),
     "whole": [tests.logged(whole), whole.batches[3:], whole.items[3:], correlations(whole)],
@@ -836,6 +849,29 @@ def test_two_processes_train_as_one_that_accumulates_their_batches(two_ranks):
     assert first["losses"] == second["losses"] == pytest.approx(losses, rel=1e-5)
     assert first["seen"] == second["seen"] == [16, 32, 48, 64, 80]
     assert first["trained"] == second["trained"] == [8, 16, 24, 32, 40]
+
+
+def test_two_processes_weigh_their_samples_over_the_labels_of_all(two_ranks):
+    model = llama()
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    expected = []
+    for step in range(5):
+        parts = [part for told in two_ranks for part in told["weighed"][0][2 * step : 2 * step + 2]]
+        sums, labels = [], 0
+        for rows, weights in parts:
+            ids, mask, targets = (torch.tensor(rows[name]) for name in ("input_ids", "attention_mask", "labels"))
+            logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].transpose(1, 2)
+            losses = nn.functional.cross_entropy(logits, targets[:, 1:], reduction="none").sum(dim=1)
+            sums.append((losses * torch.tensor(weights)).sum())
+            labels += int((targets[:, 1:] != -100).sum())
+        loss = torch.stack(sums).sum() / labels
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append(loss.item())
+    for told in two_ranks:
+        assert told["weighed"][1] == pytest.approx(expected, rel=1e-4)
+    assert two_ranks[0]["weighed"][0] != two_ranks[1]["weighed"][0]
 
 
 def test_two_processes_resume_bit_equal_each_with_picks_of_its_own(two_ranks):

@@ -112,35 +112,41 @@ def test_what_a_model_adds_to_its_loss_is_not_weighed(tmp_path):
         with torch.random.fork_rng(devices=[]):
             return models.widen(MixtralForCausalLM(config))
 
-    data = samples(2 * BATCH)
-    options = {"train_sampling_strategy": "sequential", "max_steps": 1}
+    data = samples(4 * BATCH)
+    options = {"train_sampling_strategy": "sequential", "max_steps": 1, "gradient_accumulation_steps": 2}
     run = trained(tmp_path, model=build(), data=data, sift=DRAWN, **options)
     model = build()
-    pool = {name: torch.stack([row[name] for row in data]) for name in data[0]}
     sifter = Sifter(model, DRAWN, kept=BATCH)
-    batch, weights = sifter.sift(pool), sifter.weights
-    output = model(**batch)
-    sums, counts = sums_of(model, batch)
-    expected = (sums * weights).sum() / counts.sum() + 0.5 * output.aux_loss.detach()
-    assert output.aux_loss > 0.1
-    assert logged(run)[0] == pytest.approx(expected.item(), rel=1e-4)
+    sums, counts, added = torch.zeros(()), torch.zeros(()), 0.0
+    for i in range(2):
+        rows = data[2 * BATCH * i : 2 * BATCH * (i + 1)]
+        batch = sifter.sift({name: torch.stack([row[name] for row in rows]) for name in data[0]}, micro_step=i)
+        found, labels = sums_of(model, batch)
+        sums, counts = sums + (found * sifter.weights).sum(), counts + labels.sum()
+        added += 0.5 * model(**batch).aux_loss.item()
+    assert added > 0.1
+    assert logged(run)[0] == pytest.approx((sums / counts).item() + added, rel=1e-4)
 
 
 @pytest.mark.parametrize("options", [{}, {"loss_type": "dft"}], ids=["nll", "dft"])
 def test_supervised_fine_tuning_weighs_what_it_sums_up_and_refuses_another_loss(trl, options, tmp_path):
-    options = {"train_sampling_strategy": "sequential", "max_steps": 1} | options
+    options = {"train_sampling_strategy": "sequential", "max_steps": 1, "gradient_accumulation_steps": 2} | options
     if options.get("loss_type"):
         with pytest.raises(ValueError, match="SiftSFTTrainer computes a loss of its own"):
             fine_tuned(trl, tmp_path, DRAWN, **options)
         return
     run = fine_tuned(trl, tmp_path, DRAWN, **options)
-    model, pool = llama().train(), next(iter(run.get_train_dataloader()))
+    model = llama().train()
     sifter = Sifter(model, DRAWN, kept=BATCH)
-    batch, weights = sifter.sift(dict(pool)), sifter.weights
-    sums, counts = sums_of(model, batch)
-    assert run.batches[0] == batch["input_ids"].tolist()
-    assert logged(run)[0] == pytest.approx(((sums * weights).sum() / counts.sum()).item(), rel=1e-4)
-    assert logged(run)[0] != pytest.approx((sums.sum() / counts.sum()).item(), rel=1e-2)
+    weighed = plain = counts = torch.zeros(())
+    for i, pool in zip(range(2), run.get_train_dataloader(), strict=False):
+        batch = sifter.sift(dict(pool), micro_step=i)
+        assert run.batches[i] == batch["input_ids"].tolist()
+        sums, labels = sums_of(model, batch)
+        weighed, plain = weighed + (sums * sifter.weights).sum(), plain + sums.sum()
+        counts = counts + labels.sum()
+    assert logged(run)[0] == pytest.approx((weighed / counts).item(), rel=1e-4)
+    assert logged(run)[0] != pytest.approx((plain / counts).item(), rel=1e-2)
 
 
 class OwnLoss(Recorded):
@@ -165,6 +171,28 @@ class OwnLoss(Recorded):
 def test_where_nothing_can_be_weighed_only_the_greedy_rule_is_taken(cls, options, reason, tmp_path):
     with pytest.raises(ValueError, match=rf"Only select=greedy is possible, as {reason}.*Leave select out"):
         trained(tmp_path, cls, sift=DRAWN, **options)
+
+
+def test_a_run_that_weighed_is_not_resumed_by_one_that_cannot(tmp_path):
+    auto = dataclasses.replace(HALF, mode="auto")
+    trained(tmp_path, sift=auto, save_strategy="steps", save_steps=3)
+    resume = str(tmp_path / "checkpoint-3")
+    with pytest.raises(ValueError, match=r"weighed samples in its loss, and this one cannot, as label smoothing"):
+        trained(tmp_path, sift=auto, resume=resume, label_smoothing_factor=0.1)
+    trained(tmp_path, sift=auto, resume=resume)
+
+
+def test_a_selector_without_weights_needs_none(tmp_path):
+    config = dataclasses.replace(HALF, select=selectors.percentile)
+    run = trained(tmp_path, sift=config, label_smoothing_factor=0.1)
+    assert [len(batch) for batch in run.batches] == [BATCH] * 5
+
+
+def test_answers_are_not_weighed(tmp_path):
+    model = models.transformers.BertForQuestionAnswering(models.transformers.BertConfig(**models._COMMON))
+    rows = [{"input_ids": row["input_ids"], "start_positions": 1, "end_positions": 2} for row in samples(40)]
+    with pytest.raises(ValueError, match="the task is CTC or question answering"):
+        trained(tmp_path, model=model, data=rows, sift=DRAWN)
 
 
 def test_documents_of_one_row_are_not_weighed(tmp_path):

@@ -170,6 +170,10 @@ def percentile(scores: Tensor, kept: int, generator: Generator, *, beta: float =
     return _unweighted(ranking(keys)[:kept])
 
 
+UNWEIGHTED = (greedy, percentile)
+"""Selectors whose weights are always 1."""
+
+
 def drop_outliers(scores: Tensor, fraction: float, kept: int) -> Tensor:
     """Take the largest ``fraction`` of the finite scores out of candidacy: the outlier guard.
 

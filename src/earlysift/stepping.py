@@ -141,7 +141,7 @@ def select(pool: Pool, scored: Scored | None, plan: Plan, runner: Runner) -> Cho
         stands_for = stands_for[selection.indices]
     elif unbiased:
         stands_for = selection.weights * (len(guarded) / kept)
-    return Chosen(selection, batch, stands_for, weighs=plan.select is not selectors.greedy)
+    return Chosen(selection, batch, stands_for, weighs=plan.select not in selectors.UNWEIGHTED)
 
 
 def whole_pool(pool: Pool, device: torch.device) -> Chosen:

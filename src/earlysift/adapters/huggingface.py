@@ -144,7 +144,7 @@ class SiftTrainerMixin(_Base):  # type: ignore[misc, valid-type]
         def read(_model: nn.Module, _inputs: Any, arguments: dict[str, Any], outputs: Any) -> None:
             assert anatomy is not None
             if self._weighs is None:
-                self._weighs = samples.can_weigh(outputs, anatomy)
+                self._weighs = samples.can_weigh(outputs, labels, anatomy)
             if found:  # TRL may run the model again for its metrics
                 return
             if weights is not None:
@@ -153,8 +153,11 @@ class SiftTrainerMixin(_Base):  # type: ignore[misc, valid-type]
             elif self._wants_losses:
                 found.append(samples.losses_of(outputs, labels, anatomy))
 
-        if weights is not None and self._divides_by_items is None and self.model_accepts_loss_kwargs:
-            self._divides_by_items = samples.divides_by_items(model, inputs)
+        if weights is not None and anatomy is not None:
+            checks.verified(self.sifter.model, inputs, self.sift.family)  # else its loss is not ours; looks once
+            sums_itself = super().compute_loss.__module__ != Trainer.__module__
+            if self._divides_by_items is None and self.model_accepts_loss_kwargs and not sums_itself:
+                self._divides_by_items = samples.divides_by_items(model, inputs, anatomy)
         with model.register_forward_hook(read, with_kwargs=True):
             loss = super().compute_loss(model, inputs, *args, **kwargs)
         if self._wants_losses:
@@ -213,7 +216,13 @@ class SiftTrainerMixin(_Base):  # type: ignore[misc, valid-type]
             self.sifter.load_state_dict(state["sifter"])
         except ValueError as error:
             raise ValueError(f"{path} cannot be used. {error}") from error
-        if self.sifter.weights_read and self._weighs is None:
+        if self.sifter.weights_read and self._weighs is False:
+            reason = self._keeps_from_weighing() or "this run is not to weigh any"
+            raise ValueError(
+                f"The run of {checkpoint} weighed samples in its loss, and this one cannot, as {reason}. Resume with "
+                f"the loss of before, or delete {path.name} from {checkpoint} to start selection anew."
+            )
+        if self.sifter.weights_read:
             self._weighs = True  # as was seen before
         self._totals = {name: state[name] for name in self._totals}
 
@@ -232,12 +241,13 @@ class SiftTrainerMixin(_Base):  # type: ignore[misc, valid-type]
         sifter = Sifter(model, config, ledger=ledger, samples=self._sample_count())
         # In auto mode they are of use, but not worth a refusal of models whose losses cannot be read.
         self._wants_losses = sifter.observes and (config.mode == "fixed" or config.sample_id is not None)
-        wants_weights = (config.mode == "auto" or config.select is not selectors.greedy) and config.keep < 1
+        wants_weights = (config.mode == "auto" or config.select not in selectors.UNWEIGHTED) and config.keep < 1
         self._weighs = wants_weights and not self._keeps_from_weighing()
         needs_anatomy = self._wants_losses or self._weighs
         if self._weighs and config.mode == "auto":
             self._weighs = None  # not worth a refusal of models that return no logits, either
         self._anatomy = find_anatomy(model, config.family) if needs_anatomy else None
+        self._divides_by_items = None
         self._waiting.clear()
         return sifter
 
@@ -270,7 +280,7 @@ class SiftTrainerMixin(_Base):  # type: ignore[misc, valid-type]
 
     def _selected(self, pool: Any, micro_step: int) -> Any:
         pool = self._prepare_inputs(pool)
-        if packing.is_flattened(pool) and (self._wants_losses or self.sift.select is not selectors.greedy):
+        if packing.is_flattened(pool) and (self._wants_losses or self.sift.select not in selectors.UNWEIGHTED):
             raise ValueError(samples.NO_DOCUMENTS)
         batch = self.sifter.sift(pool, micro_step=micro_step)
         reads = self._weighs and not packing.is_flattened(pool)
@@ -334,7 +344,7 @@ class SiftTrainerMixin(_Base):  # type: ignore[misc, valid-type]
                 "Leave kept out.",
             ),
             (
-                self.sift.select is not selectors.greedy and bool(self._keeps_from_weighing()),
+                self.sift.select not in selectors.UNWEIGHTED and bool(self._keeps_from_weighing()),
                 f"Only select=greedy is possible, as {self._keeps_from_weighing()}. Leave select out.",
             ),
         ]

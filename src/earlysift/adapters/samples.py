@@ -1,12 +1,13 @@
 """Ids, groups and losses of single samples within a Trainer, which knows none of them."""
 
-from collections.abc import Callable, Collection, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
 from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from earlysift import checks, losses, passes, pools
 from earlysift.anatomy import Anatomy
@@ -32,10 +33,10 @@ NO_DOCUMENTS = (
     "documents. Use padding_free=False, or a loop of your own with Sifter.loss."
 )
 NO_WEIGHTS = (
-    "Weights of samples need the loss and the logits that the model returns, and the batch's labels: one of them is "
-    "missing. Use select=greedy, or a loop of your own with Sifter.loss(batch, weights=...)."
+    "Weights of samples need the loss and the logits that the model returns, and a label for each of the logits: one "
+    "of them is missing, or the task is CTC or question answering. Use select=greedy, or a loop of your own with "
+    "Sifter.loss(batch, weights=...)."
 )
-_LOGITS = ("logits", "start_logits")
 _READ_TOKENS = 4096  # positions whose logits are copied at once
 
 
@@ -95,41 +96,49 @@ def losses_of(outputs: Any, labels: Any, anatomy: Anatomy | None) -> Tensor:
             means = -outputs["log_probs"].float().sum(dim=1) / counts
             return torch.where(counts > 0, means, losses.UNLABELLED)
         named = outputs if isinstance(outputs, Mapping) and anatomy.task != "ctc" else {}
-        has_logits = any(named.get(name) is not None for name in _LOGITS)
+        has_logits = any(named.get(name) is not None for name in ("logits", "start_logits"))
         if not has_logits or not isinstance(labels, Tensor):
             raise ValueError(NO_LOSSES)
-        logits = passes.logits_of(outputs)
-        rows = max(1, _READ_TOKENS // pools.length(logits)) if anatomy.by_token else len(logits)
         score = partial(
             losses.sample_scores, LOSS, anatomy.task, head=nn.Identity(), problem=checks.problem_of(anatomy)
         )
-        parts = [
-            score(some, of_some)
-            for some, of_some in zip(torch.split(logits, rows), torch.split(labels, rows), strict=True)
-        ]
-        return torch.cat(parts)
+        return torch.cat([score(*some) for some in _rows_at_once(passes.logits_of(outputs), labels, anatomy)])
 
 
-def can_weigh(outputs: Any, anatomy: Anatomy) -> bool:
-    """Whether `weigh` finds what it needs in what a model returned while it was trained."""
-    named = outputs if isinstance(outputs, MutableMapping) and anatomy.task != "ctc" else {}
-    has_logits = any(named.get(name) is not None for name in _LOGITS)
-    return _has_log_probs(outputs) or (named.get("loss") is not None and has_logits)
+def can_weigh(outputs: Any, labels: Any, anatomy: Anatomy) -> bool:
+    """Whether `weigh` finds what it needs in what a model returned while it was trained.
+
+    Question answering is left out: models average starts and ends apart.
+    """
+    if _has_log_probs(outputs):
+        return True
+    named = outputs if isinstance(outputs, MutableMapping) else {}
+    loss, logits = named.get("loss"), named.get("logits")
+    if anatomy.task in ("ctc", "question_answering") or loss is None:
+        return False
+    if not isinstance(logits, Tensor) or not isinstance(labels, Tensor):
+        return False
+    return not anatomy.by_token or bool(logits.shape[:2] == labels.shape)
 
 
 def _has_log_probs(outputs: Any) -> bool:
     return isinstance(outputs, Mapping) and outputs.get("log_probs") is not None  # TRL's
 
 
-def divides_by_items(model: nn.Module, inputs: Mapping[str, Any]) -> bool | None:
+def divides_by_items(model: nn.Module, inputs: Mapping[str, Any], anatomy: Anatomy) -> bool | None:
     """Whether a model divides the sum of its losses by ``num_items_in_batch``; None if these inputs cannot tell.
 
     Some take the argument, and divide by the number of labels of this batch all the same.
     """
+    _, labels = pools.inputs_and_labels(inputs, anatomy.labels)
+    rows = (labels.reshape(len(labels), -1) != losses.IGNORED_LABEL).any(dim=1).nonzero().flatten()[:2]
+    if len(rows) == 0:
+        return None
+    few_rows = pools.checked(dict(inputs)).take(rows)
     with torch.no_grad(), passes.uncompiled(), passes.scoring_mode(model):
         few, many = (
-            passes.named_output(passes.run(model, {**inputs, "num_items_in_batch": items}), "loss")
-            for items in torch.tensor([1e3, 1e6], device=next(model.parameters()).device)
+            passes.named_output(passes.run(model, {**few_rows.data, "num_items_in_batch": items}), "loss")
+            for items in torch.tensor([1e3, 1e6], device=labels.device)
         )
     return bool(few > 2 * many) if bool(torch.isfinite(few)) and bool(few > 0) else None
 
@@ -139,6 +148,7 @@ def weigh(outputs: Any, labels: Any, anatomy: Anatomy, weights: Tensor, items: T
 
     ``loss + sum_i (w_i - 1) l_i / items``, so that what a model adds to the losses of its predictions, as for its
     routers, stays as it is; with weights 1 nothing changes. TRL sums up log-probabilities, which are weighed instead.
+    Losses are computed once more in the backward pass, which then holds no second copy of the logits.
 
     Args:
         outputs: What the model returned, with the loss that it is trained by.
@@ -154,14 +164,24 @@ def weigh(outputs: Any, labels: Any, anatomy: Anatomy, weights: Tensor, items: T
     Raises:
         ValueError: If loss, logits or labels are missing.
     """
+    if not can_weigh(outputs, labels, anatomy):
+        raise ValueError(NO_WEIGHTS)
     if _has_log_probs(outputs):
         means = losses_of(outputs, labels, anatomy)
         outputs["log_probs"] = outputs["log_probs"] * weights[:, None]
         return means
-    if not can_weigh(outputs, anatomy) or not isinstance(labels, Tensor):
-        raise ValueError(NO_WEIGHTS)
-    sums, counts = losses.sample_sums(
-        anatomy.task, passes.logits_of(outputs), labels, nn.Identity(), problem=checks.problem_of(anatomy)
-    )
-    outputs["loss"] = outputs["loss"] + ((weights - 1) * sums).sum() / (counts.sum() if items is None else items)
+    sum_up = partial(losses.sample_sums, anatomy.task, head=nn.Identity(), problem=checks.problem_of(anatomy))
+    parts = [
+        checkpoint(sum_up, some, of_some, use_reentrant=False, preserve_rng_state=False)
+        for some, of_some in _rows_at_once(passes.logits_of(outputs), labels, anatomy)
+    ]
+    sums, counts = (torch.cat(each) for each in zip(*parts, strict=True))
+    divisor = counts.sum().clamp(min=1) if items is None else items
+    outputs["loss"] = outputs["loss"] + ((weights - 1) * sums).sum() / divisor
     return torch.where(counts > 0, sums / counts, losses.UNLABELLED).detach()
+
+
+def _rows_at_once(logits: Tensor, labels: Tensor, anatomy: Anatomy) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits and labels, some rows at a time."""
+    rows = max(1, _READ_TOKENS // pools.length(logits)) if anatomy.by_token else len(logits)
+    return zip(torch.split(logits, rows), torch.split(labels, rows), strict=True)
