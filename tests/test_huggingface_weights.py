@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+import transformers
 from torch import Generator
 from torch.nn.functional import cross_entropy
 from transformers import DataCollatorWithFlattening, MixtralConfig, MixtralForCausalLM
@@ -211,3 +212,17 @@ def test_a_model_that_returns_no_logits_is_refused_with_the_way_out(tmp_path):
     model.register_forward_hook(silenced)
     with pytest.raises(ValueError, match=r"Weights of samples need the loss and the logits .* Use select=greedy"):
         trained(tmp_path, model=model, sift=DRAWN)
+
+
+def test_a_loss_that_comes_without_the_models_forward_pass_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(transformers.Trainer, "compute_loss", bypassing)
+    with pytest.raises(ValueError, match=r"Weights of samples need the loss and the logits"):
+        trained(tmp_path, sift=DRAWN)
+
+
+def bypassing(self, model, inputs, *arguments, **options):
+    """A loss for which no hook of the model runs."""
+    return model.forward(**inputs).loss
+
+
+bypassing.__module__ = transformers.Trainer.__module__

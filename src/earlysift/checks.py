@@ -326,21 +326,28 @@ def dry_run(
 
 
 def _compare_and_remember(model: nn.Module, anatomy: Anatomy, batch: Any) -> None:
-    inputs, labels = pools.inputs_and_labels(batch, anatomy.labels)
+    _, labels = pools.inputs_and_labels(batch, anatomy.labels)
     undecided = _undecided(anatomy, labels)
-    # Preferably rows with labels; but all ranks of a sharded model must run the same passes, so any rows will do.
-    if anatomy.task == "question_answering":
-        labelled = (labels < pools.length(inputs)).all(dim=1)
-    else:
-        labelled = (labels.reshape(len(labels), -1) != losses.IGNORED_LABEL).any(dim=1)
-    rows = labelled.int().argsort(descending=True, stable=True)[:_ROWS]
-    inputs, labels = pools.inputs_and_labels(pools.take(batch, rows), anatomy.labels)
+    inputs, labels = pools.inputs_and_labels(few_rows(anatomy, batch), anatomy.labels)
     head_problems, other_problems = _comparison(model, anatomy, inputs, labels)
     if other_problems or undecided:
         raise ValueError(problem_report(model, head_problems + other_problems + undecided))
     for problem in head_problems:
         _LOG.warning("%s: %s The model's own logits are used.", type(anatomy.core).__name__, problem.reason)
     _COMPARED.setdefault(anatomy.core, {})[_key(anatomy)] = not head_problems
+
+
+def few_rows(anatomy: Anatomy, batch: Any) -> Any:
+    """Two rows of a batch with labels, to try something on.
+
+    Preferably labelled ones; but all ranks of a sharded model must run the same passes, so any rows will do.
+    """
+    inputs, labels = pools.inputs_and_labels(batch, anatomy.labels)
+    if anatomy.task == "question_answering":
+        labelled = (labels < pools.length(inputs)).all(dim=1)
+    else:
+        labelled = (labels.reshape(len(labels), -1) != losses.IGNORED_LABEL).any(dim=1)
+    return pools.take(batch, labelled.int().argsort(descending=True, stable=True)[:_ROWS])
 
 
 def _undecided(anatomy: Anatomy, labels: Tensor) -> list[Problem]:

@@ -160,9 +160,9 @@ class SiftTrainerMixin(_Base):  # type: ignore[misc, valid-type]
                 self._divides_by_items = samples.divides_by_items(model, inputs, anatomy)
         with model.register_forward_hook(read, with_kwargs=True):
             loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if not found and (self._wants_losses or weights is not None):
+            raise ValueError(samples.NO_LOSSES if weights is None else samples.NO_WEIGHTS)
         if self._wants_losses:
-            if not found:
-                raise ValueError(samples.NO_LOSSES)
             self._remember(found[0])
         return loss
 

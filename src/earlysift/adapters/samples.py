@@ -130,15 +130,12 @@ def divides_by_items(model: nn.Module, inputs: Mapping[str, Any], anatomy: Anato
 
     Some take the argument, and divide by the number of labels of this batch all the same.
     """
-    _, labels = pools.inputs_and_labels(inputs, anatomy.labels)
-    rows = (labels.reshape(len(labels), -1) != losses.IGNORED_LABEL).any(dim=1).nonzero().flatten()[:2]
-    if len(rows) == 0:
-        return None
-    few_rows = pools.checked(dict(inputs)).take(rows)
+    rows = checks.few_rows(anatomy, dict(inputs))
+    device = next(model.parameters()).device
     with torch.no_grad(), passes.uncompiled(), passes.scoring_mode(model):
         few, many = (
-            passes.named_output(passes.run(model, {**few_rows.data, "num_items_in_batch": items}), "loss")
-            for items in torch.tensor([1e3, 1e6], device=labels.device)
+            passes.named_output(passes.run(model, {**rows, "num_items_in_batch": items}), "loss")
+            for items in torch.tensor([1e3, 1e6], device=device)
         )
     return bool(few > 2 * many) if bool(torch.isfinite(few)) and bool(few > 0) else None
 

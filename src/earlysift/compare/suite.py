@@ -39,7 +39,6 @@ _MNIST = _EPOCHS | {
     "steps": 1500,  # five epochs
     "learning_rate": 1.5e-3,
 }
-_TEXT = {"data": ("wikipedia-en", "books-litbank"), "max_characters": 10_000_000}
 _ENCODER = "encoder"
 
 _CPU: dict[str, dict[str, Any]] = {
@@ -101,7 +100,8 @@ _CPU: dict[str, dict[str, Any]] = {
     },
     _ENCODER: {
         **_MODEL,
-        **_TEXT,
+        "data": ("wikipedia-en", "books-litbank"),
+        "max_characters": 10_000_000,
         "arms": ("uniform",),
         "seeds": 1,
         "layers": 6,
