@@ -135,24 +135,38 @@ def measure(name: str, case: Callable[[Generator], Stream], smoke: bool = False)
     torch.set_num_threads(1)  # products as small as these
     seeds, steps = (1, 20) if smoke else (SEEDS, STEPS)
     curves = [
-        {arm: train(case, arm, seed, steps, name) for arm in arms(case(seeded(seed, name)).stored is not None)}
+        {
+            label: train(case, arm, seed, steps, name)
+            for label, arm in arms(case(seeded(seed, name)).stored is not None, steps).items()
+        }
         for seed in range(seeds)
     ]
+    return {"arms": summaries(curves)}
+
+
+def summaries(curves: list[dict[str, "Curve"]]) -> list[dict[str, Any]]:
+    """A row for every arm of curves by seed and arm."""
     uniform = [by_arm["uniform"] for by_arm in curves]
-    return {"arms": [_summary(arm, [by_arm[arm] for by_arm in curves], uniform) for arm in curves[0]]}
+    return [_summary(arm, [by_arm[arm] for by_arm in curves], uniform) for arm in curves[0]]
 
 
 class Curve(NamedTuple):
-    """Of one run: budget spent in uniform steps and held-out loss at every evaluation, and how it ended."""
+    """Of one run: budget spent in uniform steps and held-out loss at every evaluation, and how it ended.
+
+    ``worst_class`` is the lowest accuracy of a class, ``selecting`` the share of steps that select.
+    """
 
     spent: list[float]
     losses: list[float]
     accuracy: float
+    worst_class: float
     selecting: float
 
 
-def train(case: Callable[[Generator], Stream], arm: str, seed: int, steps: int, name: str) -> Curve:
-    """One arm on one seed, until its budget is spent."""
+def train(
+    case: Callable[[Generator], Stream], arm: Arm, seed: int, steps: int, name: str, evaluations: int = EVALUATIONS
+) -> Curve:
+    """One arm on one seed, until its budget is spent; evaluated so often, and at the end."""
     draws = seeded(seed, name)
     stream = case(draws)
     held_out = stream.draw(HELD_OUT, draws)
@@ -160,14 +174,14 @@ def train(case: Callable[[Generator], Stream], arm: str, seed: int, steps: int, 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = Residual(stream.convex)
-    options, charged = arms(stream.stored is not None, steps)[arm]
+    options, charged = arm
     sifter = Sifter(model, family=FAMILY, kept=BATCH, seed=seed, probe_every=0, **options)
     optimizer = torch.optim.AdamW(model.parameters(), RATE, fused=True)
     spent, due, selecting, taken, curve = 0.0, 0.0, 0, 0, []
     while spent < steps:
         if spent >= due:
             curve.append((spent, *evaluate(model, held_out)))
-            due += steps / EVALUATIONS
+            due += steps / evaluations
         share = spent / steps
         optimizer.param_groups[0]["lr"] = RATE * min(1.0, share / WARMUP + 0.01, (1 - share) / (1 - WARMUP))
         pool = data(sifter.wanted)
@@ -181,8 +195,8 @@ def train(case: Callable[[Generator], Stream], arm: str, seed: int, steps: int, 
         cost, selects = _charge(sifter, charged)
         spent, selecting, taken = spent + cost, selecting + selects, taken + 1
     curve.append((spent, *evaluate(model, held_out)))
-    times, losses, accuracies = map(list, zip(*curve, strict=True))
-    return Curve(times, losses, accuracies[-1], selecting / taken)
+    times, losses, accuracies, worst = map(list, zip(*curve, strict=True))
+    return Curve(times, losses, accuracies[-1], worst[-1], selecting / taken)
 
 
 def _charge(sifter: Sifter, charged: bool) -> tuple[float, bool]:
@@ -226,11 +240,14 @@ def _pools(stream: Stream, generator: Generator) -> Callable[[int], dict[str, Te
     return stored
 
 
-def evaluate(model: nn.Module, samples: tuple[Tensor, Tensor]) -> tuple[float, float]:
-    """Mean loss and accuracy."""
+def evaluate(model: nn.Module, samples: tuple[Tensor, Tensor]) -> tuple[float, float, float]:
+    """Mean loss, accuracy, and the lowest accuracy of a class."""
+    inputs, labels = samples
     with torch.no_grad():
-        logits = model(samples[0])
-    return cross_entropy(logits, samples[1]).item(), (logits.argmax(dim=1) == samples[1]).float().mean().item()
+        logits = model(inputs)
+    right = (logits.argmax(dim=1) == labels).float()
+    by_class = [right[labels == label].mean().item() for label in set(labels.tolist())]
+    return cross_entropy(logits, labels).item(), right.mean().item(), min(by_class)
 
 
 def _summary(arm: str, runs: list[Curve], uniform: list[Curve]) -> dict[str, Any]:
@@ -246,6 +263,7 @@ def _summary(arm: str, runs: list[Curve], uniform: list[Curve]) -> dict[str, Any
         "ratios": ratios,
         "end": geometric_mean(ends),
         "accuracy": mean(run.accuracy for run in runs),
+        "worst_class": mean(run.worst_class for run in runs),
         "selecting": mean(run.selecting for run in runs),
     }
 

@@ -202,6 +202,35 @@ def score_picture(entries: dict[str, Any], path: Path) -> None:
     save_png(figure, path)
 
 
+def hazard_picture(entries: dict[str, Any], path: Path) -> None:
+    """Loss at the end over uniform training's: a panel per hazard, a line per arm."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, FormatStrFormatter, NullLocator
+
+    hazards = list(dict.fromkeys(entry["hazard"] for entry in entries.values()))
+    looks = {"greedy": (_OTHER, "-"), "greedy, guarded": (_OTHER, "--"), "unbiased": (_OURS, "-"), "auto": ("k", "-")}
+    with matplotlib.rc_context(SETTINGS):
+        figure = Figure(figsize=(8, 3.2), layout="constrained")
+        grid = figure.subplots(1, len(hazards), squeeze=False, sharey=True)[0]
+        for axes, hazard in zip(grid, hazards, strict=True):
+            of_hazard = [entry for entry in entries.values() if entry["hazard"] == hazard]
+            for arm, (color, dashes) in looks.items():
+                ends = [row["end"] for entry in of_hazard for row in entry["arms"] if row["arm"] == arm]
+                sizes = [f"{entry['size']:g}" for entry in of_hazard]
+                axes.plot(sizes, ends, dashes, color=color, marker="o", markersize=4, label=arm)
+            axes.axhline(1, color=FAINT, linewidth=1)
+            axes.set_xlabel(hazard)
+        grid[0].set_yscale("log")
+        grid[0].yaxis.set_major_locator(FixedLocator([0.5, 0.7, 1, 1.4, 2, 3, 5]))
+        grid[0].yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        grid[0].yaxis.set_minor_locator(NullLocator())
+        grid[0].set_ylabel("loss at the end, over uniform's")
+        handles, labels = grid[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper left", ncols=len(looks))
+    save_png(figure, path)
+
+
 def scale_picture(entries: dict[str, Any], path: Path) -> None:
     """Measured and predicted overhead: a row per entry, a panel per quantity that was varied."""
     import matplotlib

@@ -58,7 +58,10 @@ LINES = {
     "S5": Line("50 further steps after resuming are bit-equal", 96, "scorecard", "s05"),
     "S6": Line("killed twenty times in one run: bit-equal at the end", 5, "scorecard", "s06"),
     "S8": Line("losses of 100 steps, selection off and on, equal those on file", 200, "scorecard", "s08"),
-    "S9": Line("two ranks (DDP, FSDP2) pick what one process does; losses within 1e-6", 400, "ranks", "s09"),
+    "S9": Line("two ranks (DDP, FSDP2) pick what one process does; losses within 1e-6", 400, "ranks", "s09_two"),
+    "S9 many": Line(
+        "four and eight ranks (DDP, FSDP2, hybrid sharding) pick what one process does", 300, "ranks", "s09_four"
+    ),
     "S11": Line("gradients of accumulated steps equal those of one large batch within 1e-6", 8, "scorecard", "s11"),
     "S12": Line("nan or infinite numbers end the run before the update, exit code 3", 14, "scorecard", "s12_a_number"),
     "S12 ranks": Line("all ranks stop at the same step, whichever is hit", 28, "scorecard", "s12_all_ranks"),

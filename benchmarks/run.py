@@ -9,6 +9,7 @@
 - scale: how the overhead of scoring grows with depth, keep, pool, length, vocabulary, batch and processes
 - start: `import earlysift` and `earlysift --help` beside Python and torch
 - auto: what auto mode saves of what the best fixed score saves, on streams that train in seconds, charged by FLOPs
+- hazards: what selection does to the end of training with wrong labels, copies and rare classes, guarded and not
 - families: what early exits make of tiny models of many families
 - plateau: how far uniform training gets on every workload of the suite, and how far with three times the budget
 - soak: whether memory grows and steps become slower, by every approximation; `--minutes 60` for a long run
@@ -28,6 +29,7 @@ from typing import Any
 
 import bench_auto
 import bench_families
+import bench_hazards
 import bench_memory
 import bench_pages
 import bench_plateau
@@ -54,6 +56,7 @@ BENCHMARKS: dict[str, tuple[Any, list[str]]] = {
     "scale": (bench_scale, ["bert-mini-128"]),
     "start": (bench_start, []),
     "auto": (bench_auto, []),
+    "hazards": (bench_hazards, []),
     "families": (bench_families, []),
     "plateau": (bench_plateau, []),
     "soak": (bench_soak, []),

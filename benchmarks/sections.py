@@ -9,7 +9,11 @@ import pictures
 from run import BENCHMARKS
 
 _LONG = 60  # lines of tables that are folded away
-_PICTURES = {"score": pictures.score_picture, "scale": pictures.scale_picture}
+_PICTURES = {
+    "score": pictures.score_picture,
+    "scale": pictures.scale_picture,
+    "hazards": pictures.hazard_picture,
+}
 
 
 def benchmark_sections(results: Path, docs: Path) -> list[str]:

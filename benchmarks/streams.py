@@ -92,12 +92,12 @@ def flipped(share: float) -> Callable[[Tensor, Generator], Tensor]:
     return spoil
 
 
-def imbalanced(draw: Draw) -> Draw:
-    """Class k is kept with probability 1 / (k + 1)."""
+def imbalanced(draw: Draw, thinning: float = 1.0) -> Draw:
+    """Class k is kept with probability ``1 / (1 + thinning k)``."""
 
     def thinned(count: int, generator: Generator) -> Samples:
-        inputs, labels = draw(8 * count, generator)
-        kept = torch.rand(len(labels), generator=generator) < 1 / (labels + 1)
+        inputs, labels = draw(round(8 * thinning) * count, generator)
+        kept = torch.rand(len(labels), generator=generator) < 1 / (1 + thinning * labels)
         return inputs[kept][:count], labels[kept][:count]
 
     return thinned

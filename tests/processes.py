@@ -50,6 +50,7 @@ for line in sys.stdin:
     for rank in range(told["count"]):
         child = os.fork()
         if child == 0:
+            os.chdir(told["folder"])
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             for stream, name in ((1, "out"), (2, "err")):
                 os.dup2(os.open(f"{told['folder']}/{name}{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
@@ -91,7 +92,7 @@ def _end(forker):
 
 
 def on_ranks(count, script, tmp_path):
-    """What processes print last, as JSON; a script gets its rank, a file to meet in, and the number of ranks."""
+    """What processes in this folder print last, as JSON; a script gets its rank, a file to meet in, their number."""
     ended = ends_of_ranks(count, script, tmp_path, apart=False)
     assert [code for code, _, _ in ended] == [0] * count, ended
     return [json.loads(out.splitlines()[-1]) for _, out, _ in ended]

@@ -362,6 +362,20 @@ def test_auto_is_compared_with_fixed_scores_on_the_same_stream(tmp_path):
     assert rows["exit 1"]["selecting"] > 0.5
 
 
+def test_hazards_are_met_by_every_arm_and_drawn(modules, tmp_path):
+    run(tmp_path, "hazards")
+    entries = result(tmp_path, "hazards")["entries"]
+    assert {entry["hazard"] for entry in entries.values()} == modules("bench_hazards").HAZARDS.keys()
+    for entry in entries.values():
+        rows = {row["arm"]: row for row in entry["arms"]}
+        assert list(rows) == ["uniform", "greedy", "greedy, guarded", "unbiased", "auto"]
+        assert (rows["uniform"]["end"], rows["uniform"]["selecting"]) == (1.0, 0.0)
+        assert all(rows[name]["selecting"] > 0.5 for name in ("greedy", "greedy, guarded", "unbiased"))
+        assert all(0 <= row["worst_class"] <= row["accuracy"] <= 1 for row in rows.values())
+    modules("pictures").hazard_picture(entries, tmp_path / "hazards.png")
+    assert (tmp_path / "hazards.png").stat().st_size > 5000
+
+
 def test_a_step_is_charged_for_what_it_scored_and_probed(modules):
     bench = modules("bench_auto")
     prices = bench.prices()
@@ -386,7 +400,7 @@ def test_a_step_is_charged_for_what_it_scored_and_probed(modules):
 
 def test_the_budget_to_a_target_is_read_between_evaluations(modules):
     bench = modules("bench_auto")
-    curve = bench.Curve([0.0, 10.0, 20.0], [2.0, 1.0, 0.5], 0.0, 0.0)
+    curve = bench.Curve([0.0, 10.0, 20.0], [2.0, 1.0, 0.5], 0.0, 0.0, 0.0)
     assert [bench._first(curve, target) for target in (3.0, 1.5, 0.75)] == [0.0, 5.0, 15.0]
     assert bench._first(curve, 0.4) == float("inf")
 

@@ -4,12 +4,11 @@ import ast
 import importlib
 import importlib.util
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from processes import ends_of_ranks
 from test_peers import EASIEST
 from test_structure import FLOORS
 
@@ -48,11 +47,10 @@ EXAMPLES = [
 
 @pytest.mark.parametrize(("page", "code", "output"), EXAMPLES)
 def test_an_example_runs_and_prints_what_the_page_shows(page, code, output, tmp_path):
-    command = [sys.executable, "-c", SETUP.get(page, "") + code]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert PRINTED.get(page, "") in done.stdout
-    assert output in ("", done.stdout)
+    ((status, printed, errors),) = ends_of_ranks(1, SETUP.get(page, "") + code, tmp_path)
+    assert status == 0, errors
+    assert PRINTED.get(page, "") in printed
+    assert output in ("", printed)
 
 
 def test_every_page_that_must_print_something_has_one_example():

@@ -162,6 +162,28 @@ def test_a_ledger_that_cannot_be_written_warns_once_and_goes_on(path):
     assert len(ledger.times_ms("train")) == 3
 
 
+@pytest.mark.parametrize("max_mib", [1e-6, 200 / 2**20, 1.0, None])
+def test_a_limit_keeps_the_latest_rows_in_two_files_of_at_most_its_size(tmp_path, max_mib):
+    path, older = tmp_path / "steps.jsonl", tmp_path / "steps.jsonl.1"
+    ledger = Ledger(path, max_mib=max_mib, clock=lambda: 0.0)
+    for step in range(50):
+        ledger.begin(step)
+        ledger.end()
+    kept = [row["step"] for file in (older, path) if file.exists() for row in rows_of(file)]
+    assert kept == list(range(kept[0], 50))
+    row = len('{"step": 10, "step_ms": 0.0}\n')
+    of_each = 25 if max_mib is None or max_mib == 1.0 else max(1, int(max_mib * 2**20) // row)
+    assert len(kept) >= min(50, of_each + 1)
+    assert all(file.stat().st_size <= max(row, (max_mib or 1) * 2**20) for file in tmp_path.iterdir())
+    assert older.exists() == (max_mib not in (1.0, None))
+
+
+@pytest.mark.parametrize("max_mib", [0, -1.0, float("nan")])
+def test_a_limit_that_is_no_size_is_refused(tmp_path, max_mib):
+    with pytest.raises(ValueError, match="max_mib must be above 0 or None, got"):
+        Ledger(tmp_path / "steps.jsonl", max_mib=max_mib)
+
+
 def test_a_full_disk_does_not_end_a_training_run():
     model = torch.nn.Sequential(
         torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)), torch.nn.Linear(4, 3)

@@ -394,8 +394,9 @@ layers, inner = model.bert.encoder.layer, model
 called = [0] * len(layers)
 for number, layer in enumerate(layers):
     layer.register_forward_pre_hook(lambda *_, number=number: called.__setitem__(number, called[number] + 1))
-if kind == "fsdp":
-    mesh = torch.distributed.init_device_mesh("cpu", (count,))
+if kind in ("fsdp", "hybrid"):  # hybrid: whole copies on each half of the ranks, sharded within
+    shape = (count,) if kind == "fsdp" else (2, count // 2)
+    mesh = torch.distributed.init_device_mesh("cpu", shape, mesh_dim_names=("copies", "shards")[-len(shape):])
     for layer in layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -424,7 +425,7 @@ torch.distributed.destroy_process_group()
 
 def trained(count, kind, steps, rate, tmp_path):
     """Losses of steps, picks of all ranks together, and calls of layers by rank."""
-    folder = tmp_path / kind
+    folder = tmp_path / f"{kind}{count}"
     folder.mkdir()
     script = TRAINING.replace("KIND", repr(kind)).replace("STEPS", str(steps)).replace("RATE", str(rate))
     told = on_ranks(count, script, folder)
@@ -440,14 +441,28 @@ def test_s09_two_ranks_train_like_one_process_on_the_same_candidates_replicated_
     steps, rate, tolerance = (200, 1e-3, 1e-6) if FULL else (4, 0.05, 1e-4)
     one = trained(1, "one", steps, rate, tmp_path)
     for kind in ("ddp", "fsdp"):
-        losses, picks, calls = trained(2, kind, steps, rate, tmp_path)
-        apart = max(abs(ours / alone - 1) for ours, alone in zip(losses, one[0], strict=True))
-        record_property("detail", f"{kind}: losses at most {apart:.1e} apart")
-        record_property("cases", steps)
-        assert apart <= tolerance
-        assert picks == one[1]
-        assert calls[0] == calls[1], "all ranks score and probe at the same steps"
-        assert [called[1:] for called in calls[0]][1::2] == [[0] * (len(calls[0][0]) - 1)] * (steps // 2), (
-            "one layer, no probe"
-        )
+        assert_trains_like_one(one, 2, kind, steps, rate, tolerance, tmp_path, record_property)
     assert len(set(map(tuple, one[1]))) > 1
+
+
+MANY = [(4, "hybrid"), *([(4, "ddp"), (4, "fsdp"), (8, "ddp"), (8, "fsdp"), (8, "hybrid")] if FULL else [])]
+
+
+def test_s09_four_and_eight_ranks_train_like_one_process_replicated_sharded_and_both(tmp_path, record_property):
+    steps, rate, tolerance = (50, 1e-3, 1e-6) if FULL else (4, 0.05, 1e-4)
+    one = trained(1, "one", steps, rate, tmp_path)
+    for count, kind in MANY:
+        assert_trains_like_one(one, count, kind, steps, rate, tolerance, tmp_path, record_property)
+    assert len(set(map(tuple, one[1]))) > 1
+
+
+def assert_trains_like_one(one, count, kind, steps, rate, tolerance, tmp_path, record_property):
+    losses, picks, calls = trained(count, kind, steps, rate, tmp_path)
+    apart = max(abs(ours / alone - 1) for ours, alone in zip(losses, one[0], strict=True))
+    record_property("detail", f"{kind}, {count} ranks: losses at most {apart:.1e} apart")
+    record_property("cases", steps)
+    assert apart <= tolerance
+    assert picks == one[1]
+    assert calls == [calls[0]] * count, "all ranks score and probe at the same steps"
+    behind = [called[1:] for called in calls[0]][1::2]
+    assert behind == [[0] * (len(calls[0][0]) - 1)] * (steps // 2), "one layer, no probe"

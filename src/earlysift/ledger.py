@@ -1,6 +1,7 @@
 """The ledger: the costs and results of every step, as JSON lines."""
 
 import json
+import math
 import reprlib
 import time
 import warnings
@@ -28,6 +29,11 @@ class Ledger:
         device: Device to synchronise before reading the clock. With None, times on an accelerator measure kernel
             launches instead of work.
         clock: Clock to read, in seconds.
+        max_mib: Largest size of the file. A file that a row would make larger becomes ``<path>.1``, in place of an
+            older one, so that there are at most two of this size. None keeps every row, a few hundred bytes a step.
+
+    Raises:
+        ValueError: If ``max_mib`` is not above 0.
 
     Example:
         >>> ledger = Ledger()
@@ -45,10 +51,14 @@ class Ledger:
         *,
         device: torch.device | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        max_mib: float | None = None,
     ) -> None:
+        if max_mib is not None and not max_mib > 0:
+            raise ValueError(f"max_mib must be above 0 or None, got {max_mib!r}.")
         self._path = Path(path) if path is not None else None
         self._device = device
         self._clock = clock
+        self._max_bytes = math.inf if max_mib is None else max_mib * 2**20
         self._row: dict[str, Any] = {}
         self._began_ms = 0.0
         self._times_ms: dict[str, deque[float]] = {}
@@ -88,10 +98,15 @@ class Ledger:
         if row:
             row["step_ms"] = self.now_ms() - self._began_ms
         if row and self._path is not None:
-            line = json.dumps(plain(row), allow_nan=False)
+            line = json.dumps(plain(row), allow_nan=False) + "\n"
             try:
                 with self._path.open("a", encoding="utf-8") as file:
-                    file.write(line + "\n")
+                    is_full = file.tell() > max(0, self._max_bytes - len(line))
+                    if not is_full:
+                        file.write(line)
+                if is_full:
+                    self._path.replace(self._path.with_name(f"{self._path.name}.1"))
+                    self._path.write_text(line, encoding="utf-8")
             except OSError as error:
                 # A full disk must not end a training run, so it continues without the rows.
                 warnings.warn(f"The ledger {self._path} cannot be written ({error}); it ends here.", stacklevel=2)

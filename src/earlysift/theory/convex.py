@@ -27,7 +27,7 @@ def greedy(options: Options, show: Show) -> Finding:
         bundled("diabetes").started_far(generator),
         bundled("breast_cancer").started_far(generator),
     ]
-    pool, steps, seeds = 4, 1500, options.count(12)
+    pool, steps, seeds = 4, options.steps(1500), options.count(12)
     at, counts = range(25, steps + 1, 25), torch.arange(1, steps + 1, dtype=torch.float64)[:, None, None]
     lines: Lines = {name: {} for name in ("SGD", f"greedy, R = {pool}", "T2+", "T1+", "unbiased")}
     rows: list[Row] = []
@@ -97,14 +97,14 @@ def floor(options: Options, show: Show) -> Finding:
         make(name="5 % moved targets", noise=0.3, spike=0.05),
     ]
     shapes = ((1, 1), (2, 1), (4, 1), (8, 1), (8, 2), (16, 1), (16, 4), (32, 1), (32, 8))  # R, and b = 1 or R / 4
-    seeds, steps = options.count(8), 3000
+    seeds, steps = options.count(8), options.steps(3000)
     lines: Lines = defaultdict(dict)
     rows = []
     for m, problem in enumerate(problems):
         minimum, eta = problem.minimum, 0.005 / problem.smoothness
         points: dict[str, list[tuple[float, list[float]]]] = defaultdict(list)
         for i, (pool, kept) in enumerate(shapes):
-            u = checks.greedy_minimum(problem, pool, kept)
+            u = checks.greedy_minimum(problem, pool, kept, options.steps(1000))
             # From u, with small steps: where greedy SGD stays.
             train = partial(runs.run, replace(problem, start=u), eta=eta, pool=pool, kept=kept, rule="greedy")
             trained = train(steps=steps, seeds=seeds, generator=generator)

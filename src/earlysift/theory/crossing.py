@@ -221,7 +221,7 @@ def crossing(options: Options, show: Show) -> Finding:
 
 def _crossing_row(problem: Problem, options: Options, generator: Generator) -> Row:
     """Step at which greedy and uniform SGD cross: by the bounds, by the mean path, measured; the ratio of these two."""
-    pool, steps, eta = 4, 5000, 0.1 / problem.smoothness
+    pool, steps, eta = 4, options.steps(5000), 0.1 / problem.smoothness
     path, uniform = (mean_path(problem, eta=eta, steps=steps, pool=pool, until=t) for t in (None, 0))
     predicted = crossing_of(problem.objective(path), problem.objective(uniform))
     train = partial(run, problem, eta=eta, steps=steps, seeds=options.count(32), generator=generator)
@@ -237,7 +237,8 @@ def _unit_steps(problem: Problem, options: Options) -> tuple[float, list[Tensor]
 
     Rows: switch-off times (best, controller, ratio); steps to the target (best switch, controller, uniform, greedy).
     """
-    steps, until = 800, list(range(0, 801, 20))
+    steps = options.steps(800)
+    until = list(range(0, steps + 1, steps // 40))
     length, pool, kept = math.sqrt(problem.distance2) / 250, 64, 16
     sweep = partial(switched_runs, problem, length=length, pool=pool, kept=kept, until=until)
     swept = sweep(seeds=options.count(16), seed=options.seed)
@@ -256,8 +257,8 @@ def _unit_steps(problem: Problem, options: Options) -> tuple[float, list[Tensor]
 
 def _plain_steps(problem: Problem, options: Options) -> Row:
     """Switch-off times of plain SGD: T8 on the mean path, the best measured, their ratio."""
-    eta, steps, pool, kept = 0.4 / problem.smoothness, 1000, 16, 4
-    until = list(range(0, steps + 1, 40))
+    eta, steps, pool, kept = 0.4 / problem.smoothness, options.steps(1000), 16, 4
+    until = list(range(0, steps + 1, steps // 25))
     sweep = partial(switched_runs, problem, length=eta, unit=False, pool=pool, kept=kept, until=until)
     swept = sweep(seeds=options.count(8), seed=options.seed)
     best, _ = best_switch(swept, until, target_between(swept, problem))
@@ -268,7 +269,7 @@ def _plain_steps(problem: Problem, options: Options) -> Row:
 
 def _ends_row(problem: Problem, options: Options, generator: Generator) -> Row:
     """F - F* of uniform, greedy and annealed SGD, the bound on the last, the unbiased rule, the bound on it."""
-    pool, steps, eta = 4, 2000, 0.1 / problem.smoothness
+    pool, steps, eta = 4, options.steps(2000), 0.1 / problem.smoothness
     half, minimum = steps // 2, problem.minimum
     train = partial(run, problem, eta=eta, steps=steps, seeds=options.count(16), generator=generator)
     annealed = train(pool=pool, rule="greedy", until=half)

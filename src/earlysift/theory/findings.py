@@ -36,6 +36,10 @@ class Options:
         """Number of seeds or instances at this effort, at least two."""
         return max(2, round(self.effort * full))
 
+    def steps(self, full: int) -> int:
+        """Number of steps of a run at this effort, at least a tenth."""
+        return max(full // 10, round(self.effort * full))
+
 
 @dataclass(frozen=True)
 class Table:
