@@ -133,10 +133,10 @@ def plan(given: Namespace) -> dict[str, Callable[[], dict[str, Any]]]:
 def measure(name: str, case: Callable[[Generator], Stream], smoke: bool = False) -> dict[str, Any]:
     """All arms on all seeds of a case."""
     torch.set_num_threads(1)  # products as small as these
-    seeds, steps = (1, 20) if smoke else (SEEDS, STEPS)
+    seeds, steps, evaluations = (1, 20, 4) if smoke else (SEEDS, STEPS, EVALUATIONS)
     curves = [
         {
-            label: train(case, arm, seed, steps, name)
+            label: train(case, arm, seed, steps, name, evaluations)
             for label, arm in arms(case(seeded(seed, name)).stored is not None, steps).items()
         }
         for seed in range(seeds)

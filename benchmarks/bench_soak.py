@@ -21,7 +21,7 @@ TITLE = "Soak"
 ABOUT = """Steps of a tiny BERT (two layers of width 16, a pool of 8 rows of 8 tokens, SGD) by every approximation, each
 as long as `--minutes` says. Memory is the resident memory of the process; its slope is fitted to all windows but the
 first fifth, with twice its standard error, as if windows were independent. Steps per second are those of the second
-fifth of the windows and of the last. The ledger has a row a step and no bound."""
+fifth of the windows and of the last. The ledger has a row a step, in at most two files of 1 MiB."""
 TABLES: dict[str, measuring.Columns] = {
     "rows": {
         "score": ("score", "{}"),
@@ -32,7 +32,7 @@ TABLES: dict[str, measuring.Columns] = {
         "error": ("±", "{:.2f}"),
         "early_rate": ("steps/s, early", "{:,.0f}"),
         "late_rate": ("late", "{:,.0f}"),
-        "ledger": ("ledger, B per step", "{:,.0f}"),
+        "ledger_mib": ("ledger, MiB", "{:.2f}"),
     }
 }
 SCORES: dict[str, dict[str, Any]] = {
@@ -43,7 +43,7 @@ SCORES: dict[str, dict[str, Any]] = {
 }
 """Entries, and how each selects."""
 _SAMPLES, _POOL, _LENGTH, _VOCABULARY = 4096, 8, 8, 64
-_WINDOWS = 50
+_WINDOWS, _LEDGER_MIB = 50, 1.0
 _SMOKE_MINUTES, _MINUTES = 0.02, 0.5
 
 
@@ -74,12 +74,13 @@ def measure(name: str, minutes: float) -> dict[str, Any]:
     data = {"input_ids": ids, "labels": ids, measuring.SAMPLE_ID: torch.arange(_SAMPLES)}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "ledger.jsonl")
-        sifter = Sifter(model.train(), keep=0.5, ledger=Ledger(path), **SCORES[name])
+        sifter = Sifter(model.train(), keep=0.5, ledger=Ledger(path, max_mib=_LEDGER_MIB), **SCORES[name])
         began_s = time.monotonic()
         ends_s = [began_s + 60 * minutes * number / _WINDOWS for number in range(1, _WINDOWS + 1)]
         windows = [_window(sifter, optimizer, data, until_s) for until_s in ends_s]
         sifter.ledger.end()
-        return {"rows": [{"score": name, "minutes": minutes, **_summary(windows), "ledger": _per_step(path, sifter)}]}
+        ledger_mib = sum(file.stat().st_size for file in Path(folder).iterdir()) / 2**20
+    return {"rows": [{"score": name, "minutes": minutes, **_summary(windows), "ledger_mib": ledger_mib}]}
 
 
 def _window(sifter: Sifter, optimizer: torch.optim.Optimizer, data: dict[str, Tensor], until_s: float) -> _Window:
@@ -116,10 +117,6 @@ def _summary(windows: list[_Window]) -> dict[str, float]:
         "early_rate": mean(window.rate for window in steady[:fifth]),
         "late_rate": mean(window.rate for window in steady[-fifth:]),
     }
-
-
-def _per_step(path: Path, sifter: Sifter) -> float:
-    return path.stat().st_size / sifter.step
 
 
 def _resident_mib() -> float:

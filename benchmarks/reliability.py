@@ -57,6 +57,7 @@ LINES = {
     "S4 trainers": Line("damage to the state of selection of a `SiftTrainer` is noticed", 86, "faults", "s04"),
     "S5": Line("50 further steps after resuming are bit-equal", 96, "scorecard", "s05"),
     "S6": Line("killed twenty times in one run: bit-equal at the end", 5, "scorecard", "s06"),
+    "S7": Line("Trainer, Accelerate and Lightning resume bit-equal at eight points each", 24, "recipes", "s07"),
     "S8": Line("losses of 100 steps, selection off and on, equal those on file", 200, "scorecard", "s08"),
     "S9": Line("two ranks (DDP, FSDP2) pick what one process does; losses within 1e-6", 400, "ranks", "s09_two"),
     "S9 many": Line(
@@ -100,16 +101,15 @@ LINES = {
         "security images pretrain_run",
         "s26 or a_pickle_in_an_archive_never_runs or nothing_in_a_checkpoint_is_executed",
     ),
+    "S27": Line("hostile text in any field of a report is shown as text", 40, "report", "s27"),
     "S22": Line("out of memory in scoring: chunks halve, the same picks", 8, "sifter", "s22"),
 }
 NOT_RUN = {
-    "S7": "resuming within Trainer, TRL, Accelerate and Lightning is in `make test`, but not at the bar's points",
     "S10": "refused where it could not be exact: [below](#what-the-lines-mean-here)",
-    "S13": "label noise: curves of [results](results.md), not a test",
+    "S13": "not a test but curves: [hazards](results.md#hazards-of-selection)",
     "S19": "an hour under torchrun with 20 kills",
     "S20": "run by another command: [what is refused](#what-is-refused)",
     "S23": "20,000 steps of `pretrain`; `benchmarks/run.py soak` has run for minutes only",
-    "S27": "hostile text in reports: in `make test` (tests/test_report.py)",
     "S28": "secrets: tests/test_security.py; not names of runs, nor archives that unpack to too much",
     "S29": "tests/test_structure.py in `make test`; no audit of dependencies",
     "S31": "nothing has been released yet",

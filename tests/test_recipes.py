@@ -14,10 +14,11 @@ import torch
 import earlysift
 import recipes
 from recipes import ACCUMULATE, KINDS, LOOPS, RECIPES, SELECTION, WEIGHTS, changed, run_all
+from scorecard import cases
 
 ALONE = [loop for loop in LOOPS if loop != "fsdp"]
 TOGETHER = ["accelerate", "fsdp", "lightning"]
-BATCH = 8
+BATCH, STEPS = 8, 10
 
 
 @pytest.fixture(scope="module", params=ALONE)
@@ -102,6 +103,30 @@ def test_keeping_all_candidates_gives_the_plain_recipes_weights_bit_for_bit(alon
 
 def test_a_recipe_that_is_run_again_goes_on_as_if_never_cut(alone):
     assert_resumed_as_if_never_cut(*alone, ranks=1)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A loop to the folder of its run that was never cut."""
+    folder = tmp_path_factory.mktemp("whole")
+
+    def ran(loop):
+        if not (folder / loop).exists():
+            recipes.run(loop, "sift", folder / loop, "--steps", STEPS, "--accumulate", ACCUMULATE)
+        return folder / loop
+
+    return ran
+
+
+POINTS = [(loop, point) for point in range(1, 9) for loop in ("accelerate", "lightning", "trainer")]
+
+
+@pytest.mark.parametrize(("loop", "point"), cases(POINTS, 1))
+def test_s07_a_recipe_that_is_cut_at_any_step_goes_on_as_if_it_were_not(loop, point, whole, tmp_path):
+    for steps in (point, STEPS):
+        recipes.run(loop, "sift", tmp_path / loop, "--steps", steps, "--accumulate", ACCUMULATE)
+    assert equal(WEIGHTS[loop](tmp_path / loop, STEPS), WEIGHTS[loop](whole(loop), STEPS))
+    assert SELECTION[loop](tmp_path / loop, STEPS) == SELECTION[loop](whole(loop), STEPS)
 
 
 def test_two_processes_that_keep_all_candidates_give_the_plain_recipes_weights_bit_for_bit(together):

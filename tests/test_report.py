@@ -16,6 +16,7 @@ from typing import NamedTuple
 import pytest
 
 from browsing import opened
+from scorecard import cases
 
 pytest.importorskip("matplotlib")
 
@@ -27,7 +28,21 @@ from earlysift.report.page import render, write_report
 from earlysift.report.series import FURTHER_STYLES, STYLES, band, frame, prominent, styles
 from earlysift.report.tables import GAIN, HARM, NO_GAIN, NOT_PROVED, WITHHELD, outcome
 
-HOSTILE = "</script></style><img src=x onerror=alert(1)> & \"'$x^2$"
+# Ways out of an element, of an attribute, of a script, of a comment, of text, and what could run there.
+HOSTILE = [
+    f"{way_out}{active}"
+    for way_out in ("", "</script></style>", "'\"> & $x^2$ ", "--> ]]> </title></textarea>", "{{7*7}}${7*7}<%= 7 %>")
+    for active in (
+        "<img src=x onerror=alert(1)>",
+        "<svg/onload=alert(1)>",
+        "<script>alert(1)</script>",
+        "<iframe srcdoc='<script>alert(1)</script>'></iframe>",
+        "<a href='javascript:alert(1)'>x</a>",
+        "<style>@import 'https://example.org'</style>",
+        "<form action=https://example.org><button>",
+        "<meta http-equiv=refresh content='0;url=https://example.org'>",
+    )
+]
 BUDGET_S = 240.0
 TARGET = 0.295
 TRAIN_MS = 200.0
@@ -303,16 +318,17 @@ def test_page_fetches_nothing_and_runs_nothing():
         assert forbidden not in html
 
 
-def test_hostile_strings_appear_as_text_and_create_no_elements():
+@pytest.mark.parametrize("text", cases(HOSTILE, 3))
+def test_s27_hostile_strings_appear_as_text_and_create_no_elements(text):
     strings = []
 
     def make_string() -> str:
-        strings.append(f"{HOSTILE} no. {len(strings)};")
+        strings.append(f"{text} no. {len(strings)};")
         return strings[-1]
 
     hostile = with_strings_replaced(make_results(4, seeds=1), make_string)
     benign = make_results(4, seeds=1)
-    for results, key in ((hostile, HOSTILE), (benign, "plain")):
+    for results, key in ((hostile, text), (benign, "plain")):
         # names that are shown: settings, an arm without a label, kinds of time, estimates
         results["config"][key] = 1
         results["arms"][f"other {key}"] = {**results["arms"].pop("exact"), "label": None}
@@ -324,7 +340,7 @@ def test_hostile_strings_appear_as_text_and_create_no_elements():
     page = Page(render(hostile, hostile))
     assert len(strings) > 30
     assert len([string for string in strings if string not in page.text]) == 1  # the label that was taken away
-    assert page.text.count(HOSTILE) > len(strings)
+    assert page.text.count(text) > len(strings)
     assert page.tags() == Page(render(benign, benign)).tags()
 
 
