@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from earlysift import cli
-from earlysift.compare import suite
+from earlysift.compare import calibrate, suite
 from earlysift.compare.arm import uniform_ms
 from earlysift.compare.arms import ARMS
 from earlysift.compare.bench import Bench, learning_rate_factor
@@ -37,6 +37,14 @@ SIZE = [
 ]
 TINY = [*SIZE, "--budget", "0.5", "--arms", "uniform,sift,exact"]
 THREE = ("uniform", "sift", "exact")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_rounds():
+    """Calibrations that are good enough where no time is asserted."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibrate, "_FEWEST_ROUNDS", 3)
+        yield
 
 
 @pytest.fixture(scope="module")
