@@ -1,7 +1,9 @@
 # Every target works from a clean clone with only Python >= 3.11 and make. Exact versions are in constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt
+# Compiling all that pip installs takes minutes on a slow machine. Python compiles what is imported, and keeps it.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo demo-bert test lint bench scorecard torture docs site examples pages dist audit check-dist matrix clean
 
