@@ -50,15 +50,16 @@ _TURNS = 3
 
 def plan(given: Namespace) -> dict[str, partial[dict[str, Any]]]:
     """What is to be measured, by name of the entry; nothing on a GPU, whose memory torch keeps by itself."""
-    return shapes.entries(measure, given) if measuring.device().type == "cpu" else {}
+    turns = 1 if given.smoke else _TURNS
+    return shapes.entries(partial(measure, turns=turns), given) if measuring.device().type == "cpu" else {}
 
 
-def measure(shape: Shape, dtype: str, rounds: int) -> dict[str, Any]:
+def measure(shape: Shape, dtype: str, rounds: int, turns: int) -> dict[str, Any]:
     """Times and peak memory under every setting."""
     told = json.dumps({"shape": dataclasses.asdict(shape), "dtype": dtype, "rounds": rounds})
     undecided = {name: value for name, value in os.environ.items() if name not in environment.STEADY_MEMORY}
     seen: dict[str, list[dict[str, float]]] = {name: [] for name in _SETTINGS}
-    for _ in track(range(min(_TURNS, (rounds + 1) // 2)), description="pages"):  # fewer in a smoke test
+    for _ in track(range(turns), description="pages"):
         for name, variables in _SETTINGS.items():
             seen[name].append(_in_turn(told, undecided | variables))
     first = next(iter(seen.values()))

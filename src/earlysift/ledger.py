@@ -30,7 +30,8 @@ class Ledger:
             launches instead of work.
         clock: Clock to read, in seconds.
         max_mib: Largest size of the file. A file that a row would make larger becomes ``<path>.1``, in place of an
-            older one, so that there are at most two of this size. None keeps every row, a few hundred bytes a step.
+            older one, so that there are at most two of this size; for a file that one process writes. None keeps every
+            row, a few hundred bytes a step.
 
     Raises:
         ValueError: If ``max_mib`` is not above 0.
@@ -100,18 +101,19 @@ class Ledger:
         if row and self._path is not None:
             line = json.dumps(plain(row), allow_nan=False) + "\n"
             try:
-                with self._path.open("a", encoding="utf-8") as file:
-                    is_full = file.tell() > max(0, self._max_bytes - len(line))
-                    if not is_full:
-                        file.write(line)
-                if is_full:
+                if self._is_full(self._path, line):
                     self._path.replace(self._path.with_name(f"{self._path.name}.1"))
-                    self._path.write_text(line, encoding="utf-8")
+                with self._path.open("a", encoding="utf-8") as file:
+                    file.write(line)
             except OSError as error:
                 # A full disk must not end a training run, so it continues without the rows.
                 warnings.warn(f"The ledger {self._path} cannot be written ({error}); it ends here.", stacklevel=2)
                 self._path = None
         return row
+
+    def _is_full(self, path: Path, line: str) -> bool:
+        limited = self._max_bytes < math.inf and path.exists()
+        return limited and path.stat().st_size > max(0, self._max_bytes - len(line))
 
     def medians_ms(self) -> dict[str, float]:
         """Median time of each operation, in ms."""

@@ -238,7 +238,7 @@ def _unit_steps(problem: Problem, options: Options) -> tuple[float, list[Tensor]
     Rows: switch-off times (best, controller, ratio); steps to the target (best switch, controller, uniform, greedy).
     """
     steps = options.steps(800)
-    until = list(range(0, steps + 1, steps // 40))
+    until = [steps * part // 40 for part in range(41)]
     length, pool, kept = math.sqrt(problem.distance2) / 250, 64, 16
     sweep = partial(switched_runs, problem, length=length, pool=pool, kept=kept, until=until)
     swept = sweep(seeds=options.count(16), seed=options.seed)
@@ -258,7 +258,7 @@ def _unit_steps(problem: Problem, options: Options) -> tuple[float, list[Tensor]
 def _plain_steps(problem: Problem, options: Options) -> Row:
     """Switch-off times of plain SGD: T8 on the mean path, the best measured, their ratio."""
     eta, steps, pool, kept = 0.4 / problem.smoothness, options.steps(1000), 16, 4
-    until = list(range(0, steps + 1, steps // 25))
+    until = [steps * part // 25 for part in range(26)]
     sweep = partial(switched_runs, problem, length=eta, unit=False, pool=pool, kept=kept, until=until)
     swept = sweep(seeds=options.count(8), seed=options.seed)
     best, _ = best_switch(swept, until, target_between(swept, problem))

@@ -30,7 +30,7 @@ class Options:
     results: Path | None
     """Folder with results of `earlysift compare`, to draw into the payoff map."""
     effort: float
-    """Factor of the numbers of seeds and instances; 1 is what the documents quote, tests use less."""
+    """Factor of the numbers of seeds, instances and steps; 1 is what the documents quote, tests use less."""
 
     def count(self, full: int) -> int:
         """Number of seeds or instances at this effort, at least two."""
