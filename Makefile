@@ -22,7 +22,7 @@ lint: .venv/dev.stamp  ## style and types
 	$(BIN)/mypy
 
 bench: .venv/runtime.stamp  ## all benchmarks on this machine (hours on two cores); what was measured stays measured
-	$(BIN)/python benchmarks/run.py step score positions select pages memory scale start auto train
+	$(BIN)/python benchmarks/run.py step score positions select pages memory scale start auto hazards train
 
 scorecard: .venv/dev.stamp  ## every case of docs/reliability.md (hours on two cores; goes on where it was cut)
 	$(BIN)/python benchmarks/reliability.py

@@ -24,10 +24,10 @@ GUARDS: dict[str, Any] = {"drop_outliers": 0.2, "explore": 0.1}
 TITLE = "Hazards of selection"
 ABOUT = f"""The network of [auto](#{bench_auto.TITLE.lower().replace(" ", "-")}), {STEPS} steps, {SEEDS} seeds. A share
 of the labels is drawn anew, a share of the samples are copies of 64 of them, or classes become rarer and rarer.
-Held-out samples are of the same kind, with right labels; the rarest class has some fifty of them. Greedy selection takes the largest exact losses, which are for free; guarded, it
-leaves out the largest {GUARDS["drop_outliers"]:.0%} and draws {GUARDS["explore"]:.0%} of every batch uniformly.
-Unbiased draws in proportion to them, with weights. Auto pays for its exits. Loss: held-out, at the end, over uniform
-training's."""
+Held-out samples are of the same kind, with right labels; the rarest class has some fifty of them. Greedy selection
+takes the largest exact losses, which are for free; guarded, it leaves out the largest {GUARDS["drop_outliers"]:.0%} and
+draws {GUARDS["explore"]:.0%} of every batch uniformly. Unbiased draws in proportion to them, with weights. Auto pays
+for its exits. Loss: held-out, at the end, over uniform training's."""
 TABLES: dict[str, measuring.Columns] = {
     "arms": {
         "arm": ("arm", "{}"),

@@ -57,7 +57,9 @@ LINES = {
     "S4 trainers": Line("damage to the state of selection of a `SiftTrainer` is noticed", 86, "faults", "s04"),
     "S5": Line("50 further steps after resuming are bit-equal", 96, "scorecard", "s05"),
     "S6": Line("killed twenty times in one run: bit-equal at the end", 5, "scorecard", "s06"),
-    "S7": Line("Trainer, Accelerate and Lightning resume bit-equal at eight points each", 24, "recipes", "s07"),
+    "S7": Line(
+        "Trainer, Accelerate and Lightning resume bit-equal at eight points of two epochs", 24, "recipes", "s07"
+    ),
     "S8": Line("losses of 100 steps, selection off and on, equal those on file", 200, "scorecard", "s08"),
     "S9": Line("two ranks (DDP, FSDP2) pick what one process does; losses within 1e-6", 400, "ranks", "s09_two"),
     "S9 many": Line(

@@ -69,6 +69,7 @@ def main():
         callbacks=[saving],
     )
     trainer.fit(module, loader, ckpt_path=CHECKPOINT if CHECKPOINT.exists() else None)
+    trainer.save_checkpoint(CHECKPOINT)
 
 
 if __name__ == "__main__":

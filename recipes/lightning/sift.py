@@ -72,6 +72,7 @@ def main():
         callbacks=[saving, SiftCallback(SiftConfig(keep=args.keep, depth=1))],
     )
     trainer.fit(module, loader, ckpt_path=CHECKPOINT if CHECKPOINT.exists() else None)
+    trainer.save_checkpoint(CHECKPOINT)
 
 
 if __name__ == "__main__":

@@ -47,8 +47,8 @@ class Settings(WorkloadSettings):
     depth: int = 1
     """Layers that run for an early-exit score."""
     select_after: Share = 0.0
-    """Share of the budget for which arms that select by loss or entropy alone (SIFT, exact, selective backprop, evolved
-    sampling, predictive batches) first train uniformly, without scoring."""
+    """Share of the budget for which arms that select by a score, auto excepted, first train uniformly, without
+    scoring."""
     batch: Count = 32
     """Samples per training step, in every arm; the pool is batch / keep."""
     learning_rate: Above0 = 1.5e-3
