@@ -29,6 +29,7 @@ from workloads import (
     missed,
     pictured,
     rows,
+    seed_count,
     uniform_accuracy,
 )
 
@@ -86,7 +87,7 @@ def overview(workloads: list[Workload], short: bool = False) -> str:
         lines.append(
             [
                 name if short else f"[{name}](#{slug(name)})",
-                str(results["config"]["seeds"]),
+                str(seed_count(results)),
                 accuracies + " on hidden tokens" * hidden,
                 _best(results, not short),
                 *(_first(results, arms, not short) for arms in _MAIN_COLUMNS.values()),
@@ -168,7 +169,7 @@ def _body(workload: Workload) -> str:
 
 {verdict_table(results, workload.easier)}
 
-{_number(results["config"]["seeds"], "seed")}. Target: {100 * target["accuracy"]:.2f} % ({target["source"]}).
+{_number(seed_count(results), "seed")}. Target: {100 * target["accuracy"]:.2f} % ({target["source"]}).
 A constant answer reaches {100 * baseline["accuracy"]:.2f} % and a loss of {baseline["loss"]:.3f}.
 
 {chr(10).join(folded(summary, text) for summary, text in details.items())}"""

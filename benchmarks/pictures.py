@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from earlysift.report.figures import FAINT, SETTINGS, save_png
 from earlysift.report.series import band, label, seeds, styles
 from earlysift.report.tables import GAIN, HARM
-from workloads import Row, longest_s
+from workloads import Row, longest_s, seed_count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,7 +74,7 @@ def verdict_picture(results: dict[str, Any], arms: Iterable[str], theme: str, pa
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.set_xlabel("reference time, every cost charged (s)")
         axes.set_title(f"{results['data']['name']}: validation accuracy", loc="left", fontsize=10)
-        count = results["config"]["seeds"]
+        count = seed_count(results)
         axes.annotate(
             f"lines: mean of {count} seeds; bands: lowest to highest seed",
             (1, 0),

@@ -19,7 +19,7 @@ from measuring import markdown
 from pictures import THEMES, verdict_picture
 from sections import benchmark_sections
 from targets import targets_section
-from workloads import read, read_all
+from workloads import read, read_all, seed_count
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -118,7 +118,7 @@ def readme_section() -> str:
     machine, versions, reached = results["machine"], results["versions"], results["baseline"]["accuracy"]
     return f"""{verdict_table(results, arms=_readme_arms(results))}
 
-{results["config"]["seeds"]} seeds. In brackets: lowest and highest seed of an accuracy, 95 % interval of a comparison.
+{seed_count(results)} seeds. In brackets: lowest and highest seed of an accuracy, 95 % interval of a comparison.
 A model that ignores its input reaches {100 * reached:.2f} %. {machine["cpu"]}, {machine["cores"]} cores;
 torch {versions["torch"]}, transformers {versions["transformers"]}; commit {results["commit"]}."""
 

@@ -22,6 +22,7 @@ _DATA = {
     "handwritten digits": "Handwritten digits",
     "wikitext-2": "WikiText-2",
     "wikipedia-en + books-litbank": "Wikipedia and books",
+    "redundant-text": "Redundant text",
 }  # other data keep their names
 _PYTHON = "Python code"  # its standard library, whatever the version
 _MODELS = {
@@ -61,6 +62,11 @@ class Row(NamedTuple):
     low: float | None
     high: float | None
     note: str
+
+
+def seed_count(results: Results) -> int:
+    """Seeds that uniform training finished; a run that was cut was to have more."""
+    return len([run for run in results["arms"]["uniform"]["runs"] if run["finished"]])
 
 
 def read(path: Path) -> Results | None:
