@@ -57,7 +57,7 @@ def main():
     module = Classifier()
     order = torch.Generator().manual_seed(0)
     loader = DataLoader(make_data(), batch_size=BATCH, shuffle=True, generator=order)
-    saving = ModelCheckpoint(".", CHECKPOINT.stem, every_n_train_steps=5, enable_version_counter=False)
+    saving = ModelCheckpoint(".", CHECKPOINT.stem, every_n_train_steps=1, enable_version_counter=False)
     trainer = Trainer(
         accelerator="cpu",
         devices=args.devices,
@@ -69,7 +69,6 @@ def main():
         callbacks=[saving],
     )
     trainer.fit(module, loader, ckpt_path=CHECKPOINT if CHECKPOINT.exists() else None)
-    trainer.save_checkpoint(CHECKPOINT)
 
 
 if __name__ == "__main__":

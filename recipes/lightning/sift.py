@@ -60,7 +60,7 @@ def main():
     module = Classifier()
     order = torch.Generator().manual_seed(0)
     loader = ResumableLoader(make_data(), batch_size=round(BATCH / args.keep), shuffle=True, generator=order)
-    saving = ModelCheckpoint(".", CHECKPOINT.stem, every_n_train_steps=5, enable_version_counter=False)
+    saving = ModelCheckpoint(".", CHECKPOINT.stem, every_n_train_steps=1, enable_version_counter=False)
     trainer = Trainer(
         accelerator="cpu",
         devices=args.devices,
@@ -72,7 +72,6 @@ def main():
         callbacks=[saving, SiftCallback(SiftConfig(keep=args.keep, depth=1))],
     )
     trainer.fit(module, loader, ckpt_path=CHECKPOINT if CHECKPOINT.exists() else None)
-    trainer.save_checkpoint(CHECKPOINT)
 
 
 if __name__ == "__main__":
