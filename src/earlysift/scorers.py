@@ -353,6 +353,7 @@ class _Chunk(NamedTuple):
     """Rows of a pool that ran at once.
 
     Attributes:
+        begin: Number of the first of them in the pool, as it is run.
         inputs: What the model was called with.
         labels: Their labels.
         states: What entered the head; in classification the logits.
@@ -360,6 +361,7 @@ class _Chunk(NamedTuple):
         at_exit: The output of the layer at the exit, where it was asked for.
     """
 
+    begin: int
     inputs: Any
     labels: Tensor
     states: Tensor
@@ -417,7 +419,8 @@ def _run(
                 if depth is not None and positions is not None and skips:
                     at_head.enter_context(exits.at_positions(anatomy, depth, positions, labels.shape))
                 states = passes.states(model, anatomy, inputs, labels)
-            parts.append(read(_Chunk(inputs, labels, states, positions, None if recorder is None else recorder.states)))
+            at_exit = None if recorder is None else recorder.states
+            parts.append(read(_Chunk(start, inputs, labels, states, positions, at_exit)))
         found = torch.cat(parts)
         return found if order is None else torch.empty_like(found).index_copy(0, order, found)
 
@@ -478,7 +481,7 @@ def _read_by_probe(approximation: Approximation, model: nn.Module, pool: Pool, s
             "A probe of a language model learns through the head, whose weights are sharded here. Use score='loss', or "
             "give the Sifter an exit_head."
         )
-    return _read_by_adapter(run, anatomy, exit_probe, scoring.reduction)
+    return _read_by_adapter(run, anatomy, exit_probe, scoring.reduction, math.ceil(pool.size / ADAPTER_SHARE))
 
 
 def _read_by_classifier(
@@ -611,10 +614,11 @@ def _slopes(logits: Tensor, labels: Tensor, problem: losses.Problem | None) -> d
 
 
 def _read_by_adapter(
-    run: Callable[..., Tensor], anatomy: Anatomy, exit_probe: ExitProbe, reduction: Reduction
+    run: Callable[..., Tensor], anatomy: Anatomy, exit_probe: ExitProbe, reduction: Reduction, teachers: int
 ) -> Tensor:
+    """Scores by an adapter, which learns from the first ``teachers`` rows, whatever the size of the chunks."""
     shared = passes.head_of(anatomy)
-    trained = []
+    trained: list[Tensor] = []
 
     def score(chunk: _Chunk, rows: slice, positions: Tensor) -> Tensor:
         return losses.sample_scores(
@@ -629,7 +633,9 @@ def _read_by_adapter(
 
     def read(chunk: _Chunk) -> Tensor:
         assert chunk.positions is not None
-        first, positions = math.ceil(len(chunk.labels) / ADAPTER_SHARE), chunk.positions.sort().values
+        first, positions = min(teachers - chunk.begin, len(chunk.labels)), chunk.positions.sort().values
+        if first <= 0:
+            return score(chunk, slice(None), positions)
         begin = first * chunk.labels.size(1)
         teaching = int(torch.searchsorted(positions, begin))
         with torch.enable_grad():
