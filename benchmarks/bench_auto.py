@@ -134,20 +134,19 @@ def measure(name: str, case: Callable[[Generator], Stream], smoke: bool = False)
     """All arms on all seeds of a case."""
     torch.set_num_threads(1)  # products as small as these
     seeds, steps, evaluations = (1, 20, 4) if smoke else (SEEDS, STEPS, EVALUATIONS)
-    curves = [
-        {
-            label: train(case, arm, seed, steps, name, evaluations)
-            for label, arm in arms(case(seeded(seed, name)).stored is not None, steps).items()
-        }
-        for seed in range(seeds)
-    ]
-    return {"arms": summaries(curves)}
+    stored = case(seeded(0, name)).stored is not None
+    return {"arms": compared(case, arms(stored, steps), name, seeds, steps, evaluations)}
 
 
-def summaries(curves: list[dict[str, "Curve"]]) -> list[dict[str, Any]]:
-    """A row for every arm of curves by seed and arm."""
-    uniform = [by_arm["uniform"] for by_arm in curves]
-    return [_summary(arm, [by_arm[arm] for by_arm in curves], uniform) for arm in curves[0]]
+def compared(
+    case: Callable[[Generator], Stream], tried: dict[str, Arm], name: str, seeds: int, steps: int, evaluations: int
+) -> list[dict[str, Any]]:
+    """A row for every arm, beside uniform training on the same seeds."""
+    curves = {
+        label: [train(case, arm, seed, steps, name, evaluations) for seed in range(seeds)]
+        for label, arm in tried.items()
+    }
+    return [_summary(label, runs, curves["uniform"]) for label, runs in curves.items()]
 
 
 class Curve(NamedTuple):
@@ -163,9 +162,7 @@ class Curve(NamedTuple):
     selecting: float
 
 
-def train(
-    case: Callable[[Generator], Stream], arm: Arm, seed: int, steps: int, name: str, evaluations: int = EVALUATIONS
-) -> Curve:
+def train(case: Callable[[Generator], Stream], arm: Arm, seed: int, steps: int, name: str, evaluations: int) -> Curve:
     """One arm on one seed, until its budget is spent; evaluated so often, and at the end."""
     draws = seeded(seed, name)
     stream = case(draws)

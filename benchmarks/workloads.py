@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from earlysift.compare.verdict import judged
 from earlysift.report.page import RESULTS_VERSION
+from earlysift.report.series import seeds
 from earlysift.report.tables import GAIN, HARM, NEVER_ACTED, Outcome, outcome
 
 Results = dict[str, Any]
@@ -66,7 +67,7 @@ class Row(NamedTuple):
 
 def seed_count(results: Results) -> int:
     """Seeds that uniform training finished; a run that was cut was to have more."""
-    return len([run for run in results["arms"]["uniform"]["runs"] if run["finished"]])
+    return len(seeds(results["arms"]["uniform"]))
 
 
 def read(path: Path) -> Results | None:

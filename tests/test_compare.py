@@ -37,6 +37,7 @@ SIZE = [
 ]
 TINY = [*SIZE, "--budget", "0.5", "--arms", "uniform,sift,exact"]
 THREE = ("uniform", "sift", "exact")
+ROUNDS = calibrate._FEWEST_ROUNDS
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -915,7 +916,10 @@ def test_resume_with_fewer_arms_keeps_those_that_are_there(finished, text, tmp_p
     assert after["comparison"] == before["comparison"]
 
 
-def test_an_added_operation_is_scaled_to_the_speed_that_the_others_were_measured_at(finished, text, tmp_path):
+def test_an_added_operation_is_scaled_to_the_speed_that_the_others_were_measured_at(
+    finished, text, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(calibrate, "_FEWEST_ROUNDS", ROUNDS)
     out = tmp_path / "slower"
     emptied(finished, out, ["uniform"])
     results = results_of(out)

@@ -59,8 +59,8 @@ class SiftConfig:
         max_positions: Labelled positions of a sample that an early exit reads at most, spread over its length: a
             cheaper and noisier score. Worth it where labels are many (causal language models); shapes are then fixed,
             and no accelerator is waited for. None reads all.
-        drop_outliers: Share of the largest finite scores taken out of candidacy, in [0, 1). It takes rare samples with
-            wrong ones; where labels may be wrong, ``select=proportional`` is safer.
+        drop_outliers: Share of the largest finite scores taken out of candidacy, in [0, 1). Rare samples
+            are among them, beside wrong ones.
         probe_every: Optimizer steps between fidelity probes (one exact scoring of a step's first pool, charged as
             ``probe``); 0 never probes.
         trim: Whether to cut padding that no kept row needs. Scoring then pads within groups of similar length. Shapes
