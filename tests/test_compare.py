@@ -384,6 +384,18 @@ def test_resume_of_a_finished_run_adds_seeds_and_keeps_the_finished_ones(finishe
         assert [run["curve"] for run in after["arms"][name]["runs"][:2]] == [run["curve"] for run in arm["runs"]]
 
 
+def test_a_run_is_complete_only_with_all_its_seeds_however_few_a_resume_asks_for(finished, text, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    results = results_of(copy)
+    results["config"]["seeds"] = 3  # as a run of three seeds that was stopped after the second
+    (copy / "results.json").write_text(json.dumps(results))
+    assert cli.main(["compare", "--data", str(text), "--out", str(copy), "--seeds", "2", "--resume", *TINY]) == 0
+    assert "seeds of an earlier command are missing" in capsys.readouterr().out
+    assert results_of(copy)["complete"] is False
+    assert "Partial run" in (copy / "report.html").read_text()
+
+
 @pytest.mark.parametrize(("stop", "ignored"), [(signal.SIGINT, ()), (signal.SIGTERM, IN_THE_BACKGROUND)])
 def test_a_stop_leaves_a_readable_partial_result_and_resume_finishes_it(text, tmp_path, stop, ignored):
     out = tmp_path / "cut"

@@ -305,7 +305,7 @@ def _print_line(console: Console, line: str) -> None:
 
 
 def _compare(settings: Settings) -> int:
-    from earlysift.compare.run import compare
+    from earlysift.compare.run import compare, has_finished
 
     console = Console()
     with _progress(console) as show:
@@ -318,8 +318,9 @@ def _compare(settings: Settings) -> int:
                 lambda name, share: None if name in labels else show(name, share),
                 lambda name, run: _print_line(console, _evaluation(name, run)),
             )
-    _print_results(console, results, settings.out)
-    return EXIT_OK if results["complete"] else EXIT_INTERRUPTED
+    stopped = not has_finished(results, settings.arms, settings.seeds)
+    _print_results(console, results, settings.out, stopped=stopped)
+    return EXIT_INTERRUPTED if stopped else EXIT_OK
 
 
 def _evaluation(name: str, run: dict[str, Any]) -> str:
@@ -328,7 +329,7 @@ def _evaluation(name: str, run: dict[str, Any]) -> str:
     return f"{ARMS[name].label}, seed {run['seed']}: {point['share']:.0%} of the budget, validation accuracy {accuracy}"
 
 
-def _print_results(console: Console, results: dict[str, Any], out: Path) -> None:
+def _print_results(console: Console, results: dict[str, Any], out: Path, *, stopped: bool) -> None:
     table = _table(("arm", "steps", "accuracy", "loss", "to target (s)", "speed-up", "interval"))
     for name, arm in results["arms"].items():
         runs = [run for run in arm["runs"] if run["finished"]]
@@ -343,8 +344,12 @@ def _print_results(console: Console, results: dict[str, Any], out: Path) -> None
             "–" if entry.get("low") is None else f"{entry['low']:.2f} to {entry['high']:.2f}",
         )
     console.print(table)
-    if not results["complete"]:
+    if stopped:
         console.print("Stopped early: the following is partial. Continue with --resume.")
+    elif not results["complete"]:
+        console.print(
+            "Arms or seeds of an earlier command are missing: the following is partial. Give them to --resume."
+        )
     console.print(results["verdict"])
     console.print(f"Report: {out / 'report.html'}", soft_wrap=True)
 

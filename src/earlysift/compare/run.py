@@ -1,6 +1,6 @@
 """`earlysift compare`: data, calibration, arms x seeds, results. Start reading here."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from datetime import datetime
 from functools import partial
@@ -49,7 +49,8 @@ def compare(
         on_evaluation: Called after every evaluation of an arm.
 
     Returns:
-        The content of results.json; ``complete`` is false if Ctrl-C ended the run early.
+        The content of results.json; ``complete`` is false while a seed of an arm is missing, because Ctrl-C ended the
+        run early or fewer were asked for than before.
 
     Raises:
         ValueError: If settings, data or the run to resume do not fit.
@@ -97,11 +98,24 @@ def _run(
         _save(settings.out, results)
         for seed in range(settings.seeds):
             _run_seed(results, settings, workload, seed, prices, on_progress, on_evaluation)
-        results["complete"] = True
+    results["complete"] = has_finished(results, results["config"]["arms"], results["config"]["seeds"])
     results["measured_ms"] = _measured_ms(results, settings)
     _save(settings.out, results)
     write_report(settings.out)
     return results
+
+
+def has_finished(results: dict[str, Any], arms: Collection[str], seeds: int) -> bool:
+    """Whether these arms have a finished run on each of the first seeds.
+
+    Example:
+        >>> runs = [{"seed": 0, "finished": True}, {"seed": 1, "finished": False}]
+        >>> results = {"arms": {"uniform": {"runs": runs}}}
+        >>> has_finished(results, ["uniform"], 1), has_finished(results, ["uniform"], 2)
+        (True, False)
+    """
+    runs = {(name, run["seed"]) for name in arms for run in results["arms"][name]["runs"] if run["finished"]}
+    return runs >= {(name, seed) for name in arms for seed in range(seeds)}
 
 
 def _new_results(settings: Settings, workload: Workload) -> dict[str, Any]:
