@@ -104,6 +104,9 @@ LINES = {
         "s26 or a_pickle_in_an_archive_never_runs or nothing_in_a_checkpoint_is_executed",
     ),
     "S27": Line("hostile text in any field of a report is shown as text", 40, "report", "s27"),
+    "S28": Line(
+        "hostile names are names, what unpacks to far too much is refused, secrets stay secret", 56, "security", "s28"
+    ),
     "S22": Line("out of memory in scoring: chunks halve, the same picks", 8, "sifter", "s22"),
 }
 NOT_RUN = {
@@ -112,7 +115,6 @@ NOT_RUN = {
     "S19": "an hour under torchrun with 20 kills",
     "S20": "run by another command: [what is refused](#what-is-refused)",
     "S23": "20,000 steps of `pretrain`; `benchmarks/run.py soak` has run for minutes only",
-    "S28": "secrets: tests/test_security.py; not names of runs, nor archives that unpack to too much",
     "S29": "tests/test_structure.py in `make test`; no audit of dependencies",
     "S31": "nothing has been released yet",
 }

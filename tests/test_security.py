@@ -1,17 +1,32 @@
-"""Lines S26 and S28 of the scorecard: files that carry programs are read as data, and secrets are written nowhere."""
+"""Lines S26 and S28 of the scorecard: hostile files are read as data, hostile names as names; secrets are kept."""
 
+import gzip
 import json
 import os
 import pickle
+import shutil
 import signal
+import zipfile
+from pathlib import Path
 
+import numpy
+import pyarrow.parquet
 import pytest
 import torch
+import zstandard
+from PIL import Image
 
 import pretraining
 from earlysift.adapters import states
-from earlysift.pretrain import tokens
+from earlysift.pretrain import checkpoints, tokens
+from earlysift.pretrain.corpus import read_corpus
+from earlysift.pretrain.images import read_images
 from scorecard import cases
+
+SMALLEST = (
+    *("--arms", "uniform", "--steps", "2", "--evaluations", "2", "--layers", "2", "--width", "32", "--length", "16"),
+    *("--batch", "4", "--vocab-size", "256", "--validation-samples", "32"),
+)
 
 
 class Program:
@@ -120,3 +135,163 @@ def test_s28_secrets_of_the_environment_are_written_and_said_nowhere(start, tmp_
     assert {"config.json", "results.json", "report.html", "manifest.json"} <= {path.name for path in files}
     for content in [*texts, *(path.read_bytes() for path in files)]:
         assert not [secret for secret in secrets if secret in content]
+
+
+# Names
+
+NAMES = [
+    *(
+        "..",
+        "../up",
+        "a/../../up",
+        ".",
+        "./a",
+        "a//b",
+        "~",
+        "~root",
+        "a/~",
+        " ",
+        "a ",
+        "-x",
+        "--force",
+        "CON",
+        "aux.txt",
+    ),
+    *("a*b", "[a]", "?", "$HOME", "`id`", "$(id)", "a;b", "a|b", "a&b", "%s", "{out}", "%(asctime)s", "a'b", 'a"b'),
+    *(
+        "a\nb",
+        "a\tb",
+        "a\x1b[31mb",
+        "a\x7f",
+        "\u00fcn\u00ef",
+        "a\u202eb",
+        "\u0430",
+        "\U0001f600",
+        "\udcff",
+        "x" * 300,
+    ),
+    *("<script>", "a\\b", "[bold]b[/bold]", "checkpoint-3", "/proc/nowhere"),
+]
+
+
+def found_in(folder):
+    return {path for path in folder.rglob("*") if not path.is_dir()}
+
+
+@pytest.mark.parametrize("name", cases(NAMES, 2), ids=ascii)
+def test_s28_a_run_writes_below_the_folder_of_its_name_whatever_that_is(name, launch, data, tmp_path):
+    work = tmp_path / "outer" / "work"
+    work.mkdir(parents=True)
+    out = f"{work}/{name}"  # as it is given: a Path would be tidied
+    code, said, err = launch(["compare", "--data", data / "text.txt", f"--out={out}", *SMALLEST])
+    assert "Traceback" not in err
+    written = found_in(tmp_path)
+    if code == 0:
+        assert written
+        assert all(path.resolve().is_relative_to(os.path.realpath(out)) for path in written)
+    else:
+        assert code == 2, err
+        assert len([line for line in err.splitlines() if line.startswith("earlysift: ")]) == 1, err
+        assert not written
+    assert all(letter.isprintable() or letter == "\n" for letter in err)
+    assert code == 0 or name in ("x" * 300, "/proc/nowhere", ".", ".."), (said, err)
+
+
+@pytest.mark.parametrize("name", ["a\x1b[31mb.txt", "a\u202eb.txt", "\udcff.txt", "a\x07.csv.gz"], ids=ascii)
+def test_s28_a_file_with_a_hostile_name_is_refused_in_letters_alone(name, launch, tmp_path):
+    (tmp_path / name).write_bytes(b"\xff\xfe\x00")
+    code, _, err = launch(["compare", "--data", tmp_path / name, "--out", tmp_path / "out"])
+    assert code == 2
+    assert "Traceback" not in err
+    assert all(letter.isprintable() or letter == "\n" for letter in err), ascii(err)
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+def test_s28_no_checkpoint_is_deleted_through_a_link(sealed, tmp_path):
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    run.mkdir()
+    for step in (1, 2, 3, 4):
+        folder = checkpoints.folder_of(run, step)
+        folder.mkdir()
+        (folder / "weights").write_text(str(step))
+        checkpoints.seal(folder, {})
+    checkpoints.folder_of(run, 1).rename(elsewhere)
+    checkpoints.folder_of(run, 1).symlink_to(elsewhere)
+    if not sealed:
+        (elsewhere / checkpoints.MANIFEST).unlink()
+    kept = {path: path.read_bytes() for path in held_by(elsewhere)}
+    checkpoints.tidy(run)
+    checkpoints.prune(run)
+    assert {path: path.read_bytes() for path in held_by(elsewhere)} == kept
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoint-1", "checkpoint-3", "checkpoint-4"]
+
+
+# Files that unpack to far more than they are
+
+MANY_BYTES = 1 << 29  # of nothing
+
+
+def bomb_of_gzip(folder):
+    part = gzip.compress(bytes(1 << 24))
+    (folder / "text.txt.gz").write_bytes(part * (MANY_BYTES >> 24))
+    return folder / "text.txt.gz"
+
+
+def bomb_of_zstandard(folder):
+    (folder / "text.txt.zst").write_bytes(zstandard.ZstdCompressor().compress(bytes(MANY_BYTES)))
+    return folder / "text.txt.zst"
+
+
+def bomb_of_parquet(folder):
+    rows = pyarrow.table({"text": pyarrow.array(["a"] * 1_000_000).dictionary_encode()})
+    with pyarrow.parquet.ParquetWriter(folder / "rows.parquet", rows.schema) as file:
+        for _ in range(MANY_BYTES // 4_000_000):
+            file.write_table(rows)
+    return folder / "rows.parquet"
+
+
+def bomb_of_arrays(folder):
+    with zipfile.ZipFile(folder / "images.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        with archive.open("images.npy", "w") as file:
+            numpy.lib.format.write_array_header_1_0(
+                file, {"descr": "|u1", "fortran_order": False, "shape": (32, 4096, 4096)}
+            )
+            for _ in range(MANY_BYTES >> 24):
+                file.write(bytes(1 << 24))
+        with archive.open("labels.npy", "w") as file:
+            numpy.save(file, numpy.arange(32))
+    return folder / "images.npz"
+
+
+def bomb_of_pictures(folder):
+    (folder / "a").mkdir()
+    Image.new("L", (8192, 8192)).save(folder / "a" / "0.png")
+    for number in range(1, MANY_BYTES >> 26):
+        shutil.copy(folder / "a" / "0.png", folder / "a" / f"{number}.png")
+    return folder
+
+
+def peak_mib():
+    """The largest memory of this process since `forget_peak`."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) / 1024
+
+
+@pytest.mark.parametrize(
+    ("write", "read"),
+    [
+        (bomb_of_gzip, read_corpus),
+        (bomb_of_zstandard, read_corpus),
+        (bomb_of_parquet, read_corpus),
+        (bomb_of_arrays, read_images),
+        (bomb_of_pictures, read_images),
+    ],
+)
+def test_s28_a_file_that_unpacks_to_far_too_much_is_refused_before_memory_is_taken(write, read, tmp_path):
+    path = write(tmp_path)
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak
+    before_mib = peak_mib()
+    with pytest.raises(ValueError, match=r"expected at most 200 times its [\d,]+ bytes in it") as refused:
+        read(path)
+    assert str(refused.value).startswith(f"{path}: ")
+    assert peak_mib() - before_mib < 256

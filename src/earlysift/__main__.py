@@ -1,5 +1,6 @@
 """``earlysift`` and ``python -m earlysift``: the command line, or how to install what it needs."""
 
+import io
 import signal
 import sys
 import traceback
@@ -21,6 +22,8 @@ def main() -> int:
             f"earlysift: the command line needs more packages ({error}): pip install 'earlysift[all]'.", file=sys.stderr
         )
         return 2
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # the name of a folder need not be text
     # SIGTERM from a scheduler leaves a readable partial result too, even in a job that ignores Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

@@ -125,7 +125,7 @@ def main(arguments: Sequence[str] | None = None, prepare: Callable[[], None] = l
             return _suite(command, given)
         return _RUN[type(command)](command)
     except (ValueError, OSError, ImportError) as error:
-        print(f"earlysift: {error}", file=sys.stderr)
+        print(f"earlysift: {_printable(str(error))}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except (MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
@@ -136,6 +136,11 @@ def main(arguments: Sequence[str] | None = None, prepare: Callable[[], None] = l
     except KeyboardInterrupt:
         print("earlysift: stopped before anything was measured.", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def _printable(message: str) -> str:
+    """A message with control characters, which names of files may hold, as escapes: a terminal would obey them."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else ascii(letter).strip("'") for letter in message)
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -67,9 +67,9 @@ def latest(run: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def prune(run: Path) -> None:
-    """Delete all checkpoints except the latest two sealed ones."""
+    """Delete all checkpoints except the latest two sealed ones; a link, and what it leads to, stays."""
     sealed = [folder for folder in _folders(run) if (folder / MANIFEST).is_file()]
-    for folder in _folders(run):
+    for folder in _own(run):
         if folder not in sealed[-_KEPT:]:
             # First, so that `tidy` finds what a killed run had not deleted.
             (folder / MANIFEST).unlink(missing_ok=True)
@@ -77,8 +77,8 @@ def prune(run: Path) -> None:
 
 
 def tidy(run: Path) -> None:
-    """Delete incomplete output of a killed run: checkpoints without a manifest, and temporary files."""
-    for folder in _folders(run):
+    """Delete incomplete output of a killed run: checkpoints without a manifest, and temporary files; links stay."""
+    for folder in _own(run):
         if not (folder / MANIFEST).is_file():
             shutil.rmtree(folder)
     for folder in (run, run / "ledgers"):
@@ -115,6 +115,11 @@ def _folders(run: Path) -> list[Path]:
     """Folders of checkpoints, by step."""
     paths = [path for path in run.glob(f"{_PREFIX}*") if path.is_dir() and path.name[len(_PREFIX) :].isdecimal()]
     return sorted(paths, key=_step)
+
+
+def _own(run: Path) -> list[Path]:
+    """Folders of checkpoints that may be deleted."""
+    return [folder for folder in _folders(run) if not folder.is_symlink()]
 
 
 def _step(folder: Path) -> int:

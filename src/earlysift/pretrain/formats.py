@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import io
 import json
 import tempfile
 import zlib
@@ -39,6 +40,10 @@ _EXPECTED_CONTENT = {
 _BINARY = frozenset({"parquet", "arrow"})
 SAVED_FILES = ("state.json", "dataset_info.json")
 """What `datasets.save_to_disk` writes beside the rows."""
+# Text takes 3 to 30 times its compressed size, gzip may reach 1,000 times, and Zstandard 30,000.
+_MOST_TIMES = 200
+_ALWAYS_PLAUSIBLE_BYTES = 1 << 27
+_CHUNK_BYTES = 1 << 10  # 32 MiB, unpacked by the most that Zstandard can
 
 
 def is_saved(path: Path) -> bool:
@@ -99,6 +104,24 @@ def decode(raw: bytes, path: Path) -> str:
     return text.removeprefix("\ufeff").replace("\r\n", "\n")
 
 
+def require_plausible(unpacked_bytes: int, packed_bytes: int, path: Path) -> None:
+    """Raise where a file unpacks to far more than text or images do, before memory runs out.
+
+    Args:
+        unpacked_bytes: What it is known to unpack to, at least.
+        packed_bytes: Its own size.
+        path: What the message calls it.
+
+    Raises:
+        ValueError: If that is over 128 MiB and over 200 times its size.
+    """
+    if unpacked_bytes > max(_ALWAYS_PLAUSIBLE_BYTES, _MOST_TIMES * packed_bytes):
+        raise ValueError(
+            f"{path}: expected at most {_MOST_TIMES} times its {packed_bytes:,} bytes in it, found "
+            f"{unpacked_bytes:,} bytes or more; if that is meant, unpack it and give the files"
+        )
+
+
 def split_documents(lines: Iterable[str]) -> Iterator[str]:
     """Split the lines of a plain text into documents."""
     document: list[str] = []
@@ -128,6 +151,8 @@ def read_table(path: Path) -> Any:
     if kind not in _BINARY and not text.strip():
         return None
     datasets = optional_package("datasets", extra="data")
+    if kind == "parquet":
+        require_plausible(_least_bytes_of_parquet(raw), len(raw), path)
     # A copy under a plain name: `datasets` does not read .zst, takes [ and * in a path for a pattern, and its own cache
     # would keep every corpus ever read.
     with tempfile.TemporaryDirectory(prefix="earlysift-") as folder, _silent(datasets):
@@ -185,45 +210,63 @@ def find_text_column(features: Any, path: Any, named: str | None = None) -> str:
     raise ValueError(f"{path}: expected a column of strings {wanted}; found the columns {found}; {remedy}")
 
 
+def _least_bytes_of_parquet(raw: bytes) -> int:
+    """What the rows of a Parquet file take at least: four bytes for the place of each text; 0 if it is damaged."""
+    parquet, arrow = (optional_package(f"pyarrow{part}", extra="data") for part in (".parquet", ""))
+    try:
+        return int(4 * parquet.ParquetFile(arrow.BufferReader(raw)).metadata.num_rows)
+    except (arrow.ArrowException, OSError):
+        return 0  # reading it tells what is wrong
+
+
 def _decompressed(path: Path) -> bytes:
     raw = path.read_bytes()
     decompress = _DECOMPRESS.get(path.suffix.lower())
     if decompress is None:
         return raw
+    pieces, found_bytes = [], 0
     try:
-        return decompress(raw)
+        for piece in decompress(raw):
+            pieces.append(piece)
+            found_bytes += len(piece)
+            require_plausible(found_bytes, len(raw), path)
     except (EOFError, OSError, zlib.error) as error:
         raise ValueError(
             f"{path}: the archive ends too early or is damaged ({error}); download or compress it again"
         ) from error
+    return b"".join(pieces)
 
 
-def _unzstd(raw: bytes) -> bytes:
-    """Decompress all frames of a .zst file.
+def _gunzip(raw: bytes) -> Iterator[bytes]:
+    """The pieces of a .gz file, unpacked."""
+    with gzip.open(io.BytesIO(raw)) as file:
+        while piece := file.read(1 << 20):
+            yield piece
+
+
+def _unzstd(raw: bytes) -> Iterator[bytes]:
+    """The pieces of all frames of a .zst file, unpacked.
 
     The package's own readers take a truncated file for a complete one, so each frame is checked to have ended.
     """
     zstandard = optional_package("zstandard", extra="data")
     decompressor = zstandard.ZstdDecompressor()
-    chunk_bytes = 1 << 20  # a finished frame returns the rest of its input as a copy: keep that small
-    pieces: list[bytes] = []
     frame = None
-    for start in range(0, len(raw), chunk_bytes):
-        rest = raw[start : start + chunk_bytes]
+    for start in range(0, len(raw), _CHUNK_BYTES):
+        rest = raw[start : start + _CHUNK_BYTES]
         while rest:
             frame = frame or decompressor.decompressobj()
             try:
-                pieces.append(frame.decompress(rest))
+                yield frame.decompress(rest)
             except zstandard.ZstdError as error:
                 raise EOFError(str(error)) from error
             rest = frame.unused_data if frame.eof else b""
             frame = None if frame.eof else frame
     if frame is not None:
         raise EOFError("the last frame is not complete")
-    return b"".join(pieces)
 
 
-_DECOMPRESS: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.decompress, ".zst": _unzstd}
+_DECOMPRESS: dict[str, Callable[[bytes], Iterator[bytes]]] = {".gz": _gunzip, ".zst": _unzstd}
 
 
 def _bad_json_line(text: str) -> str:

@@ -1,5 +1,6 @@
 """Labelled images in two parts: scikit-learn's digits, NumPy archives, and a folder for every class."""
 
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from earlysift.pretrain.classes import class_ids
+from earlysift.pretrain.formats import require_plausible
 from earlysift.pretrain.optional import optional_package
 from earlysift.pretrain.stream import Rows
 from earlysift.seeds import seeded
@@ -124,6 +126,7 @@ def _read_archive(path: Path) -> tuple[Part, Part | None]:
     known = {name for pair in (*_TRAINING, *_HELD_OUT) for name in pair}
     arrays: dict[str, Any] = {}
     place = ""
+    require_plausible(_unpacked_bytes(path), path.stat().st_size, path)
     try:
         # Not numpy.load, which takes any file that is no archive for pickled objects.
         with numpy.lib.npyio.NpzFile(path, allow_pickle=False) as archive:
@@ -162,6 +165,15 @@ def _read_archive(path: Path) -> tuple[Part, Part | None]:
     return train, validation
 
 
+def _unpacked_bytes(path: Path) -> int:
+    """What an archive says that it unpacks to; 0 if it is damaged."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return sum(entry.file_size for entry in archive.infolist())
+    except Exception:  # it raises nearly anything, and reading the arrays tells what is wrong
+        return 0
+
+
 def _part_of(arrays: dict[str, Any], pair: tuple[str, str], path: Path) -> Part:
     """The images of a pair of arrays, channels first, and their labels."""
     images, labels = (arrays[name] for name in pair)
@@ -197,7 +209,7 @@ def _read_folder(folder: Path) -> tuple[Part, Part | None]:
     held_out = next((folder / name for name in _HELD_OUT_FOLDERS if in_parts and (folder / name).is_dir()), None)
     train = _files_of(folder / "train" if in_parts else folder)
     validation = _files_of(held_out) if held_out else []
-    images = _decode([*train, *validation])
+    images = _decode([*train, *validation], folder)
     labels = [file.parent.name for file in (*train, *validation)]
     count = len(train)
     return (images[:count], labels[:count]), (images[count:], labels[count:]) if held_out else None
@@ -225,7 +237,7 @@ def _files_of(folder: Path) -> list[Path]:
     return files
 
 
-def _decode(files: Sequence[Path]) -> Tensor:
+def _decode(files: Sequence[Path], folder: Path) -> Tensor:
     """The pixels of image files, uint8 ``(N, channels, height, width)``: one channel if no file has colour."""
     pillow = optional_package("PIL.Image", extra="data")
     sizes_and_modes = [_read(pillow, file, lambda image: (image.size, image.mode)) for file in files]
@@ -237,6 +249,7 @@ def _decode(files: Sequence[Path]) -> Tensor:
                 f"{size[0]} x {size[1]} (mode {mode}); convert it"
             )
     mode = "L" if all(mode in _GREY for _, mode in sizes_and_modes) else "RGB"
+    require_plausible(len(files) * height * width * len(mode), sum(file.stat().st_size for file in files), folder)
     pixels = torch.empty(len(files), height, width, len(mode), dtype=torch.uint8)
     for row, file in zip(pixels, files, strict=True):
         content = _read(pillow, file, lambda image: image.convert(mode).tobytes())
