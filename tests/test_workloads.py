@@ -13,7 +13,7 @@ import torch
 from earlysift import checks, scorers
 from earlysift.compare.settings import Settings
 from earlysift.pretrain.corpus import held_out
-from earlysift.pretrain.models import build_bert, build_bert_classifier, save_encoder
+from earlysift.pretrain.models import build_bert, build_fine_tuned, save_encoder
 from earlysift.pretrain.stream import Stream
 from earlysift.pretrain.workload_settings import MASKED, TASKS, WorkloadSettings
 from earlysift.pretrain.workloads import load_workload
@@ -394,13 +394,28 @@ def test_weights_that_are_not_a_berts_are_refused(checkpoint, tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
     save_encoder(checkpoint[1], "{}", tmp_path)
     safetensors.save_file({"roberta.x": torch.zeros(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"expected the weights of a BERT, named bert\.\*, but bert\.\S+ is missing"):
-        build_bert_classifier(classes=2, vocab_size=150, length=16, layers=2, width=32, seed=0, checkpoint=tmp_path)
+    with pytest.raises(
+        ValueError, match=r"expected the weights of an encoder, named bert\.\*, but bert\.\S+ is missing"
+    ):
+        build_fine_tuned(tmp_path, classes=2, vocab_size=150, length=16, layers=2, width=32, seed=0)
 
 
-def test_only_a_bert_can_be_saved_as_encoder(load, tmp_path):
-    with pytest.raises(ValueError, match=r"Expected a BERT of transformers.*got LlamaForCausalLM"):
+def test_only_a_masked_language_model_can_be_saved_as_encoder(load, tmp_path):
+    with pytest.raises(ValueError, match=r"Expected a masked language model of transformers, got LlamaForCausalLM"):
         save_encoder(load("causal_lm").make_model(0), "{}", tmp_path)
+
+
+def test_fine_tuning_starts_from_a_modernbert_as_well(load, table, tmp_path):
+    workload = load("masked_lm", data=(table,), length=24, architecture="modernbert")
+    encoder = workload.make_model(7)
+    assert type(encoder).__name__ == "ModernBertForMaskedLM"
+    save_encoder(encoder, workload.tokenizer_json, tmp_path)
+    started = load("classification", checkpoint=tmp_path).make_model(0)
+    assert type(started).__name__ == "ModernBertForSequenceClassification"
+    saved = encoder.state_dict()
+    shared = [name for name in saved if name.startswith("model.")]
+    assert len(shared) > 10
+    assert all(torch.equal(saved[name], started.state_dict()[name]) for name in shared)
 
 
 def test_a_wrapped_model_is_saved_like_the_model(tmp_path):

@@ -104,11 +104,12 @@ _CPU: dict[str, dict[str, Any]] = {
         "max_characters": 10_000_000,
         "arms": ("uniform",),
         "seeds": 1,
+        "architecture": "modernbert",
         "layers": 6,
         "vocab_size": 2000,
         "length": 32,
         "steps": 6000,
-        "learning_rate": 1e-3,
+        "learning_rate": 3e-3,
         "save_encoder": True,
     },
     "sst2-finetuned": {
@@ -119,8 +120,8 @@ _CPU: dict[str, dict[str, Any]] = {
         "layers": 6,
         "vocab_size": 2000,
         "length": 32,
-        "train_samples": 20_000,
-        "steps": 1900,  # three epochs
+        "train_samples": 10_000,
+        "steps": 950,  # three epochs
         "learning_rate": 3e-4,
         "validation_samples": 872,
     },

@@ -1,6 +1,5 @@
 """Models of the transformers library, built from configs with random weights: no downloads."""
 
-import json
 import math
 import operator
 from collections.abc import Callable, Mapping
@@ -13,11 +12,11 @@ from torch import nn
 from earlysift.anatomy import unwrap
 from earlysift.checkup import build_model
 from earlysift.files import write_whole
+from earlysift.presets import read_config
 from earlysift.pretrain.optional import optional_package
 
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
-_ENCODER = "bert."  # prefix of all weights of a BERT but those of its head
-_CLASSIFIER_ONLY = ("bert.pooler.", "classifier.")  # weights that a masked language model does not have
+_POOLER = "bert.pooler."  # weights of an encoder that a masked language model does not have
 
 
 def build_bert(*, vocab_size: int, length: int, layers: int, width: int, seed: int) -> nn.Module:
@@ -82,25 +81,48 @@ def build_llama(*, vocab_size: int, length: int, layers: int, width: int, seed: 
 
 
 def build_bert_classifier(
-    *, classes: int, vocab_size: int, length: int, layers: int, width: int, seed: int, checkpoint: Path | None = None
+    *, classes: int, vocab_size: int, length: int, layers: int, width: int, seed: int
 ) -> nn.Module:
-    """A BERT to classify texts into a number of ``classes``; other arguments as in `build_bert`.
+    """A BERT to classify texts into a number of ``classes``; other arguments as in `build_bert`."""
+    transformers = optional_package("transformers", extra="hf")
+    config = transformers.BertConfig(
+        num_labels=classes, vocab_size=vocab_size, max_position_embeddings=max(length, 8), **_bert(layers, width)
+    )
+    return _seeded_model(lambda: transformers.BertForSequenceClassification(config), seed)
 
-    With a ``checkpoint``, a folder of `save_encoder`, the encoder starts from it; pooler and classifier come from the
-    seed.
+
+def build_fine_tuned(
+    checkpoint: Path, *, classes: int, vocab_size: int, length: int, layers: int, width: int, seed: int
+) -> nn.Module:
+    """A classifier that starts from a saved encoder; pooler and classifier come from the seed.
+
+    Args:
+        checkpoint: A folder of `save_encoder`.
+        classes: Number of classes.
+        vocab_size: V, at most the encoder's.
+        length: Longest input, at most the encoder's.
+        layers: Layers of the encoder.
+        width: Its width.
+        seed: Seed of the new weights.
 
     Raises:
-        ValueError: If the checkpoint is no BERT of this shape.
+        ValueError: If the checkpoint is no encoder of this shape.
         FileNotFoundError: If the checkpoint is incomplete.
     """
     transformers = optional_package("transformers", extra="hf")
-    shape = {"vocab_size": vocab_size, "max_position_embeddings": max(length, 8), **_bert(layers, width)}
-    if checkpoint is not None:
-        shape = _checkpoint_shape(checkpoint, shape)
-    config = transformers.BertConfig(num_labels=classes, **shape)
-    model = _seeded_model(lambda: transformers.BertForSequenceClassification(config), seed)
-    if checkpoint is not None:
-        _load_encoder(model, checkpoint)
+    shape = {
+        "num_hidden_layers": layers,
+        "hidden_size": width,
+        "vocab_size": vocab_size,
+        "max_position_embeddings": max(length, 8),
+    }
+    saved = _saved_config(checkpoint, shape)
+    without_dropout = {name: 0.0 for name, value in saved.items() if "dropout" in name and isinstance(value, float)}
+    config = transformers.AutoConfig.for_model(**saved | without_dropout, num_labels=classes)
+    model = _seeded_model(
+        lambda: transformers.AutoModelForSequenceClassification.from_config(config, trust_remote_code=False), seed
+    )
+    _load_encoder(model, checkpoint)
     return model
 
 
@@ -131,22 +153,20 @@ def build_preset(source: str, *, changes: Mapping[str, Any], seed: int) -> nn.Mo
 
 
 def save_encoder(model: nn.Module, tokenizer_json: str, folder: Path) -> None:
-    """Save a BERT without its head, for fine-tuning: config.json, model.safetensors and tokenizer.json.
+    """Save a masked language model without its head, for fine-tuning: config.json, model.safetensors, tokenizer.json.
 
     Args:
-        model: A BERT from `build_bert`, or another of transformers, wrapped or not.
+        model: A BERT from `build_bert`, or another masked language model of transformers, wrapped or not.
         tokenizer_json: Its tokenizer (`Blocks.tokenizer_json`).
         folder: Where to save; made if it does not exist.
 
     Raises:
-        ValueError: If the model is no BERT.
+        ValueError: If the model is no masked language model.
     """
     core: Any = unwrap(model)
-    encoder = {name: value.contiguous() for name, value in core.state_dict().items() if name.startswith(_ENCODER)}
-    if not encoder:
-        raise ValueError(
-            f"Expected a BERT of transformers, whose weights are named {_ENCODER}*, got {type(core).__name__}."
-        )
+    if not type(core).__name__.endswith("ForMaskedLM"):
+        raise ValueError(f"Expected a masked language model of transformers, got {type(core).__name__}.")
+    encoder = {name: value.contiguous() for name, value in core.state_dict().items() if name.startswith(_prefix(core))}
     safetensors = optional_package("safetensors.torch", extra="hf")
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / CONFIG, core.config.to_json_file)
@@ -163,42 +183,44 @@ def require_checkpoint(folder: Path) -> None:
     missing = [name for name in (CONFIG, WEIGHTS, TOKENIZER) if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(
-            f"{folder}: expected a folder with {CONFIG}, {WEIGHTS} and {TOKENIZER} of a BERT, but {', '.join(missing)} "
+            f"{folder}: expected a folder with {CONFIG}, {WEIGHTS} and {TOKENIZER}, but {', '.join(missing)} "
             "is not there; save_encoder writes such a folder after a masked-LM run"
         )
 
 
-def _checkpoint_shape(checkpoint: Path, requested: dict[str, Any]) -> dict[str, Any]:
-    """The shape in a checkpoint's config.json, with the requested dropout, if it fits the requested one."""
+def _saved_config(checkpoint: Path, shape: Mapping[str, int]) -> dict[str, Any]:
+    """The config.json of a checkpoint, if it fits the requested shape."""
     require_checkpoint(checkpoint)
-    config = json.loads((checkpoint / CONFIG).read_text(encoding="utf-8"))
+    config = read_config(str(checkpoint))
+    at_least = ("vocab_size", "max_position_embeddings")
     differing = [
-        f"{name} is {config.get(name)} and not {requested[name]}"
-        for name, fits in (
-            ("num_hidden_layers", operator.eq),
-            ("hidden_size", operator.eq),
-            ("vocab_size", operator.ge),
-            ("max_position_embeddings", operator.ge),
-        )
-        if not fits(config.get(name, 0), requested[name])
+        f"{name} is {config.get(name)} and not {wanted}"
+        for name, wanted in shape.items()
+        if not (operator.ge if name in at_least else operator.eq)(config.get(name, 0), wanted)
     ]
     if differing:
         raise ValueError(
             f"{checkpoint}: the checkpoint has another shape: {', '.join(differing)}; ask for the same shape"
         )
-    return requested | {name: config[name] for name in config.keys() & requested.keys() if "dropout" not in name}
+    return config
 
 
 def _load_encoder(model: nn.Module, checkpoint: Path) -> None:
     safetensors = optional_package("safetensors.torch", extra="hf")
+    prefix = _prefix(model)
     saved = safetensors.load_file(checkpoint / WEIGHTS)
-    encoder = {name: value for name, value in saved.items() if name.startswith(_ENCODER)}
+    encoder = {name: value for name, value in saved.items() if name.startswith(prefix)}
     not_loaded = model.load_state_dict(encoder, strict=False).missing_keys
-    missing = [name for name in not_loaded if not name.startswith(_CLASSIFIER_ONLY)]
+    missing = [name for name in not_loaded if name.startswith(prefix) and not name.startswith(_POOLER)]
     if missing:
         raise ValueError(
-            f"{checkpoint}: expected the weights of a BERT, named {_ENCODER}*, but {missing[0]} is missing"
+            f"{checkpoint}: expected the weights of an encoder, named {prefix}*, but {missing[0]} is missing"
         )
+
+
+def _prefix(model: Any) -> str:
+    """What the names of all weights begin with, but those of the head."""
+    return f"{model.base_model_prefix}."
 
 
 def _head_width(width: int) -> int:

@@ -32,8 +32,8 @@ class WorkloadSettings:
     """
 
     task: TaskName = "masked_lm"
-    """What is trained: a BERT for masked, a Llama for causal language modelling, a ModernBERT on masked characters, a
-    BERT to classify texts, or a ViT."""
+    """What is trained: a BERT (or ModernBERT) for masked, a Llama for causal language modelling, a ModernBERT on masked
+    characters, a BERT to classify texts, or a ViT."""
     data: tuple[Path, ...] = ()
     """Files or folders of text, JSON lines, CSV/TSV, parquet or Arrow, plain, .gz or .zst, or folders that
     datasets.save_to_disk wrote; for classification tables with a column of labels and one of texts; for images one
@@ -55,6 +55,9 @@ class WorkloadSettings:
     """Training samples to use; without it all."""
     max_characters: Count | None = None
     """Cut the text to documents of about so many characters before anything else."""
+    architecture: Literal["bert", "modernbert"] = "bert"
+    """The model of masked_lm. A small ModernBERT, whose positions are rotary, learns to use context within hundreds of
+    steps, a small BERT not within thousands."""
     checkpoint: Path | None = None
     """Folder of a saved encoder that classification starts from (`encoder` in the run folder that saved it)."""
     layers: Annotated[int, Field(ge=1, le=1024)] = 12

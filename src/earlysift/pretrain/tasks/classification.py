@@ -1,12 +1,13 @@
 """Classification of texts: a BERT from scratch, or the saved encoder of a masked language model, fine-tuned."""
 
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
 from earlysift.pretrain.classes import class_ids
 from earlysift.pretrain.corpus import joined, read_labelled
-from earlysift.pretrain.models import TOKENIZER, build_bert_classifier, require_checkpoint
+from earlysift.pretrain.models import TOKENIZER, build_bert_classifier, build_fine_tuned, require_checkpoint
 from earlysift.pretrain.stream import Rows
 from earlysift.pretrain.tokens import load_blocks
 from earlysift.pretrain.workload_settings import WorkloadSettings
@@ -38,6 +39,8 @@ def read(settings: WorkloadSettings, *, tokenizer_file: Path | None = None) -> T
     )
     shape = {"length": settings.length, "vocab_size": blocks.vocab_size, "classes": len(classes)}
 
+    build = build_bert_classifier if checkpoint is None else partial(build_fine_tuned, checkpoint)
+
     def rows(ids: Tensor, labels: Tensor) -> Rows:
         ids = ids.long()
         return {"input_ids": ids, "attention_mask": (ids != blocks.special["[PAD]"]).long(), "labels": labels}
@@ -47,9 +50,7 @@ def read(settings: WorkloadSettings, *, tokenizer_file: Path | None = None) -> T
         train=rows(blocks.train, train_labels),
         validation=rows(blocks.validation, validation_labels),
         outputs=len(classes),
-        make_model=lambda seed: build_bert_classifier(
-            **shape, layers=settings.layers, width=settings.width, checkpoint=checkpoint, seed=seed
-        ),
+        make_model=lambda seed: build(**shape, layers=settings.layers, width=settings.width, seed=seed),
         facts={**shape, "checkpoint": checkpoint and str(checkpoint)},
         tokenizer_json=blocks.tokenizer_json,
     )

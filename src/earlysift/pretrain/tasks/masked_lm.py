@@ -1,4 +1,4 @@
-"""Masked language modelling: a BERT predicts the hidden tokens of packed text."""
+"""Masked language modelling: a BERT, or a ModernBERT, predicts the hidden tokens of packed text."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,14 +7,15 @@ from torch import Generator, Tensor, nn
 
 from earlysift.pretrain.language import language_data, read_blocks
 from earlysift.pretrain.masking import begins_word, mask_tokens
-from earlysift.pretrain.models import build_bert
+from earlysift.pretrain.models import build_bert, build_modernbert
 from earlysift.pretrain.optional import optional_package
 from earlysift.pretrain.stream import Rows
 from earlysift.pretrain.tokens import Blocks
 from earlysift.pretrain.workload_settings import WorkloadSettings
 from earlysift.pretrain.workloads import TaskData
 
-TAKES = ("data", "text_column", "max_characters", "tokenizer_file", "stream", "whole_word")
+TAKES = ("data", "text_column", "max_characters", "architecture", "tokenizer_file", "stream", "whole_word")
+_BUILDERS: dict[str, Callable[..., nn.Module]] = {"bert": build_bert, "modernbert": build_modernbert}
 
 
 def read(
@@ -26,7 +27,7 @@ def read(
     if whole_word:
         tokenizer = optional_package("tokenizers", extra="hf").Tokenizer.from_str(blocks.tokenizer_json)
         word_begins = begins_word(tokenizer.get_vocab())
-    return masked_data(f"{name}, masked LM", blocks, settings, build_bert, word_begins)
+    return masked_data(f"{name}, masked LM", blocks, settings, _BUILDERS[settings.architecture], word_begins)
 
 
 def masked_data(
