@@ -122,7 +122,7 @@ _CPU: dict[str, dict[str, Any]] = {
         "length": 32,
         "train_samples": 10_000,
         "steps": 950,  # three epochs
-        "learning_rate": 3e-4,
+        "learning_rate": 1e-3,
         "validation_samples": 872,
     },
 }
