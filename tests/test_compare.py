@@ -391,7 +391,7 @@ def test_a_run_is_complete_only_with_all_its_seeds_however_few_a_resume_asks_for
     results["config"]["seeds"] = 3  # as a run of three seeds that was stopped after the second
     (copy / "results.json").write_text(json.dumps(results))
     assert cli.main(["compare", "--data", str(text), "--out", str(copy), "--seeds", "2", "--resume", *TINY]) == 0
-    assert "seeds of an earlier command are missing" in capsys.readouterr().out
+    assert "Some arms lack seeds" in capsys.readouterr().out
     assert results_of(copy)["complete"] is False
     assert "Partial run" in (copy / "report.html").read_text()
 

@@ -334,7 +334,7 @@ SAVED = {  # of a training's third checkpoint
     ("transformers", "selection"): "/checkpoint-3/.sifter_0.json",
     ("transformers", "its tensors"): "/checkpoint-3/.tmp",
     ("transformers", "state of the Trainer"): "/checkpoint-3/trainer_state",
-    ("lightning", "checkpoint"): "/step=3",
+    ("lightning", "checkpoint"): "/unfinished/",
 }
 
 
@@ -345,12 +345,15 @@ def test_s03_trainings_on_a_disk_that_fails_go_on_from_the_checkpoint_before(
     saved, fault, on_faulty_disk, whole, tmp_path
 ):
     kind = saved[0]
+    if kind == "lightning":  # its files have no telling names while they are written
+        code, _, err = on_faulty_disk([kind, tmp_path, 2])
+        assert code == 0, err
     code, _, err = on_faulty_disk([kind, tmp_path], disk=f"{fault}:{SAVED[saved]}")
-    failed = code != 0
-    assert code == 0 or re.search("No space|Read-only|Input/output|inline_container", err.splitlines()[-1]), err
-    code, _, err = on_faulty_disk([kind, tmp_path])
-    assert code == 0, err
+    if code != 0:  # libraries that write without fsync notice none that fails
+        assert re.search("No space|Read-only|Input/output|inline_container", err.splitlines()[-1]), err
+        code, _, err = on_faulty_disk([kind, tmp_path])
+        assert code == 0, err
     ours, theirs = json.loads((tmp_path / "end.json").read_text()), dict(whole(kind))
     batches = ours.pop("batches")
-    assert batches == theirs.pop("batches")[-len(batches) :] if failed else not batches
+    assert batches == theirs.pop("batches")[-len(batches) :]
     assert ours == theirs

@@ -465,6 +465,10 @@ def test_digits_are_split_into_parts_without_common_images(load):
             ({"task": task, "augmented": True}, f"^The task {task} does not take augmented; leave that out")
             for task in ("masked_lm", "causal_lm", "classification")
         ),
+        (
+            {"task": "classification", "data": "x", "architecture": "modernbert"},
+            "classification does not take architecture; leave that out",
+        ),
         ({"task": "masked_lm", "flipped": 0.2}, "masked_lm does not take flipped; leave that out"),
         ({"task": "image", "flipped": 1.0}, r"flipped must be in \[0, 1\), got 1.0"),
         ({"task": "image", "repeated": -0.1}, r"repeated must be in \[0, 1\), got -0.1"),

@@ -4,6 +4,7 @@ the newest checkpoint that is complete, and told at the end in a file."""
 import hashlib
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -29,13 +30,17 @@ def by_transformers():
 
 
 def by_lightning():
-    """``lightning FOLDER``."""
+    """``lightning FOLDER``, or ``lightning FOLDER STEPS`` to end earlier."""
     from test_lightning import loader, rows, trained
 
-    folder = Path(sys.argv[2])
+    folder, steps = Path(sys.argv[2]), int([*sys.argv, STEPS][3])
+    # fsspec writes a checkpoint here before it renames it.
+    unfinished = folder / "unfinished"
+    unfinished.mkdir(exist_ok=True)
+    tempfile.tempdir = str(unfinished)
     saved = max(folder.glob("step=*.ckpt"), key=_step, default=None)
     data = loader(WithIds(rows(20), "number"))
-    module, callback = trained(folder, MEMORY, data=data, resume=saved, save=True, max_epochs=-1, max_steps=STEPS)
+    module, callback = trained(folder, MEMORY, data=data, resume=saved, save=True, max_epochs=-1, max_steps=steps)
     return _tell(folder, module, callback.sifter, {"batches": module.batches})
 
 

@@ -305,7 +305,7 @@ def _print_shares(console: Console) -> Callable[[str, float], None]:
 
 
 def _print_line(console: Console, line: str) -> None:
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console.print(_printable(line), markup=False, highlight=False, soft_wrap=True)
     console.file.flush()  # a log is read while the program runs
 
 
@@ -352,11 +352,12 @@ def _print_results(console: Console, results: dict[str, Any], out: Path, *, stop
     if stopped:
         console.print("Stopped early: the following is partial. Continue with --resume.")
     elif not results["complete"]:
-        console.print(
-            "Arms or seeds of an earlier command are missing: the following is partial. Give them to --resume."
+        _print_line(
+            console,
+            "Some arms lack seeds, so the following is partial: --resume with all --arms and the largest --seeds.",
         )
     console.print(results["verdict"])
-    console.print(f"Report: {out / 'report.html'}", soft_wrap=True)
+    _print_line(console, f"Report: {out / 'report.html'}")
 
 
 def _suite(settings: Settings, given: list[str]) -> int:
@@ -370,7 +371,7 @@ def _suite(settings: Settings, given: list[str]) -> int:
     folders = [settings.out / name for name, outcome in outcomes.items() if outcome.results]
     if folders:
         page = write_report(*folders, out=settings.out / "report.html")
-        console.print(f"Report of all: {page}; of each: in the folders beside it.", soft_wrap=True)
+        _print_line(console, f"Report of all: {page}; of each: in the folders beside it.")
     reasons = [outcome.reason for outcome in outcomes.values() if outcome.reason]
     if "stopped" in reasons:
         console.print("Stopped early: continue with --resume.")
@@ -397,7 +398,7 @@ def _print_suite(console: Console, outcomes: "dict[str, Outcome]") -> None:
     for name, outcome in outcomes.items():
         sentence = outcome.reason or (outcome.results and _headline(outcome.results))
         if sentence:
-            console.print(f"{name}: {sentence}", soft_wrap=True)
+            _print_line(console, f"{name}: {sentence}")
 
 
 def _headline(results: dict[str, Any]) -> str:
@@ -492,16 +493,16 @@ def _pretrain(settings: PretrainSettings) -> int:
         ) from error
     code, message = pretrain(settings)
     if os.environ.get("RANK", "0") == "0":  # the first process of torchrun, or the only one
-        print(f"earlysift: {message}", file=sys.stderr if code else sys.stdout)
+        print(f"earlysift: {_printable(message)}", file=sys.stderr if code else sys.stdout)
         if (settings.out / "report.html").is_file():
-            print(f"Report: {settings.out / 'report.html'}")
+            print(_printable(f"Report: {settings.out / 'report.html'}"))
     return code
 
 
 def _report(command: Report) -> int:
     if command.out is not None:
         command.out.parent.mkdir(parents=True, exist_ok=True)
-    print(write_report(*command.runs, out=command.out))
+    print(_printable(str(write_report(*command.runs, out=command.out))))
     return EXIT_OK
 
 
@@ -518,7 +519,7 @@ def _theory(command: Theory) -> int:
     names = [finding.name for finding in findings]
     settings = {"seed": command.seed, "experiments": names, "results": command.results and str(command.results)}
     facts = f"seed {command.seed}, float64 on the CPU; experiments: {', '.join(names)}"
-    console.print(f"Report: {page.write(findings, command.out, settings, facts)}", soft_wrap=True)
+    _print_line(console, f"Report: {page.write(findings, command.out, settings, facts)}")
     return EXIT_OK
 
 

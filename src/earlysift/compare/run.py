@@ -21,7 +21,7 @@ from earlysift.compare.trial import Run, rehearse, run_trial
 from earlysift.compare.verdict import judged
 from earlysift.files import write_json
 from earlysift.ledger import read_rows
-from earlysift.pretrain.models import save_encoder
+from earlysift.pretrain import models
 from earlysift.pretrain.workloads import Workload, load_workload
 from earlysift.report.page import RESULTS, RESULTS_VERSION, write_report
 
@@ -114,7 +114,8 @@ def has_finished(results: dict[str, Any], arms: Collection[str], seeds: int) -> 
         >>> has_finished(results, ["uniform"], 1), has_finished(results, ["uniform"], 2)
         (True, False)
     """
-    runs = {(name, run["seed"]) for name in arms for run in results["arms"][name]["runs"] if run["finished"]}
+    none: dict[str, Any] = {"runs": []}
+    runs = {(name, run["seed"]) for name in arms for run in results["arms"].get(name, none)["runs"] if run["finished"]}
     return runs >= {(name, seed) for name in arms for seed in range(seeds)}
 
 
@@ -223,7 +224,9 @@ def _run_seed(
         def show(share: float, label: str = ARMS[name].label) -> None:
             on_progress(label, (seed + share) / settings.seeds)
 
-        if any(run["seed"] == seed and run["finished"] for run in results["arms"][name]["runs"]):
+        saves = settings.save_encoder and (name, seed) == ("uniform", 0)
+        unsaved = saves and not (settings.out / folder.ENCODER / models.WEIGHTS).is_file()
+        if not unsaved and any(run["seed"] == seed and run["finished"] for run in results["arms"][name]["runs"]):
             show(1.0)  # before a resume
             continue
         path = _ledger_path(settings, name, seed)
@@ -238,7 +241,7 @@ def _run_seed(
                 continue
             on_evaluation(name, run)
             if run["finished"] and settings.save_encoder and (name, seed) == ("uniform", 0):
-                save_encoder(benches[name].model, workload.tokenizer_json, settings.out / folder.ENCODER)
+                models.save_encoder(benches[name].model, workload.tokenizer_json, settings.out / folder.ENCODER)
             run["commit"] = commit
             others = [other for other in results["arms"][name]["runs"] if other["seed"] != seed]
             results["arms"][name]["runs"] = sorted([*others, run], key=lambda run: run["seed"])

@@ -159,12 +159,14 @@ def run_trial(
                 )
         diverged = not math.isfinite(row["loss"])
         over = spent >= 1 - _ROUNDING
-        run["finished"] = over or diverged
-        on_share(1.0 if run["finished"] else spent)
+        ends = over or diverged
+        on_share(1.0 if ends else spent)
         due = settings.evaluations if over else math.floor((advanced + _ROUNDING) * (settings.evaluations - 1)) + 1
         if due > evaluations or diverged:
             evaluations = due
-            yield evaluated()
+            evaluated()
+            run["finished"] = ends  # only now: a stop may come during the evaluation
+            yield run
 
 
 def budget_ms(settings: Settings, table: Table) -> float:

@@ -68,12 +68,20 @@ def latest(run: Path) -> tuple[Path, dict[str, Any]] | None:
 
 def prune(run: Path) -> None:
     """Delete all checkpoints except the latest two sealed ones; a link, and what it leads to, stays."""
-    sealed = [folder for folder in _folders(run) if (folder / MANIFEST).is_file()]
-    for folder in _own(run):
+    own = _own(run)
+    sealed = [folder for folder in own if (folder / MANIFEST).is_file()]
+    for folder in own:
         if folder not in sealed[-_KEPT:]:
             # First, so that `tidy` finds what a killed run had not deleted.
             (folder / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(folder)
+
+
+def make_room(folder: Path) -> None:
+    """Remove what a killed run left where a checkpoint is about to be saved; of a link, only the link."""
+    if folder.is_symlink():
+        folder.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def tidy(run: Path) -> None:

@@ -104,13 +104,14 @@ def decode(raw: bytes, path: Path) -> str:
     return text.removeprefix("\ufeff").replace("\r\n", "\n")
 
 
-def require_plausible(unpacked_bytes: int, packed_bytes: int, path: Path) -> None:
+def require_plausible(unpacked_bytes: int, packed_bytes: int, path: Path, remedy: str) -> None:
     """Raise where a file unpacks to far more than text or images do, before memory runs out.
 
     Args:
         unpacked_bytes: What it is known to unpack to, at least.
         packed_bytes: Its own size.
         path: What the message calls it.
+        remedy: What to do if that is meant.
 
     Raises:
         ValueError: If that is over 128 MiB and over 200 times its size.
@@ -118,7 +119,7 @@ def require_plausible(unpacked_bytes: int, packed_bytes: int, path: Path) -> Non
     if unpacked_bytes > max(_ALWAYS_PLAUSIBLE_BYTES, _MOST_TIMES * packed_bytes):
         raise ValueError(
             f"{path}: expected at most {_MOST_TIMES} times its {packed_bytes:,} bytes in it, found "
-            f"{unpacked_bytes:,} bytes or more; if that is meant, unpack it and give the files"
+            f"{unpacked_bytes:,} bytes or more; if that is meant, {remedy}"
         )
 
 
@@ -152,7 +153,7 @@ def read_table(path: Path) -> Any:
         return None
     datasets = optional_package("datasets", extra="data")
     if kind == "parquet":
-        require_plausible(_least_bytes_of_parquet(raw), len(raw), path)
+        require_plausible(_least_bytes_of_parquet(raw), len(raw), path, "write it without compression, or as .jsonl")
     # A copy under a plain name: `datasets` does not read .zst, takes [ and * in a path for a pattern, and its own cache
     # would keep every corpus ever read.
     with tempfile.TemporaryDirectory(prefix="earlysift-") as folder, _silent(datasets):
@@ -211,10 +212,15 @@ def find_text_column(features: Any, path: Any, named: str | None = None) -> str:
 
 
 def _least_bytes_of_parquet(raw: bytes) -> int:
-    """What the rows of a Parquet file take at least: four bytes for the place of each text; 0 if it is damaged."""
+    """What a Parquet file unpacks to at least: its pages, and four bytes for the place of each text; 0 if damaged.
+
+    A text that many rows share counts once: what they take is known only when they are read.
+    """
     parquet, arrow = (optional_package(f"pyarrow{part}", extra="data") for part in (".parquet", ""))
     try:
-        return int(4 * parquet.ParquetFile(arrow.BufferReader(raw)).metadata.num_rows)
+        facts = parquet.ParquetFile(arrow.BufferReader(raw)).metadata
+        pages_bytes = sum(facts.row_group(number).total_byte_size for number in range(facts.num_row_groups))
+        return int(max(pages_bytes, 4 * facts.num_rows))
     except (arrow.ArrowException, OSError):
         return 0  # reading it tells what is wrong
 
@@ -229,7 +235,7 @@ def _decompressed(path: Path) -> bytes:
         for piece in decompress(raw):
             pieces.append(piece)
             found_bytes += len(piece)
-            require_plausible(found_bytes, len(raw), path)
+            require_plausible(found_bytes, len(raw), path, "unpack it and give what is in it")
     except (EOFError, OSError, zlib.error) as error:
         raise ValueError(
             f"{path}: the archive ends too early or is damaged ({error}); download or compress it again"

@@ -1,7 +1,7 @@
 """Labelled images in two parts: scikit-learn's digits, NumPy archives, and a folder for every class."""
 
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,7 @@ def _read_archive(path: Path) -> tuple[Part, Part | None]:
     known = {name for pair in (*_TRAINING, *_HELD_OUT) for name in pair}
     arrays: dict[str, Any] = {}
     place = ""
-    require_plausible(_unpacked_bytes(path), path.stat().st_size, path)
+    require_plausible(_unpacked_bytes(path, known), path.stat().st_size, path, "save the arrays with numpy.savez")
     try:
         # Not numpy.load, which takes any file that is no archive for pickled objects.
         with numpy.lib.npyio.NpzFile(path, allow_pickle=False) as archive:
@@ -165,11 +165,12 @@ def _read_archive(path: Path) -> tuple[Part, Part | None]:
     return train, validation
 
 
-def _unpacked_bytes(path: Path) -> int:
-    """What an archive says that it unpacks to; 0 if it is damaged."""
+def _unpacked_bytes(path: Path, names: Collection[str]) -> int:
+    """What these arrays of an archive unpack to, as it says itself; 0 if it is damaged."""
     try:
         with zipfile.ZipFile(path) as archive:
-            return sum(entry.file_size for entry in archive.infolist())
+            entries = archive.infolist()
+            return sum(entry.file_size for entry in entries if entry.filename.removesuffix(".npy") in names)
     except Exception:  # it raises nearly anything, and reading the arrays tells what is wrong
         return 0
 
@@ -209,7 +210,7 @@ def _read_folder(folder: Path) -> tuple[Part, Part | None]:
     held_out = next((folder / name for name in _HELD_OUT_FOLDERS if in_parts and (folder / name).is_dir()), None)
     train = _files_of(folder / "train" if in_parts else folder)
     validation = _files_of(held_out) if held_out else []
-    images = _decode([*train, *validation], folder)
+    images = _decode([*train, *validation])
     labels = [file.parent.name for file in (*train, *validation)]
     count = len(train)
     return (images[:count], labels[:count]), (images[count:], labels[count:]) if held_out else None
@@ -237,7 +238,7 @@ def _files_of(folder: Path) -> list[Path]:
     return files
 
 
-def _decode(files: Sequence[Path], folder: Path) -> Tensor:
+def _decode(files: Sequence[Path]) -> Tensor:
     """The pixels of image files, uint8 ``(N, channels, height, width)``: one channel if no file has colour."""
     pillow = optional_package("PIL.Image", extra="data")
     sizes_and_modes = [_read(pillow, file, lambda image: (image.size, image.mode)) for file in files]
@@ -249,7 +250,6 @@ def _decode(files: Sequence[Path], folder: Path) -> Tensor:
                 f"{size[0]} x {size[1]} (mode {mode}); convert it"
             )
     mode = "L" if all(mode in _GREY for _, mode in sizes_and_modes) else "RGB"
-    require_plausible(len(files) * height * width * len(mode), sum(file.stat().st_size for file in files), folder)
     pixels = torch.empty(len(files), height, width, len(mode), dtype=torch.uint8)
     for row, file in zip(pixels, files, strict=True):
         content = _read(pillow, file, lambda image: image.convert(mode).tobytes())

@@ -16,7 +16,7 @@ from earlysift.presets import read_config
 from earlysift.pretrain.optional import optional_package
 
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
-_POOLER = "bert.pooler."  # weights of an encoder that a masked language model does not have
+_PRETRAINED = ("ForMaskedLM", "ForPreTraining")  # classes whose encoder is saved
 
 
 def build_bert(*, vocab_size: int, length: int, layers: int, width: int, seed: int) -> nn.Module:
@@ -94,7 +94,7 @@ def build_bert_classifier(
 def build_fine_tuned(
     checkpoint: Path, *, classes: int, vocab_size: int, length: int, layers: int, width: int, seed: int
 ) -> nn.Module:
-    """A classifier that starts from a saved encoder; pooler and classifier come from the seed.
+    """A classifier that starts from a saved encoder; all of its head comes from the seed, a pooler included.
 
     Args:
         checkpoint: A folder of `save_encoder`.
@@ -109,19 +109,18 @@ def build_fine_tuned(
         ValueError: If the checkpoint is no encoder of this shape.
         FileNotFoundError: If the checkpoint is incomplete.
     """
-    transformers = optional_package("transformers", extra="hf")
-    shape = {
+    require_checkpoint(checkpoint)
+    saved = read_config(str(checkpoint))
+    without_dropout = {name: 0.0 for name, value in saved.items() if "dropout" in name and isinstance(value, float)}
+    changes = {**without_dropout, "num_labels": classes, "problem_type": None}
+    model = _seeded_model(lambda: build_model(str(checkpoint), "sequence_classification", changes), seed)
+    wanted = {
         "num_hidden_layers": layers,
         "hidden_size": width,
         "vocab_size": vocab_size,
         "max_position_embeddings": max(length, 8),
     }
-    saved = _saved_config(checkpoint, shape)
-    without_dropout = {name: 0.0 for name, value in saved.items() if "dropout" in name and isinstance(value, float)}
-    config = transformers.AutoConfig.for_model(**saved | without_dropout, num_labels=classes)
-    model = _seeded_model(
-        lambda: transformers.AutoModelForSequenceClassification.from_config(config, trust_remote_code=False), seed
-    )
+    _require_shape(checkpoint, model.config, wanted)
     _load_encoder(model, checkpoint)
     return model
 
@@ -164,7 +163,7 @@ def save_encoder(model: nn.Module, tokenizer_json: str, folder: Path) -> None:
         ValueError: If the model is no masked language model.
     """
     core: Any = unwrap(model)
-    if not type(core).__name__.endswith("ForMaskedLM"):
+    if not any(kind.__name__.endswith(_PRETRAINED) for kind in type(core).__mro__):
         raise ValueError(f"Expected a masked language model of transformers, got {type(core).__name__}.")
     encoder = {name: value.contiguous() for name, value in core.state_dict().items() if name.startswith(_prefix(core))}
     safetensors = optional_package("safetensors.torch", extra="hf")
@@ -188,21 +187,19 @@ def require_checkpoint(folder: Path) -> None:
         )
 
 
-def _saved_config(checkpoint: Path, shape: Mapping[str, int]) -> dict[str, Any]:
-    """The config.json of a checkpoint, if it fits the requested shape."""
-    require_checkpoint(checkpoint)
-    config = read_config(str(checkpoint))
+def _require_shape(checkpoint: Path, config: Any, wanted: Mapping[str, int]) -> None:
+    """Raise unless the config of a checkpoint fits the requested shape."""
     at_least = ("vocab_size", "max_position_embeddings")
+    has = {name: getattr(config, name, 0) for name in wanted}
     differing = [
-        f"{name} is {config.get(name)} and not {wanted}"
-        for name, wanted in shape.items()
-        if not (operator.ge if name in at_least else operator.eq)(config.get(name, 0), wanted)
+        f"{name} is {has[name]} and not {value}"
+        for name, value in wanted.items()
+        if not (operator.ge if name in at_least else operator.eq)(has[name], value)
     ]
     if differing:
         raise ValueError(
             f"{checkpoint}: the checkpoint has another shape: {', '.join(differing)}; ask for the same shape"
         )
-    return config
 
 
 def _load_encoder(model: nn.Module, checkpoint: Path) -> None:
@@ -211,7 +208,7 @@ def _load_encoder(model: nn.Module, checkpoint: Path) -> None:
     saved = safetensors.load_file(checkpoint / WEIGHTS)
     encoder = {name: value for name, value in saved.items() if name.startswith(prefix)}
     not_loaded = model.load_state_dict(encoder, strict=False).missing_keys
-    missing = [name for name in not_loaded if name.startswith(prefix) and not name.startswith(_POOLER)]
+    missing = [name for name in not_loaded if name.startswith(prefix) and not name.startswith(f"{prefix}pooler.")]
     if missing:
         raise ValueError(
             f"{checkpoint}: expected the weights of an encoder, named {prefix}*, but {missing[0]} is missing"

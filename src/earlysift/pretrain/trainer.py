@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -232,7 +231,7 @@ class Pretrainer(SiftTrainerMixin, Trainer):
         self.log({"train_s": self.train_s})  # for the clock of a run that resumes from here
         folder = checkpoints.folder_of(Path(cast(str, self.args.output_dir)), self.state.global_step)
         if self.args.should_save:
-            shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed while saving
+            checkpoints.make_room(folder)
         self.accelerator.wait_for_everyone()
         self._write_together(partial(super()._save_checkpoint, model, trial))
         self._write_together(partial(self._seal, folder))

@@ -56,8 +56,8 @@ class WorkloadSettings:
     max_characters: Count | None = None
     """Cut the text to documents of about so many characters before anything else."""
     architecture: Literal["bert", "modernbert"] = "bert"
-    """The model of masked_lm. A small ModernBERT, whose positions are rotary, learns to use context within hundreds of
-    steps, a small BERT not within thousands."""
+    """The model of masked_lm. A small ModernBERT, whose positions are rotary, learned in 1,200 steps what a small BERT
+    had not learned in 6,000 (each at its own learning rate)."""
     checkpoint: Path | None = None
     """Folder of a saved encoder that classification starts from (`encoder` in the run folder that saved it)."""
     layers: Annotated[int, Field(ge=1, le=1024)] = 12

@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -15,7 +15,16 @@ from earlysift.pretrain.stream import Rows, Samples, row_count
 from earlysift.pretrain.workload_settings import WorkloadSettings
 from earlysift.seeds import seeded
 
-_OF_SOME_TASKS = ("data", "text_column", "label_column", "max_characters", "checkpoint", "flipped", "augmented")
+_OF_SOME_TASKS = (
+    "data",
+    "text_column",
+    "label_column",
+    "max_characters",
+    "checkpoint",
+    "flipped",
+    "augmented",
+    "architecture",
+)
 
 
 @dataclass(frozen=True)
@@ -105,7 +114,8 @@ def load_workload(settings: WorkloadSettings, *, seed_of_data: int = 0, **extras
     """
     task = importlib.import_module(f"{tasks.__name__}.{settings.task}")
     extras = {name: value for name, value in extras.items() if value}
-    given = [name for name in _OF_SOME_TASKS if getattr(settings, name)] + list(extras)
+    defaults = {field.name: field.default for field in fields(WorkloadSettings)}
+    given = [name for name in _OF_SOME_TASKS if getattr(settings, name) != defaults[name]] + list(extras)
     refused = [name for name in given if name not in task.TAKES]
     if refused:
         raise ValueError(

@@ -200,7 +200,7 @@ def read_results(run_folder: Path) -> Results:
 
 def _run(results: Results, anchor: str, level: int) -> str:
     """The article about one run; its headings start at this level."""
-    badge = '<p class="badge">Partial run: seeds are missing, numbers may change</p>'
+    badge = '<p class="badge">Partial run: not everything has finished, numbers may change</p>'
     parts = [
         ("Arms", verdict_table(results), _levels(results)),
         ("Learning curves", _curves(results, anchor), _curves_caption(results)),
