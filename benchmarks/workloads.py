@@ -179,7 +179,8 @@ def rows(results: Results) -> list[Row]:
 def missed(entry: Results) -> str:
     """How an arm failed that did not reach the target on every seed: by how much it is worse, or on how many seeds."""
     if outcome(entry) is HARM:
-        return f"{100 * _final(entry):.1f} points".replace("-", "\N{MINUS SIGN}")
+        points = 100 * _final(entry)
+        return f"{points:.{1 if points <= -0.05 else 2}f} points".replace("-", "\N{MINUS SIGN}")
     return f"{entry['reached']} of {entry['seeds']} seeds arrived"
 
 
