@@ -787,6 +787,7 @@ def test_flags_of_the_command_line_are_a_frozen_list(capsys):
         *("--depth", "--select-after", "--batch", "--layers", "--width", "--length", "--vocab-size", "--warmup"),
         *("--learning-rate", "--validation-samples", "--evaluations", "--device", "--suite", "--only", "--jobs"),
         *("--resume", "--force", "--config", "--text-column", "--label-column", "--steps"),
+        "--architecture",
         "--augmented",
     }
     assert named <= shown
