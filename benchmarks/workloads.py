@@ -202,7 +202,8 @@ def _plain_name(results: Results) -> str:
     told, task = data["name"].partition(",")[0], data["task"]
     name = _PYTHON if told.startswith("Python ") else _DATA.get(told, told)
     altered = ", ".join(form.format(data[key]) for key, form in _ALTERED.items() if data.get(key))
-    model = "pre-trained " * bool(data.get("checkpoint")) + _MODELS[task]
+    by_architecture = {"modernbert": "ModernBERT"}.get(config.get("architecture", ""), _MODELS[task])
+    model = "pre-trained encoder," if data.get("checkpoint") else by_architecture
     length = _length(results)
     return f"{name}{_PREDICTED.get(task, '')}{altered and f' ({altered})'}, {model} {config['layers']} layers, {length}"
 
