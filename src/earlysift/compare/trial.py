@@ -162,7 +162,7 @@ def run_trial(
         ends = over or diverged
         on_share(1.0 if ends else spent)
         due = settings.evaluations if over else math.floor((advanced + _ROUNDING) * (settings.evaluations - 1)) + 1
-        if due > evaluations or diverged:
+        if due > evaluations or ends:
             evaluations = due
             evaluated()
             run["finished"] = ends  # only now: a stop may come during the evaluation
