@@ -989,6 +989,9 @@ def test_suite_runs_each_workload_in_a_folder_of_its_own_and_skips_what_has_no_d
     assert all(after[arm] == before[arm] for arm in before)
     assert cli.main([*command, "--only", "digits"]) == 2
     assert "digits: did not run: The folder" in capsys.readouterr().out
+    shutil.rmtree(out / "words" / "encoder")  # as if the run had been stopped before it saved that
+    assert cli.main([*command, "--resume", "--only", "words"]) == 0
+    assert (out / "words" / "encoder" / "model.safetensors").is_file()
 
 
 @pytest.mark.usefixtures("tiny_suite")

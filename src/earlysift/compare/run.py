@@ -216,6 +216,7 @@ def _run_seed(
     on_evaluation: OnEvaluation,
 ) -> None:
     (settings.out / folder.LEDGERS).mkdir(exist_ok=True)
+    encoder = settings.out / folder.ENCODER
     commit = versions.commit()  # of every run: arms may be added by a later one
     benches: dict[str, Bench] = {}
     turns: dict[str, Iterator[Run]] = {}
@@ -224,8 +225,7 @@ def _run_seed(
         def show(share: float, label: str = ARMS[name].label) -> None:
             on_progress(label, (seed + share) / settings.seeds)
 
-        saves = settings.save_encoder and (name, seed) == ("uniform", 0)
-        unsaved = saves and not (settings.out / folder.ENCODER / models.WEIGHTS).is_file()
+        unsaved = _saves_encoder(settings, name, seed) and not (encoder / models.WEIGHTS).is_file()
         if not unsaved and any(run["seed"] == seed and run["finished"] for run in results["arms"][name]["runs"]):
             show(1.0)  # before a resume
             continue
@@ -240,13 +240,17 @@ def _run_seed(
                 del turns[name]
                 continue
             on_evaluation(name, run)
-            if run["finished"] and settings.save_encoder and (name, seed) == ("uniform", 0):
-                models.save_encoder(benches[name].model, workload.tokenizer_json, settings.out / folder.ENCODER)
+            if run["finished"] and _saves_encoder(settings, name, seed):
+                models.save_encoder(benches[name].model, workload.tokenizer_json, encoder)
             run["commit"] = commit
             others = [other for other in results["arms"][name]["runs"] if other["seed"] != seed]
             results["arms"][name]["runs"] = sorted([*others, run], key=lambda run: run["seed"])
         results["operations_ms"] = prices.timings()
         _save(settings.out, results)
+
+
+def _saves_encoder(settings: Settings, arm: str, seed: int) -> bool:
+    return settings.save_encoder and (arm, seed) == ("uniform", 0)
 
 
 def _save(out: Path, results: dict[str, Any]) -> None:
