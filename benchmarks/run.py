@@ -13,6 +13,7 @@
 - families: what early exits make of tiny models of many families
 - plateau: how far uniform training gets on every workload of the suite, and how far with three times the budget
 - soak: whether memory grows and steps become slower, by every approximation; `--minutes 60` for a long run
+- endurance: what 20,000 steps of `earlysift pretrain` hold, and what twenty kills under torchrun cost
 - train: `earlysift pretrain` uniformly, sifting and with exact losses, on the same data and budget
 
 Results go into benchmarks/results/NAME_DEVICE.json, an entry per shape with hardware, versions and commit. An entry
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_auto
+import bench_endurance
 import bench_families
 import bench_hazards
 import bench_memory
@@ -60,6 +62,7 @@ BENCHMARKS: dict[str, tuple[Any, list[str]]] = {
     "families": (bench_families, []),
     "plateau": (bench_plateau, []),
     "soak": (bench_soak, []),
+    "endurance": (bench_endurance, []),
     "train": (bench_train, []),
 }
 """Name to module and the shapes that are measured unless others are asked for; the last ones have their own."""

@@ -30,6 +30,11 @@ with warnings.catch_warnings():
     from earlysift.adapters.huggingface import SiftTrainer, SiftTrainerMixin
 
 BATCH, LENGTH, RATE = 4, 8, 0.05
+CHECKPOINTING = next(  # by its new name, or that of transformers 5.19
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in TrainingArguments.__dataclass_fields__
+)
 HALF = SiftConfig(keep=0.5, depth=1, probe_every=0, dtype=None)
 ALL = SiftConfig(keep=1.0)
 
@@ -173,7 +178,7 @@ def reference(model, data, steps, micro_batches, smoothing=0.0):
         {"max_steps": -1, "num_train_epochs": 2, "gradient_accumulation_steps": 3, "max_grad_norm": 0.1},
         {"label_smoothing_factor": 0.1},
         {"bf16": True, "optim": "adamw_torch"},
-        {"activation_checkpointing": True},
+        {CHECKPOINTING: True},
         {"torch_compile": True, "torch_compile_backend": "eager"},
     ],
     ids=["epochs of accumulated ragged batches", "label smoothing", "bf16", "checkpointing", "compiled"],
@@ -221,7 +226,7 @@ def test_masked_language_models_count_every_label_of_the_selected_rows(tmp_path)
     ("arguments", "tolerance"),
     [
         ({"bf16": True}, 0.03),
-        ({"activation_checkpointing": True}, 0.0),
+        ({CHECKPOINTING: True}, 0.0),
         ({"torch_compile": True, "torch_compile_backend": "eager"}, 0.0),
     ],
     ids=["bf16", "checkpointing", "compiled"],

@@ -15,6 +15,7 @@ from earlysift import SiftConfig
 from earlysift.datasets import WithIds
 from processes import on_ranks
 from test_huggingface import (
+    CHECKPOINTING,
     BATCH,
     LAYOUTS,
     Recording,
@@ -92,7 +93,7 @@ def assert_tells_the_losses_of_what_is_trained_on(run, rows, tolerance=1e-5):
         ({"gradient_accumulation_steps": 3}, 1e-5),
         ({"label_smoothing_factor": 0.1, "gradient_accumulation_steps": 2}, 1e-5),
         ({"bf16": True}, 0.05),
-        ({"activation_checkpointing": True}, 1e-5),
+        ({CHECKPOINTING: True}, 1e-5),
         ({"torch_compile": True, "torch_compile_backend": "eager"}, 1e-5),
         ({"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}, 1e-5),
         ({"dataloader_num_workers": 1, "remove_unused_columns": False}, 1e-5),
