@@ -30,9 +30,11 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-BASE, CLI, HF, TRL, LIGHTNING, ALL = "torch alone", "cli", "hf", "trl", "hf and lightning", "all"
-EXTRAS = {BASE: "", CLI: "[cli]", HF: "[hf]", TRL: "[trl]", LIGHTNING: "[hf,lightning]", ALL: "[all]"}
+BASE, CLI, HF, TRL, LIGHTNING, RAY, ALL = "torch alone", "cli", "hf", "trl", "hf and lightning", "hf and Ray", "all"
+EXTRAS = {BASE: "", CLI: "[cli]", HF: "[hf]", TRL: "[trl]", LIGHTNING: "[hf,lightning]", RAY: "[hf]", ALL: "[all]"}
 """Environment to the extras that are installed with the wheel."""
+BESIDES = {RAY: ("ray[train]",)}
+"""Environment to what is installed beside the wheel, as no extra brings it."""
 RECIPES = {
     "pytorch": HF,
     "trainer": HF,
@@ -41,6 +43,7 @@ RECIPES = {
     "lightning": LIGHTNING,
     "fabric": LIGHTNING,
     "fsdp": HF,
+    "ray": RAY,
 }
 """Folder of recipes/ to the environment that has what its files need, and no more (docs/loops.md)."""
 FIELDS = (
@@ -247,7 +250,7 @@ def environment_problems(wheel: Path, versions: str, extras: str) -> list[str]:
         venv.create(folder / "env", with_pip=True)
         install = [str(folder / "env/bin/python"), "-m", "pip", "install", "--quiet", "--constraint", str(constraints)]
         # torch comes first and under the constraint: what depends on it would otherwise bring the newest one.
-        for requirement in ("torch", f"{wheel}{EXTRAS[extras]}"):
+        for requirement in ("torch", f"{wheel}{EXTRAS[extras]}", *BESIDES.get(extras, ())):
             done = run([*install, requirement], check=False)
             if done.returncode:
                 return [_failed(f"install {requirement}", done)]

@@ -94,6 +94,18 @@ def _sharded(folder, _):
     return torch.load(folder / "whole.pt", weights_only=False)["model"]
 
 
+def _ray_workers(folder):
+    """What the latest checkpoint of a run by Ray holds of every worker."""
+    latest = max(folder.glob("run/checkpoint_*"))  # their names are times
+    return [torch.load(path) for path in sorted(latest.glob("worker_*.pt"))]
+
+
+def _ray_weights(folder, _):
+    first, *others = (worker["model"] for worker in _ray_workers(folder))
+    assert all(torch.equal(first[name], other[name]) for other in others for name in first)
+    return first
+
+
 # How a loop saves weights, and the states of selection of all processes.
 WEIGHTS = {
     "pytorch": _torch_file("checkpoint.pt"),
@@ -103,6 +115,7 @@ WEIGHTS = {
     "lightning": lambda folder, _: torch.load(folder / "checkpoint.ckpt")["state_dict"],
     "fabric": _torch_file("checkpoint.ckpt"),
     "fsdp": _sharded,
+    "ray": _ray_weights,
 }
 
 
@@ -119,6 +132,7 @@ SELECTION = {
     "lightning": lambda folder, _: torch.load(folder / "checkpoint.ckpt")["callbacks"]["SiftCallback"]["processes"],
     "fabric": lambda folder, _: [torch.load(folder / "checkpoint.ckpt")["sifter"]],
     "fsdp": lambda folder, _: [torch.load(path) for path in sorted(folder.glob("checkpoint/sifter_*.pt"))],
+    "ray": lambda folder, _: [worker["sifter"] for worker in _ray_workers(folder)],
 }
 LOOPS = sorted(WEIGHTS)
 

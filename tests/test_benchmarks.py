@@ -459,3 +459,17 @@ def test_a_soak_counts_steps_and_what_the_ledger_takes(score, modules):
     assert row["steps"] == 50  # at least one in every window
     assert 50 < row["ledger_mib"] * 2**20 / row["steps"] < 1000
     assert row["mib"] > 50
+
+
+# Endurance
+
+
+def test_what_a_process_holds_is_compared_behind_its_start_and_at_its_end(modules):
+    bench = modules("bench_endurance")
+    found = bench.many_steps(200, 20)
+    (row,) = found["long"]
+    assert (row["steps"], row["checkpoints"]) == (200, 2)
+    assert row["early_mib"] > 50
+    assert abs(row["growth"]) < 0.5
+    assert 50 < row["log_mib"] * 2**20 / row["steps"] < 1000
+    assert "200" in modules("measuring").tables(bench.TABLES, {"many steps": found})

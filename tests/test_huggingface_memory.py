@@ -15,8 +15,8 @@ from earlysift import SiftConfig
 from earlysift.datasets import WithIds
 from processes import on_ranks
 from test_huggingface import (
-    CHECKPOINTING,
     BATCH,
+    CHECKPOINTING,
     LAYOUTS,
     Recording,
     assert_equal_runs,

@@ -1,13 +1,18 @@
 """The recipes: twins that differ in few lines, run on their real libraries, by one process and by two."""
 
 import difflib
+import importlib.util
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -16,7 +21,7 @@ import recipes
 from recipes import ACCUMULATE, KINDS, LOOPS, RECIPES, SELECTION, WEIGHTS, changed, run_all
 from scorecard import cases
 
-ALONE = [loop for loop in LOOPS if loop != "fsdp"]
+ALONE = [loop for loop in LOOPS if loop not in ("fsdp", "ray")]
 TOGETHER = ["accelerate", "fsdp", "lightning"]
 BATCH, STEPS = 8, 14  # two epochs
 
@@ -138,3 +143,59 @@ def test_two_processes_that_keep_all_candidates_give_the_plain_recipes_weights_b
 
 def test_two_processes_go_on_as_if_never_cut(together):
     assert_resumed_as_if_never_cut(*together, ranks=2)
+
+
+# Ray starts a cluster on this machine, and two workers in it: minutes on a slow one, so that CI leaves it out.
+needs_ray = pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="no Ray here: pip install 'ray[train]'")
+
+
+def start_on_ray(kind, folder, *arguments):
+    """Copy a recipe into a folder, and start it there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    script = shutil.copy(RECIPES / "ray" / f"{kind}.py", folder)
+    path = os.pathsep.join([str(Path(earlysift.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    command = [sys.executable, script, *map(str, arguments)]
+    with (folder / "said").open("a") as said:
+        return subprocess.Popen(command, env=environment, cwd=folder, stdout=said, stderr=subprocess.STDOUT)
+
+
+def must_end(process, folder):
+    assert process.wait() == 0, (folder / "said").read_text()[-3000:]
+
+
+@pytest.fixture(scope="module")
+def on_ray(tmp_path_factory):
+    """The folder of a loop's runs on a cluster of Ray, one after the other."""
+    folder = tmp_path_factory.mktemp("ray")
+    for name, (kind, rounds) in recipes.runs("--bf16").items():
+        for arguments in rounds:
+            must_end(start_on_ray(kind, folder / name, *arguments), folder / name)
+    return folder
+
+
+@needs_ray
+def test_two_workers_of_ray_that_keep_all_candidates_give_the_plain_recipes_weights_bit_for_bit(on_ray):
+    assert_twins_agree("ray", on_ray)
+
+
+@needs_ray
+def test_two_workers_of_ray_go_on_as_if_never_cut_and_share_what_is_remembered(on_ray):
+    assert_resumed_as_if_never_cut("ray", on_ray, ranks=2)
+
+
+@needs_ray
+def test_ray_begins_both_workers_again_where_one_is_killed_and_ends_bit_equal(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    must_end(start_on_ray("sift", whole, "--steps", 200), whole)
+    process = start_on_ray("sift", killed, "--steps", 200)
+    while len([*killed.glob("run/checkpoint_*")]) < 2 and process.poll() is None:
+        time.sleep(0.01)
+    family = psutil.Process(process.pid).children(recursive=True)
+    workers = [one for one in family if "RayTrainWorker" in " ".join(one.cmdline())]
+    assert len(workers) == 2
+    workers[1].send_signal(signal.SIGKILL)
+    must_end(process, killed)
+    assert "RayActorError" in (killed / "said").read_text() or "worker died" in (killed / "said").read_text()
+    assert equal(WEIGHTS["ray"](killed, 200), WEIGHTS["ray"](whole, 200))
+    assert SELECTION["ray"](killed, 200) == SELECTION["ray"](whole, 200)

@@ -96,8 +96,9 @@ def test_every_file_of_the_recipes_is_run_with_the_extras_that_the_page_names(ch
     copied = {each.copied: each.where for each in check.CHECKS if each.copied}
     assert sorted(copied) == sorted(str(path.relative_to(ROOT)) for path in (ROOT / "recipes").rglob("*.py"))
     page = (ROOT / "docs" / "loops.md").read_text(encoding="utf-8")
-    named = re.findall(r"^\| \[.+?\]\(#\w+\) \| \d+ \| `(\S+)` \|", page, flags=re.MULTILINE)
-    assert named == [check.EXTRAS[check.RECIPES[name]] for name in check.RECIPES]
+    named = re.findall(r"^\| \[.+?\]\(#\w+\) \| \d+ \| `(.+?)` \|", page, flags=re.MULTILINE)
+    needed = [(check.EXTRAS[where], *check.BESIDES.get(where, ())) for where in check.RECIPES.values()]
+    assert named == ["`, `".join(names) for names in needed]
     for file, where in copied.items():
         assert where == (check.RECIPES[Path(file).parent.name],)
 
