@@ -96,8 +96,15 @@ def _sharded(folder, _):
 
 def _ray_workers(folder):
     """What the latest checkpoint of a run by Ray holds of every worker."""
-    latest = max(folder.glob("run/checkpoint_*"))  # their names are times
+    latest = max(folder.glob("run/*/worker_0.pt")).parent  # their names are times
     return [torch.load(path) for path in sorted(latest.glob("worker_*.pt"))]
+
+
+def _readable(state):
+    """A state whose tensors are lists, so that states can be compared."""
+    if isinstance(state, torch.Tensor):
+        return state.nan_to_num(-1).tolist()
+    return {name: _readable(part) for name, part in state.items()} if isinstance(state, dict) else state
 
 
 def _ray_weights(folder, _):
@@ -132,7 +139,7 @@ SELECTION = {
     "lightning": lambda folder, _: torch.load(folder / "checkpoint.ckpt")["callbacks"]["SiftCallback"]["processes"],
     "fabric": lambda folder, _: [torch.load(folder / "checkpoint.ckpt")["sifter"]],
     "fsdp": lambda folder, _: [torch.load(path) for path in sorted(folder.glob("checkpoint/sifter_*.pt"))],
-    "ray": lambda folder, _: [worker["sifter"] for worker in _ray_workers(folder)],
+    "ray": lambda folder, _: [_readable(worker["sifter"]) for worker in _ray_workers(folder)],
 }
 LOOPS = sorted(WEIGHTS)
 

@@ -189,7 +189,7 @@ def test_ray_begins_both_workers_again_where_one_is_killed_and_ends_bit_equal(tm
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     must_end(start_on_ray("sift", whole, "--steps", 200), whole)
     process = start_on_ray("sift", killed, "--steps", 200)
-    while len([*killed.glob("run/checkpoint_*")]) < 2 and process.poll() is None:
+    while len([*killed.glob("run/*/worker_1.pt")]) < 2 and process.poll() is None:
         time.sleep(0.01)
     family = psutil.Process(process.pid).children(recursive=True)
     workers = [one for one in family if "RayTrainWorker" in " ".join(one.cmdline())]
