@@ -328,8 +328,9 @@ class _InEpochs:
 
 def _rules_of(strategy: Strategy) -> list[tuple[bool, str]]:
     """Whether something is wrong with a strategy, and what."""
-    is_mesh = isinstance(strategy, ModelParallelStrategy)
-    shared = strategy.device_mesh["tensor_parallel"].size() if is_mesh else 1
+    sharing = 1
+    if isinstance(strategy, ModelParallelStrategy):
+        sharing = strategy.device_mesh["tensor_parallel"].size()
     return [
         (
             isinstance(strategy.launcher, _MultiProcessingLauncher),
@@ -343,8 +344,8 @@ def _rules_of(strategy: Strategy) -> list[tuple[bool, str]]:
             "tensor_parallel_size=1) with fully_shard in configure_model (FSDP2), or strategy='ddp'.",
         ),
         (
-            shared > 1,
-            f"Expected processes that read data of their own, got tensor parallelism, where {shared} share theirs and "
+            sharing > 1,
+            f"Expected processes that read data of their own, got tensor parallelism, where {sharing} share theirs and "
             "would select differently. Use ModelParallelStrategy(data_parallel_size=..., tensor_parallel_size=1).",
         ),
     ]
