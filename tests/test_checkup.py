@@ -224,11 +224,25 @@ def test_a_model_that_cannot_be_sifted_with_is_refused_with_its_problems(tmp_pat
     assert all(str(problem) in error for problem in problems)
 
 
-def test_an_encoder_decoder_is_refused_as_its_flops_are_unknown(tmp_path, capsys):
+def test_an_encoder_decoder_is_measured_if_it_reads_tokens(tmp_path, capsys):
     t5 = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "vocab_size": 100, "num_layers": 2}
-    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_heads": 2}
-    assert check(written(tmp_path, t5 | sizes), *QUICK) == 2
-    assert "T5ForConditionalGeneration is an encoder-decoder, whose FLOPs are not counted" in capsys.readouterr().err
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_heads": 2, "decoder_start_token_id": 0}
+    report = checkup(written(tmp_path, t5 | sizes), batch=2, seq_length=16, seconds=0.0)
+    assert report["shape"] == {"seq_length": 16, "batch": 2, "pool": 4, "labels_per_sample": 16}
+    model = build_model(written(tmp_path, t5 | sizes))
+    law = flops_law(find_anatomy(model), 1)
+    assert report["scores"][0]["flops"] == law.flops(rows=4, length=16, labelled=64, inputs=16)
+    whisper = {"model_type": "whisper", "architectures": ["WhisperForConditionalGeneration"], "d_model": 16}
+    layers = {
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_ffn_dim": 32,
+        "decoder_ffn_dim": 32,
+    }
+    assert check(written(tmp_path, whisper | layers), *QUICK) == 2
+    assert "FLOPs of WhisperForConditionalGeneration cannot be counted: it has weights" in capsys.readouterr().err
 
 
 def test_all_problems_come_at_once(tmp_path, capsys):

@@ -1,15 +1,24 @@
 """Costs: FLOPs as torch counts them, and the break-even statements C1 and C2."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import BertConfig, BertForMaskedLM, ViTConfig, ViTForImageClassification
+from transformers import (
+    BartForSequenceClassification,
+    BertConfig,
+    BertForMaskedLM,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 import models
-from earlysift import scorers
+from earlysift import Family, checks, scorers
 from earlysift.anatomy import find_anatomy
 from earlysift.costs import (
     approximate_gain,
@@ -23,6 +32,9 @@ from earlysift.costs import (
     unbiased_payoff,
 )
 from earlysift.exits import skips_unlabelled
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+import zoo
 
 laws = settings(deadline=None, derandomize=True, database=None, max_examples=100)
 shares = st.floats(0.01, 1)
@@ -114,6 +126,44 @@ def test_flops_of_an_image_model_are_those_that_torch_counts(patch, depth):
     assert ours["scored_tokens"] == 3 * ((8 // patch) ** 2 + 1)
     # The patches' kernel runs on all positions but the class token's.
     assert ours["scored_flops"] == pytest.approx(counted_flops(model, batch, depth), rel=0.02)
+
+
+@pytest.mark.parametrize("depth", [1, 2, None])
+@pytest.mark.parametrize("kind", ["t5", "bart", "marian", "mbart", "pegasus", "m2m_100"])
+def test_flops_of_an_encoder_decoder_are_those_that_torch_counts(kind, depth):
+    model, batch = zoo.build(kind), zoo.batch(kind)
+    shorter = {**batch, "labels": batch["labels"][:, :3]}
+    longer = {**batch, "labels": batch["labels"].repeat(1, 3)}
+    checks.verified(model, batch)  # else the first pass is compared with the model's own, which torch would count, too
+    for each in (batch, shorter, longer, {"decoder_input_ids": longer["labels"].clamp(min=0), **longer}):
+        assert agree(model, each, depth)
+
+
+@pytest.mark.parametrize("depth", [1, None])
+def test_a_classifier_of_an_encoder_decoder_runs_both_lists_at_its_inputs(depth):
+    config = zoo.build("bart").config
+    config.num_labels, config.eos_token_id = 5, 2
+    with torch.random.fork_rng(devices=[]):
+        model = BartForSequenceClassification(config).eval()
+    ids = zoo.batch("bart")["input_ids"].clone()
+    ids[:, -1] = config.eos_token_id
+    batch = {"input_ids": ids, "labels": torch.arange(len(ids)) % 5}
+    checks.verified(model, batch)
+    assert agree(model, batch, depth)
+
+
+def test_an_encoder_decoder_whose_matrices_run_at_unknown_positions_is_not_counted():
+    whisper = find_anatomy(zoo.build("whisper"))
+    with pytest.raises(ValueError, match="weights in front of its decoder and outside of layers"):
+        flops_law(whisper)
+    model = zoo.build("t5")
+    decoder_alone = find_anatomy(model, Family("decoder.block", (("lm_head",),), task="seq2seq_lm"))
+    with pytest.raises(ValueError, match="weights in front of its decoder and outside of layers"):
+        flops_law(decoder_alone)
+    for block in model.decoder.block:
+        block.layer[1].attention_of_my_own = block.layer[1]._modules.pop("EncDecAttention")
+    with pytest.raises(ValueError, match="attention to the encoder has no name that is known"):
+        flops_law(find_anatomy(model))
 
 
 @laws

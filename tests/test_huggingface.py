@@ -20,6 +20,7 @@ import models
 from earlysift import Family, SiftConfig, Sifter
 from earlysift.control import Control
 from earlysift.ledger import read_rows
+from processes import on_ranks
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # third-party imports may warn; tests are about what happens after them
@@ -747,6 +748,49 @@ def test_documents_of_flattened_batches_are_selected_but_their_losses_are_not_re
     remembering.data_collator = flat
     with pytest.raises(ValueError, match="cannot be read off batches that are one row of documents"):
         remembering.train()
+
+
+FLATTENED = """
+import json, os, sys
+import torch
+rank, store, count = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+os.environ |= {name: str(value) for name, value in told.items()} | {"MASTER_ADDR": "localhost"}
+torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count)
+from test_huggingface import BATCH, flattened
+trainer = flattened(".", BATCH, scope="global", ddp_backend="gloo", ddp_find_unused_parameters=False)
+weights = {name: value.tolist() for name, value in trainer.model.state_dict().items()}
+print(json.dumps([trainer.batches, weights, trainer.state.log_history[-1]["samples_trained"]]))
+torch.distributed.destroy_process_group()
+"""
+
+
+def flattened(folder, rows, *, scope="local", **options):
+    """A training of three steps on the documents of flattened rows."""
+    trainer = trainer_for(
+        folder,
+        data=ragged_samples(48),
+        sift=dataclasses.replace(HALF, scope=scope),
+        trainer={"data_collator": transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True)},
+        per_device_train_batch_size=rows,
+        max_steps=3,
+        train_sampling_strategy="sequential",
+        **options,
+    )
+    trainer.train()
+    return trainer
+
+
+def test_two_processes_select_the_documents_of_flattened_rows_as_one_does(tmp_path):
+    ranks = on_ranks(2, FLATTENED, tmp_path)
+    one = flattened(tmp_path / "one", 2 * BATCH)
+    for step, (batch,) in enumerate(one.batches):
+        documents = [batch_of_rank for batches, _, _ in ranks for batch_of_rank in batches[step]]
+        assert sorted(token for row in documents for token in row) == sorted(batch)
+    for _, weights, documents in ranks:
+        assert documents == 3 * 2 * BATCH
+        for name, value in one.model.state_dict().items():
+            torch.testing.assert_close(torch.tensor(weights[name]), value, rtol=1e-4, atol=1e-5)
 
 
 def test_a_first_pool_smaller_than_a_batch_is_refused(tmp_path):

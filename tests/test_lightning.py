@@ -10,19 +10,23 @@ import pytest
 import torch
 import transformers
 from torch import Generator, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 import models
 from earlysift import SiftConfig, warmup
 from earlysift.datasets import WithIds
 from earlysift.ledger import read_rows
+from processes import on_ranks
 from test_guests import everything
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     lightning = pytest.importorskip("lightning.pytorch")
 
-    from earlysift.adapters.lightning import LOGGED, ResumableLoader, SiftCallback
+    from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+    from torch.distributed.fsdp import fully_shard
+
+    from earlysift.adapters.lightning import LOGGED, ResumableLoader, SiftCallback, _rules_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning warns of few workers, of no loggers, and more
 
@@ -416,6 +420,98 @@ def test_spawned_processes_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"ddp_spawn.*Use strategy='ddp'"):
         SiftCallback(HALF).setup(trainer, Module(), "fit")
     SiftCallback(HALF).setup(trainer_for(tmp_path, strategy="ddp"), Module(), "fit")
+
+
+# Weights that are sharded over processes (FSDP2)
+
+
+class Sharded(Module):
+    """The same, sharded as Lightning asks for, by SGD, whose steps are as near as the gradients."""
+
+    def configure_model(self):
+        for part in (*self.model.bert.encoder.layer, self.model):
+            fully_shard(part, mesh=self.device_mesh["data_parallel"])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=RATE)
+
+
+def sharded(data=2, tensor=1):
+    return ModelParallelStrategy(data_parallel_size=data, tensor_parallel_size=tensor, process_group_backend="gloo")
+
+
+SHARDED = """
+import json, os, sys
+import torch
+rank, store, count = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "GROUP_RANK": 0}
+told |= {"MASTER_ADDR": "localhost", "MASTER_PORT": 1, "TORCHELASTIC_RUN_ID": "as if by torchrun"}
+os.environ |= {name: str(value) for name, value in told.items()}
+torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count)
+import dataclasses
+from pathlib import Path
+from test_lightning import *
+
+def run(name, callbacks, **options):
+    module, resume = Sharded(), options.pop("resume", None)
+    trainer = trainer_for(name, *callbacks, devices=count, **({"strategy": sharded()} | options))
+    trainer.fit(module, loader(rows(48)), ckpt_path=resume)
+    parts = {name: value.to_local().tolist() for name, value in module.model.state_dict().items()}
+    whole = {name: value.full_tensor().tolist() for name, value in module.model.state_dict().items()}
+    return [module.batches, parts, whole]
+
+plain = run("plain", [])
+untouched = run("untouched", [SiftCallback(dataclasses.replace(HALF, keep=1.0))])
+half = dataclasses.replace(HALF, probe_every=2, scope="global")
+every = {"save_top_k": -1, "every_n_train_steps": 1, "filename": "{step}"}
+saving = lightning.callbacks.ModelCheckpoint(Path("saved"), **every)
+selected = run("selected", [SiftCallback(half), saving], enable_checkpointing=True)
+resumed = run("resumed", [SiftCallback(half)], resume="saved/step=4.ckpt")
+try:
+    said = run("tensor", [SiftCallback(half)], strategy=sharded(data=1, tensor=2))
+except ValueError as error:
+    said = str(error)
+print(json.dumps([plain == untouched, selected[0], selected[2], resumed == [selected[0][4:], *selected[1:]], said]))
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_sharded_weights_train_like_one_process_resume_and_are_left_alone_by_keep_1(tmp_path):
+    """Picks are those of one process that has all candidates, and weights are nearly its weights."""
+    ranks = on_ranks(2, SHARDED, tmp_path)
+    model, data, numbers = models.build(*FAMILY), rows(48), []
+    for epoch in range(2):  # Lightning shuffles whatever it splits for training
+        samplers = [DistributedSampler(data, num_replicas=2, rank=rank) for rank in range(2)]
+        for sampler in samplers:
+            sampler.set_epoch(epoch)
+        orders = [list(sampler) for sampler in samplers]
+        numbers += [[n for order in orders for n in order[at : at + 2 * BATCH]] for at in range(0, 24, 2 * BATCH)]
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    for step in range(6):
+        pool = {key: torch.stack([data[number][key] for number in numbers[step]]) for key in data[0]}
+        scores = models.sample_losses(models.shorter(model, 1).eval(), pool)
+        kept = scores.argsort(descending=True)[: 2 * BATCH].sort().values
+        batch = {key: values[kept] for key, values in pool.items()}
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        picked = [row for _, batches, *_ in ranks for row in batches[step]]
+        assert sorted(picked) == sorted(batch["input_ids"].tolist())
+    for is_plain, batches, weights, resumes, said in ranks:
+        assert is_plain
+        assert [len(batch) for batch in batches] == [BATCH] * 6
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(torch.tensor(weights[name]), value, rtol=1e-4, atol=1e-5)
+        assert resumes
+        assert "got tensor parallelism, where 2 share theirs" in said
+
+
+def test_fsdp1_is_refused_with_the_way_out():
+    assert [message for wrong, message in _rules_of(FSDPStrategy()) if wrong] == [
+        "Expected a module whose parts can be called, got FSDPStrategy (FSDP1), whose weights are whole only within a "
+        "pass of the whole module. Use ModelParallelStrategy(data_parallel_size=..., tensor_parallel_size=1) with "
+        "fully_shard in configure_model (FSDP2), or strategy='ddp'."
+    ]
 
 
 def test_an_unknown_unit_of_schedules_is_refused():

@@ -7,8 +7,10 @@ from torch import Generator
 from transformers import DataCollatorWithFlattening
 
 import models
-from earlysift import SiftConfig, Sifter, packing, scorers
+from earlysift import SiftConfig, Sifter, packing, scorers, selectors
+from earlysift.seeds import seeded
 from models import build, shorter
+from processes import on_ranks
 
 DEPTH, LENGTHS = 2, (5, 9, 3, 7, 2, 6)
 COLLATE = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)
@@ -183,3 +185,113 @@ def test_rows_that_share_their_positions_are_no_documents():
     assert not packing.is_flattened(rows)
     with pytest.raises(ValueError, match="Give the model what is shared between samples by other means"):
         Sifter(model_of(), keep=0.5).sift(rows | {"labels": rows["input_ids"]})
+
+
+def documents_of_rank(rank, step):
+    """Four to seven documents of any length: ranks differ in both."""
+    generator = Generator().manual_seed(2 * step + rank)
+    lengths = torch.randint(2, 12, (4 + (rank + step) % 2 + 2 * rank,), generator=generator).tolist()
+    return [{"input_ids": torch.randint(3, models.VOCABULARY, (n,), generator=generator).tolist()} for n in lengths]
+
+
+RANKS = """
+import json, sys
+import torch
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from earlysift import Sifter, selectors
+from test_packing import COLLATE, DEPTH, documents_of_rank, model_of
+rank, store, count = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count)
+
+def built(kind):
+    model = model_of()
+    if kind == "ddp":
+        return DistributedDataParallel(model)
+    for part in (*model.model.layers, model):
+        fully_shard(part, mesh=torch.distributed.init_device_mesh("cpu", (count,)))
+    return model
+"""
+
+KEPT = (
+    RANKS
+    + """
+told = []
+for kind, scope, name in CASES:
+    options = {"depth": DEPTH, "dtype": None, "probe_every": 2, "scope": scope, "select": getattr(selectors, name)}
+    sifter = Sifter(built(kind), kept=KEEP, **options)
+    for step in range(3):
+        batch = sifter.sift(COLLATE(documents_of_rank(rank, step)))
+        places, weights = sifter.selection.indices.tolist(), sifter.weights
+        sifter.loss(batch, weights=weights).backward()
+        row = {key: value.tolist() if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+        told.append([places, weights.tolist(), row])
+print(json.dumps(told))
+torch.distributed.destroy_process_group()
+"""
+)
+CASES = [
+    ("ddp", "local", "greedy"),
+    ("ddp", "local", "proportional"),
+    ("ddp", "global", "greedy"),
+    ("ddp", "global", "proportional"),
+    ("fsdp", "local", "greedy"),
+    ("fsdp", "global", "greedy"),
+]
+
+
+def test_ranks_keep_the_documents_that_one_process_would_by_either_scope(tmp_path):
+    """Ranks differ in the number of their documents, and by more than one chunk of them."""
+    script = KEPT.replace("CASES", repr(CASES)).replace("KEEP", "1")
+    by_rank = on_ranks(2, script, tmp_path)
+    moved = 0
+    for number, (case, step) in enumerate((case, step) for case in CASES for step in range(3)):
+        of_ranks = [documents_of_rank(rank, step) for rank in range(2)]
+        joint = of_ranks[0] + of_ranks[1]
+        for rank, (places, weights, row) in enumerate(told[number] for told in by_rank):
+            documents = joint if case[1] == "global" else of_ranks[rank]
+            indices, expected = kept_by_one(documents, 2 if case[1] == "global" else 1, rank, step, *case[1:])
+            assert set(places) <= set(indices)
+            assert weights == pytest.approx([expected[indices.index(place)] for place in places], rel=1e-5)
+            batch = COLLATE([documents[place] for place in places])
+            assert row == {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+            moved += case[1] == "global" and (places[0] >= len(of_ranks[0])) != (rank == 1)
+        both = [place for told in by_rank for place in told[number][0]]
+        assert case[1] == "local" or sorted(both) == sorted(indices)
+    assert moved > 0
+
+
+def kept_by_one(documents, kept, rank, step, scope, name):
+    """Indices and weights of one process that has these documents, and the random numbers of this rank."""
+    pool = packing.apart(COLLATE(documents))
+    scores = scorers.early_exit_loss(model_of(), pool, depth=DEPTH, dtype=None)
+    generator = seeded(0, "sift", step, rank if scope == "local" else 0)
+    if scope == "global" or rank == 0:
+        torch.rand((), generator=generator)  # by which all ranks decide whether the step selects
+    indices, weights = getattr(selectors, name)(scores, kept, generator)
+    return indices.tolist(), weights.tolist()
+
+
+SHARES = (
+    RANKS
+    + """
+told = []
+for kind, scope in (("ddp", "local"), ("ddp", "global"), ("fsdp", "local")):
+    sifter = Sifter(built(kind), keep=0.5, scope=scope)
+    try:
+        sifter.sift(COLLATE(documents_of_rank(rank, 0)))
+        told.append(len(sifter.selection.indices))
+    except ValueError as error:
+        told.append(str(error))
+print(json.dumps(told))
+torch.distributed.destroy_process_group()
+"""
+)
+
+
+def test_a_share_of_first_rows_with_different_numbers_of_documents_is_refused_where_ranks_need_the_same(tmp_path):
+    refused = (
+        "Expected all ranks to keep the same number of candidates, got 2, 4: their first pools differ in size. Pass "
+        "the number itself, as kept=."
+    )
+    assert on_ranks(2, SHARES, tmp_path) == [[2, refused, refused], [4, refused, refused]]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from earlysift import checks, costs, exits, families, losses, pools, scorers
+from earlysift import checks, costs, exits, losses, pools, scorers
 from earlysift.anatomy import Anatomy, find_anatomy, problem_report
 from earlysift.presets import Task, read_config
 from earlysift.seeds import seeded
@@ -22,7 +22,12 @@ from earlysift.sifter import Sifter
 
 DEPTHS = (1, 2, 3, 6)
 LENGTH = 128
-LABELLED_FRACTION: dict[Task, float] = {"masked_lm": 0.15, "causal_lm": 1.0, "token_classification": 1.0}
+LABELLED_FRACTION: dict[Task, float] = {
+    "masked_lm": 0.15,
+    "causal_lm": 1.0,
+    "seq2seq_lm": 1.0,
+    "token_classification": 1.0,
+}
 MIN_ROUNDS, MAX_ROUNDS = 3, 20
 
 _CLASSES_OF_TASK: dict[Task, str] = {
@@ -101,13 +106,14 @@ def checkup(
         depths = depths or tuple(depth for depth in DEPTHS if depth < layers) or DEPTHS[:1]
         size = round(batch / keep)
         pool = random_pool(model, size, length=seq_length, labelled_fraction=labelled_fraction, device=device)
+        whole = _flops_law(anatomy)
         _require_sound(model, depths, pool)
         on_progress("build the model", 1.0)
         trained = pools.take(pool, slice(0, batch))
         operations = _operations(model, pool, trained, keep, depths, max_positions)
         memory_bytes = _memory_bytes(operations, device, on_progress)
         times_ms = _times_ms(operations, device, seconds, on_progress)
-    work = costs.batch_work(anatomy, trained, "step", costs.flops_law(anatomy), passes=3)
+    work = costs.batch_work(anatomy, trained, "step", whole, passes=3)
     step = {
         "flops": work["step_flops"],
         "ms": statistics.median(times_ms["train"]),
@@ -142,7 +148,7 @@ def checkup(
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
         },
         "shape": {
-            "seq_length": round(work["step_tokens"] / batch),
+            "seq_length": round(work["step_tokens"] / batch / len(anatomy.lists)),  # inputs are as long as labels
             "batch": batch,
             "pool": size,
             "labels_per_sample": _labels_per_sample(pool, anatomy),
@@ -208,13 +214,8 @@ def random_pool(
         ValueError: If the length exceeds the model's maximum, or the share is not in (0, 1].
     """
     anatomy = find_anatomy(model)
-    name = type(anatomy.core).__name__
     _require(
         anatomy.task != "ctc", "Random pools are token ids or images, and CTC needs sounds. Choose another --task."
-    )
-    _require(
-        not families.is_encoder_decoder(anatomy.core),
-        f"{name} is an encoder-decoder, whose FLOPs are not counted. Time it in your own loop.",
     )
     config: Any = anatomy.core.config
     generator = seeded("check")
@@ -244,6 +245,14 @@ def random_pool(
         rank = torch.rand(shape, generator=generator).argsort(dim=1).argsort(dim=1)
         labels[rank >= max(1, round(fraction * shape[1]))] = losses.IGNORED_LABEL
     return {name: tensor.to(device) for name, tensor in pools.with_labels(inputs, labels, anatomy.labels).items()}
+
+
+def _flops_law(anatomy: Anatomy) -> costs.FlopsLaw:
+    try:
+        return costs.flops_law(anatomy)
+    except ValueError as error:
+        name = type(anatomy.core).__name__
+        raise ValueError(f"FLOPs of {name} cannot be counted: {error}. Time it in your own loop.") from None
 
 
 def _require(condition: bool, message: str) -> None:

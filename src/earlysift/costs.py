@@ -16,24 +16,42 @@ from earlysift.pending import Pending
 # Where a matrix of these names runs, as it differs from what its place in the model tells (see `_outer_weights`).
 _BEFORE_POOLING = ("score",)  # decoders classify every position, then pick the last one
 _ON_DISTANCES = ("pos_key_proj", "pos_query_proj")  # DeBERTa's, on embeddings of distances: in `_distances`
+# Attention of a decoder's layers to the encoder, and what of it runs at the encoder's positions.
+_CROSS = ("encoder_attn", "EncDecAttention", "cross_attn", "cross_attention", "crossattention")
+_KEYS_AND_VALUES = ("k", "v", "k_proj", "v_proj", "key", "value")
 
 
 class FlopsLaw(NamedTuple):
     """FLOPs of one forward pass of a model to some depth, by its sizes: what `flops_law` found, once and for all.
 
-    ``2 * everywhere * positions + 2 * head * labelled + 4 * attention * rows * length^2 + fixed``
+    ``2 * everywhere * positions + 2 * head * labelled + 4 * attention * rows * length^2 + fixed``; in an
+    encoder-decoder that is the decoder, and ``encoder``, ``encoder_attention`` and ``cross`` tell what is done at the
+    positions of inputs: ``rows * (2 * encoder * inputs + 4 * encoder_attention * inputs^2 + 4 * cross * inputs *
+    length)``
     """
 
     everywhere: float
     head: float
     attention: float
     fixed: float
+    encoder: float = 0.0
+    encoder_attention: float = 0.0
+    cross: float = 0.0
 
-    def flops(self, *, rows: int, length: int, labelled: int) -> float:
-        """FLOPs (a multiply-add counts two) of so many samples, positions per sample, labelled positions of all."""
+    def flops(self, *, rows: int, length: int, labelled: int, inputs: int = 0) -> float:
+        """FLOPs (a multiply-add counts two) of a pass.
+
+        Args:
+            rows: Samples.
+            length: Positions per sample, of the decoder if there are two kinds.
+            labelled: Labelled positions of all samples together.
+            inputs: Positions per sample of an encoder-decoder's encoder.
+        """
         positions = rows * length
         by_position = 2.0 * self.everywhere * positions + 2.0 * self.head * labelled
-        return by_position + 4.0 * self.attention * rows * length**2 + self.fixed
+        own = by_position + 4.0 * self.attention * rows * length**2 + self.fixed
+        attended = self.encoder_attention * inputs + self.cross * length
+        return own + rows * inputs * (2.0 * self.encoder + 4.0 * attended)
 
 
 def flops_law(anatomy: Anatomy, depth: int | None = None, *, skips_unlabelled: bool = False) -> FlopsLaw:
@@ -41,23 +59,31 @@ def flops_law(anatomy: Anatomy, depth: int | None = None, *, skips_unlabelled: b
 
     Every matrix (and kernel) of the model counts, the attention of a layer, and DeBERTa's attention to distances. Left
     out, as torch's own counter does: look-ups in embeddings, norms, biases and activations. Local or causal attention
-    is counted as if it were full.
+    is counted as if it were full. In an encoder-decoder both lists are cut to the depth, and keys and values of the
+    attention from one to the other are made at the encoder's positions.
 
     Args:
         anatomy: Where layers and head are (`earlysift.anatomy.find_anatomy`).
         depth: Layers that run; None runs all.
         skips_unlabelled: Whether the last of them runs behind its attention at labelled positions only
             (`earlysift.exits.skips_unlabelled`).
+
+    Raises:
+        ValueError: If it is unknown how often its matrices run.
     """
-    if families.is_encoder_decoder(anatomy.core):
-        raise ValueError("an encoder-decoder runs at positions of two kinds, of inputs and of labels")
     if families.has_stages(anatomy.core):
         raise ValueError("its stages run at several resolutions")
     if getattr(anatomy.core, "main_input_name", None) == "input_values":
         raise ValueError("it reads samples of a sound, and its layers run on frames of them")
-    everywhere, head = _outer_weights(anatomy)
+    before, behind, head = _outer_weights(anatomy)
+    has_encoder, everywhere = _has_encoder(anatomy), before + behind
+    if has_encoder and before:
+        raise ValueError("it has weights in front of its decoder and outside of layers, at positions of either kind")
     distances = _distances(anatomy)
-    attention = fixed = 0.0
+    attention = fixed = encoder = encoder_attention = cross = 0.0
+    for layer in [layer for layers in anatomy.earlier for layer in list(layers)[:depth]]:
+        encoder += sum(_own_weights(name, module) for name, module in layer.named_modules())
+        encoder_attention += _attention_width(anatomy, layer)
     for layer in list(anatomy.layers)[:depth]:
         everywhere += sum(_own_weights(name, module) for name, module in layer.named_modules())
         width = _attention_width(anatomy, layer)
@@ -65,15 +91,20 @@ def flops_law(anatomy: Anatomy, depth: int | None = None, *, skips_unlabelled: b
         # Embeddings of distances are projected once, then multiplied with all states.
         everywhere += distances * width
         fixed += 2.0 * distances * width**2
+        if has_encoder:
+            at_inputs = _cross_weights(layer)
+            everywhere, encoder, cross = everywhere - at_inputs, encoder + at_inputs, cross + width
     if skips_unlabelled:
         exit_layer = list(anatomy.layers)[:depth][-1]
         skipping = [exit_layer.get_submodule(name) for chain in anatomy.positionwise for name in chain]
         thinned = sum(_own_weights(name, module) for part in skipping for name, module in part.named_modules())
         everywhere, head = everywhere - thinned, head + thinned
-    return FlopsLaw(everywhere, head, attention, fixed)
+    return FlopsLaw(everywhere, head, attention, fixed, encoder, encoder_attention, cross)
 
 
-def forward_flops(anatomy: Anatomy, *, rows: int, length: int, labelled: int, depth: int | None = None) -> float:
+def forward_flops(
+    anatomy: Anatomy, *, rows: int, length: int, labelled: int, depth: int | None = None, inputs: int = 0
+) -> float:
     """FLOPs of one forward pass with the head on labelled positions only, by `flops_law`.
 
     Args:
@@ -82,6 +113,7 @@ def forward_flops(anatomy: Anatomy, *, rows: int, length: int, labelled: int, de
         length: Positions per sample.
         labelled: Labelled positions of all samples together (samples, where the head pools over positions).
         depth: Layers that run; None runs all.
+        inputs: Positions per sample of the encoder, where ``length`` are those of a decoder.
 
     Returns:
         FLOPs (a multiply-add counts two). A training step costs about three times this.
@@ -95,7 +127,7 @@ def forward_flops(anatomy: Anatomy, *, rows: int, length: int, labelled: int, de
         >>> forward_flops(anatomy, rows=1, length=8, labelled=2, depth=1)
         1440.0
     """
-    return flops_law(anatomy, depth).flops(rows=rows, length=length, labelled=labelled)
+    return flops_law(anatomy, depth).flops(rows=rows, length=length, labelled=labelled, inputs=inputs)
 
 
 def batch_work(
@@ -120,10 +152,13 @@ def pending_work(
     """What `batch_work` returns, as entries for the ledger that wait for nothing."""
     inputs, labels = pools.inputs_and_labels(batch, anatomy.labels)
     rows = len(labels)
-    length = labels.size(1) if anatomy.by_token else _positions(anatomy, inputs)
+    encoded = 0
+    if _has_encoder(anatomy):
+        encoded = pools.length({key: value for key, value in inputs.items() if not key.startswith("decoder_")})
+    length = labels.size(1) if anatomy.by_token else encoded or _positions(anatomy, inputs)
 
     def flops(labelled: int) -> float:
-        return passes * law.flops(rows=rows, length=length, labelled=labelled)
+        return passes * law.flops(rows=rows, length=length, labelled=labelled, inputs=encoded)
 
     if not anatomy.by_token:
         work: float | Pending = flops(rows)
@@ -132,7 +167,7 @@ def pending_work(
     else:
         labelled = losses.labelled_positions(labels, causal=anatomy.task == "causal_lm")
         work = pending.number(labelled.sum(), flops)
-    return {f"{name}_tokens": rows * length, f"{name}_flops": work}
+    return {f"{name}_tokens": rows * (encoded + length), f"{name}_flops": work}
 
 
 def relative_cost(forward_share: float, score_share: float, keep: float) -> float:
@@ -267,20 +302,39 @@ def _own_weights(name: str, module: nn.Module) -> int:
     return sum(p.numel() for kind, p in own if p is not None and kind.endswith("weight") and p.ndim > 1)
 
 
-def _outer_weights(anatomy: Anatomy) -> tuple[int, int]:
-    """Weights outside of the layers: those that run at every position, and those that run at labelled ones."""
+def _outer_weights(anatomy: Anatomy) -> tuple[int, int, int]:
+    """Weights outside of the layers: at every position before and behind them, and those that run at labelled ones."""
     heads = {module for name in anatomy.head for module in anatomy.core.get_submodule(name).modules()}
     pools_behind = anatomy.task == "sequence_classification"
-    everywhere = head = 0
-    behind = False
-    for name, module in anatomy.core.named_modules(memo=set(anatomy.layers)):  # all but the layers
+    everywhere = {False: 0, True: 0}
+    head, behind = 0, False
+    layers = {layer for each in anatomy.lists for layer in each}
+    for name, module in anatomy.core.named_modules(memo=layers):  # all but the layers
         behind = behind or module is anatomy.layers
         pooled = pools_behind and behind and not isinstance(module, nn.Conv1d) and not name.endswith(_BEFORE_POOLING)
         if module in heads or pooled:
             head += _own_weights(name, module)
         else:
-            everywhere += _own_weights(name, module)
-    return everywhere, head
+            everywhere[behind] += _own_weights(name, module)
+    return everywhere[False], everywhere[True], head
+
+
+def _has_encoder(anatomy: Anatomy) -> bool:
+    """Whether positions are of two kinds: of inputs in an encoder, and of labels in a decoder."""
+    return bool(anatomy.earlier) or families.is_encoder_decoder(anatomy.core)
+
+
+def _cross_weights(layer: nn.Module) -> int:
+    """Weights of a decoder's layer that run at the encoder's positions: those of keys and values made of its states."""
+    parts = ((name.split("."), name, module) for name, module in layer.named_modules())
+    weights = sum(
+        _own_weights(name, module)
+        for path, name, module in parts
+        if path[-1] in _KEYS_AND_VALUES and not set(_CROSS).isdisjoint(path)
+    )
+    if not weights:
+        raise ValueError("its decoder's attention to the encoder has no name that is known")
+    return weights
 
 
 def _attention_width(anatomy: Anatomy, layer: nn.Module) -> int:

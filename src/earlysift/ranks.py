@@ -53,6 +53,34 @@ def sharded(model: nn.Module) -> bool:
     return world() > 1 and any(hasattr(module, "_get_fsdp_state") for module in model.modules())
 
 
+def largest(number: int, device: torch.device) -> int:
+    """The largest of the numbers of all ranks; every rank gets the same.
+
+    Args:
+        number: A whole number of this rank.
+        device: Device of the process group's backend.
+    """
+    return int(_all_gather(torch.tensor([number], device=device)).max())
+
+
+def require_same_kept(kept: int, device: torch.device) -> None:
+    """Refuse a share of first pools that came to different numbers of kept candidates.
+
+    Args:
+        kept: b, as this rank's first pool gives it.
+        device: Device of the process group's backend.
+
+    Raises:
+        ValueError: On every rank, if it differs between ranks.
+    """
+    everyone = _all_gather(torch.tensor([kept], device=device)).tolist() if world() > 1 else [kept]
+    if len(set(everyone)) > 1:
+        raise ValueError(
+            f"Expected all ranks to keep the same number of candidates, got {', '.join(map(str, everyone))}: their "
+            "first pools differ in size. Pass the number itself, as kept=."
+        )
+
+
 def pad_together(pool: Any, token: int, device: torch.device, labels: tuple[str, ...] = (pools.LABELS_KEY,)) -> Any:
     """Pad to the longest pool of all ranks, on the side on which pools are already padded (right if none is).
 

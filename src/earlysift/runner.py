@@ -366,10 +366,12 @@ class Runner:
         """A pool as long as those of other ranks, by rows of its own, if it takes all ranks to run the model.
 
         In chunks of the same size a rank with fewer rows would make fewer passes, and the others would wait forever.
+        Ranks may differ in their largest pool, too, as flattened rows do in their documents.
         """
-        if pool.size >= rows or not ranks.sharded(self.model):
+        if not ranks.sharded(self.model):
             return pool
-        return pool.take(torch.arange(rows) % pool.size)
+        rows = ranks.largest(max(rows, pool.size), self.device)
+        return pool if pool.size == rows else pool.take(torch.arange(rows) % pool.size)
 
     def padding_token(self) -> int:
         """The token that pools are padded with."""

@@ -11,7 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from earlysift import judging, loss_memory, packing, pending, planning, pools, progress, scorers, steering, stepping
+from earlysift import (
+    judging,
+    loss_memory,
+    packing,
+    pending,
+    planning,
+    pools,
+    progress,
+    ranks,
+    scorers,
+    steering,
+    stepping,
+)
 from earlysift.config import SiftConfig
 from earlysift.exits import ExitHead
 from earlysift.judging import Counted
@@ -182,6 +194,8 @@ class Sifter:
         if begins_second and self.config.select is proportional and not before.weights_read:
             judging.mention_unread_weights()
         runner.verify(candidates, pool if flattened else None)
+        if before.kept is None and (self.config.scope == "global" or ranks.sharded(self.model)):
+            ranks.require_same_kept(kept, runner.device)
         plan = planning.plan(candidates, kept, micro_step, self._progress, self._control, runner)
         if plan.everywhere:
             candidates = stepping.padded(candidates, runner)

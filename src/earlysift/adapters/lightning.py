@@ -32,6 +32,7 @@ except ImportError as error:
     raise ImportError(
         "earlysift.adapters.lightning needs lightning. Install it: pip install 'earlysift[lightning]'"
     ) from error
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher  # nothing public tells what spawns
 
 _LOG = logging.getLogger("earlysift")
@@ -95,11 +96,7 @@ class SiftCallback(Callback):
                 "cannot be told from outside. Remove it, or leave the callback out and call "
                 "Sifter.sift(batch, micro_step=...) in training_step.",
             ),
-            (
-                isinstance(trainer.strategy.launcher, _MultiProcessingLauncher),
-                "Expected processes that run the whole script, got a strategy that spawns or forks them (ddp_spawn, "
-                "ddp_fork, ddp_notebook): what they select and learn is lost when they end. Use strategy='ddp'.",
-            ),
+            *_rules_of(trainer.strategy),
         ]
         if stage == "fit":
             _refuse([message for wrong, message in rules if wrong])
@@ -327,6 +324,31 @@ class _InEpochs:
 
     def __call__(self, step: int) -> float:
         return self.schedule(step / self.steps)  # type: ignore[arg-type]
+
+
+def _rules_of(strategy: Strategy) -> list[tuple[bool, str]]:
+    """Whether something is wrong with a strategy, and what."""
+    sharing = 1
+    if isinstance(strategy, ModelParallelStrategy):
+        sharing = strategy.device_mesh["tensor_parallel"].size()
+    return [
+        (
+            isinstance(strategy.launcher, _MultiProcessingLauncher),
+            "Expected processes that run the whole script, got a strategy that spawns or forks them (ddp_spawn, "
+            "ddp_fork, ddp_notebook): what they select and learn is lost when they end. Use strategy='ddp'.",
+        ),
+        (
+            isinstance(strategy, FSDPStrategy),
+            "Expected a module whose parts can be called, got FSDPStrategy (FSDP1), whose weights are whole only "
+            "within a pass of the whole module. Use ModelParallelStrategy(data_parallel_size=..., "
+            "tensor_parallel_size=1) with fully_shard in configure_model (FSDP2), or strategy='ddp'.",
+        ),
+        (
+            sharing > 1,
+            f"Expected processes that read data of their own, got tensor parallelism, where {sharing} share theirs and "
+            "would select differently. Use ModelParallelStrategy(data_parallel_size=..., tensor_parallel_size=1).",
+        ),
+    ]
 
 
 def _refuse(problems: list[str]) -> None:
