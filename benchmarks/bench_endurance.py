@@ -89,7 +89,7 @@ class _Stuck(RuntimeError):
 
 def plan(given: Namespace) -> dict[str, partial[dict[str, Any]]]:
     """What is to be measured, by name of the entry."""
-    steps, begins, killed_steps, kills = (200, 50, 300, 1) if given.smoke else (20_000, 1000, 10_000, 20)
+    steps, begins, killed_steps, kills = (200, 50, 300, 1) if given.smoke else (20_000, 1000, 4000, 20)
     return {"many steps": partial(many_steps, steps, begins), "killed": partial(killed, killed_steps, kills)}
 
 
