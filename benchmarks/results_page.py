@@ -66,12 +66,15 @@ def theory_section() -> str:
 
 def scorecard_section() -> str:
     """Lines of the scorecard, as Markdown: what passed of how many cases."""
-    from reliability import LINES, NOT_RUN
+    from reliability import ELSEWHERE, LINES, NOT_RUN
 
     lines = json.loads((RESULTS / "reliability.json").read_text(encoding="utf-8"))
     rows = []
-    for name in sorted([*LINES, *NOT_RUN], key=_place):
-        if name in NOT_RUN:
+    for name in sorted([*LINES, *ELSEWHERE, *NOT_RUN], key=_place):
+        if name in ELSEWHERE:
+            what, where = ELSEWHERE[name]
+            rows.append([name, what, "", "elsewhere", where, "", ""])
+        elif name in NOT_RUN:
             rows.append([name, "", "", "not run", NOT_RUN[name], "", ""])
         elif (result := lines.get(name)) is None:
             rows.append([name, LINES[name].what, f"{LINES[name].cases:,}", "not run", "its cases are there", "", ""])
