@@ -225,13 +225,13 @@ def test_a_model_that_cannot_be_sifted_with_is_refused_with_its_problems(tmp_pat
 
 
 def test_an_encoder_decoder_is_measured_if_it_reads_tokens(tmp_path, capsys):
-    t5 = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "vocab_size": 100, "num_layers": 2}
+    t5 = {"model_type": "t5", "vocab_size": 100, "num_layers": 2}
     sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_heads": 2, "decoder_start_token_id": 0}
-    report = checkup(written(tmp_path, t5 | sizes), batch=2, seq_length=16, seconds=0.0)
-    assert report["shape"] == {"seq_length": 16, "batch": 2, "pool": 4, "labels_per_sample": 16}
+    report = checkup(written(tmp_path, t5 | sizes), batch=2, seq_length=160, seconds=0.0)
+    assert report["shape"] == {"seq_length": 160, "batch": 2, "pool": 4, "labels_per_sample": 160}
     model = build_model(written(tmp_path, t5 | sizes))
     law = flops_law(find_anatomy(model), 1)
-    assert report["scores"][0]["flops"] == law.flops(rows=4, length=16, labelled=64, inputs=16)
+    assert report["scores"][0]["flops"] == law.flops(rows=4, length=160, labelled=640, inputs=160)
     whisper = {"model_type": "whisper", "architectures": ["WhisperForConditionalGeneration"], "d_model": 16}
     layers = {
         "encoder_attention_heads": 2,

@@ -276,8 +276,15 @@ SHARES = (
     RANKS
     + """
 told = []
-for kind, scope in (("ddp", "local"), ("ddp", "global"), ("fsdp", "local")):
-    sifter = Sifter(built(kind), keep=0.5, scope=scope)
+for kind, scope, options in (
+    ("ddp", "local", {"keep": 0.5}),
+    ("ddp", "global", {"keep": 0.5}),
+    ("fsdp", "local", {"keep": 0.5}),
+    ("fsdp", "local", {"kept": 2 + rank}),
+    ("ddp", "global", {"kept": 2} if rank else {"keep": 0.5, "kept": None}),
+    ("ddp", "global", {"kept": 5}),
+):
+    sifter = Sifter(built(kind), scope=scope, **options)
     try:
         sifter.sift(COLLATE(documents_of_rank(rank, 0)))
         told.append(len(sifter.selection.indices))
@@ -289,9 +296,17 @@ torch.distributed.destroy_process_group()
 )
 
 
-def test_a_share_of_first_rows_with_different_numbers_of_documents_is_refused_where_ranks_need_the_same(tmp_path):
-    refused = (
-        "Expected all ranks to keep the same number of candidates, got 2, 4: their first pools differ in size. Pass "
-        "the number itself, as kept=."
-    )
-    assert on_ranks(2, SHARES, tmp_path) == [[2, refused, refused], [4, refused, refused]]
+def test_first_rows_of_which_ranks_would_keep_different_numbers_are_refused_on_all_where_they_need_the_same(tmp_path):
+    """Four documents on one rank, seven on the other."""
+    differ = "Expected all ranks to keep the same number of candidates, got {} of first pools of 4, 7. Pass the same "
+    expected = [
+        *[differ.format("2, 4") + "number to all, as kept=."] * 2,
+        differ.format("2, 3") + "number to all, as kept=.",
+        "alike",
+        "Expected at least 5 candidates (the number kept) in the first pool of every rank, got 4, 7. Use larger pools, "
+        "or keep fewer.",
+    ]
+    first, second = on_ranks(2, SHARES, tmp_path)
+    assert [told if isinstance(told, str) else "alike" for told in first[1:]] == expected
+    assert second[1:] == first[1:]
+    assert (first[0], second[0]) == (2, 4)

@@ -342,6 +342,34 @@ def test_a_short_pool_on_one_rank_keeps_no_other_waiting_while_auto_watches_trai
     assert [step for step, numbers in enumerate(controls) if numbers] == [50]
 
 
+UNEVEN = (
+    SETUP
+    + """
+from torch.distributed.fsdp import fully_shard
+model = models.build("bert", "sequence_classification").train()
+for part in (*model.bert.encoder.layer, model):
+    fully_shard(part, mesh=torch.distributed.init_device_mesh("cpu", (count,)))
+sifter = Sifter(model, kept=4, keep=0.5, mode="auto")
+looked = []
+for step in range(160):
+    rows = 8 if step == 0 or not rank else 24
+    pool = models.batch_for(model, "sequence_classification", rows, 12, torch.Generator().manual_seed(2 * step + rank))
+    sifter.loss(sifter.sift(pool)).backward()
+    model.zero_grad()
+    row = sifter.ledger.end()
+    looked += [step] * any(name.startswith("score_") for name in row)
+print(json.dumps([looked, sorted(sifter.probe(pool))]))
+torch.distributed.destroy_process_group()
+"""
+)
+
+
+def test_a_large_pool_on_one_sharded_rank_keeps_no_other_waiting_where_auto_times_scoring(tmp_path):
+    first, second = on_ranks(2, UNEVEN, tmp_path)
+    assert first == second
+    assert len(first[0]) > 0
+
+
 def assign_rows_slowly(holders, kept, world):
     """Row by row: those that are over go, one rank after the other, to the first rank that lacks some."""
     taken, counts = list(holders), Counter()

@@ -1,6 +1,6 @@
 """Ray Train: two workers teach a small BERT whether the first token of a row is larger than the second.
 
-Every fifth step and the last one are saved. If a worker is lost, Ray begins both again from there; so does another run.
+Every fifth step and the last one are saved. If a worker is lost, Ray restarts both from the latest checkpoint.
 """
 
 import argparse

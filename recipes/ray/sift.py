@@ -1,6 +1,6 @@
 """Ray Train: two workers teach a small BERT whether the first token of a row is larger than the second.
 
-Every fifth step and the last one are saved. If a worker is lost, Ray begins both again from there; so does another run.
+Every fifth step and the last one are saved. If a worker is lost, Ray restarts both from the latest checkpoint.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def work(args):
     bert = BertConfig(vocab_size=100, hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64)
     model = prepare_model(BertForSequenceClassification(bert)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    sifter = Sifter(model, keep=args["keep"], score="memory", sample_id="id")  # remembers losses, a share a worker
+    sifter = Sifter(model, keep=args["keep"], score="memory", sample_id="id")  # each worker remembers its share
     parts, saved = {"model": model, "optimizer": optimizer, "sifter": sifter}, {"step": 0}
     if checkpoint := train.get_checkpoint():
         with checkpoint.as_directory() as folder:

@@ -223,9 +223,10 @@ def random_pool(
         size = (config.image_size,) * 2 if isinstance(config.image_size, int) else tuple(config.image_size)
         inputs = {"pixel_values": torch.rand(rows, config.num_channels, *size, generator=generator)}
     else:
-        longest = int(getattr(config, "max_position_embeddings", LENGTH))
-        length = min(LENGTH, longest) if length is None else length
-        _require(1 < length <= longest, f"seq_length must be in 2..{longest} for this model, got {length}.")
+        longest: int | None = getattr(config, "max_position_embeddings", None)  # T5 has no table of positions
+        length = min(LENGTH, longest or LENGTH) if length is None else length
+        allowed = f"in 2..{longest} for this model" if longest else "at least 2"
+        _require(1 < length <= (longest or length), f"seq_length must be {allowed}, got {length}.")
         inputs = {"input_ids": torch.randint(config.vocab_size, (rows, length), generator=generator)}
     if anatomy.task == "sequence_classification":
         if getattr(config, "pad_token_id", None) is None:
@@ -264,7 +265,7 @@ def _model_class(transformers: Any, config: Any, task: Task | None) -> Any:
     if task is None and config.architectures:
         return getattr(transformers, config.architectures[0])
     masked = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
-    task = task or ("masked_lm" if masked else "causal_lm")
+    task = task or ("seq2seq_lm" if config.is_encoder_decoder else "masked_lm" if masked else "causal_lm")
     classes = getattr(transformers, _CLASSES_OF_TASK[task])
     _require(type(config) in classes, f"There is no {config.model_type} model for {task}.")
     return classes[type(config)]

@@ -44,6 +44,11 @@ def count(scores: Tensor) -> dict[str, Any]:
     return {"unlabelled": pending.number(unlabelled.sum()), "non_finite": pending.number(broken.sum())}
 
 
+def number_kept(size: int, keep: float, known: int | None) -> int:
+    """b, of a pool of so many candidates: all, what is known, or the share."""
+    return size if keep == 1 else known or max(1, round(keep * size))
+
+
 def require_kept(size: int, keep: float, known: int | None, *, first: bool) -> int:
     """How many candidates of a pool are kept; refuses a pool that has too few.
 
@@ -56,7 +61,7 @@ def require_kept(size: int, keep: float, known: int | None, *, first: bool) -> i
     Raises:
         ValueError: If the pool is empty, or the first one has fewer than b candidates.
     """
-    kept = size if keep == 1 else known or max(1, round(keep * size))
+    kept = number_kept(size, keep, known)
     if size < kept and first:
         raise ValueError(
             f"Expected at least {kept} candidates (the number kept) in the first pool, got {size}. "

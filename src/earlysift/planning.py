@@ -153,7 +153,7 @@ def steer(
     def whole() -> Pool:
         """As many candidates as a step that selects scores, though a loop offers b to steps that do not."""
         rows = round(kept / runner.config.keep)
-        return pool if pool.size >= rows else pool.take(torch.arange(rows) % pool.size)
+        return runner.filled_up(pool if pool.size >= rows else pool.take(torch.arange(rows) % pool.size), rows)
 
     def together(numbers: dict[str, float]) -> steering.Measured:
         numbers = ranks.mean({**numbers, "weighted": float(progress.weights_read)}, runner.device)

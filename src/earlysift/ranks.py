@@ -63,21 +63,29 @@ def largest(number: int, device: torch.device) -> int:
     return int(_all_gather(torch.tensor([number], device=device)).max())
 
 
-def require_same_kept(kept: int, device: torch.device) -> None:
-    """Refuse a share of first pools that came to different numbers of kept candidates.
+def require_same_kept(kept: int, size: int, device: torch.device) -> None:
+    """Refuse first pools of which ranks would keep different numbers, or of which one has too few.
 
     Args:
-        kept: b, as this rank's first pool gives it.
+        kept: b, as this rank was told, or as its first pool gives it.
+        size: Candidates in this rank's first pool.
         device: Device of the process group's backend.
 
     Raises:
-        ValueError: On every rank, if it differs between ranks.
+        ValueError: On every rank, if b differs between ranks, or a first pool has fewer candidates.
     """
-    everyone = _all_gather(torch.tensor([kept], device=device)).tolist() if world() > 1 else [kept]
+    if world() == 1:
+        return
+    everyone, sizes = _all_gather(torch.tensor([kept, size], device=device)).reshape(-1, 2).T.tolist()
     if len(set(everyone)) > 1:
         raise ValueError(
-            f"Expected all ranks to keep the same number of candidates, got {', '.join(map(str, everyone))}: their "
-            "first pools differ in size. Pass the number itself, as kept=."
+            f"Expected all ranks to keep the same number of candidates, got {', '.join(map(str, everyone))} of first "
+            f"pools of {', '.join(map(str, sizes))}. Pass the same number to all, as kept=."
+        )
+    if min(sizes) < kept:
+        raise ValueError(
+            f"Expected at least {kept} candidates (the number kept) in the first pool of every rank, got "
+            f"{', '.join(map(str, sizes))}. Use larger pools, or keep fewer."
         )
 
 

@@ -370,7 +370,8 @@ class Runner:
         """
         if not ranks.sharded(self.model):
             return pool
-        rows = ranks.largest(max(rows, pool.size), self.device)
+        with self.ledger.timed("gather"):  # waits for an accelerator
+            rows = ranks.largest(max(rows, pool.size), self.device)
         return pool if pool.size == rows else pool.take(torch.arange(rows) % pool.size)
 
     def padding_token(self) -> int:

@@ -176,6 +176,9 @@ class Sifter:
         decided = flattened if before.flattened is None else before.flattened  # the first pool decides for all
         rows = packing.apart(pool, runner.label_keys()) if flattened else pool
         candidates = pools.checked(rows, self.config.sample_id, runner.samples, self.config.group)
+        if before.step == 0 and self.config.keep < 1 and (self.config.scope == "global" or ranks.sharded(self.model)):
+            b = judging.number_kept(candidates.size, self.config.keep, before.kept)
+            ranks.require_same_kept(b, candidates.size, runner.device)
         kept = judging.require_kept(candidates.size, self.config.keep, before.kept, first=before.step == 0)
         self.begin(micro_step)
         runner.call_begins()
@@ -194,8 +197,6 @@ class Sifter:
         if begins_second and self.config.select is proportional and not before.weights_read:
             judging.mention_unread_weights()
         runner.verify(candidates, pool if flattened else None)
-        if before.kept is None and (self.config.scope == "global" or ranks.sharded(self.model)):
-            ranks.require_same_kept(kept, runner.device)
         plan = planning.plan(candidates, kept, micro_step, self._progress, self._control, runner)
         if plan.everywhere:
             candidates = stepping.padded(candidates, runner)
@@ -238,6 +239,7 @@ class Sifter:
         """
         candidates = pools.checked(pool, self.config.sample_id, group_key=self.config.group)
         kept = self._progress.kept or max(1, round(self.config.keep * candidates.size))
+        candidates = self._runner.filled_up(candidates, self._progress.largest)
         return self._runner.record(candidates, self._control or self._runner.candidates(), kept)
 
     def loss(self, batch: Any, **options: Any) -> Tensor:

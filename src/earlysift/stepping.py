@@ -73,7 +73,8 @@ def score(pool: Pool, plan: Plan, runner: Runner) -> Scored | None:
         return None
     candidates = considered(pool, plan)
     key = (runner.config.seed, "score", plan.step, ranks.rank(), *((plan.micro_step,) if plan.micro_step else ()))
-    filled = runner.filled_up(candidates, plan.rows)
+    runs_no_pass = plan.approximation.recalls and plan.approximation.measure is None
+    filled = candidates if runs_no_pass else runner.filled_up(candidates, plan.rows)
     own = runner.score(filled, plan.approximation, plan.kept, key, plan.step)[: candidates.size]
     gathered, everywhere = Gathered(own, [candidates.size]), plan.everywhere
     if everywhere:
