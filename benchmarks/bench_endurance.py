@@ -186,12 +186,20 @@ def _run(steps: int, *launcher: str) -> Iterator[tuple[Path, Callable[[], subpro
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # or restarted processes wait for each other: docs/pretrain.md
         }
 
+        started = []
+
         def start() -> subprocess.Popen[bytes]:
             command = [sys.executable, *launcher, "-m", "earlysift", "pretrain", *arguments]
             with (folder / "said").open("wb") as said:
-                return subprocess.Popen(command, env=environ, stdout=said, stderr=subprocess.STDOUT)
+                started.append(subprocess.Popen(command, env=environ, stdout=said, stderr=subprocess.STDOUT))
+            return started[-1]
 
-        yield folder, start
+        try:
+            yield folder, start
+        finally:
+            for process in started:
+                process.terminate()  # torchrun passes it on
+                process.wait(_PATIENCE_S)
 
 
 def _step(folder: Path) -> int:
@@ -236,6 +244,8 @@ def _loss_of_a_kill(process: subprocess.Popen[bytes], folder: Path, dice: random
     began_s = time.monotonic()
     dice.choice(ranks).send_signal(signal.SIGKILL)
     while {*ranks} & {*launcher.children()}:  # the other one may still have ended its step
+        if process.poll() is not None or time.monotonic() - began_s > _PATIENCE_S:
+            raise _Stuck(f"Expected torchrun to end the other process, too.\n{_said(folder)}")
         time.sleep(0.02)
     _wait_for(process, folder, _step(folder) + 1)
     return time.monotonic() - began_s
