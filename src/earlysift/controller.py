@@ -30,8 +30,10 @@ EARLY_SHARE, EARLY_PROBES = 0.1, 0.4  # this part of the training gets this part
 FREE_EVERY = 50  # steps between looks at what is free, which take some milliseconds
 LONGER = 4  # times the steps so far without selection once samples are learnt by heart; later visits add to that
 MOVE = 1.05  # a better choice must pay so many times as much as the present one
+LEAST_EPOCHS = 4  # in fewer, what is learnt of large losses is too little to be told from what is memorised
 _BY_HEART = "samples were learnt by heart at step {}, and nothing is selected before step {}"
 _UNWEIGHTED = "the loop reads no weights, which the unbiased rule needs"
+_FEW_EPOCHS = "samples come back too seldom to learn from ({:.1f} epochs in all; at least {})"
 _NEAR_END = "the training nears its end, and greedy selection has a floor"
 _HAS_RISEN = "the loss of whole pools has risen by {:.2g} since: what is not trained on is forgotten"
 _HARMED = "greedy selection made the loss of whole pools rise at step {}, and is not tried again before twice that step"
@@ -189,7 +191,8 @@ def decide(
     the milder `KEEP`, a greedy one until the training nears its end, or the loss of whole pools has risen since (greedy
     selection forgets what it does not train on): then no greedy one is taken until the training is twice as long. Where
     samples are learnt by heart in one visit, no choice is taken until it is `LONGER` times as long: to select would
-    only speed that up.
+    only speed that up. Nor is any taken where samples come back, but the whole training has fewer than `LEAST_EPOCHS`
+    epochs, as fine-tuning mostly has.
 
     Greedy choices go first where it is known that large losses are of what can be learnt, as they gain most there, and
     of these remembered losses, which are for nothing; else unbiased ones do. Among those the one that pays most is
@@ -218,7 +221,9 @@ def decide(
     veto = next((reason for reason, applies in vetoes.items() if applies), "")
     again = LONGER * state.by_heart
     by_heart = _BY_HEART.format(state.by_heart, again) if step < again else ""
-    vetoed = {"greedy": by_heart or veto, "unbiased": by_heart}
+    epochs = numbers.get("epochs", math.inf)
+    few = _FEW_EPOCHS.format(epochs, LEAST_EPOCHS) if epochs < LEAST_EPOCHS else ""
+    vetoed = {"greedy": few or by_heart or veto, "unbiased": few or by_heart}
     objections = {
         choice: vetoed[choice.rule] or objection(choice, numbers, KEEP if choice == now else TAKE)
         for choice in choices(control)

@@ -173,7 +173,12 @@ def steer(
         return measured
 
     def free() -> steering.Measured:
-        numbers, weighted = together(steering.free_of(runner.recent.signals(control.keeps), control))
+        signals = runner.recent.signals(control.keeps)
+        memory = runner.learnt.memory
+        if memory is not None and memory.seen and control.total_steps is not None and "retention" in signals:
+            # Epochs of the whole training, at the rate at which candidates have come so far.
+            signals["epochs"] = progress.counts["candidates"] / memory.seen * control.total_steps / max(1, step)
+        numbers, weighted = together(steering.free_of(signals, control))
         return steering.Measured({name: x for name, x in numbers.items() if math.isfinite(x)}, weighted)
 
     state, row = steering.steer(

@@ -158,7 +158,7 @@ def _words(choice: Choice | None) -> str:
 def free_of(numbers: Mapping[str, float], control: Control) -> dict[str, float]:
     """Free signals with every name that they may have, nan where one is missing: the same names on every rank."""
     gains = [f"gain.{MEMORY}.{keep:g}" for keep in control.keeps]
-    names = ("concentration", "loss", "loss_error", f"correlation.{MEMORY}", *gains, "retention")
+    names = ("concentration", "loss", "loss_error", f"correlation.{MEMORY}", *gains, "retention", "epochs")
     return {name: numbers.get(name, math.nan) for name in names}
 
 
