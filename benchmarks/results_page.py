@@ -69,11 +69,11 @@ def scorecard_section() -> str:
     from reliability import ELSEWHERE, LINES, NOT_RUN
 
     lines = json.loads((RESULTS / "reliability.json").read_text(encoding="utf-8"))
-    rows = []
+    rows, endured = [], _endured()
     for name in sorted([*LINES, *ELSEWHERE, *NOT_RUN], key=_place):
         if name in ELSEWHERE:
             what, where = ELSEWHERE[name]
-            rows.append([name, what, "", "elsewhere", where, "", ""])
+            rows.append([name, what, "", "elsewhere", endured.get(name, "") + where, "", ""])
         elif name in NOT_RUN:
             rows.append([name, "", "", "not run", NOT_RUN[name], "", ""])
         elif (result := lines.get(name)) is None:
@@ -88,6 +88,18 @@ def scorecard_section() -> str:
     machine = f"{measured['machine']['cpu']}, {measured['machine']['cores']} cores; {versions}."
     headings = ["line", "what holds", "bar (cases)", "passed", "measured, or why not", "took", "commit"]
     return f"{markdown(headings, rows)}\n\n{machine}"
+
+
+def _endured() -> dict[str, str]:
+    """Lines of the scorecard that the benchmark of endurance measures, and what it found."""
+    entries = json.loads((RESULTS / "endurance_cpu.json").read_text(encoding="utf-8"))["entries"]
+    (long,), (killed,) = entries["many steps"]["long"], entries["killed"]["killed"]
+    equal = "bit-equal" if killed["equal"] else "**not equal**"
+    return {
+        "S19": f"{killed['kills']} kills, {killed['lost_s']:.1f} s lost by each (median), {killed['effective_hour']:.1%} "
+        f"effective at 20 an hour, {equal}: ",
+        "S23": f"memory {long['growth']:+.1%}, time of a step {long['late_ms'] / long['early_ms'] - 1:+.1%}: ",
+    }
 
 
 def _passed(result: dict[str, Any]) -> str:

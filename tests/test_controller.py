@@ -21,6 +21,7 @@ from earlysift.controller import (
     ENOUGH,
     KEEP,
     LEAST_CORRELATION,
+    LEAST_EPOCHS,
     MOVE,
     SURE,
     TAKE,
@@ -370,6 +371,14 @@ def test_after_greedy_selection_has_done_harm_no_greedy_choice_is_taken_before_t
         for control in (ONE, BOTH):
             assert decide(state, numbers_of(), control, 50)[0].rule == "unbiased"
             assert decide(state, numbers_of(), control, 50, weighted=False)[0] is None
+
+
+@pytest.mark.parametrize("now", [None, CHOICE, REMEMBERED, UNBIASED], ids=str)
+def test_nothing_is_selected_where_samples_come_back_in_fewer_than_four_epochs(now):
+    for epochs in (LEAST_EPOCHS - 0.01, LEAST_EPOCHS):
+        choice, reason = decide(state_of(now), numbers_of(epochs=epochs), BOTH, 0)
+        assert (choice is None) == (epochs < LEAST_EPOCHS)
+        assert ("samples come back too seldom to learn from (4.0 epochs in all" in reason) == (choice is None)
 
 
 def test_where_samples_are_learnt_by_heart_nothing_is_selected_before_the_training_is_four_times_as_long():

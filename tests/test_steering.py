@@ -203,6 +203,6 @@ def test_free_signals_have_all_names_on_every_rank():
     control = steering.candidates(Control(), depth=1, keep=0.5, layers=4, one_depth=False, remembers=True)
     signals = steering.free_of({"loss": 2.0}, control)
     assert list(signals) == [
-        *("concentration", "loss", "loss_error", "correlation.0", "gain.0.0.5", "gain.0.0.67", "retention")
+        *("concentration", "loss", "loss_error", "correlation.0", "gain.0.0.5", "gain.0.0.67", "retention", "epochs")
     ]
     assert [name for name, value in signals.items() if not math.isnan(value)] == ["loss"]

@@ -201,6 +201,19 @@ def test_while_training_is_uniform_auto_mode_looks_often_and_probes_nothing_once
     assert not any("probed" in row for row in rows if row["step"] in looked)
 
 
+@pytest.mark.parametrize("total_steps", [300, None])
+def test_auto_mode_foresees_the_epochs_of_a_training_of_known_length_once_samples_come_back(total_steps):
+    model = build("bert", "sequence_classification")
+    sifter, seen = auto(model, sample_id="number", control=Control(reference_costs=PRICES, total_steps=total_steps)), []
+    for step in range(SEEN + 51):
+        pool = pool_for(model, rows=4, seed=step) | {"number": (4 * step + torch.arange(4)) % 200}  # 50 steps an epoch
+        sifter.loss(sifter.sift(pool))
+        row = sifter.ledger.end()
+        seen += [row["control"].get("epochs")] if "look_ms" in row else []
+    assert seen == [pytest.approx(6.0, rel=0.01) if total_steps else None]
+    assert row["mode"] == "off"
+
+
 def test_a_loop_whose_passes_nobody_looks_into_is_probed_as_before():
     control, model = Control(reference_costs=PRICES), build("bert", "sequence_classification")
     sifter, rows = auto(model, control=control), []
