@@ -96,8 +96,8 @@ def _endured() -> dict[str, str]:
     (long,), (killed,) = entries["many steps"]["long"], entries["killed"]["killed"]
     equal = "bit-equal" if killed["equal"] else "**not equal**"
     return {
-        "S19": f"{killed['kills']} kills, {killed['lost_s']:.1f} s lost by each (median), {killed['effective_hour']:.1%} "
-        f"effective at 20 an hour, {equal}: ",
+        "S19": f"{killed['kills']} kills, {killed['lost_s']:.1f} s lost by each (median), "
+        f"{killed['effective_hour']:.1%} effective at 20 an hour, {equal}: ",
         "S23": f"memory {long['growth']:+.1%}, time of a step {long['late_ms'] / long['early_ms'] - 1:+.1%}: ",
     }
 
