@@ -100,7 +100,7 @@ def against_easier_target(results: Results) -> Results:
 
 
 def spelled(every: list[Results]) -> list[str]:
-    """A name for each of several results; settings are added to names that would be the same."""
+    """A name for each of several results; settings, and at last commits, are added to names that would be the same."""
     names = list(map(_plain_name, every))
     for setting in _TELLING:
         values = [results["config"].get(setting) for results in every]
@@ -111,7 +111,10 @@ def spelled(every: list[Results]) -> list[str]:
             f"{name}, {setting.replace('_', ' ')} {value:g}" if len(among[name]) > 1 and value is not None else name
             for name, value in zip(names, values, strict=True)
         ]
-    return names
+    return [
+        f"{name}, commit {results['commit']}" if names.count(name) > 1 else name
+        for name, results in zip(names, every, strict=True)
+    ]
 
 
 def longest_s(results: Results) -> float:

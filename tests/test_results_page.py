@@ -212,6 +212,12 @@ def test_a_workload_is_named_after_data_model_and_length(page, results):
     ]
 
 
+def test_workloads_that_were_measured_again_are_told_apart_by_their_commits(page, results):
+    every = [copy.deepcopy(results) | {"commit": commit} for commit in ("0123456", "abcdef0")]
+    name = "letters, ViT 2 layers, 2 epochs, commit"
+    assert page("workloads").spelled(every) == [f"{name} 0123456", f"{name} abcdef0"]
+
+
 @pytest.mark.parametrize(
     ("constant", "reached", "hidden", "leaves"),
     [
