@@ -210,8 +210,7 @@ def _step(folder: Path) -> int:
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 8192))
         lines = file.read().split(b"\n")[:-1]
-    steps = [json.loads(line).get("step", 0) for line in lines[-1:]]
-    return max(steps, default=0)
+    return int(json.loads(lines[-1]).get("step", 0)) if lines else 0
 
 
 def _looks(process: subprocess.Popen[bytes], folder: Path) -> Iterator[_Look]:

@@ -238,7 +238,7 @@ class Sifter:
             Signal and length of the step of every rule, rank correlation by depth, gain by depth and keep, floor.
         """
         candidates = pools.checked(pool, self.config.sample_id, group_key=self.config.group)
-        kept = self._progress.kept or max(1, round(self.config.keep * candidates.size))
+        kept = judging.number_kept(candidates.size, self.config.keep, self._progress.kept)
         candidates = self._runner.filled_up(candidates, self._progress.largest)
         return self._runner.record(candidates, self._control or self._runner.candidates(), kept)
 
